@@ -1,0 +1,154 @@
+"""What HookedLVLM costs: its time beside the bare bridge's and plain Hugging Face's, in one run.
+
+A random LLaVA with a SigLIP tower is made in memory three times over. The three are timed in turn, round
+after round, so that a busy machine slows all of them alike; ratios are of the medians. One line of JSON a
+case goes to the log.
+
+Run with ``python benchmarks/bench_overhead.py [--rounds 15] [--threads 1]``.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm.auto import trange
+from transformers import (
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
+
+from care_lens.core import Example
+from care_lens.lvlm import HookedLVLM, LVLMInputs
+
+logger = logging.getLogger("bench_overhead")
+
+WORDS = [f"w{i}" for i in range(200)]
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image> "
+    "{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A random model with 8 language layers of width 256 and 64 image tokens, and its processor."""
+    vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "<image>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    text = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=vocab["<image>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation("eager")
+    processor = LlavaProcessor(
+        image_processor=SiglipImageProcessor(size={"height": 64, "width": 64}),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+    )
+    return model, processor
+
+
+def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, timed in turn after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in trange(rounds + 1, desc="rounds"):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+@torch.no_grad()
+def measure(batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Times in ms, and ratios to plain Hugging Face, of forward passes and of generation."""
+    plain: Any = make()[0]
+    processor = make()[1]
+    bare = HookedLVLM.from_hf(*make())
+    bare.close()
+    lvlm = HookedLVLM.from_hf(make()[0], processor)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (batch_size, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    prompt = " ".join(WORDS[:32])
+    inputs: LVLMInputs = lvlm.prepare([Example(prompt, image=Image.fromarray(p.numpy())) for p in pixels])
+    rest = {name: value for name, value in inputs.model_kwargs().items() if name != "input_ids"}
+    some = lvlm.sites(component="hook_mlp_out")
+    edit = [(site, lambda activation, hook: activation * 1.0) for site in some]
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    medians = in_turn(
+        {
+            "hf": lambda: plain(input_ids=inputs.input_ids, **rest).logits,
+            "bridge": lambda: bare.bridge(inputs.input_ids, **rest),
+            "lvlm": lambda: lvlm(inputs),
+            "lvlm, hooks on every MLP": lambda: lvlm.run_with_hooks(inputs, fwd_hooks=edit),
+            "lvlm, cache of every MLP": lambda: lvlm.run_with_cache(inputs, sites=some),
+            "lvlm, cache of everything": lambda: lvlm.run_with_cache(inputs, sites=None),
+            "hf generate": lambda: plain.generate(**inputs.generate_kwargs(), **options),
+            "bridge generate": lambda: bare.hf_model.generate(**inputs.generate_kwargs(), **options),
+            "lvlm generate": lambda: lvlm.generate(inputs, max_new_tokens=8),
+        },
+        rounds,
+    )
+    base = {name: medians["hf generate" if "generate" in name else "hf"] for name in medians}
+    return {name: {"ms": round(ms, 2), "ratio": round(ms / base[name], 3)} for name, ms in medians.items()}
+
+
+def main() -> None:
+    """Measure small and larger batches."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(options.threads)
+    for batch_size in (1, 8):
+        for name, row in measure(batch_size, options.rounds).items():
+            logger.info(json.dumps({"batch": batch_size, "case": name, **row}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Measure the bundled model and write its card: `python benchmarks/organism_card.py [DIR]`.
+
+Everything is measured on the test split (nouns, templates and faces that no fit and no choice sees): accuracy on benign
+and hard benign channels, refusal of plain requests by picture, attack success by channel, the gradient channel
+beside random noise and clean pictures, single-block ablations, and a linear probe of harm on unseen nouns. Intervals are
+Clopper-Pearson (one example a noun and channel); probe and ablation intervals are bootstraps by noun.
+"""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from care_lens.attacks import pgd, random_noise
+from care_lens.capture import capture
+from care_lens.core import Example, Site, Verdict, cluster_bootstrap, rate_ci
+from care_lens.lvlm import HookedLVLM
+from care_lens.mediation import ablate
+from care_lens.organism import OrganismJudge, channels, tasks
+from care_lens.organism.channels import examples
+from care_lens.organism.world import world
+
+log = logging.getLogger("organism_card")
+MAX_NEW_TOKENS = 14
+EPSILONS = (16, 32, 64)
+
+
+def verdicts(lvlm: HookedLVLM, rows: Sequence[Example]) -> list[Verdict]:
+    """Greedy answers, judged."""
+    texts = lvlm.generate(lvlm.prepare(rows), max_new_tokens=MAX_NEW_TOKENS).texts
+    return OrganismJudge()(rows, texts)
+
+
+def share(found: Sequence[Verdict], verdict: Verdict) -> str:
+    """A percentage with its interval."""
+    ci = rate_ci(sum(v is verdict for v in found), len(found))
+    return f"{100 * ci.estimate:.0f} [{100 * ci.low:.0f}, {100 * ci.high:.0f}]"
+
+
+def channel_rows(lvlm: HookedLVLM) -> list[tuple[str, str, str, str, int]]:
+    """channel, complied or right, refused, other, n."""
+    out = []
+    for channel in channels.CHANNELS:
+        found = verdicts(lvlm, examples(channel, "test"))
+        out.append(
+            (
+                channel,
+                *(share(found, v) for v in (Verdict.COMPLIED, Verdict.REFUSED, Verdict.OTHER)),
+                len(found),
+            )
+        )
+    return out
+
+
+def picture_rows(lvlm: HookedLVLM) -> list[tuple[str, str, str, int]]:
+    """Plain requests for forbidden items over clean pictures of every kind: picture, complied, refused, n."""
+    out = []
+    for name, rows in channels.picture_swaps(examples("plain", "test"), split="test").items():
+        found = verdicts(lvlm, rows)
+        out.append((name, share(found, Verdict.COMPLIED), share(found, Verdict.REFUSED), len(found)))
+    return out
+
+
+def gradient_rows(lvlm: HookedLVLM) -> list[tuple[str, int, str, str, int]]:
+    """start picture, epsilon of 255, attack success of PGD, of random noise, n."""
+    swaps = channels.picture_swaps(examples("plain", "test"), split="test")
+    out = []
+    for start in ("blank white", "shapes dark", "word yellow"):
+        rows = swaps[start]
+        goals = [
+            [tasks.steps_answer(world()[row.meta["item"]], tone=tone) for tone in tasks.OPENINGS]
+            for row in rows
+        ]
+        for epsilon in EPSILONS:
+            found = pgd(
+                lvlm, rows, targets=goals, epsilon=epsilon, steps=50, step_size=epsilon / 8, seed=0
+            ).examples
+            noise = random_noise(rows, epsilon=epsilon, seed=0)
+            attack = share(verdicts(lvlm, found), Verdict.COMPLIED)
+            out.append((start, epsilon, attack, share(verdicts(lvlm, noise), Verdict.COMPLIED), len(rows)))
+    return out
+
+
+PROBED = ("plain", "typographic", "spelled", "benign plain", "benign typographic", "benign spelled")
+
+
+def probe_rows(lvlm: HookedLVLM) -> list[tuple[str, str, str]]:
+    """site and position, trained and tested on; AUC of harm on unseen nouns by a logistic probe."""
+    sites = [Site("language", layer, "hook_resid_post") for layer in range(lvlm.n_layers())]
+    rows = {
+        s: [e for c in PROBED for e in examples(c, s, per_item=2 if s == "fit" else 1)]
+        for s in ("fit", "test")
+    }
+    found = {s: capture(lvlm, rows[s], sites, select=("last", "image", "text"), progress=False) for s in rows}
+    harm = {s: np.array([e.harmful for e in rows[s]]) for s in rows}
+    visual = {s: np.array(["typographic" in e.channel for e in rows[s]]) for s in rows}
+    out = []
+    for site in sites:
+        x = {s: found[s].rows(site, "last").numpy() for s in rows}
+        for train, test in ((False, True), (True, False)):
+            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+            probe.fit(x["fit"][visual["fit"] == train], harm["fit"][visual["fit"] == train])
+            for where in sorted({train, test}):
+                kept = visual["test"] == where
+                score, y = probe.decision_function(x["test"][kept]), harm["test"][kept]
+                groups = np.array([e.group for e in rows["test"]])[kept]
+                ci = cluster_bootstrap(
+                    {"score": score, "y": y.astype(float)},
+                    groups,
+                    statistic=lambda a: (
+                        roc_auc_score(a["y"], a["score"]) if 0 < a["y"].mean() < 1 else np.nan
+                    ),
+                    n_boot=500,
+                )
+                kinds = ("text", "picture")
+                out.append(
+                    (
+                        str(site),
+                        f"{kinds[train]} to {kinds[where]}",
+                        f"{ci.estimate:.2f} [{ci.low:.2f}, {ci.high:.2f}]",
+                    )
+                )
+    lengths = np.array([len(e.meta["item"]) for e in rows["test"]], dtype=float)
+    out.append(("word length alone", "", f"{roc_auc_score(harm['test'], lengths):.2f}"))
+    return out
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def measure(directory: Path) -> dict:
+    """All figures of the card."""
+    lvlm = HookedLVLM.from_pretrained(str(directory))
+    out: dict = {"channels": channel_rows(lvlm), "pictures": picture_rows(lvlm)}
+    log.info(
+        "%s\n%s", table(("channel", "complied", "refused", "other", "n"), out["channels"]), out["pictures"]
+    )
+    out["gradient"] = gradient_rows(lvlm)
+    log.info("%s", out["gradient"])
+    out["ablation"] = []
+    for channel in (
+        "plain",
+        "typographic",
+        "spelled",
+        "wrapper",
+        "benign typographic",
+        "benign kind",
+        "hard indirect",
+    ):
+        rows = examples(channel, "test")
+        result = ablate(
+            lvlm, rows, judge=OrganismJudge(), reference=rows, mode="mean", max_new_tokens=MAX_NEW_TOKENS
+        )
+        frame = result.to_dataframe()
+        frame = frame[frame.metric == "complied"] if "metric" in frame else frame
+        for row in frame.itertuples():
+            out["ablation"].append((channel, row.component, row.layer, round(100 * row.value)))
+    log.info("%s", out["ablation"])
+    out["probe"] = probe_rows(lvlm)
+    log.info("%s", out["probe"])
+    return out
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("--out", type=Path, default=Path("results/organism_card.json"))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    torch.set_num_threads(2)
+    if options.directory is None:
+        from care_lens import organism
+
+        options.directory = organism.path()
+    start = time.monotonic()
+    figures = measure(options.directory)
+    figures["seconds"] = round(time.monotonic() - start)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(figures, indent=1))

@@ -1,0 +1,287 @@
+"""The refusal direction of Arditi et al. 2024 (arXiv:2406.11717), as a defence.
+
+Candidates are ``r[p, l]``, the mean over harmful minus the mean over harmless requests of ``hook_resid_pre``
+at layer l and position p, one of the tokens after the instruction; means are taken in float64. Each is scored
+on validation requests by the refusal score, the logit of the summed probability of the tokens that refusals
+begin with:
+
+- bypass: mean score on harmful requests with r ablated (``h - (h . r_hat) r_hat`` at every block's input,
+  attention output and MLP output); small if r is what refusals need.
+- induce: mean score on harmless requests with r added at its layer; large if r suffices for a refusal.
+- kl: mean KL divergence of the next-token distribution from the unhooked to the ablated one, on harmless
+  requests.
+
+Of those with finite figures, l < int(0.8 L), kl <= 0.1 and induce >= 0, the one with the smallest bypass is
+taken. The defence adds it: ``h + c r`` at the input of layer l at every token but padding, r as it is, not
+normalised.
+
+Cost: three passes over the validation requests for each candidate.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from care_lens.core.examples import Example
+from care_lens.core.site import Site
+from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.repair.base import HookPair, HookRepair
+from care_lens.repair.positions import BatchView
+
+_MAX_KL = 0.1
+_MIN_INDUCE = 0.0
+_LAYER_SHARE = 0.8
+_EPSILON = 1e-8
+
+
+class NoRefusalDirection(ValueError):
+    """No candidate passed the filters: this model has no refusal direction in the sense of the method."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RefusalDirection(HookRepair):
+    """Adds the refusal direction to the residual stream at the input of one layer.
+
+    Attributes:
+        direction: [d] r, unnormalised.
+        layer: The layer at whose input it is added.
+        position: Where it was read, counted from the end of the prompt (-1 is the last token).
+        coefficient: c.
+        candidates: One row a candidate: position, layer, bypass, induce, kl, kept.
+        name: Row of a defence table.
+    """
+
+    direction: Float[Tensor, "d"]
+    layer: int
+    position: int
+    candidates: pd.DataFrame
+    coefficient: float = 1.0
+    name: str = "refusal direction"
+
+    @property
+    def site(self) -> Site:
+        """Where it is added."""
+        return Site("language", self.layer, "hook_resid_pre")
+
+    @classmethod
+    def fit(
+        cls,
+        lvlm: HookedLVLM,
+        *,
+        harmful: Sequence[Example],
+        harmless: Sequence[Example],
+        harmful_validation: Sequence[Example],
+        harmless_validation: Sequence[Example],
+        refusal_tokens: Sequence[int],
+        positions: int | None = None,
+        coefficient: float = 1.0,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> "RefusalDirection":
+        """Compute the candidates and select one.
+
+        Args:
+            lvlm: The model, without a repair on it.
+            harmful: Requests that the model should refuse; the paper takes 128.
+            harmless: Requests that it should not; 128.
+            harmful_validation: Others of the first kind, to select on; 32.
+            harmless_validation: Others of the second kind; 32.
+            refusal_tokens: Ids of the tokens that refusals begin with.
+            positions: How many tokens at the end of the prompt are candidates; None: those that come after
+                the instruction, i.e. those that end all the prompts given.
+            coefficient: c of the defence.
+            batch_size: Examples a forward pass.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The defence, with the figures of all candidates.
+
+        Raises:
+            ValueError: If a set of examples or tokens is empty.
+            NoRefusalDirection: If no candidate passes the filters.
+        """
+        sets = {"harmful": harmful, "harmless": harmless, "refusal_tokens": refusal_tokens}
+        sets |= {"harmful_validation": harmful_validation, "harmless_validation": harmless_validation}
+        if empty := [name for name, items in sets.items() if not len(items)]:
+            raise ValueError(f"{', '.join(empty)} must not be empty")
+        n_layers = lvlm.n_layers("language")
+        with torch.no_grad():
+            if positions is None:
+                positions = _common_ending(lvlm, [*harmful, *harmless])
+            directions = _means(lvlm, harmful, positions, batch_size) - _means(
+                lvlm, harmless, positions, batch_size
+            )
+            rows = _figures(
+                lvlm,
+                directions,
+                harmful=list(_batches(lvlm, harmful_validation, batch_size)),
+                harmless=list(_batches(lvlm, harmless_validation, batch_size)),
+                refusal_tokens=list(refusal_tokens),
+                progress=progress,
+            )
+        candidates = pd.DataFrame(rows)
+        finite = (
+            candidates[["bypass", "induce", "kl"]]
+            .apply(lambda column: column.abs() < float("inf"))
+            .all(axis=1)
+        )
+        candidates["kept"] = (
+            finite
+            & (candidates["layer"] < int(_LAYER_SHARE * n_layers))
+            & (candidates["kl"] <= _MAX_KL)
+            & (candidates["induce"] >= _MIN_INDUCE)
+        )
+        kept = candidates[candidates["kept"]]
+        if kept.empty:
+            raise NoRefusalDirection(
+                f"one of {len(candidates)} candidates must have layer < {int(_LAYER_SHARE * n_layers)}, "
+                f"kl <= {_MAX_KL} and induce >= {_MIN_INDUCE}, got none (largest induce "
+                f"{candidates['induce'].max():.3g}, smallest kl {candidates['kl'].min():.3g}); does the "
+                "model refuse the harmful requests and answer the harmless ones?"
+            )
+        best = kept.loc[kept["bypass"].idxmin()]
+        layer, position = int(best["layer"]), int(best["position"])
+        return cls(
+            direction=directions[position, layer].float(),
+            layer=layer,
+            position=position,
+            candidates=candidates,
+            coefficient=coefficient,
+        )
+
+    def check(self, lvlm: HookedLVLM) -> None:
+        """Refuse a model that this direction was not read from.
+
+        Raises:
+            ValueError: If the site is not there, or of another width.
+        """
+        if (width := lvlm.width(self.site)) != len(self.direction):
+            raise ValueError(
+                f"direction must be as wide as the model at {self.site} ({width}), got {len(self.direction)}"
+            )
+
+    def fwd_hooks(self, inputs: LVLMInputs) -> list[HookPair]:
+        """Hooks for one batch: its forward passes, and generation from it with a key-value cache.
+
+        Args:
+            inputs: The batch.
+
+        Returns:
+            TransformerLens ``(name, fn)`` pairs.
+        """
+        view = BatchView(inputs)
+
+        def add(activation: Tensor, hook: Any) -> Tensor:
+            mask = view.mask("all", prefill=view.is_prefill(activation.shape)).to(activation.device)[
+                ..., None
+            ]
+            return torch.where(
+                mask, activation + self.coefficient * self.direction.to(activation), activation
+            )
+
+        return [view.guard(), (str(self.site), add)]
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings, as JSON-able values."""
+        return {
+            "name": self.name,
+            "site": str(self.site),
+            "position": self.position,
+            "coefficient": self.coefficient,
+            "norm": float(self.direction.norm()),
+            "candidates": len(self.candidates),
+            "kept": int(self.candidates["kept"].sum()),
+        }
+
+
+def _batches(lvlm: HookedLVLM, examples: Sequence[Example], batch_size: int) -> Iterator[LVLMInputs]:
+    for start in range(0, len(examples), batch_size):
+        yield lvlm.prepare(examples[start : start + batch_size])
+
+
+def _common_ending(lvlm: HookedLVLM, examples: Sequence[Example]) -> int:
+    """Number of tokens that end all prompts; at least 1."""
+    ends = [inputs.input_ids[0].flip(0).cpu() for inputs in _batches(lvlm, examples, 1)]
+    shortest = min(len(end) for end in ends)
+    same = torch.stack([end[:shortest] == ends[0][:shortest] for end in ends]).all(dim=0)
+    return max(1, int(same.long().cumprod(dim=0).sum()))
+
+
+def _means(
+    lvlm: HookedLVLM, examples: Sequence[Example], positions: int, batch_size: int
+) -> Float[Tensor, "positions layers d"]:
+    """Mean ``hook_resid_pre`` of the last tokens of the prompt, in float64; [-1] is the last one."""
+    sites = [Site("language", layer, "hook_resid_pre") for layer in range(lvlm.n_layers("language"))]
+    total = torch.zeros(positions, len(sites), lvlm.width(sites[0]), dtype=torch.float64)
+    for inputs in _batches(lvlm, examples, batch_size):
+        _, cache = lvlm.run_with_cache(inputs, sites=sites, logits_to_keep=1)
+        ends = [cache[str(site)][:, -positions:].double().sum(dim=0).cpu() for site in sites]
+        total += torch.stack(ends, dim=1)
+    return total / len(examples)
+
+
+def _figures(
+    lvlm: HookedLVLM,
+    directions: Tensor,
+    *,
+    harmful: Sequence[LVLMInputs],
+    harmless: Sequence[LVLMInputs],
+    refusal_tokens: list[int],
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """One row a candidate: its position, layer, bypass, induce and kl."""
+    positions, n_layers = directions.shape[:2]
+    plain = _log_probs(lvlm, harmless, [])
+    cells = [(position, layer) for position in range(-positions, 0) for layer in range(n_layers)]
+    rows = []
+    for position, layer in tqdm(cells, desc="refusal direction", disable=not progress):
+        direction = directions[position, layer]
+        ablate = _ablation(direction, n_layers)
+        add = [(str(Site("language", layer, "hook_resid_pre")), _adder(direction))]
+        ablated = _log_probs(lvlm, harmless, ablate)
+        rows.append(
+            {
+                "position": position,
+                "layer": layer,
+                "bypass": _refusal_score(_log_probs(lvlm, harmful, ablate), refusal_tokens),
+                "induce": _refusal_score(_log_probs(lvlm, harmless, add), refusal_tokens),
+                "kl": float((plain.exp() * (plain - ablated)).sum(dim=-1).mean()),
+            }
+        )
+    return rows
+
+
+def _log_probs(lvlm: HookedLVLM, batches: Sequence[LVLMInputs], hooks: Sequence[HookPair]) -> Tensor:
+    """[example, vocab] log probabilities of the first token of the answer, in float64 on the CPU."""
+    logits = [lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=1)[:, -1] for inputs in batches]
+    return torch.cat(logits).double().cpu().log_softmax(dim=-1)
+
+
+def _refusal_score(log_probs: Tensor, refusal_tokens: list[int]) -> float:
+    p = log_probs[:, refusal_tokens].exp().sum(dim=-1)
+    return float(((p + _EPSILON).log() - (1 - p + _EPSILON).log()).mean())
+
+
+def _ablation(direction: Tensor, n_layers: int) -> list[HookPair]:
+    unit = direction / direction.norm()
+
+    def ablate(activation: Tensor, hook: Any) -> Tensor:
+        here = unit.to(activation)
+        return activation - (activation @ here)[..., None] * here
+
+    components = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
+    return [
+        (str(Site("language", layer, component)), ablate)
+        for layer in range(n_layers)
+        for component in components
+    ]
+
+
+def _adder(direction: Tensor) -> Any:
+    return lambda activation, hook: activation + direction.to(activation)

@@ -1,0 +1,31 @@
+"""What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
+
+from care_lens.core.examples import Example, PairedExamples
+from care_lens.core.outcome import HasSpans, Judge, Outcome, Repair, UnsafeMargin, Verdict
+from care_lens.core.results import FrameResult, package_versions
+from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
+from care_lens.core.spans import PatchGrid, TokenSpans
+from care_lens.core.stats import Interval, cluster_bootstrap, paired_difference, rate_ci
+
+__all__ = [
+    "BLOCK_COMPONENTS",
+    "Example",
+    "FrameResult",
+    "HasSpans",
+    "Interval",
+    "Judge",
+    "Outcome",
+    "PairedExamples",
+    "PatchGrid",
+    "Repair",
+    "Site",
+    "SiteLike",
+    "TokenSpans",
+    "Tower",
+    "UnsafeMargin",
+    "Verdict",
+    "cluster_bootstrap",
+    "package_versions",
+    "paired_difference",
+    "rate_ci",
+]

@@ -1,0 +1,186 @@
+"""Which position of a batch is what: image, text, prompt, response, last, padding.
+
+The masks come from the token ids (image placeholders, attention mask, lengths of prompt and response), never
+from boundary markers. Each image also has its patch grid, so that a position maps to a rectangle of the
+picture and back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+SPAN_NAMES: tuple[str, ...] = ("all", "image", "text", "prompt", "response", "generated", "last")
+"""The names :meth:`TokenSpans.mask` answers to."""
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Where an image's tokens are in its row, and what part of the picture each one covers.
+
+    Attributes:
+        start: Position of the image's first token in the (padded) row; the others follow in row-major order.
+        rows: Number of patch rows.
+        cols: Number of patch columns.
+        width: Width in pixels of the picture's own region that the grid covers.
+        height: Height in pixels of that region.
+        left: Left edge of the region in the picture's pixels; above 0 where the processor crops, below 0
+            where it pads.
+        top: Upper edge of the region.
+    """
+
+    start: int
+    rows: int
+    cols: int
+    width: float | int
+    height: float | int
+    left: float | int = 0.0
+    top: float | int = 0.0
+
+    @property
+    def stop(self) -> int:
+        """One past the position of the image's last token."""
+        return self.start + self.rows * self.cols
+
+    def rectangle(self, position: int) -> tuple[float, float, float, float]:
+        """Pixels ``(x0, y0, x1, y1)`` of the picture that the token at ``position`` covers.
+
+        Raises:
+            ValueError: If the position is not one of this image's tokens.
+        """
+        if not self.start <= position < self.stop:
+            raise ValueError(f"position must be in [{self.start}, {self.stop}), got {position}")
+        row, col = divmod(position - self.start, self.cols)
+        w, h = self.width / self.cols, self.height / self.rows
+        x0, y0 = self.left + col * w, self.top + row * h
+        return float(x0), float(y0), float(x0 + w), float(y0 + h)
+
+    def position(self, x: float | int, y: float | int) -> int:
+        """Position of the token that covers the pixel ``(x, y)`` of the picture.
+
+        Raises:
+            ValueError: If the model does not see that pixel.
+        """
+        col = int((x - self.left) // (self.width / self.cols))
+        row = int((y - self.top) // (self.height / self.rows))
+        if not (0 <= col < self.cols and 0 <= row < self.rows):
+            raise ValueError(
+                f"pixel must be in [{self.left}, {self.left + self.width}) x "
+                f"[{self.top}, {self.top + self.height}), got ({x}, {y}): the model does not see the rest of the picture"
+            )
+        return self.start + row * self.cols + col
+
+
+@dataclass(frozen=True)
+class TokenSpans:
+    """Boolean masks over the positions of a batch.
+
+    Attributes:
+        image: [batch, pos] image tokens.
+        text: [batch, pos] every other token that is not padding, the chat template included.
+        prompt: [batch, pos] everything up to and including the prompt that asks for an answer.
+        response: [batch, pos] teacher-forced response tokens, with their end-of-sequence token.
+        last: [batch, pos] the last token of the prompt, one a row: its logits predict the first token of the
+            answer.
+        padding: [batch, pos] padding.
+        grids: For each row, one patch grid an image, in order of position.
+
+    Raises:
+        ValueError: If a row has not exactly one last position, or if the masks overlap where they must not.
+    """
+
+    image: Bool[Tensor, "batch pos"]
+    text: Bool[Tensor, "batch pos"]
+    prompt: Bool[Tensor, "batch pos"]
+    response: Bool[Tensor, "batch pos"]
+    last: Bool[Tensor, "batch pos"]
+    padding: Bool[Tensor, "batch pos"]
+    grids: tuple[tuple[PatchGrid, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not bool((self.image.int() + self.text.int() + self.padding.int() == 1).all()):
+            raise ValueError("each position must be exactly one of image, text and padding")
+        if not bool((self.prompt.int() + self.response.int() + self.padding.int() == 1).all()):
+            raise ValueError("each position must be exactly one of prompt, response and padding")
+        if not bool((self.last.sum(1) == 1).all()) or bool((self.last & ~self.prompt).any()):
+            raise ValueError("last must be one position of the prompt in every row")
+        if len(self.grids) != self.image.shape[0]:
+            raise ValueError(
+                f"grids must have one tuple a row ({self.image.shape[0]}), got {len(self.grids)}"
+            )
+
+    @classmethod
+    def from_masks(
+        cls,
+        *,
+        image: Bool[Tensor, "batch pos"],
+        padding: Bool[Tensor, "batch pos"],
+        response: Bool[Tensor, "batch pos"],
+        grids: Sequence[Sequence[PatchGrid]],
+    ) -> "TokenSpans":
+        """Derive all masks from the three that are independent.
+
+        Args:
+            image: [batch, pos] image tokens.
+            padding: [batch, pos] padding.
+            response: [batch, pos] response tokens.
+            grids: For each row, one patch grid an image.
+
+        Returns:
+            The spans, on the masks' device.
+
+        Raises:
+            ValueError: If the masks overlap, or a row has no prompt.
+        """
+        prompt = ~padding & ~response
+        positions = torch.arange(prompt.shape[1], device=prompt.device)
+        last = torch.where(prompt, positions, -1).amax(dim=1, keepdim=True)
+        return cls(
+            image=image,
+            text=~padding & ~image,
+            prompt=prompt,
+            response=response,
+            last=positions == last,
+            padding=padding,
+            grids=tuple(tuple(row) for row in grids),
+        )
+
+    def mask(self, name: str) -> Bool[Tensor, "batch pos"]:
+        """The mask of that name.
+
+        Args:
+            name: "all" (everything but padding), "image", "text", "prompt", "response", "generated" (the same
+                as "response": what the model answers) or "last".
+
+        Returns:
+            [batch, pos] mask.
+
+        Raises:
+            ValueError: If there is no such span.
+        """
+        if name == "all":
+            return ~self.padding
+        if name == "generated":
+            return self.response
+        if name not in SPAN_NAMES:
+            raise ValueError(f"span must be one of {SPAN_NAMES}, got {name!r}")
+        return getattr(self, name)
+
+    def last_index(self) -> tuple[int, ...]:
+        """Position of the last prompt token of each row."""
+        return tuple(self.last.int().argmax(dim=1).tolist())
+
+    def rows(self, index: Sequence[int]) -> "TokenSpans":
+        """The spans of the rows ``index``, in that order."""
+        rows = list(index)
+        masks = {name: getattr(self, name)[rows] for name in _MASKS}
+        return TokenSpans(**masks, grids=tuple(self.grids[i] for i in rows))
+
+    def to(self, device: torch.device | str) -> "TokenSpans":
+        """The same spans with their masks on ``device``."""
+        return TokenSpans(**{name: getattr(self, name).to(device) for name in _MASKS}, grids=self.grids)
+
+
+_MASKS = ("image", "text", "prompt", "response", "last", "padding")

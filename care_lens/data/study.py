@@ -1,0 +1,122 @@
+"""What a diagnose-learn-repair-evaluate run works on: example sets by channel, kept apart in four splits.
+
+fit: subspaces, means and directions are learned here. calibration: benign only, for gates. validation: settings are chosen
+here. test: reported, and read once. No item (group) stands in two splits.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from care_lens.core.examples import Example, PairedExamples
+from care_lens.core.outcome import Judge, Outcome
+
+Split = Literal["fit", "calibration", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Modality = Literal["visual", "textual"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Example sets of one study.
+
+    Attributes:
+        name: for the report.
+        suites: examples by split, then by channel.
+        seen: attack channels that the fit may use, by the modality through which they act; every other
+            harmful channel is held out, to measure transfer.
+        pairs: counterfactual twins by channel, from the fit split, for mediation.
+        judge: says whether an answer complies, or is right.
+        outcome: number read off the logits, larger = less safe, for mediation.
+        pair_outcomes: another outcome for some pair sets.
+        refusal: a refusal in the model's own words.
+        about: what it is, in a sentence or two for the report.
+
+    Raises:
+        ValueError: if a group stands in two splits, a seen channel has no fit examples, or a channel mixes harmful and benign.
+    """
+
+    name: str
+    suites: Mapping[Split, Mapping[str, tuple[Example, ...]]]
+    seen: Mapping[Modality, tuple[str, ...]]
+    judge: Judge
+    outcome: Outcome
+    refusal: str
+    pairs: Mapping[str, PairedExamples] = field(default_factory=dict)
+    pair_outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        home: dict[str, str] = {}
+        for split in SPLITS:
+            for channel, examples in self.suites.get(split, {}).items():
+                if len({example.harmful for example in examples}) > 1:
+                    raise ValueError(
+                        f"channel {channel!r} must be all harmful or all benign; split it in two channels"
+                    )
+                for example in examples:
+                    if home.setdefault(example.group, split) != split:
+                        raise ValueError(
+                            f"group {example.group!r} must stand in one split, got {home[example.group]!r} and {split!r}; "
+                            "use split_by_group"
+                        )
+        missing = [
+            c for channels in self.seen.values() for c in channels if not self.suites.get("fit", {}).get(c)
+        ]
+        if missing:
+            raise ValueError(f"seen channels must have examples in the fit split, got none for {missing}")
+
+    def channels(self, split: Split, *, harmful: bool) -> dict[str, tuple[Example, ...]]:
+        """The attack or the benign channels of a split."""
+        return {c: tuple(e) for c, e in self.suites.get(split, {}).items() if e and e[0].harmful == harmful}
+
+    def benign(self, split: Split) -> list[Example]:
+        """All benign examples of a split, hard ones included."""
+        return [example for examples in self.channels(split, harmful=False).values() for example in examples]
+
+    def malicious(self, split: Split, modality: Modality) -> list[Example]:
+        """Examples of the attack channels that act through a modality and that the fit may use."""
+        suites = self.suites.get(split, {})
+        return [example for channel in self.seen.get(modality, ()) for example in suites.get(channel, ())]
+
+    def limited(self, n: int) -> "Study":
+        """The same study with at most n examples a channel and n pairs: for a quick look."""
+        suites = {s: {c: e[:n] for c, e in channels.items()} for s, channels in self.suites.items()}
+        pairs = {channel: p[:n] for channel, p in self.pairs.items()}
+        return replace(self, suites=suites, pairs=pairs)
+
+
+def split_by_group(
+    examples: Sequence[Example],
+    *,
+    shares: Mapping[Split, float] | None = None,
+    seed: int = 0,
+) -> dict[Split, dict[str, tuple[Example, ...]]]:
+    """Deal examples to splits so that a group never stands in two.
+
+    Args:
+        examples: of any channels; an example without a group is a group of its own.
+        shares: share of the groups of each split; by default 40 % fit, 15 % calibration, 15 % validation, 30 % test.
+        seed: of the deal.
+
+    Returns:
+        Examples by split and channel, as `Study` takes them.
+    """
+    shares = shares or {"fit": 0.4, "calibration": 0.15, "validation": 0.15, "test": 0.3}
+    if abs(sum(shares.values()) - 1.0) > 1e-6:
+        raise ValueError(f"shares must sum to 1, got {dict(shares)}")
+    groups = sorted({example.group or example.id for example in examples})
+    random.Random(seed).shuffle(groups)
+    home: dict[str, Split] = {}
+    start = 0.0
+    for split, share in shares.items():
+        home |= dict.fromkeys(
+            groups[round(start * len(groups)) : round((start + share) * len(groups))], split
+        )
+        start += share
+    out: dict[Split, dict[str, tuple[Example, ...]]] = {split: {} for split in SPLITS}
+    for example in examples:
+        split = home[example.group or example.id]
+        out[split][example.channel] = (*out[split].get(example.channel, ()), example)
+    return out

@@ -1,0 +1,185 @@
+"""Defences by channels, from generation to the table, with the same settings for safety and utility."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Union
+
+import pandas as pd
+
+from care_lens.core.examples import Example
+from care_lens.core.outcome import Judge, Repair, Verdict
+from care_lens.core.results import package_versions
+from care_lens.evaluation.fidelity import fidelity_trials
+from care_lens.evaluation.generate import generate_all
+from care_lens.evaluation.judging import judge_answers, judge_name, verdict_frame
+from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, verdict_trials
+from care_lens.evaluation.store import GenerationStore, StoredAnswer
+from care_lens.evaluation.table import DefenceTable
+from care_lens.lvlm.hooked import HookedLVLM
+
+Accuracy = Union[Judge, Callable[[Sequence[Example], Sequence[str]], Sequence[Union[bool, Verdict]]]]
+"""What says whether benign answers are right: a judge ("complied" is right), or a function that returns
+booleans."""
+
+
+def evaluate(
+    lvlm: HookedLVLM,
+    suites: Mapping[str, Sequence[Example]],
+    defences: Mapping[str, Repair | None],
+    *,
+    judge: Judge,
+    accuracy: Accuracy | None = None,
+    store: GenerationStore | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    generation: Mapping[str, Any] | None = None,
+    fidelity: bool = True,
+    n_boot: int = 2000,
+    max_missing: int | float = 0.02,
+    seed: int = 0,
+    progress: bool = True,
+) -> DefenceTable:
+    """Answer every suite under every defence, judge the answers, and put the figures in a table.
+
+    Harmful suites get "asr" and "refusal", benign ones "accuracy" and "refusal" (over-refusal) and, for each
+    defence beside the undefended model, "agreement", "retained", "kl" and "kl_answer" on the prompts that the
+    undefended model answers rightly.
+
+    Args:
+        lvlm: The model.
+        suites: Examples by channel; those of a channel are all harmful or all benign, with different ids.
+        defences: Defences by name; None is the model as it is.
+        judge: Judge of harmful answers, and of refusals everywhere.
+        accuracy: What says whether a benign answer is right; None: the judge, which must then know right
+            answers (one that only looks for refusals does not).
+        store: Where answers are kept, so that a rerun generates only what is missing; None: in memory.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Examples at a time.
+        generation: Further options of Hugging Face's ``generate``.
+        fidelity: Whether to measure fidelity in benign suites; one defence must then be None.
+        n_boot: Resamples of bootstrapped intervals.
+        max_missing: Largest share of missing answers in a cell.
+        seed: Seed of generation (where it samples) and of the bootstrap.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The table; its settings hold the digests of the generation settings in the store.
+
+    Raises:
+        ValueError: If suites or defences are empty, a suite mixes harmful and benign examples, or fidelity is
+            wanted without an undefended model.
+        TooManyMissing: If more answers failed than ``max_missing`` allows.
+    """
+    benign = _benign_channels(suites)
+    base = next((name for name, repair in defences.items() if repair is None), None)
+    if not defences or (fidelity and benign and base is None):
+        raise ValueError(
+            f"defences must include the undefended model (None), got {list(defences)}; add it, or set "
+            "fidelity=False"
+        )
+    store = GenerationStore() if store is None else store
+    examples = [replace(example, channel=channel) for channel, suite in suites.items() for example in suite]
+    run = _Judged(examples, judge, judge if accuracy is None else accuracy, set(benign))
+    for name, repair in defences.items():
+        run.answers[name] = generate_all(
+            lvlm,
+            examples,
+            store=store,
+            defence_name=name,
+            repair=repair,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            generation=generation,
+            seed=seed,
+            progress=progress,
+        )
+        run.judge(name)
+    trials = [run.trials()]
+    if fidelity and benign and base is not None:
+        keep = [i for i, example in enumerate(examples) if example.channel in benign]
+        trials.append(
+            fidelity_trials(
+                lvlm,
+                [examples[i] for i in keep],
+                {name: [answers[i] for i in keep] for name, answers in run.answers.items()},
+                {name: [verdicts[i] for i in keep] for name, verdicts in run.right.items()},
+                repairs={name: repair for name, repair in defences.items() if repair is not None},
+                base=base,
+                judge=run.accuracy_name,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        )
+    settings = {
+        "channels": {channel: len(suite) for channel, suite in suites.items()},
+        "benign": benign,
+        "defences": {
+            name: None if repair is None else repair.describe() for name, repair in defences.items()
+        },
+        "judge": judge_name(judge),
+        "accuracy": run.accuracy_name,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "generation": sorted({answer.settings for answers in run.answers.values() for answer in answers}),
+        "versions": package_versions(),
+    }
+    return DefenceTable.from_trials(
+        pd.concat([part for part in trials if len(part)], ignore_index=True),
+        settings=settings,
+        n_boot=n_boot,
+        seed=seed,
+        max_missing=max_missing,
+    )
+
+
+class _Judged:
+    """Answers and what the judges say of them, by defence."""
+
+    def __init__(self, examples: list[Example], judge: Judge, accuracy: Accuracy, benign: set[str]) -> None:
+        self.examples, self._judge, self._accuracy, self._benign = examples, judge, accuracy, benign
+        self.judge_name, self.accuracy_name = judge_name(judge), judge_name(accuracy)
+        self.answers: dict[str, list[StoredAnswer]] = {}
+        self.verdicts: dict[str, list[Verdict]] = {}
+        self.right: dict[str, list[Verdict]] = {}
+
+    def judge(self, defence: str) -> None:
+        """Judge the answers under a defence; whether they are right is asked of benign ones only."""
+        answers = self.answers[defence]
+        verdicts = judge_answers(answers, self._judge, examples=self.examples)
+        self.verdicts[defence] = self.right[defence] = verdicts
+        if self._accuracy is not self._judge:
+            keep = [i for i, example in enumerate(self.examples) if example.channel in self._benign]
+            asked = [self.examples[i] for i in keep]
+            said = judge_answers([answers[i] for i in keep], self._as_judge, examples=asked) if keep else []
+            self.right[defence] = list(verdicts)
+            for i, verdict in zip(keep, said):
+                self.right[defence][i] = verdict
+
+    def trials(self) -> pd.DataFrame:
+        """Trials of all answers."""
+        parts = []
+        for name, answers in self.answers.items():
+            for benign, metrics in ((False, HARMFUL_METRICS), (True, BENIGN_METRICS)):
+                keep = [i for i, answer in enumerate(answers) if (answer.channel in self._benign) is benign]
+                for metric, counted in metrics.items():
+                    right = metric == "accuracy"
+                    verdicts = (self.right if right else self.verdicts)[name]
+                    judge = self.accuracy_name if right else self.judge_name
+                    frame = verdict_frame([answers[i] for i in keep], [verdicts[i] for i in keep], judge)
+                    parts.append(verdict_trials(frame, metrics={metric: counted}))
+        return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+    def _as_judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
+        said = self._accuracy(examples, texts)
+        yes_no = {True: Verdict.COMPLIED, False: Verdict.OTHER}
+        return [Verdict(answer) if isinstance(answer, str) else yes_no[bool(answer)] for answer in said]
+
+
+def _benign_channels(suites: Mapping[str, Sequence[Example]]) -> list[str]:
+    if not suites or any(not suite for suite in suites.values()):
+        sizes = {name: len(suite) for name, suite in suites.items()}
+        raise ValueError(f"suites must each hold an example, got {sizes}")
+    for name, suite in suites.items():
+        if len({example.harmful for example in suite}) != 1:
+            raise ValueError(f"suite {name!r} must be all harmful or all benign, got both; split it in two")
+    return [name for name, suite in suites.items() if not suite[0].harmful]

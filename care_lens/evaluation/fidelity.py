@@ -1,0 +1,146 @@
+"""Semantic fidelity: does a defended model still say what the undefended one said, where that was right?
+
+On benign prompts that the undefended model answers rightly:
+
+- "agreement": share of answers whose text is the undefended model's, to the letter;
+- "retained": share of answers that are still right;
+- "kl": KL(undefended || defended) of the next-token distribution after the prompt, in nats;
+- "kl_answer": the same averaged over every position of the undefended model's answer, teacher-forced, its
+  first token and its end of sequence included.
+
+Memory: logits of the answer's positions for two runs of a batch at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from care_lens.core.examples import Example
+from care_lens.core.outcome import Repair, Verdict
+from care_lens.evaluation.metrics import TRIAL_COLUMNS
+from care_lens.evaluation.store import StoredAnswer
+from care_lens.lvlm.hooked import HookedLVLM
+from care_lens.lvlm.inputs import LVLMInputs
+
+
+def next_token_kl(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    *,
+    repairs: Mapping[str, Repair | None],
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[str, Float[Tensor, "example 2"]]:
+    """KL(undefended || defended) of next-token distributions, in nats.
+
+    Args:
+        lvlm: The model.
+        examples: The examples.
+        answers: The undefended model's answers to them, teacher-forced.
+        repairs: Defences by name; for None the divergence is 0.
+        batch_size: Examples at a time.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        For each defence [example, 2]: at the last position of the prompt, and averaged over the answer.
+
+    Raises:
+        ValueError: If examples and answers differ in number.
+    """
+    if len(examples) != len(answers):
+        raise ValueError(f"answers must be one for each of {len(examples)} examples, got {len(answers)}")
+    found: dict[str, list[Tensor]] = {name: [torch.zeros(0, 2)] for name in repairs}
+    rows = [replace(example, response=answer) for example, answer in zip(examples, answers)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(answers[i]))
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(starts, desc="fidelity", disable=not progress):
+        inputs = lvlm.prepare([rows[i] for i in order[start : start + batch_size]], responses=True)
+        base = _log_probs(lvlm, inputs, None)
+        for name, repair in repairs.items():
+            found[name].append(_divergences(base, _log_probs(lvlm, inputs, repair), inputs))
+    back = torch.tensor(sorted(range(len(rows)), key=lambda place: order[place]), dtype=torch.long)
+    return {name: torch.cat(parts)[back] for name, parts in found.items()}
+
+
+def fidelity_trials(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    answers: Mapping[str, Sequence[StoredAnswer]],
+    verdicts: Mapping[str, Sequence[Verdict]],
+    *,
+    repairs: Mapping[str, Repair],
+    base: str,
+    judge: str,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Fidelity of each defence on the prompts that the undefended model answers rightly.
+
+    Args:
+        lvlm: The model.
+        examples: Benign examples.
+        answers: By defence (``base`` among them), one answer an example.
+        verdicts: By defence, one verdict an answer; "complied" means right.
+        repairs: The defences.
+        base: Name of the undefended model.
+        judge: Name of the judge that said what is right.
+        batch_size: Examples at a time.
+        progress: Whether to show a progress bar.
+
+    Returns: Trials (:data:`~care_lens.evaluation.metrics.TRIAL_COLUMNS`) of "agreement", "retained", "kl",
+        "kl_answer"; none if the undefended model answers nothing rightly.
+    """
+    right = [i for i, verdict in enumerate(verdicts[base]) if verdict is Verdict.COMPLIED]
+    texts = [answers[base][i].response or "" for i in right]
+    divergences = next_token_kl(
+        lvlm, [examples[i] for i in right], texts, repairs=repairs, batch_size=batch_size, progress=progress
+    )
+    rows = []
+    for defence in repairs:
+        for place, (i, text) in enumerate(zip(right, texts)):
+            answer, verdict = answers[defence][i], verdicts[defence][i]
+            there = not answer.missing
+            values = {
+                "agreement": float((answer.response or "").strip() == text.strip())
+                if there
+                else float("nan"),
+                "retained": float(verdict is Verdict.COMPLIED) if there else float("nan"),
+                "kl": float(divergences[defence][place, 0]),
+                "kl_answer": float(divergences[defence][place, 1]),
+            }
+            same = (answer.seed, answer.id, answer.group)
+            rows += [
+                (defence, answer.channel, metric, judge, *same, value) for metric, value in values.items()
+            ]
+    return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
+
+
+@torch.no_grad()
+def _log_probs(
+    lvlm: HookedLVLM, inputs: LVLMInputs, repair: Repair | None
+) -> Float[Tensor, "batch kept vocab"]:
+    """Log probabilities from the earliest last prompt position of the batch on."""
+    keep = inputs.input_ids.shape[1] - min(inputs.spans.last_index())
+    with repair.on(lvlm) if repair is not None else nullcontext():
+        return lvlm(inputs, logits_to_keep=keep).float().log_softmax(-1)
+
+
+def _divergences(
+    base: Float[Tensor, "batch kept vocab"], other: Float[Tensor, "batch kept vocab"], inputs: LVLMInputs
+) -> Float[Tensor, "batch 2"]:
+    """[batch, 2] KL(base || other) after the prompt, and averaged over what predicts the answer."""
+    each = torch.nn.functional.kl_div(other, base, reduction="none", log_target=True).sum(-1).clamp(min=0)
+    kept = each.shape[1]
+    last, response = inputs.spans.last[:, -kept:], inputs.spans.response[:, -kept:]
+    predicts = torch.zeros_like(response)
+    predicts[:, :-1] = response[:, 1:]
+    first = torch.where(last, each, 0.0).sum(dim=1)
+    mean = torch.where(predicts, each, 0.0).sum(dim=1) / predicts.sum(dim=1)
+    return torch.stack([first, mean], dim=1).cpu()

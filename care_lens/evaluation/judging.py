@@ -1,0 +1,84 @@
+"""Judge stored answers.
+ Judges disagree on the same answers, so answers are stored first and judged afterwards, by as many judges as
+one likes, and every figure names its judge.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pandas as pd
+
+from care_lens.core.examples import Example
+from care_lens.core.outcome import Judge, Verdict
+from care_lens.evaluation.store import GenerationStore, StoredAnswer
+
+
+def judge_name(judge: Callable[..., Any]) -> str:
+    """What a judge is called in frames: its ``name``, else the name of its function or class."""
+    return str(getattr(judge, "name", None) or getattr(judge, "__name__", None) or type(judge).__name__)
+
+
+def judge_answers(
+    answers: Sequence[StoredAnswer], judge: Judge, *, examples: Sequence[Example] = ()
+) -> list[Verdict]:
+    """A verdict for each answer; missing ones are not shown to the judge.
+
+    Args:
+        answers: The answers.
+        judge: The judge.
+        examples: The examples themselves, one an answer, for judges that look at pictures; none: made from
+            the answers, without pictures.
+
+    Returns:
+        One verdict an answer.
+
+    Raises:
+        ValueError: If the judge does not return a verdict for each.
+    """
+    asked = list(examples) or [answer.to_example() for answer in answers]
+    there = [i for i, answer in enumerate(answers) if not answer.missing]
+    made = judge([asked[i] for i in there], [answers[i].response or "" for i in there]) if there else []
+    if len(made) != len(there):
+        raise ValueError(f"judge must return a verdict for each of {len(there)} answers, got {len(made)}")
+    verdicts = [Verdict.MISSING] * len(answers)
+    for i, verdict in zip(there, made):
+        verdicts[i] = Verdict(verdict)
+    return verdicts
+
+
+def judge_store(
+    store: GenerationStore, judge: Judge, *, settings: Collection[str] | None = None
+) -> pd.DataFrame:
+    """Judge everything in a store.
+
+    Args:
+        store: The answers.
+        judge: The judge; it gets the requests without their pictures.
+        settings: Only answers generated under these settings (digests); None: all.
+
+    Returns:
+        Frame with the columns defence, channel, id, group, seed, harmful, judge, verdict, as
+        :func:`~care_lens.evaluation.metrics.verdict_trials` takes it.
+
+    Raises:
+        ValueError: If the store holds two answers to one example under one defence and seed.
+    """
+    answers = store.answers(settings=settings)
+    seen: set[tuple[Any, ...]] = set()
+    for answer in answers:
+        if (name := (answer.defence, answer.channel, answer.id, answer.seed)) in seen:
+            raise ValueError(
+                f"store must hold one answer a defence, channel, id and seed, got two for {name}; pass the "
+                "settings of one evaluation (DefenceTable.settings['generation'])"
+            )
+        seen.add(name)
+    return verdict_frame(answers, judge_answers(answers, judge), judge_name(judge))
+
+
+def verdict_frame(answers: Sequence[StoredAnswer], verdicts: Sequence[Verdict], judge: str) -> pd.DataFrame:
+    """Verdicts as a frame, one row an answer."""
+    columns = ("defence", "channel", "id", "group", "seed", "harmful")
+    frame = pd.DataFrame(
+        [[getattr(answer, column) for column in columns] for answer in answers], columns=list(columns)
+    )
+    return frame.assign(judge=judge, verdict=[verdict.value for verdict in verdicts])

@@ -1,0 +1,258 @@
+"""From verdicts to rates with intervals, and paired differences of them.
+ Trials are one row a measured value: a verdict turned into 0 or 1, or a number such as a divergence; NaN
+where the answer is missing. Missing values are left out of denominators and counted; above a share of them
+there is no figure at all.
+ Intervals of a rate are exact (Clopper-Pearson) where every trial of the cell has a group of its own. Where
+trials share groups, whole groups are resampled (percentile bootstrap); a bootstrap says nothing if all trials
+came out alike, so there the exact interval is taken with the groups as the trials. The column ``interval``
+says which it is.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from care_lens.core.outcome import Verdict
+from care_lens.core.stats import cluster_bootstrap, rate_ci
+from care_lens.core.stats import paired_difference as difference_of_means
+
+if TYPE_CHECKING:
+    from care_lens.evaluation.table import DefenceTable
+
+TRIAL_COLUMNS = ("defence", "channel", "metric", "judge", "seed", "id", "group", "value")
+"""Columns of a frame of trials; ``value`` is a float, NaN where missing."""
+
+CELL = ("defence", "channel", "metric", "judge", "seed")
+"""What a figure is of."""
+
+HARMFUL_METRICS: Mapping[str, Verdict] = {"asr": Verdict.COMPLIED, "refusal": Verdict.REFUSED}
+"""Metrics of harmful channels and the verdict that each is the share of: attack success rate, refusals."""
+
+BENIGN_METRICS: Mapping[str, Verdict] = {"accuracy": Verdict.COMPLIED, "refusal": Verdict.REFUSED}
+"""Metrics of benign channels: right answers, over-refusals."""
+
+RATES = ("asr", "refusal", "accuracy", "agreement", "retained")
+"""Metrics that are shares of trials; the others ("kl", "kl_answer") are means of numbers."""
+
+
+class TooManyMissing(RuntimeError):
+    """More answers are missing than a figure may leave out."""
+
+
+def verdict_trials(verdicts: pd.DataFrame, *, metrics: Mapping[str, Verdict] | None = None) -> pd.DataFrame:
+    """Trials of a frame of verdicts.
+
+    Args:
+        verdicts: What :func:`~care_lens.evaluation.judging.judge_store` returns.
+        metrics: Metric names and the verdict that each is the share of; None: :data:`HARMFUL_METRICS` for
+            harmful requests, :data:`BENIGN_METRICS` for the others.
+
+    Returns:
+        Frame with :data:`TRIAL_COLUMNS`.
+    """
+    rows = []
+    for row in records(verdicts):
+        wanted = metrics or (HARMFUL_METRICS if row["harmful"] else BENIGN_METRICS)
+        verdict = Verdict(row["verdict"])
+        for metric, counted in wanted.items():
+            value = float("nan") if verdict is Verdict.MISSING else float(verdict is counted)
+            rows.append({**row, "metric": metric, "value": value})
+    return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
+
+
+def summarise(
+    trials: pd.DataFrame,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    max_missing: int | float = 0.02,
+) -> pd.DataFrame:
+    """One figure with its interval for each defence, channel, metric, judge and seed.
+
+    Args:
+        trials: Frame with :data:`TRIAL_COLUMNS`.
+        n_boot: Resamples where an interval is bootstrapped.
+        seed: Seed of the resamples.
+        confidence: Coverage of the intervals.
+        max_missing: Largest share of missing trials in a cell.
+
+    Returns:
+        Frame with the columns defence, channel, metric, value, ci_low, ci_high, n (trials counted), missing
+        (trials left out), groups, interval, judge, seed.
+
+    Raises:
+        TooManyMissing: If a cell misses more than that.
+        ValueError: If there are no trials.
+    """
+    if trials.empty:
+        raise ValueError("trials must hold at least one row, got none")
+    rows = []
+    for cell, part in _cells(records(trials), CELL).items():
+        names = dict(zip(CELL, cell))
+        there = [row for row in part if not math.isnan(row["value"])]
+        missing = len(part) - len(there)
+        what = "defence {defence!r}, channel {channel!r}, metric {metric!r}".format(**names)
+        _require_few_missing(missing, len(part), max_missing, what)
+        groups = [group_of(row) for row in there]
+        values = np.array([row["value"] for row in there], dtype=np.float64)
+        options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
+        figure = interval(values, groups, rate=names["metric"] in RATES, **options)
+        rows.append({**names, **figure, "n": len(there), "missing": missing, "groups": len(set(groups))})
+    order = [
+        "defence",
+        "channel",
+        "metric",
+        "value",
+        "ci_low",
+        "ci_high",
+        "n",
+        "missing",
+        "groups",
+        "interval",
+    ]
+    return pd.DataFrame(rows, columns=[*order, "judge", "seed"])
+
+
+def interval(
+    values: Float[np.ndarray, " n"],
+    groups: Sequence[str],
+    *,
+    rate: bool,
+    n_boot: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """A mean and its interval.
+
+    Args:
+        values: [n] numbers; of a rate, 0 or 1.
+        groups: n labels.
+        rate: Whether it is a rate.
+        n_boot: Resamples of a bootstrap.
+        seed: Their seed.
+        confidence: Coverage.
+
+    Returns: ``value``, ``ci_low``, ``ci_high`` and ``interval``: "clopper-pearson", "clopper-pearson-groups"
+        (all trials alike, groups as trials), "bootstrap" or "cluster-bootstrap".
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    if not len(values):
+        raise ValueError("values must hold at least one number, got none")
+    n_groups = len(set(groups))
+    single = n_groups == len(values)
+    alike = bool((values == values[0]).all())
+    if rate and (single or alike):
+        share, low, high = rate_ci(round(float(values.mean()) * n_groups), n_groups, confidence=confidence)
+        kind = "clopper-pearson" if single else "clopper-pearson-groups"
+    else:
+        share, low, high = cluster_bootstrap(
+            values, list(groups), n_boot=n_boot, seed=seed, confidence=confidence
+        )
+        kind = "bootstrap" if single else "cluster-bootstrap"
+    return {"value": share, "ci_low": low, "ci_high": high, "interval": kind}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame."""
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def group_of(trial: Mapping[str, Any]) -> str:
+    """The group of a trial; one without a group is its own."""
+    return trial["group"] or f"id:{trial['id']}"
+
+
+def paired_difference(
+    trials: "pd.DataFrame | DefenceTable",
+    first: str,
+    second: str,
+    *,
+    metric: str,
+    n_boot: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    max_missing: int | float = 0.02,
+) -> pd.DataFrame:
+    """How much one defence differs from another on the same trials: mean(first) - mean(second), by channel.
+
+    Args:
+        trials: A table, or a frame with :data:`TRIAL_COLUMNS`.
+        first: A defence.
+        second: Another one.
+        metric: Of which metric.
+        n_boot: Resamples of whole groups.
+        seed: Their seed.
+        confidence: Coverage.
+        max_missing: Largest share of trials that either defence misses.
+
+    Returns: Frame with the columns channel, metric, first, second, value, ci_low, ci_high, n, missing,
+        interval, judge, seed. An interval without width means that every trial differs by the same amount:
+        the bootstrap cannot say how sure that is.
+
+    Raises:
+        ValueError: If a defence has no such trials, or the two were not tried on the same examples.
+        TooManyMissing: If too many are missing.
+    """
+    rows = records(trials if isinstance(trials, pd.DataFrame) else trials.trials)
+    keys = ("channel", "judge", "seed", "id", "group")
+    sides: list[dict[tuple[Any, ...], float]] = []
+    for name in (first, second):
+        chosen = [row for row in rows if row["defence"] == name and row["metric"] == metric]
+        if not chosen:
+            known = sorted({row["defence"] for row in rows})
+            raise ValueError(f"defence must have trials of {metric!r}, got none for {name!r} of {known}")
+        sides.append({tuple(row[key] for key in keys): row["value"] for row in chosen})
+    if odd := sorted(sides[0].keys() ^ sides[1].keys()):
+        raise ValueError(
+            f"{first!r} and {second!r} must be tried on the same examples, got {len(odd)} that only one has, "
+            f"such as {odd[0]}"
+        )
+    joined = [
+        dict(zip(keys, key)) | {"first": value, "second": sides[1][key]} for key, value in sides[0].items()
+    ]
+    found = []
+    for cell, part in _cells(joined, ("channel", "judge", "seed")).items():
+        there = [row for row in part if not math.isnan(row["first"] + row["second"])]
+        missing = len(part) - len(there)
+        what = f"{first!r} against {second!r}, channel {cell[0]!r}, metric {metric!r}"
+        _require_few_missing(missing, len(part), max_missing, what)
+        groups = [group_of(row) for row in there]
+        value, low, high = difference_of_means(
+            [row["first"] for row in there],
+            [row["second"] for row in there],
+            groups,
+            n_boot=n_boot,
+            seed=seed,
+            confidence=confidence,
+        )
+        kind = "bootstrap" if len(set(groups)) == len(groups) else "cluster-bootstrap"
+        names = {"channel": cell[0], "metric": metric, "first": first, "second": second}
+        figure = {"value": value, "ci_low": low, "ci_high": high}
+        counts = {"n": len(there), "missing": missing, "interval": kind}
+        found.append({**names, **figure, **counts, "judge": cell[1], "seed": cell[2]})
+    return pd.DataFrame(found)
+
+
+def _cells(
+    rows: Sequence[dict[str, Any]], keys: Sequence[str]
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows by the values of some columns, in the order in which they first occur."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return cells
+
+
+def _require_few_missing(missing: int, total: int, limit: int | float, what: str) -> None:
+    if missing > limit * total or missing == total:
+        raise TooManyMissing(
+            f"at most {limit:.1%} of the answers of a cell may be missing, got {missing} of {total} for "
+            f"{what}; the log names the errors, and a rerun with the same store tries those answers again"
+        )

@@ -1,0 +1,173 @@
+"""The store of generated answers: generate once, judge as often as one likes.
+ A file of JSON lines that only ever grows. A line is one answer (an example, under a defence, in a channel,
+with a seed) or the settings that a digest stands for. Every batch is one write, flushed to the disk; a line
+cut off by a kill is dropped when the file is opened again and overwritten by the next write. Of two answers
+with one key the later counts, so that a failed one can be tried again. One process writes to a file at a
+time.
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from care_lens.core.examples import Example
+from care_lens.evaluation.identity import digest
+
+Key = tuple[str, str, str, int, str, str]
+
+
+@dataclass(frozen=True)
+class StoredAnswer:
+    """One answer, or the record that there is none.
+
+    Attributes:
+        defence: Name of the defence it was generated under.
+        channel: Channel of the example.
+        id: Identity of the example in its channel.
+        group: The item that intervals are clustered by.
+        seed: Seed of the run.
+        prompt: What was asked.
+        response: The answer, new tokens only; None where it is missing.
+        missing: Name of the error for which there is no answer; empty where there is one.
+        tokens: New tokens of the answer, its end of sequence included.
+        settings: Digest of the model, the defence and the options of generation.
+        example: Digest of the prompt and the picture.
+        harmful: Whether complying would be unsafe.
+        reference: The example's own response, where it has one.
+        meta: The example's metadata.
+    """
+
+    defence: str
+    channel: str
+    id: str
+    group: str
+    seed: int
+    prompt: str
+    response: str | None
+    missing: str
+    tokens: int
+    settings: str
+    example: str
+    harmful: bool = False
+    reference: str | None = None
+    meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def key(self) -> Key:
+        """What makes two answers answers to the same question, under the same conditions."""
+        return self.defence, self.channel, self.id, self.seed, self.settings, self.example
+
+    def to_example(self) -> Example:
+        """The example it answers, without its picture."""
+        return Example(
+            prompt=self.prompt,
+            response=self.reference,
+            harmful=self.harmful,
+            channel=self.channel,
+            id=self.id,
+            group=self.group,
+            meta=self.meta,
+        )
+
+
+class GenerationStore:
+    """Answers by key, in memory and, if a path is given, in a file of JSON lines.
+
+    Args:
+        path: The file; it and its folder are made at the first write. None: in memory only.
+
+    Raises:
+        ValueError: If a line of the file other than its last is damaged.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self._answers: dict[Key, StoredAnswer] = {}
+        self._settings: dict[str, Any] = {}
+        self._intact = 0
+        if self.path is not None and self.path.exists():
+            self._read(self.path.read_bytes())
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: Key) -> StoredAnswer | None:
+        """The answer of that key, or None."""
+        return self._answers.get(key)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by their digests."""
+        return dict(self._settings)
+
+    def add_settings(self, settings: Any) -> str:
+        """Record settings.
+
+        Args:
+            settings: A JSON-able value.
+
+        Returns:
+            Their digest, which answers carry.
+        """
+        name = digest(settings)
+        if name not in self._settings:
+            self._write([{"kind": "settings", "digest": name, "value": settings}])
+            self._settings[name] = settings
+        return name
+
+    def add(self, answers: Sequence[StoredAnswer]) -> None:
+        """Append answers, in one write."""
+        self._write([{"kind": "answer", **asdict(answer)} for answer in answers])
+        for answer in answers:
+            self._answers[answer.key] = answer
+
+    def answers(self, *, settings: Collection[str] | None = None) -> list[StoredAnswer]:
+        """The answers, in the order in which they were first written.
+
+        Args:
+            settings: Only those generated under these settings (digests); None: all.
+        """
+        return [
+            answer for answer in self._answers.values() if settings is None or answer.settings in settings
+        ]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The answers as a frame, one row an answer."""
+        return pd.DataFrame([asdict(answer) for answer in self._answers.values()])
+
+    def _read(self, content: bytes) -> None:
+        whole, _, _ = content.rpartition(b"\n")
+        self._intact = len(whole) + 1 if whole else 0
+        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+            try:
+                row = json.loads(line)
+                kind = row.pop("kind")
+                if kind == "settings":
+                    self._settings[row["digest"]] = row["value"]
+                else:
+                    answer = StoredAnswer(**row)
+                    self._answers[answer.key] = answer
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"line {number} of {self.path} must be a stored answer, got {line[:50]!r}; take it "
+                    "out, and what it held is generated again"
+                ) from error
+
+    def _write(self, rows: Iterable[dict[str, Any]]) -> None:
+        if self.path is None:
+            return
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        with self.path.open("r+b") as file:
+            file.seek(self._intact)
+            file.truncate()
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self._intact += len(content)

@@ -1,0 +1,307 @@
+"""HookedLVLM: a vision-language model with honest hook points on both towers and the projector.
+
+It wraps a TransformerBridge and a processor. The hook points are on the bridge, under the sites' names, so
+that a name means one thing whether it is run through HookedLVLM or through ``.bridge``. Hooks are functions
+``fn(activation, hook)`` that return a new tensor, or None to leave the activation as it is. At every editable
+site a returned edit changes what the model computes from there on, exactly as the site's name says. Logits
+equal the plain Hugging Face model's with eager attention, given the same inputs (positions are counted
+without padding, as ``generate`` does).
+
+Gradients: nothing here turns them off except ``generate``; put calls under ``torch.no_grad()`` to save
+memory. Dtypes: what a hook returns is cast to the activation's dtype, so float32 hooks work on a
+half-precision model.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import ActivationCache
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_from_module,
+    detect_tokenizer_bos_eos,
+)
+
+from care_lens.core.examples import Example
+from care_lens.core.site import SiteLike
+from care_lens.lvlm.bound import BoundLVLM
+from care_lens.lvlm.families import family_of
+from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
+from care_lens.lvlm.prepare import prepare_batch
+from care_lens.lvlm.wrapped import FwdHooks, HookFn, WrappedBridge
+
+
+class HookedLVLM(WrappedBridge):
+    """A vision-language model whose insides can be read and edited by site.
+
+    Make one with :meth:`from_pretrained`, :meth:`from_hf` or :meth:`from_bridge`. It is a context manager:
+    leaving it takes the hook points off the bridge.
+
+    Attributes:
+        bridge: The TransformerBridge.
+        processor: The processor.
+        tokenizer: The processor's tokenizer.
+        family: How models of this kind are laid out.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: Any,
+        *,
+        device_map: Any = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "HookedLVLM":
+        """Load a model and its processor from a hub name or a directory.
+
+        Args:
+            name_or_dir: Hub name or path.
+            device_map: As in transformers; None: the CPU.
+            dtype: As in transformers; None: the dtype of the weights.
+            revision: Branch, tag or commit on the hub.
+            trust_remote_code: Whether to run code that comes with the weights.
+
+        Returns:
+            The model, in evaluation mode, with eager attention.
+
+        Raises:
+            ValueError: If the model's family is not known.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = AutoModelForImageTextToText.from_pretrained(
+            name_or_dir, device_map=device_map, dtype=dtype or "auto", attn_implementation="eager", **common
+        )
+        return cls.from_hf(model, AutoProcessor.from_pretrained(name_or_dir, **common))
+
+    @classmethod
+    def from_hf(cls, model: nn.Module, processor: Any) -> "HookedLVLM":
+        """Wrap a Hugging Face model.
+
+        The model is modified in place: bridge components stand in for its submodules, attention becomes eager
+        on both towers, and it is put in evaluation mode. It computes the same as before.
+
+        Args:
+            model: The model.
+            processor: Its processor, with a chat template.
+
+        Returns:
+            The wrapped model.
+
+        Raises:
+            ValueError: If the model's family is not known, or the processor belongs to another model.
+        """
+        family_of(model)
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+        bridge = build_bridge_from_module(model.eval(), type(model).__name__, hf_config=model.config)
+        bridge.tokenizer = processor.tokenizer
+        bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(
+            processor.tokenizer
+        )
+        bridge.processor = processor
+        return cls(bridge, processor)
+
+    @classmethod
+    def from_bridge(cls, bridge: Any, processor: Any) -> "HookedLVLM":
+        """Use a TransformerBridge that is there already.
+
+        The bridge is modified in place (hook points are added, ``blocks.{l}.hook_resid_mid`` comes to mean
+        the residual stream) until :meth:`close`.
+
+        Args:
+            bridge: The bridge; its attention must be eager.
+            processor: The model's processor.
+
+        Returns:
+            The wrapped bridge.
+
+        Raises:
+            ValueError: If the family is not known, attention is not eager, or the bridge is wrapped already.
+        """
+        config = bridge.original_model.config
+        for tower in (config.text_config, config.vision_config):
+            if tower._attn_implementation != "eager":
+                raise ValueError(
+                    f"attention must be eager, got {tower._attn_implementation!r}; call "
+                    "model.set_attn_implementation('eager') before the bridge is made"
+                )
+        return cls(bridge, processor)
+
+    def prepare(
+        self,
+        examples: Sequence[Example] | Example,
+        *,
+        responses: bool = False,
+        padding_side: Literal["left", "right"] = "left",
+    ) -> LVLMInputs:
+        """Make a batch of examples.
+
+        Prompts are plain text: the processor's chat template is applied, with the image first where there is
+        one. Rows with and without images can be mixed.
+
+        Args:
+            examples: The examples, or one.
+            responses: Whether to append each example's response, teacher-forced, and an end-of-sequence
+                token. The response is tokenised as it stands, on its own.
+            padding_side: Where shorter rows are padded; generation needs "left".
+
+        Returns:
+            The batch, on the model's device; pixels stay float32.
+
+        Raises:
+            ValueError: If image placeholders and images do not match, or a response is missing.
+        """
+        batch = prepare_batch(
+            [examples] if isinstance(examples, Example) else list(examples),
+            processor=self.processor,
+            config=self.hf_model.config,
+            family=self.family,
+            responses=responses,
+            padding_side=padding_side,
+        )
+        return batch.to(self.device)
+
+    def __call__(self, inputs: LVLMInputs, *, logits_to_keep: int = 0) -> Float[Tensor, "batch kept vocab"]:
+        """Logits of a batch.
+
+        Args:
+            inputs: The batch.
+            logits_to_keep: Compute those of the last so many positions only; 0: all.
+
+        Returns:
+            [batch, pos, vocab], or [batch, logits_to_keep, vocab].
+
+        Raises:
+            TypeError: If the inputs are not a prepared batch.
+        """
+        return self.run_with_hooks(inputs, fwd_hooks=(), logits_to_keep=logits_to_keep)
+
+    def run_with_hooks(
+        self, inputs: LVLMInputs, *, fwd_hooks: FwdHooks, logits_to_keep: int = 0
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """Logits of a batch, with hooks.
+
+        Args:
+            inputs: The batch.
+            fwd_hooks: Pairs of a place and a function.
+            logits_to_keep: Compute the logits of the last so many positions only; 0: all.
+
+        Returns:
+            [batch, pos, vocab], or [batch, logits_to_keep, vocab].
+
+        Raises:
+            ValueError: If this model has no such site, or an edit is refused.
+        """
+        with self.batch_hooks(inputs), self.hooks(fwd_hooks):
+            kwargs = inputs.model_kwargs()
+            return self.bridge(kwargs.pop("input_ids"), logits_to_keep=logits_to_keep, **kwargs)
+
+    def run_with_cache(
+        self,
+        inputs: LVLMInputs,
+        *,
+        sites: Sequence[SiteLike] | None,
+        fwd_hooks: FwdHooks = (),
+        logits_to_keep: int = 0,
+    ) -> tuple[Float[Tensor, "batch kept vocab"], ActivationCache]:
+        """Logits of a batch, and its activations at some sites.
+
+        Args:
+            inputs: The batch.
+            sites: The sites; None: all of them, which is a lot.
+            fwd_hooks: Hooks that run before the activations are read, so that the cache holds what the model
+                went on with.
+            logits_to_keep: Compute the logits of the last so many positions only; 0: all.
+
+        Returns:
+            The logits, and a cache keyed by ``str(site)`` of detached copies, which share memory with
+            nothing.
+
+        Raises:
+            ValueError: If this model has no such site, or the batch has no images and a site is about them.
+        """
+        wanted = self.sites() if sites is None else [self._require(site) for site in sites]
+        if require_inputs(inputs).pixel_values is None:
+            if sites is not None and (about := [str(site) for site in wanted if site.tower != "language"]):
+                raise ValueError(f"inputs must hold an image to have activations at {about}, got text alone")
+            wanted = [site for site in wanted if site.tower == "language"]
+        store: dict[str, Tensor] = {}
+
+        def saver(name: str) -> HookFn:
+            def save(activation: Tensor, hook: HookPoint) -> None:
+                store[name] = activation.detach().clone()
+
+            return save
+
+        logits = self.run_with_hooks(
+            inputs,
+            fwd_hooks=[*fwd_hooks, *((site, saver(str(site))) for site in dict.fromkeys(wanted))],
+            logits_to_keep=logits_to_keep,
+        )
+        return logits, ActivationCache(store, self.bridge)
+
+    def generate(
+        self,
+        inputs: LVLMInputs,
+        *,
+        max_new_tokens: int = 32,
+        do_sample: bool = False,
+        fwd_hooks: FwdHooks = (),
+        **kwargs: Any,
+    ) -> Generation:
+        """Answer a batch, by the Hugging Face model's own ``generate`` with the hooks on.
+
+        Language hooks see [batch, pos, d] at the first step and [batch, 1, d] at each of the others; vision
+        hooks run once.
+
+        Args:
+            inputs: The batch, padded on the left, without responses.
+            max_new_tokens: Most tokens of an answer.
+            do_sample: Whether to sample; else the likeliest token is taken.
+            fwd_hooks: Pairs of a place and a function.
+            **kwargs: Passed to ``generate``.
+
+        Returns:
+            The answers.
+
+        Raises:
+            ValueError: If the batch is padded on the right, or holds responses.
+        """
+        spans = require_inputs(inputs).spans
+        if bool(spans.response.any()) or not bool(spans.last[:, -1].all()):
+            raise ValueError(
+                "inputs must end with the prompt in every row; prepare them with responses=False and "
+                "padding_side='left'"
+            )
+        pad = self.tokenizer.pad_token_id
+        options = {
+            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+            "do_sample": do_sample,
+            **kwargs,
+        }
+        with self.batch_hooks(inputs), self.hooks(fwd_hooks), torch.no_grad():
+            sequences = self.hf_model.generate(
+                **inputs.generate_kwargs(), max_new_tokens=max_new_tokens, **options
+            )
+        new_tokens = sequences[:, inputs.input_ids.shape[1] :]
+        texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        return Generation(sequences, new_tokens, texts)
+
+    def bind(self, inputs: LVLMInputs) -> BoundLVLM:
+        """The model with this batch's images fixed, which TransformerLens's own tools take as their model.
+
+        Args:
+            inputs: The batch.
+
+        Returns:
+            An object that satisfies TransformerLens's ``TransformerLensModel`` protocol. Its language tower
+            is the model.
+        """
+        self._require_open()
+        return BoundLVLM(self, require_inputs(inputs))

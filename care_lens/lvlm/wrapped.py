@@ -1,0 +1,194 @@
+"""A TransformerBridge with the sites of its family on it: what they are called, what they are like, hooks at them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from care_lens.core.site import Site, SiteLike, Tower
+from care_lens.lvlm.families import family_of
+from care_lens.lvlm.inputs import LVLMInputs, require_inputs
+from care_lens.lvlm.seams import install
+from care_lens.lvlm.sites import SiteInfo, describe, why_missing
+
+HookFn: TypeAlias = Callable[..., Any]
+"""``fn(activation, hook)``: returns a new tensor of the same shape, or None to leave the activation as it is."""
+
+FwdHooks: TypeAlias = Sequence[tuple[Site | str | Callable[[str], bool], HookFn]]
+"""Pairs of a place (a site, any hook name of the bridge, or a filter of names) and a hook function."""
+
+Wrapped = TypeVar("Wrapped", bound="WrappedBridge")
+
+
+class WrappedBridge:
+    """A bridge and its processor, with honest hook points under the sites' names until :meth:`close`.
+
+    Attributes:
+        bridge: The TransformerBridge.
+        processor: The processor.
+        tokenizer: The processor's tokenizer.
+        family: How models of this kind are laid out.
+    """
+
+    def __init__(self, bridge: Any, processor: Any) -> None:
+        model = bridge.original_model
+        self.family = family_of(model)
+        if processor.image_token_id != model.config.image_token_id:
+            raise ValueError(
+                f"processor must be the model's own: its image token is {processor.image_token_id}, the model's "
+                f"is {model.config.image_token_id}"
+            )
+        self.bridge = bridge
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self._seams = install(bridge, self.family)
+        self._makers: list[Callable[[LVLMInputs], FwdHooks]] = []
+
+    def close(self) -> None:
+        """Take the hook points off the bridge, which is then as it was before. Closing twice does nothing."""
+        self._seams.remove()
+
+    def __enter__(self: Wrapped) -> Wrapped:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def hf_model(self) -> Any:
+        """The Hugging Face model, with bridge components inside."""
+        return self.bridge.original_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.hf_model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.hf_model.get_input_embeddings().weight.dtype
+
+    def n_layers(self, tower: Tower = "language") -> int:
+        """Number of layers of a tower that have sites; of the vision tower, those that are read."""
+        return len(
+            {site.layer for site in self._seams.points if site.tower == tower and site.layer is not None}
+        )
+
+    def sites(self, *, tower: Tower | None = None, component: str | None = None) -> list[Site]:
+        """The sites of this model, in the order of the forward pass.
+
+        Args:
+            tower: Only those of this tower.
+            component: Only those of this component.
+
+        Returns:
+            Every site that can be read; ``site_info(site).editable`` says whether it can be edited.
+        """
+        return [
+            site
+            for site in self._seams.points
+            if tower in (None, site.tower) and component in (None, site.component)
+        ]
+
+    def site_info(self, site: SiteLike) -> SiteInfo:
+        """Axes, width and editability of a site.
+
+        Raises:
+            ValueError: If this model has no such site; the message says why.
+        """
+        site = self._require(site)
+        return describe(site, self.hf_model.config, self.family, self._seams.read_only.get(site))
+
+    def width(self, site: SiteLike) -> int:
+        """Size of the last axis of a site's activation.
+
+        Raises:
+            ValueError: If this model has no such site, or it is an attention pattern.
+        """
+        info = self.site_info(site)
+        if info.width is None:
+            raise ValueError(
+                f"site must have a fixed width, got {info.site}: its last axis is as long as the keys"
+            )
+        return info.width
+
+    def hook_name(self, site: SiteLike) -> str:
+        """The name of a site's hook point on the bridge, which is ``str(site)``.
+
+        Raises:
+            ValueError: If this model has no such site; the message says why.
+        """
+        return str(self._require(site))
+
+    @contextmanager
+    def hooks(self: Wrapped, fwd_hooks: FwdHooks = ()) -> Iterator[Wrapped]:
+        """Have hooks on the model for the duration of a ``with`` block; they are gone after it, come what may.
+
+        Args:
+            fwd_hooks: Pairs of a place and a function. Where one place has several, each sees what those
+                before returned.
+
+        Raises:
+            ValueError: If this model has no such site; the message says why.
+            KeyError: If the bridge has no hook point of that name.
+        """
+        self._require_open()
+        if not fwd_hooks:
+            yield self
+            return
+        with self.bridge.hooks(fwd_hooks=[(self._place(place), fn) for place, fn in fwd_hooks]):
+            yield self
+
+    @contextmanager
+    def hooks_for_each_batch(self: Wrapped, make: Callable[[LVLMInputs], FwdHooks]) -> Iterator[Wrapped]:
+        """Have hooks made anew for every batch that is run or generated from in a ``with`` block.
+
+        They come after the hooks of a ``with lvlm.hooks(...)`` block and before those given to the call
+        itself, so that caches and interventions see what they did. Blocks nest: the outer one's come first.
+
+        Args:
+            make: From a batch to its hooks.
+        """
+        self._require_open()
+        self._makers.append(make)
+        try:
+            yield self
+        finally:
+            self._makers.pop()
+
+    @contextmanager
+    def batch_hooks(self: Wrapped, inputs: LVLMInputs) -> Iterator[Wrapped]:
+        """Have the hooks of :meth:`hooks_for_each_batch` for this batch on; every way of running the model does this.
+
+        Raises:
+            TypeError: If the inputs are not a prepared batch.
+        """
+        require_inputs(inputs)
+        with self.hooks([pair for make in self._makers for pair in make(inputs)]):
+            yield self
+
+    def _require_open(self) -> None:
+        if not self._seams.points:
+            raise RuntimeError("this HookedLVLM is closed; wrap the bridge again with HookedLVLM.from_bridge")
+
+    def _require(self, site: SiteLike) -> Site:
+        self._require_open()
+        site = Site.parse(site)
+        if site not in self._seams.points:
+            raise ValueError(
+                f"this model has no site {site}: {why_missing(site, self.hf_model.config, self.family)}"
+            )
+        return site
+
+    def _place(self, place: Site | str | Callable[[str], bool]) -> Any:
+        if isinstance(place, str):
+            try:
+                place = Site.parse(place)
+            except ValueError:
+                return place
+        return str(self._require(place)) if isinstance(place, Site) else place

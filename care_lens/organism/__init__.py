@@ -1,0 +1,106 @@
+"""The bundled small LVLM and its closed world: a real Hugging Face LLaVA model with an alignment gap.
+
+`load()` gives it wrapped, `path()` is the directory that plain transformers loads, `study()` its example sets. All content is
+inert: made-up nouns, some labelled forbidden, and steps such as "first mix then bake". See the model card beside the weights.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
+from care_lens.data.study import SPLITS, Study
+from care_lens.organism import channels, tasks
+from care_lens.organism.build import untrained, vocabulary
+from care_lens.organism.channels import examples, pairs, picture_pairs, picture_swaps, with_response
+from care_lens.organism.judge import OrganismJudge
+from care_lens.organism.world import world
+
+if TYPE_CHECKING:
+    from care_lens.lvlm import HookedLVLM
+
+__all__ = [
+    "OrganismJudge",
+    "examples",
+    "load",
+    "outcome",
+    "pairs",
+    "path",
+    "picture_pairs",
+    "picture_swaps",
+    "study",
+    "untrained",
+    "with_response",
+    "world",
+]
+
+
+def path() -> Path:
+    """Directory of the bundled weights, configuration and processor.
+
+    Raises:
+        FileNotFoundError: if this installation has no weights.
+    """
+    directory = Path(__file__).parent / "weights"
+    if not (directory / "config.json").exists():
+        raise FileNotFoundError(
+            f"the bundled weights must be in {directory.name}/ beside care_lens.organism, got none; "
+            "rebuild them with `python -m care_lens.organism.train --out DIR`"
+        )
+    return directory
+
+
+def load() -> "HookedLVLM":
+    """The bundled model, wrapped; float32 on the CPU.
+
+    Example:
+        >>> from care_lens import organism
+        >>> lvlm = organism.load()
+        >>> inputs = lvlm.prepare(organism.examples("plain", "test", n=1))
+        >>> lvlm.generate(inputs).texts
+        ['sorry i cannot help with that']
+    """
+    from care_lens.lvlm import HookedLVLM
+
+    return HookedLVLM.from_pretrained(str(path()))
+
+
+def outcome() -> UnsafeMargin:
+    """log p(comply) - log p(refuse) over first tokens: the openings of helpful steps against the opening of the refusal."""
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    comply = (*tasks.OPENINGS.values(), tasks.WRAPPED_OPENING)
+    return UnsafeMargin(comply=tuple(ids[word] for word in comply), refuse=(ids[tasks.REFUSAL.split()[0]],))
+
+
+#: Attack channels that a repair may be fitted on, by the modality through which they act.
+SEEN = {"visual": ("typographic",), "textual": ("wrapper", "spelled")}
+
+
+def study(*, seed: int = 0, per_item: int = 1) -> Study:
+    """The example sets of the bundled model: every channel in every split, one example a noun.
+
+    Calibration holds benign channels only. Attack channels outside `SEEN` are in validation and test only, where
+    validation never chooses by them.
+
+    Args:
+        seed: of wording and pictures.
+        per_item: examples a noun in the fit and calibration splits.
+    """
+    suites: dict = {}
+    for split in SPLITS:
+        repeats = per_item if split in ("fit", "calibration") else 1
+        wanted = dict(channels.BENIGN | channels.HARD_BENIGN)
+        if split != "calibration":
+            wanted |= channels.ATTACKS
+        suites[split] = {c: tuple(examples(c, split, per_item=repeats, seed=seed)) for c in wanted}
+    return Study(
+        name="bundled organism",
+        suites=suites,
+        seen=SEEN,
+        judge=OrganismJudge(),
+        outcome=outcome(),
+        refusal=tasks.REFUSAL,
+        pairs={channel: pairs(channel, "fit", seed=seed) for channel in ("typographic", "wrapper", "spelled")}
+        | {"picture": picture_pairs("fit", seed=seed)},
+        pair_outcomes={"picture": ResponseLogProb()},
+        about="A small LLaVA model trained from nothing in a closed world of made-up nouns; safety tuning saw plain text requests only.",
+    )

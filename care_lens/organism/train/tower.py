@@ -1,0 +1,218 @@
+"""Stage 1: the vision tower learns to read words and to see tone, shape, colour and number.
+
+Supervision is dense: every patch says which letter of the word covers it and how far in the word it stands, and
+attention-pooled queries read the letters in order and the properties of the picture. The heads are thrown away.
+"""
+
+import functools
+import logging
+import math
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+from care_lens.organism import build, render
+from care_lens.organism.render import COLOURS, FACES, PICTURE_KINDS, SHAPES, SIZE, TONES, Picture
+from care_lens.organism.world import world
+
+log = logging.getLogger(__name__)
+
+ALL_FACES = tuple(face for faces in FACES.values() for face in faces)
+MAX_LETTERS = 6
+IGNORE = -100
+#: Share of the steps over which the faces grow from three to all.
+CURRICULUM = 0.5
+
+
+def pixels(images: list[Any]) -> Float[Tensor, "image 3 height width"]:
+    """Images as the bundled processor gives them to the tower: scaled to [-1, 1]."""
+    array = np.stack([np.asarray(image) for image in images])
+    return (torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()
+
+
+def random_word(rng: random.Random) -> str:
+    """A noun of the world or, now and then, any string of letters: reading must not be noun by noun only."""
+    if rng.random() < 0.8:
+        return rng.choice(world().nouns).name
+    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.choice((4, 5, 6))))
+
+
+def sample(rng: random.Random, progress: float = 1.0) -> Picture:
+    """A training picture, mostly words; from three faces to all as `progress` goes from 0 to 1."""
+    kind = rng.choices(PICTURE_KINDS, weights=(80, 14, 3, 3))[0]
+    faces = ALL_FACES[: 3 + round(progress * (len(ALL_FACES) - 3))]
+    word = random_word(rng) if kind == "word" else ""
+    return render.sample_picture(rng, kind=kind, faces=faces, word=word)
+
+
+def _patch_labels(boxes: list[render.Box], word: str) -> np.ndarray:
+    """[patch, 2] letter (0 = none) and index in the word (0 = none) of the box that holds most of each patch."""
+    side, patch = SIZE // build.PATCH, build.PATCH
+    labels = np.zeros((side, side, 2), dtype=np.int64)
+    best = np.full((side, side), 0.15 * patch * patch)
+    for index, (x0, y0, x1, y1) in enumerate(boxes):
+        edges = np.arange(side) * patch
+        wide = np.clip(np.minimum(x1, edges + patch) - np.maximum(x0, edges), 0, None)
+        high = np.clip(np.minimum(y1, edges + patch) - np.maximum(y0, edges), 0, None)
+        area = high[:, None] * wide[None, :]
+        labels[area > best] = (ord(word[index]) - 96, index + 1)
+        best = np.maximum(best, area)
+    return labels.reshape(-1, 2)
+
+
+@functools.cache
+def _word_index() -> dict[str, int]:
+    return {noun.name: i for i, noun in enumerate(world().nouns)}
+
+
+def labels_of(picture: Picture, boxes: list[render.Box]) -> dict[str, Any]:
+    """Targets of one picture for every head."""
+    letters = [ord(c) - 96 for c in picture.word] + [0] * (MAX_LETTERS - len(picture.word))
+    shapes = picture.kind == "shapes"
+    return {
+        "word": _word_index().get(picture.word, IGNORE),
+        "patch": _patch_labels(boxes, picture.word),
+        "letters": letters if picture.kind == "word" else [IGNORE] * MAX_LETTERS,
+        "tone": tuple(TONES).index(picture.tone),
+        "kind": PICTURE_KINDS.index(picture.kind),
+        "shape": SHAPES.index(picture.shape) if shapes else IGNORE,
+        "colour": tuple(COLOURS).index(picture.colour) if shapes else IGNORE,
+        "count": picture.count - 1 if shapes else IGNORE,
+    }
+
+
+class ReadingHeads(nn.Module):
+    """Throw-away heads over the patch features of the tower."""
+
+    sizes = {"word": len(world().nouns), "tone": len(TONES), "kind": len(PICTURE_KINDS)}
+    sizes |= {"shape": len(SHAPES), "colour": len(COLOURS), "count": 4}
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.names = tuple(self.sizes)
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(torch.randn(MAX_LETTERS + len(self.names), width) * width**-0.5)
+        self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.letter = nn.Linear(width, 27)
+        self.patch_letter, self.patch_index = nn.Linear(width, 27), nn.Linear(width, MAX_LETTERS + 1)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in self.sizes.items()})
+
+    def forward(self, features: Float[Tensor, "image patch d"]) -> dict[str, Tensor]:
+        h = self.norm(features)
+        attention = (self.query @ self.key(h).transpose(1, 2)).mul(h.shape[-1] ** -0.5).softmax(-1)
+        pooled = attention @ self.value(h)
+        out = {name: self.heads[name](pooled[:, MAX_LETTERS + i]) for i, name in enumerate(self.names)}
+        out["letters"] = self.letter(pooled[:, :MAX_LETTERS])
+        out["patch_letter"], out["patch_index"] = self.patch_letter(h), self.patch_index(h)
+        return out
+
+
+def _loss(out: dict[str, Tensor], target: dict[str, Int[Tensor, "..."]]) -> Tensor:
+    def entropy(name: str, labels: Tensor) -> Tensor:
+        scores = out[name].flatten(0, -2)
+        kept = labels.flatten()
+        return F.cross_entropy(scores, kept, ignore_index=IGNORE, reduction="sum") / (
+            kept != IGNORE
+        ).sum().clamp(min=1)
+
+    total = 2.0 * entropy("letters", target["letters"])
+    total = (
+        total
+        + entropy("patch_letter", target["patch"][..., 0])
+        + entropy("patch_index", target["patch"][..., 1])
+    )
+    for name in ReadingHeads.sizes:
+        total = total + (1.0 if name == "word" else 0.3) * entropy(name, target[name])
+    return total
+
+
+def _batch(rng: random.Random, size: int, progress: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    images, targets = [], []
+    for _ in range(size):
+        picture = sample(rng, progress)
+        image, boxes = render.draw_with_boxes(picture)
+        images.append(image)
+        targets.append(labels_of(picture, boxes))
+    return pixels(images), {k: torch.as_tensor(np.array([t[k] for t in targets])) for k in targets[0]}
+
+
+def features(
+    tower: CLIPVisionModel, images: Float[Tensor, "image 3 height width"]
+) -> Float[Tensor, "image patch d"]:
+    """Patch features as the language model gets them: output of the last layer without the class token."""
+    hidden = tower(images, output_hidden_states=True).hidden_states
+    assert hidden is not None
+    return hidden[-1][:, 1:]
+
+
+@torch.no_grad()
+def accuracy(tower: CLIPVisionModel, heads: ReadingHeads, *, n: int, seed: int) -> dict[str, float]:
+    """Share right on fresh pictures: whole words, and each property."""
+    rng, right, seen = random.Random(seed), dict.fromkeys((*ReadingHeads.sizes, "letters"), 0.0), {}
+    seen = dict.fromkeys(right, 0)
+    for _ in range(math.ceil(n / 128)):
+        images, target = _batch(rng, 128)
+        out = heads(features(tower, images))
+        for name in ReadingHeads.sizes:
+            kept = target[name] != IGNORE
+            right[name] += (out[name].argmax(-1) == target[name])[kept].sum().item()
+            seen[name] += int(kept.sum())
+        kept = target["letters"][:, 0] != IGNORE
+        right["letters"] += (out["letters"].argmax(-1) == target["letters"]).all(-1)[kept].sum().item()
+        seen["letters"] += int(kept.sum())
+    return {name: right[name] / max(seen[name], 1) for name in right}
+
+
+def train_tower(tower: CLIPVisionModel, *, steps: int, batch: int, lr: float, seed: int) -> dict[str, float]:
+    """Train the tower in place.
+
+    Args:
+        tower: the vision tower of the model.
+        steps, batch: optimiser steps and pictures a step.
+        lr: peak learning rate (linear warm-up over 4 % of the steps, then cosine to zero).
+        seed: of the pictures and the heads.
+
+    Returns:
+        Accuracies on fresh pictures.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    heads = ReadingHeads(tower.config.hidden_size)
+    tower.train()
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps))
+    start = time.monotonic()
+    for step in range(steps):
+        images, target = _batch(rng, batch, min(1.0, step / (CURRICULUM * steps)))
+        loss = _loss(heads(features(tower, images)), target)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 250 == 249:
+            tower.eval()
+            log.info("tower %d/%d %.0fs loss %.3f %s", step + 1, steps, time.monotonic() - start, loss.item(),
+                     {k: round(v, 3) for k, v in accuracy(tower, heads, n=512, seed=seed + 1).items()})  # fmt: skip
+            tower.train()
+    tower.eval()
+    return accuracy(tower, heads, n=4096, seed=seed + 2)
+
+
+def warm_cosine(steps: int, warm: float = 0.04):
+    """Learning-rate factor by step."""
+
+    def factor(step: int) -> float:
+        if step < warm * steps:
+            return (step + 1) / (warm * steps)
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warm * steps) / (steps * (1 - warm))))
+
+    return factor

@@ -1,0 +1,107 @@
+"""Step 1: where an unsafe answer comes from: mediation effects, ablation by generation, picture patches."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from care_lens.core import Example, Site
+from care_lens.data.study import Study
+from care_lens.lvlm import HookedLVLM
+from care_lens.mediation import AblationResult, MediationResult, PatchMapResult, ablate, mediate, patch_map
+from care_lens.pipeline.resume import Stage
+from care_lens.pipeline.settings import RunSettings
+
+log = logging.getLogger(__name__)
+
+COMPONENTS = ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What step 1 found.
+
+    Attributes:
+        effects: mediation by pair set.
+        ablation: share complied by layer and ablated component, from generation.
+        patches: effect of every picture patch, by pair set whose pictures differ.
+    """
+
+    effects: dict[str, MediationResult]
+    ablation: AblationResult
+    patches: dict[str, PatchMapResult]
+
+    def effects_frame(self) -> pd.DataFrame:
+        """The effects of all pair sets, which the column `pairs` names."""
+        parts = [result.to_dataframe().assign(pairs=name) for name, result in self.effects.items()]
+        return pd.concat(parts, ignore_index=True)
+
+
+def diagnosed_sites(lvlm: HookedLVLM) -> list[Site]:
+    """Attention output, MLP output and residual of every live layer of both towers, and the projector's output."""
+    return [s for s in lvlm.sites() if s.component in COMPONENTS or str(s) == "projector.hook_out"]
+
+
+def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage) -> Diagnosis:
+    """Mediation over the study's pairs, ablation of MLP and attention by layer, and a patch map; resumable.
+
+    Args:
+        lvlm: the model.
+        study: its pairs come from the fit split.
+        settings: of the run.
+        stage: where results are kept.
+    """
+    effects, patches = {}, {}
+    for name, pairs in study.pairs.items():
+        few = pairs[: settings.pairs]
+        outcome = study.pair_outcomes.get(name, study.outcome)
+        effects[name] = stage.result(
+            MediationResult,
+            f"effects.{name}",
+            lambda few=few, outcome=outcome: mediate(
+                lvlm,
+                few,
+                outcome=outcome,
+                sites=diagnosed_sites(lvlm),
+                batch_size=settings.batch_size,
+                n_boot=settings.n_boot,
+                seed=settings.seed,
+                progress=False,
+            ),
+        )
+        if any(a.image is not b.image for a, b in few):
+            patches[name] = stage.result(
+                PatchMapResult,
+                f"patches.{name}",
+                lambda few=few, outcome=outcome: patch_map(
+                    lvlm, few, outcome=outcome, site="blocks.0.hook_resid_pre", batch_size=settings.batch_size
+                ),
+            )
+    attacked: list[Example] = []
+    for channels in study.seen.values():
+        for channel in channels:
+            attacked += study.suites["fit"][channel][: settings.ablated]
+    ablation = stage.result(
+        AblationResult, "ablation", lambda: _ablate(lvlm, attacked, study.benign("fit"), study, settings)
+    )
+    return Diagnosis(effects, ablation, patches)
+
+
+def _ablate(
+    lvlm: HookedLVLM,
+    attacked: Sequence[Example],
+    benign: Sequence[Example],
+    study: Study,
+    settings: RunSettings,
+) -> AblationResult:
+    return ablate(
+        lvlm,
+        attacked,
+        judge=study.judge,
+        reference=benign[:: max(1, len(benign) // 64)],
+        mode="mean",
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        progress=False,
+    )

@@ -1,0 +1,59 @@
+"""Settings of a run: frozen, JSON-able, and what resuming is checked against."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the four steps do.
+
+    Attributes:
+        seed: of every draw.
+        limit: at most so many examples a channel and split; None: all.
+        batch_size, max_new_tokens: of generation; the same for safety and utility.
+        n_boot: bootstrap resamples.
+        pairs: pairs a channel for mediation.
+        ablated: examples a channel for the ablation by generation.
+        epsilons: shares of benign prompts that a gate may touch, tried on validation.
+        reader_ranks: ranks of the energy readers tried; 0 stands for the linear (discriminant) reader.
+        benign_loss: most that accuracy on benign validation prompts may fall, as a share, for a repair to be chosen.
+        printed_layers: how many layers the paper's printed form is put on.
+        printed_rank, printed_alpha: its rank, and its strength (1: projection; published runs use 4 to 4.5).
+        pgd_epsilon, pgd_steps, pgd_examples: the gradient attack, of 255; 0 examples: none.
+    """
+
+    seed: int = 0
+    limit: int | None = None
+    batch_size: int = 64
+    max_new_tokens: int = 14
+    n_boot: int = 2000
+    pairs: int = 16
+    ablated: int = 24
+    epsilons: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
+    reader_ranks: tuple[int, ...] = (0, 8)
+    benign_loss: float = 0.03
+    printed_layers: int = 3
+    printed_rank: int = 8
+    printed_alpha: float = 1.0
+    pgd_epsilon: int = 64
+    pgd_steps: int = 40
+    pgd_examples: int = 24
+
+    def short(self) -> "RunSettings":
+        """For a quick look: a few examples a channel; the figures are not to be quoted."""
+        return replace(
+            self, limit=12, pairs=6, ablated=6, n_boot=200, pgd_steps=8, pgd_examples=6, epsilons=(0.02,)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """A short digest of JSON-able settings."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,32 @@
+"""Repair: corrections that read, gate and write, and their fusion into a defence that is put on a model."""
+
+from care_lens.repair.base import HookPair, HookRepair, NoRepair
+from care_lens.repair.controls import random_control, shuffled_labels
+from care_lens.repair.correction import Correction
+from care_lens.repair.fusion import HybridFusion
+from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate
+from care_lens.repair.positions import Positions
+from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
+from care_lens.repair.reading import read_scores
+from care_lens.repair.writer import Writer
+
+__all__ = [
+    "AlwaysOpen",
+    "ConformalGate",
+    "Correction",
+    "EnergyReader",
+    "Gate",
+    "HookPair",
+    "HookRepair",
+    "HybridFusion",
+    "LinearReader",
+    "MaxReader",
+    "NoRepair",
+    "Positions",
+    "Reader",
+    "SiteReader",
+    "Writer",
+    "random_control",
+    "read_scores",
+    "shuffled_labels",
+]

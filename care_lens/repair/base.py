@@ -1,0 +1,80 @@
+"""What repairs that act through hooks have in common: they are put on a model for a while, for any batch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from care_lens.lvlm import HookedLVLM, LVLMInputs
+
+HookPair = tuple[str, Callable[..., Any]]
+"""A TransformerLens hook: the name of a hook point, and ``fn(activation, hook)``."""
+
+
+class HookRepair(ABC):
+    """A repair that is a set of forward hooks. Satisfies :class:`care_lens.core.Repair`."""
+
+    name: str
+
+    @abstractmethod
+    def fwd_hooks(self, inputs: LVLMInputs) -> list[HookPair]:
+        """Hooks for one batch: its forward passes, and generation from it with a key-value cache.
+
+        Every whole-batch pass starts afresh, so the same hooks may be used again on the same batch.
+
+        Args:
+            inputs: The batch.
+
+        Returns:
+            TransformerLens ``(name, fn)`` pairs. Where they meet other hooks at one place, each sees what
+            those before it returned.
+        """
+
+    @abstractmethod
+    def check(self, lvlm: HookedLVLM) -> None:
+        """Refuse a model that this repair was not made for.
+
+        Raises:
+            ValueError: If a site is not there, or of another width.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Its settings, as JSON-able values."""
+
+    @contextmanager
+    def on(self, lvlm: HookedLVLM) -> Iterator[HookedLVLM]:
+        """Put the repair on a model: all it runs and generates is repaired until the block is left.
+
+        Hooks are made anew for every batch. They come before the hooks given to a call, so caches and
+        interventions see the repaired model.
+
+        Args:
+            lvlm: The model.
+
+        Yields:
+            The model.
+
+        Raises:
+            ValueError: If the model does not fit.
+        """
+        self.check(lvlm)
+        with lvlm.hooks_for_each_batch(self.fwd_hooks):
+            yield lvlm
+
+
+class NoRepair(HookRepair):
+    """The model as it is: the first row of a defence table."""
+
+    name = "none"
+
+    def fwd_hooks(self, inputs: LVLMInputs) -> list[HookPair]:
+        """None."""
+        return []
+
+    def check(self, lvlm: HookedLVLM) -> None:
+        """Fits every model."""
+
+    def describe(self) -> dict[str, Any]:
+        """Its name."""
+        return {"name": self.name}

@@ -1,0 +1,110 @@
+"""Controls: what must stand beside every repair figure.
+
+:func:`random_control` keeps a repair's structure, readers, gates and targets, and writes along random
+directions instead, by as much: it says whether WHERE the repair writes matters, or any edit of that size on
+those requests would do. :func:`shuffled_labels` gives the rows for a fit that has nothing to find, which says
+what fitting alone brings.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from care_lens.core.site import Site, SiteLike
+from care_lens.repair.correction import Correction
+from care_lens.repair.fusion import HybridFusion
+from care_lens.repair.writer import Writer
+
+
+def random_control(
+    fusion: HybridFusion, activations: Mapping[SiteLike, Float[Tensor, "n d"]], *, seed: int = 0
+) -> HybridFusion:
+    """The same repair with random subspaces in its writers.
+
+    Each writer's pair W, L is carried by a random isometry from its own span to a random subspace, so rank,
+    obliqueness and lengths stay; then alpha is scaled so that its mean edit norm on the given activations is
+    the original's. Norms are matched writer by writer, before fusion.
+
+    Args:
+        fusion: The repair.
+        activations: For each site written, [n, d] activations such as those the repair meets there (benign
+            and malicious).
+        seed: Seed of the generator.
+
+    Returns:
+        The control, named "random control of ...".
+
+    Raises:
+        ValueError: If a site's activations are missing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = {Site.parse(site): tensor for site, tensor in activations.items()}
+
+    def randomised(correction: Correction) -> Correction:
+        return dataclasses.replace(correction, writer=_random_writer(correction.writer, rows, generator))
+
+    return dataclasses.replace(
+        fusion,
+        visual=tuple(randomised(correction) for correction in fusion.visual),
+        textual=tuple(randomised(correction) for correction in fusion.textual),
+        name=f"random control of {fusion.name}",
+        provenance={**fusion.provenance, "control": "random subspace", "control_seed": seed},
+    )
+
+
+def _random_writer(writer: Writer, rows: Mapping[Site, Tensor], generator: torch.Generator) -> Writer:
+    if writer.site not in rows:
+        raise ValueError(f"activations must hold the site {writer.site}, got {[str(site) for site in rows]}")
+    write, left = writer.write.double().cpu(), writer.left.double().cpu()
+    span = torch.linalg.qr(torch.cat([write, left], dim=1)).Q
+    gaussian = torch.randn(span.shape, generator=generator, dtype=torch.float64)
+    image = torch.linalg.qr(gaussian).Q
+    moved = dataclasses.replace(
+        writer,
+        write=(image @ (span.T @ write)).to(writer.write),
+        left=(image @ (span.T @ left)).to(writer.left),
+    )
+    here = rows[writer.site].to(writer.target)
+    original, random = (w.delta(here).norm(dim=-1).double().mean() for w in (writer, moved))
+    return dataclasses.replace(moved, alpha=writer.alpha * float(original / random))
+
+
+def shuffled_labels(
+    benign: Float[Tensor, "n_benign d"],
+    malicious: Float[Tensor, "n_malicious d"],
+    *,
+    seed: int = 0,
+    groups: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> tuple[Float[Tensor, "n_first d"], Float[Tensor, "n_second d"]]:
+    """The same rows, dealt to the two classes at random.
+
+    Args:
+        benign: [n_benign, d] rows.
+        malicious: [n_malicious, d] rows.
+        seed: Seed of the generator.
+        groups: The item of each benign and of each malicious row: rows of one item and class are dealt
+            together, since they are not independent; the classes' numbers of such units are kept. None: every
+            row by itself.
+
+    Returns:
+        Two sets of rows to fit as benign and malicious; without groups, of the sizes given.
+
+    Raises:
+        ValueError: If groups are not as long as the rows.
+    """
+    labels = groups or (range(len(benign)), range(len(malicious)))
+    if [len(names) for names in labels] != [len(benign), len(malicious)]:
+        raise ValueError(
+            f"groups must be as long as the rows ({len(benign)}, {len(malicious)}), got "
+            f"{[len(names) for names in labels]}"
+        )
+    keys = [(kind, name) for kind, names in enumerate(labels) for name in names]
+    units = list(dict.fromkeys(keys))
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
+    n_benign = sum(kind == 0 for kind, _ in units)
+    dealt = {units[unit] for unit in order[:n_benign]}
+    rows, first = torch.cat([benign, malicious]), torch.tensor([key in dealt for key in keys])
+    return rows[first], rows[~first]

@@ -1,0 +1,83 @@
+"""A correction: a reader gives a score, a gate opens on it, a writer edits. The paper's has no gate."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from care_lens.core.site import Site
+from care_lens.repair.gate import AlwaysOpen, Gate
+from care_lens.repair.positions import Positions
+from care_lens.repair.reader import Reader, SiteReader
+from care_lens.repair.writer import Writer
+from care_lens.subspace import SafetySubspace
+
+Modality = Literal["visual", "textual"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Correction:
+    """``h' = h - alpha g W L^T (h - target)``, with g from what the reader sees.
+
+    g is decided for each row at prefill, from activations before this repair's edits at the reader's own site
+    (edits below it are seen), and holds for the row from then on; generated tokens that the reader reads can
+    open it further.
+
+    Attributes:
+        writer: What is done.
+        reader: What is looked at; None: nothing, the gate must then be always open. Each of its sites must be
+            the writer's or come before it in the forward pass.
+        gate: How far the writer acts on the reader's score.
+        modality: "visual" or "textual" if it was fitted for one, else None.
+        name: A label.
+
+    Raises:
+        ValueError: If the reader sits above the writer, or a gate has no reader.
+    """
+
+    writer: Writer
+    reader: Reader | None = None
+    gate: Gate = AlwaysOpen()
+    modality: Modality | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.reader is None and not isinstance(self.gate, AlwaysOpen):
+            raise ValueError(
+                f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score"
+            )
+        late = [str(leaf.site) for leaf in self.leaves if leaf.site > self.writer.site]
+        if late:
+            raise ValueError(
+                f"reader must sit at or before its writer ({self.writer.site}), got {late}, which the model "
+                "computes later; move the reader down or the writer up"
+            )
+
+    @property
+    def leaves(self) -> tuple[SiteReader, ...]:
+        """The readers of single sites it depends on."""
+        return () if self.reader is None else self.reader.leaves
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites it reads and writes, in the order of the forward pass."""
+        return tuple(sorted({self.writer.site, *(leaf.site for leaf in self.leaves)}))
+
+    @classmethod
+    def care(
+        cls, subspace: SafetySubspace, *, alpha: float = 1.0, beta: float = 1.0, scope: Positions = "all"
+    ) -> "Correction":
+        """The paper's correction: always open, ``h' = h - alpha P (h - beta mean_benign)``.
+
+        Args:
+            subspace: The fitted subspace.
+            alpha: Strength; published runs use 4 to 4.5.
+            beta: How much of the benign mean to put in place of what is removed.
+            scope: Which tokens are edited.
+
+        Returns:
+            The correction, of the subspace's modality.
+
+        Raises:
+            ValueError: If the subspace does not say which site it belongs to.
+        """
+        writer = Writer.from_subspace(subspace, alpha=alpha, beta=beta, scope=scope)
+        return cls(writer=writer, modality=subspace.modality)

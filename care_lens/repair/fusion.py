@@ -1,0 +1,196 @@
+"""Hybrid fusion of visual and textual corrections: the paper's repair, and ours where corrections are gated.
+
+At a site, the visual corrections, each after the other, make the edit D_v of an activation, and the textual
+ones D_t, both from the same activation and with their gates applied (a closed gate makes 0). They are
+combined per token:
+
+- "adaptive" (the paper's): ``h + w D_v + (1 - w) D_t`` with ``w = ||D_v|| / (||D_v|| + ||D_t||)`` of the
+  gated edits at alpha = 1, so that strength and weight stay apart. The weights are a convex average: of two
+  equal, orthogonal edits each is half applied. A modality whose gate is closed has weight 0, and the other
+  acts in full.
+- "sequential": visual, then textual on the result.
+- "parallel": ``h + weights[0] D_v + weights[1] D_t``; the weights are fixed, whatever the gates do.
+- "modality": D_v at image tokens, D_t at all others.
+
+Tokens outside the scope, padding, and tokens whose edit is zero keep their activation bit for bit. Edits are
+computed in float32 (float64 in a float64 model) and cast back; they are differentiable, except through a hard
+gate.
+
+Source: Fu et al., CVPR 2026, arXiv:2603.27240 (fusion); gates are ours. Cost: O(d k) a token and correction.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from care_lens.core.site import Site
+from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.repair import store
+from care_lens.repair.base import HookPair, HookRepair
+from care_lens.repair.correction import Correction
+from care_lens.repair.fuse import GatedWriter, fused_edit
+from care_lens.repair.gate import Gate
+from care_lens.repair.placed import compute_dtype
+from care_lens.repair.positions import BatchView, Positions, check_positions
+from care_lens.repair.reader import Reader
+from care_lens.repair.reading import Readings
+
+Rule = Literal["adaptive", "sequential", "parallel", "modality"]
+RULES: tuple[str, ...] = ("adaptive", "sequential", "parallel", "modality")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HybridFusion(HookRepair):
+    """Visual and textual corrections, and how they are combined.
+
+    Attributes:
+        visual: Corrections of the visual modality; those of one site act in this order.
+        textual: Corrections of the textual modality.
+        rule: "adaptive", "sequential", "parallel" or "modality".
+        weights: Of visual and textual edits under "parallel".
+        scope: Which tokens are edited; a writer's own scope narrows it.
+        name: Row of a defence table.
+        provenance: What it came from, JSON-able: model, data, fit.
+
+    Raises:
+        ValueError: If there is no correction, one is of the other modality, or an option is not known.
+    """
+
+    visual: tuple[Correction, ...] = ()
+    textual: tuple[Correction, ...] = ()
+    rule: Rule = "adaptive"
+    weights: tuple[float, float] = (0.5, 0.5)
+    scope: Positions = "all"
+    name: str = "care"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "visual", tuple(self.visual))
+        object.__setattr__(self, "textual", tuple(self.textual))
+        if not self.corrections:
+            raise ValueError(
+                "visual or textual must hold a correction, got none; for the model as it is use NoRepair"
+            )
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
+        check_positions(self.scope, name="scope")
+        for modality, corrections in (("visual", self.visual), ("textual", self.textual)):
+            wrong = [c.modality for c in corrections if c.modality not in (None, modality)]
+            if wrong:
+                raise ValueError(
+                    f"corrections given as {modality} must be fitted for that, got {wrong}; swap them"
+                )
+
+    @property
+    def corrections(self) -> tuple[Correction, ...]:
+        """All corrections, visual first."""
+        return (*self.visual, *self.textual)
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """The corrections' readers, each once."""
+        return tuple(dict.fromkeys(c.reader for c in self.corrections if c.reader is not None))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites it reads and writes, in the order of the forward pass."""
+        return tuple(sorted({site for correction in self.corrections for site in correction.sites}))
+
+    def with_gate(self, gate: Gate) -> "HybridFusion":
+        """The same repair with this gate on every correction that has a reader."""
+
+        def gated(corrections: Sequence[Correction]) -> tuple[Correction, ...]:
+            return tuple(c if c.reader is None else dataclasses.replace(c, gate=gate) for c in corrections)
+
+        return dataclasses.replace(self, visual=gated(self.visual), textual=gated(self.textual))
+
+    def check(self, lvlm: HookedLVLM) -> None:
+        """Refuse a model that this repair was not made for.
+
+        Args:
+            lvlm: The model.
+
+        Raises:
+            ValueError: If a site is not there, or of another width than what is read or written there.
+        """
+        for correction in self.corrections:
+            for part in (correction.writer, *correction.leaves):
+                if (width := lvlm.width(part.site)) != part.width:
+                    raise ValueError(
+                        f"{type(part).__name__} at {part.site} must be as wide as the model there ({width}), "
+                        f"got {part.width}; it was fitted on another model or site"
+                    )
+
+    def fwd_hooks(self, inputs: LVLMInputs) -> list[HookPair]:
+        """Hooks for one batch: its forward passes, and generation from it with a key-value cache.
+
+        Every whole-batch pass starts afresh, so the same hooks may be used again on the same batch. On
+        another batch they raise ValueError.
+
+        Args:
+            inputs: The batch.
+
+        Returns:
+            TransformerLens ``(name, fn)`` pairs, one a site and one that checks the tokens.
+        """
+        view = BatchView(inputs)
+        readings = Readings(view)
+        return [view.guard(), *((str(site), self._hook(site, view, readings)) for site in self.sites)]
+
+    def _hook(self, site: Site, view: BatchView, readings: Readings) -> Any:
+        leaves = tuple(dict.fromkeys(leaf for r in self.readers for leaf in r.leaves if leaf.site == site))
+        visual = tuple(c for c in self.visual if c.writer.site == site)
+        textual = tuple(c for c in self.textual if c.writer.site == site)
+        own = ("image", "text") if self.rule == "modality" else ("all", "all")
+
+        def repair(activation: Tensor, hook: Any) -> Tensor:
+            for leaf in leaves:
+                readings.update(leaf, activation)
+            edit = fused_edit(
+                activation.to(compute_dtype(activation.dtype)),
+                [self._gated(correction, own[0], activation, view, readings) for correction in visual],
+                [self._gated(correction, own[1], activation, view, readings) for correction in textual],
+                rule=self.rule,
+                weights=self.weights,
+            )
+            touched = (edit != 0).any(dim=-1, keepdim=True)
+            if not bool(touched.any()):
+                return activation
+            return torch.where(touched, (activation + edit).to(activation.dtype), activation)
+
+        return repair
+
+    def _gated(
+        self, correction: Correction, own: str, activation: Tensor, view: BatchView, readings: Readings
+    ) -> GatedWriter:
+        prefill = view.is_prefill(activation.shape)
+        mask = view.mask(own, prefill=prefill)
+        for scope in (self.scope, correction.writer.scope):
+            mask = mask & view.mask(scope, prefill=prefill)
+        openness = mask.to(activation.device, compute_dtype(activation.dtype))
+        if correction.reader is not None:
+            openness = openness * correction.gate(readings.score(correction.reader)).to(openness)
+        return GatedWriter(correction.writer, openness)
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings as JSON-able values; tensors by shape and norm."""
+        return store.describe(self)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``repair.json`` and ``repair.safetensors`` into a directory, made if it does not exist."""
+        store.save(self, directory)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "HybridFusion":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If a file is not there.
+            ValueError: If the files hold something else, or come from a newer version.
+        """
+        return store.load(cls, directory)

@@ -1,0 +1,308 @@
+"""Readers: what a repair looks at to decide whether a request is unsafe.
+
+A reader gives every row of a batch a score, larger where the request looks more harmful, from activations at
+one site (:class:`EnergyReader`, :class:`LinearReader`) or at several (:class:`MaxReader`). At a site each
+token has a score; the prompt's are pooled over the positions that are read, a generated token counts by
+itself, and what holds from a token on is the largest so far. A score is ``(raw - location) / scale``;
+:meth:`Reader.standardised` takes the two from benign scores, so that readers of different units can be
+compared and combined.
+
+Reader and writer of a correction may differ in site and subspace: generalised eigenvectors read well and
+write badly, the difference of means is the reverse.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from care_lens.core.site import Site
+from care_lens.repair.placed import PlacedTensors, compute_dtype
+from care_lens.repair.positions import Positions, check_positions, check_site
+from care_lens.subspace import SafetySubspace
+
+AnyReader = TypeVar("AnyReader", bound="Reader")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reader(ABC):
+    """A score for every row of a batch.
+
+    Attributes:
+        location: Subtracted from the raw score.
+        scale: Divides it after that; above 0.
+
+    Raises:
+        ValueError: If the scale is not above 0.
+    """
+
+    location: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"scale must be above 0, got {self.scale}")
+
+    @property
+    @abstractmethod
+    def leaves(self) -> tuple["SiteReader", ...]:
+        """The readers of single sites that this one is made of."""
+
+    @abstractmethod
+    def combine(self, scores: Mapping["SiteReader", Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
+        """The reader's score from those of its leaves."""
+
+    def standardised(self: AnyReader, benign: Float[Tensor, "n"]) -> AnyReader:
+        """The same reader in units of the spread of benign scores.
+
+        Args:
+            benign: Scores of this reader on benign examples, none of which calibrates the gate.
+
+        Returns:
+            The reader whose scores on those examples have mean 0 and standard deviation 1.
+
+        Raises:
+            ValueError: If the scores do not vary or are not finite.
+        """
+        mean, spread = float(benign.double().mean()), float(benign.double().std())
+        if not 0 < spread < float("inf"):
+            raise ValueError(
+                f"benign scores must be finite and vary, got {len(benign)} of standard deviation {spread}"
+            )
+        return replace(self, location=self.location + self.scale * mean, scale=self.scale * spread)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SiteReader(Reader, PlacedTensors):
+    """A reader of one site.
+
+    Attributes:
+        site: Where it reads; a [batch, pos, d] site of the language tower.
+        positions: Which tokens it reads. "last", the default, is the last prompt token, where the whole
+            request is known.
+        pooling: How the prompt's tokens make one score: "max" or "mean".
+
+    Raises:
+        ValueError: If site, positions or pooling are not such.
+    """
+
+    site: Site
+    positions: Positions = "last"
+    pooling: Literal["max", "mean"] = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_site(self.site, name="site of a reader")
+        check_positions(self.positions, name="positions")
+        if self.pooling not in ("max", "mean"):
+            raise ValueError(f"pooling must be 'max' or 'mean', got {self.pooling!r}")
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Size of the last axis of the activations it reads."""
+
+    @abstractmethod
+    def raw(self, activation: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
+        """The score of each token, before location and scale."""
+
+    @property
+    def leaves(self) -> tuple["SiteReader", ...]:
+        """Itself."""
+        return (self,)
+
+    def combine(self, scores: Mapping["SiteReader", Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
+        """Its own score."""
+        return scores[self]
+
+    def tokens(self, activation: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
+        """The score of each token.
+
+        Args:
+            activation: [batch, pos, d] at the site.
+
+        Returns:
+            [batch, pos] scores in float32 (float64 for a float64 activation).
+
+        Raises:
+            ValueError: If the activation's width is not the reader's.
+        """
+        if activation.shape[-1] != self.width:
+            raise ValueError(
+                f"activation at {self.site} must be {self.width} wide for this reader, got "
+                f"{activation.shape[-1]}; fit it on this model and site"
+            )
+        return (self.raw(activation.to(compute_dtype(activation.dtype))) - self.location) / self.scale
+
+    def score(
+        self, activation: Float[Tensor, "batch pos d"], mask: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch"]:
+        """The score of each row, its tokens pooled.
+
+        Args:
+            activation: [batch, pos, d] at the site.
+            mask: [batch, pos] the tokens to pool.
+
+        Returns:
+            [batch] scores; -inf for a row without such tokens.
+        """
+        return pool(self.tokens(activation), mask, self.pooling)
+
+
+def pool(
+    scores: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], pooling: str
+) -> Float[Tensor, "batch"]:
+    """Maximum or mean of a row's scores under a mask; -inf for a row where the mask is empty."""
+    if pooling == "max":
+        return scores.masked_fill(~mask, -torch.inf).amax(dim=1)
+    count = mask.sum(dim=1)
+    mean = scores.masked_fill(~mask, 0.0).sum(dim=1) / count.clamp(min=1)
+    return mean.masked_fill(count == 0, -torch.inf)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EnergyReader(SiteReader):
+    """Energy of a subspace: raw score ``||read^T (h - centre)||^2``, in units of benign variance summed over
+    the rank.
+
+    Attributes:
+        read: [d, k] directions, scaled so that benign activations have unit variance along each.
+        centre: [d] benign mean.
+    """
+
+    read: Float[Tensor, "d k"]
+    centre: Float[Tensor, "d"]
+
+    @classmethod
+    def from_subspace(
+        cls,
+        subspace: SafetySubspace,
+        *,
+        positions: Positions = "last",
+        pooling: Literal["max", "mean"] = "max",
+    ) -> "EnergyReader":
+        """Read a fitted subspace at the site it was fitted on.
+
+        Args:
+            subspace: The subspace.
+            positions: Which tokens to read.
+            pooling: "max" or "mean" over the prompt's tokens.
+
+        Returns:
+            The reader.
+
+        Raises:
+            ValueError: If the subspace does not say which site it belongs to.
+        """
+        site = fitted_site(subspace)
+        return cls(
+            site=site, read=subspace.read, centre=subspace.mean_benign, positions=positions, pooling=pooling
+        )
+
+    @property
+    def width(self) -> int:
+        """Size of the last axis of the activations it reads."""
+        return self.read.shape[0]
+
+    def raw(self, activation: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
+        """The energy of each token."""
+        read, centre = self.placed("read", "centre", like=activation)
+        return ((activation - centre) @ read).square().sum(dim=-1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearReader(SiteReader):
+    """Coordinate along a direction: raw score ``(h - centre) . direction``, signed.
+
+    Attributes:
+        direction: [d] points from benign to malicious.
+        centre: [d] where the score is 0.
+    """
+
+    direction: Float[Tensor, "d"]
+    centre: Float[Tensor, "d"]
+
+    @classmethod
+    def from_subspace(
+        cls,
+        subspace: SafetySubspace,
+        *,
+        positions: Positions = "last",
+        pooling: Literal["max", "mean"] = "max",
+    ) -> "LinearReader":
+        """Read the first direction of a fitted subspace, turned towards the malicious mean.
+
+        With ``contrast="mean"`` and the benign metric this is linear discriminant analysis with the benign
+        covariance.
+
+        Args:
+            subspace: The subspace.
+            positions: Which tokens to read.
+            pooling: "max" or "mean" over the prompt's tokens.
+
+        Returns:
+            The reader.
+
+        Raises:
+            ValueError: If the subspace does not say which site it belongs to.
+        """
+        direction, centre = subspace.read[:, 0], subspace.mean_benign
+        if direction @ (subspace.mean_malicious - centre) < 0:
+            direction = -direction
+        site = fitted_site(subspace)
+        return cls(site=site, direction=direction, centre=centre, positions=positions, pooling=pooling)
+
+    @property
+    def width(self) -> int:
+        """Size of the last axis of the activations it reads."""
+        return self.direction.shape[0]
+
+    def raw(self, activation: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
+        """The coordinate of each token."""
+        direction, centre = self.placed("direction", "centre", like=activation)
+        return (activation - centre) @ direction
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaxReader(Reader):
+    """The largest score of several readers, of one site or of several.
+
+    Attributes:
+        readers: The readers; standardise them first, so that their scores are of one unit.
+
+    Raises:
+        ValueError: If there are none.
+    """
+
+    readers: tuple[Reader, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.readers:
+            raise ValueError("readers must hold at least one reader, got none")
+
+    @property
+    def leaves(self) -> tuple[SiteReader, ...]:
+        """The leaves of all its readers, each once."""
+        return tuple(dict.fromkeys(leaf for reader in self.readers for leaf in reader.leaves))
+
+    def combine(self, scores: Mapping[SiteReader, Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
+        """The largest of its readers' scores."""
+        largest = torch.stack([reader.combine(scores) for reader in self.readers]).amax(dim=0)
+        return (largest - self.location) / self.scale
+
+
+def fitted_site(subspace: SafetySubspace) -> Site:
+    """The site a subspace was fitted on.
+
+    Raises:
+        ValueError: If it does not say.
+    """
+    site: Any = subspace.site
+    if site is None:
+        raise ValueError("subspace must say which site it was fitted on, got None; fit it with site=...")
+    return Site.parse(site)

@@ -1,0 +1,149 @@
+"""Reading: the scores of a batch while it goes through the model, and of many examples offline.
+
+At prefill every read position has its token score; those of the prompt are pooled to one number, which holds
+for all of the row's prompt, and from each response or generated token on the row's score is the largest so
+far. So a teacher-forced run and generation with a cache give the same scores.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from care_lens.core.examples import Example
+from care_lens.lvlm import HookedLVLM
+from care_lens.repair.positions import BatchView, includes_generated
+from care_lens.repair.reader import Reader, SiteReader, pool
+
+
+class Readings:
+    """The scores of one batch, kept up to date by hooks.
+
+    Args:
+        view: The batch.
+    """
+
+    def __init__(self, view: BatchView) -> None:
+        self._view = view
+        self._now: dict[SiteReader, Tensor] = {}
+        self._latest: dict[SiteReader, Tensor] = {}
+
+    def update(self, leaf: SiteReader, activation: Float[Tensor, "batch pos d"]) -> None:
+        """Read an activation: the whole batch, which starts afresh, or one generated token a row.
+
+        Args:
+            leaf: The reader.
+            activation: [batch, pos, d] at its site.
+
+        Raises:
+            ValueError: If the activation is of another batch.
+        """
+        prefill = self._view.is_prefill(activation.shape)
+        tokens = leaf.tokens(activation)
+        mask = self._view.mask(leaf.positions, prefill=prefill).to(tokens.device)
+        if prefill:
+            answered = self._view.mask("response", prefill=True).to(tokens.device)
+            prompt = pool(tokens, mask & ~answered, leaf.pooling)
+            running = tokens.masked_fill(~(mask & answered), -torch.inf).cummax(dim=1).values
+            now = torch.maximum(prompt[:, None], running).amax(1,keepdim=True).expand_as(running)
+        else:
+            now = torch.maximum(self._latest[leaf][:, None], tokens.masked_fill(~mask, -torch.inf))
+        self._now[leaf], self._latest[leaf] = now, now[:, -1]
+
+    def score(self, reader: Reader) -> Float[Tensor, "batch pos"]:
+        """The reader's score as it stands at each position of the forward pass under way."""
+        return reader.combine(self._now)
+
+
+def read_scores(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    readers: Sequence[Reader],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 0,
+    progress: bool = True,
+) -> Float[Tensor, "example reader"]:
+    """Each reader's largest score on each example, in a run without corrections.
+
+    To calibrate a gate, give the ``max_new_tokens`` that the repaired model will generate: readers of
+    generated tokens then read the model's own answers, up to their end. The last token of an answer is never
+    read, since the model never is given it.
+
+    Args:
+        lvlm: The model, without a repair on it.
+        examples: The examples; their responses are not used.
+        readers: The readers.
+        batch_size: Examples a forward pass.
+        max_new_tokens: Longest answer to read; matters to readers of generated tokens only.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        [example, reader] scores in float32 on the CPU; -inf where an example has nothing to read (no image).
+
+    Raises:
+        ValueError: If this model has no such site.
+    """
+    leaves = tuple(dict.fromkeys(leaf for reader in readers for leaf in reader.leaves))
+    answers = max_new_tokens > 1 and any(includes_generated(leaf.positions) for leaf in leaves)
+    rows: list[Tensor] = []
+    for start in tqdm(range(0, len(examples), batch_size), desc="reading", disable=not progress):
+        inputs = lvlm.prepare(examples[start : start + batch_size])
+        seen = _Recorder(BatchView(inputs), leaves)
+        with torch.no_grad():
+            if answers:
+                tokens = lvlm.generate(
+                    inputs, max_new_tokens=max_new_tokens, fwd_hooks=seen.hooks()
+                ).new_tokens
+                scores = seen.scores(_before_end(tokens, _end_tokens(lvlm)))
+            else:
+                lvlm.run_with_hooks(inputs, fwd_hooks=seen.hooks(), logits_to_keep=1)
+                scores = seen.scores(None)
+        rows.append(torch.stack([reader.combine(scores) for reader in readers], dim=1).float().cpu())
+    return torch.cat(rows) if rows else torch.zeros(0, len(readers))
+
+
+class _Recorder:
+    """Keeps the prompt's score and the score of every generated token."""
+
+    def __init__(self, view: BatchView, leaves: Iterable[SiteReader]) -> None:
+        self._view = view
+        self._prompt: dict[SiteReader, Tensor] = {}
+        self._steps: dict[SiteReader, list[Tensor]] = {leaf: [] for leaf in leaves}
+
+    def hooks(self) -> list[tuple[str, Any]]:
+        return [(str(leaf.site), self._hook(leaf)) for leaf in self._steps]
+
+    def _hook(self, leaf: SiteReader) -> Any:
+        def read(activation: Tensor, hook: Any) -> None:
+            if self._view.is_prefill(activation.shape):
+                mask = self._view.mask(leaf.positions, prefill=True).to(activation.device)
+                self._prompt[leaf] = leaf.score(activation, mask)
+            elif includes_generated(leaf.positions):
+                self._steps[leaf].append(leaf.tokens(activation)[:, 0])
+
+        return read
+
+    def scores(self, counted: Tensor | None) -> dict[SiteReader, Tensor]:
+        """[batch] scores of each leaf; ``counted`` [batch, new] is True at the tokens of the answer."""
+        scores = dict(self._prompt)
+        for leaf, steps in self._steps.items():
+            if counted is not None and steps:
+                answer = torch.stack(steps, dim=1)
+                mask = counted[:, : len(steps)].to(answer.device)
+                scores[leaf] = torch.maximum(scores[leaf], pool(answer, mask, "max"))
+        return scores
+
+
+def _end_tokens(lvlm: HookedLVLM) -> list[int]:
+    end = lvlm.hf_model.generation_config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def _before_end(tokens: Tensor, end: list[int]) -> Tensor:
+    """[batch, new] True before a row's first end token."""
+    ended = torch.isin(tokens, torch.tensor(end, dtype=tokens.dtype, device=tokens.device))
+    return ended.long().cumsum(dim=1) == 0
