@@ -75,7 +75,7 @@ def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=vocab["<image>"],
+        image_token_index=vocab["<image>"],
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )

@@ -14,9 +14,10 @@ from PIL import Image  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
-WORDS = (
+TEXT = (
     "what is in the picture how to make a user assistant yes no sorry sure i cannot help red blue first then"
-).split()  # noqa: SIM905
+)
+WORDS = TEXT.split()
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {% for c in m.content %}"
     "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"

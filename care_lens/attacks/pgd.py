@@ -145,7 +145,8 @@ def pgd(
     Raises:
         ValueError: If an option is out of range, an example has no picture, targets and examples differ in
             number, or the processor changes the pictures.
-        RuntimeError: If a picture found does not survive the round trip through the processor.
+        RuntimeError: If a picture found does not survive the round trip through the processor, or the defence cuts
+            the gradient off.
 
     Example:
         >>> result = pgd(lvlm, examples, targets=["sure"], epsilon=16, steps=40)  # doctest: +SKIP
@@ -232,6 +233,11 @@ def _descend(
             total = values.sum()
         _keep_better(best, best_loss, quantised.detach(), values.detach(), active)
         if step < steps:
+            if not total.requires_grad:
+                raise RuntimeError(
+                    "the loss must depend on the pixels differentiably, got one without a gradient; a hook of "
+                    "the defence detaches what it returns"
+                )
             (gradient,) = torch.autograd.grad(total, quantised)
             if step == 0:
                 _warn_if_hidden(gradient)

@@ -145,7 +145,7 @@ class RefusalDirection(HookRepair):
                 f"{candidates['induce'].max():.3g}, smallest kl {candidates['kl'].min():.3g}); does the "
                 "model refuse the harmful requests and answer the harmless ones?"
             )
-        best = kept.loc[kept["bypass"].idxmin()]
+        best = kept.sort_values("bypass").iloc[0]
         layer, position = int(best["layer"]), int(best["position"])
         return cls(
             direction=directions[position, layer].float(),

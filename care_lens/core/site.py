@@ -124,8 +124,8 @@ class Site:
         except ValueError as error:
             raise ValueError(f"site {site!r} is not known: {error}") from None
         raise ValueError(
-            "site must look like 'blocks.3.hook_mlp_out', 'vision.blocks.3.hook_mlp_out', 'vision.hook_embed' "
-            f"or 'projector.hook_out', got {site!r}"
+            "site must look like 'blocks.3.hook_mlp_out', 'vision.blocks.3.hook_mlp_out', "
+            f"'vision.hook_embed' or 'projector.hook_out', got {site!r}"
         )
 
 

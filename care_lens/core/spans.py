@@ -68,7 +68,8 @@ class PatchGrid:
         if not (0 <= col < self.cols and 0 <= row < self.rows):
             raise ValueError(
                 f"pixel must be in [{self.left}, {self.left + self.width}) x "
-                f"[{self.top}, {self.top + self.height}), got ({x}, {y}): the model does not see the rest of the picture"
+                f"[{self.top}, {self.top + self.height}), got ({x}, {y}): the model does not see "
+                "the rest of the picture"
             )
         return self.start + row * self.cols + col
 

@@ -8,12 +8,10 @@ resample at a time otherwise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-Values = Union[ArrayLike, Mapping[str, ArrayLike]]
 
 
 class Interval(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from care_lens.core.examples import Example, PairedExamples
-from care_lens.core.outcome import Judge, Outcome
+from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
 
 Split = Literal["fit", "calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -31,6 +31,9 @@ class Study:
         outcome: number read off the logits, larger = less safe, for mediation.
         pair_outcomes: another outcome for some pair sets.
         refusal: a refusal in the model's own words.
+        plain: the attack channel that the undefended model refuses; its mean activation is the refusal target.
+        gradient: test requests that the undefended model refuses, with pictures, to attack by gradient; responses are the
+            compliant answers aimed at.
         about: what it is, in a sentence or two for the report.
 
     Raises:
@@ -41,10 +44,12 @@ class Study:
     suites: Mapping[Split, Mapping[str, tuple[Example, ...]]]
     seen: Mapping[Modality, tuple[str, ...]]
     judge: Judge
-    outcome: Outcome
+    outcome: UnsafeMargin
     refusal: str
     pairs: Mapping[str, PairedExamples] = field(default_factory=dict)
     pair_outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    plain: str = "plain"
+    gradient: tuple[Example, ...] = ()
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -52,18 +57,14 @@ class Study:
         for split in SPLITS:
             for channel, examples in self.suites.get(split, {}).items():
                 if len({example.harmful for example in examples}) > 1:
-                    raise ValueError(
-                        f"channel {channel!r} must be all harmful or all benign; split it in two channels"
-                    )
+                    raise ValueError(f"channel {channel!r} must be all harmful or all benign; split it in two channels")
                 for example in examples:
                     if home.setdefault(example.group, split) != split:
                         raise ValueError(
                             f"group {example.group!r} must stand in one split, got {home[example.group]!r} and {split!r}; "
                             "use split_by_group"
                         )
-        missing = [
-            c for channels in self.seen.values() for c in channels if not self.suites.get("fit", {}).get(c)
-        ]
+        missing = [c for channels in self.seen.values() for c in channels if not self.suites.get("fit", {}).get(c)]
         if missing:
             raise ValueError(f"seen channels must have examples in the fit split, got none for {missing}")
 
@@ -80,11 +81,15 @@ class Study:
         suites = self.suites.get(split, {})
         return [example for channel in self.seen.get(modality, ()) for example in suites.get(channel, ())]
 
+    def refused(self, split: Split) -> list[Example]:
+        """Plain harmful requests of a split, which the undefended model refuses."""
+        return list(self.suites.get(split, {}).get(self.plain, ()))
+
     def limited(self, n: int) -> "Study":
         """The same study with at most n examples a channel and n pairs: for a quick look."""
         suites = {s: {c: e[:n] for c, e in channels.items()} for s, channels in self.suites.items()}
         pairs = {channel: p[:n] for channel, p in self.pairs.items()}
-        return replace(self, suites=suites, pairs=pairs)
+        return replace(self, suites=suites, pairs=pairs, gradient=self.gradient[:n])
 
 
 def split_by_group(
@@ -111,9 +116,7 @@ def split_by_group(
     home: dict[str, Split] = {}
     start = 0.0
     for split, share in shares.items():
-        home |= dict.fromkeys(
-            groups[round(start * len(groups)) : round((start + share) * len(groups))], split
-        )
+        home |= dict.fromkeys(groups[round(start * len(groups)) : round((start + share) * len(groups))], split)
         start += share
     out: dict[Split, dict[str, tuple[Example, ...]]] = {split: {} for split in SPLITS}
     for example in examples:

@@ -65,8 +65,8 @@ class BoundLVLM:
         bound = self.inputs
         if tokens.shape != bound.input_ids.shape:
             raise ValueError(
-                f"tokens must be of the bound batch's shape {tuple(bound.input_ids.shape)}, got {tuple(tokens.shape)}; "
-                "bind the batch they belong to"
+                f"tokens must be of the bound batch's shape {tuple(bound.input_ids.shape)}, "
+                f"got {tuple(tokens.shape)}; bind the batch they belong to"
             )
         tokens = tokens.to(bound.input_ids.device)
         if not torch.equal((tokens == image_token) & ~bound.spans.padding, bound.spans.image):

@@ -115,8 +115,8 @@ def _check_placeholders(found: int, images: int, row: int, processor: Any) -> No
             f"{token} for an image"
         )
     raise ValueError(
-        f"example {row} has {found} image placeholders ({token}) and {images} image; the chat template adds the "
-        f"placeholder, so take {token} out of its prompt"
+        f"example {row} has {found} image placeholders ({token}) and {images} image; the chat template adds "
+        f"the placeholder, so take {token} out of its prompt"
     )
 
 

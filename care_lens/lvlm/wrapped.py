@@ -1,4 +1,4 @@
-"""A TransformerBridge with the sites of its family on it: what they are called, what they are like, hooks at them."""
+"""A TransformerBridge with the sites of its family on it: their names, their facts, and hooks at them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from care_lens.lvlm.seams import install
 from care_lens.lvlm.sites import SiteInfo, describe, why_missing
 
 HookFn: TypeAlias = Callable[..., Any]
-"""``fn(activation, hook)``: returns a new tensor of the same shape, or None to leave the activation as it is."""
+"""``fn(activation, hook)``: returns a new tensor of the same shape, or None to leave things as they are."""
 
 FwdHooks: TypeAlias = Sequence[tuple[Site | str | Callable[[str], bool], HookFn]]
 """Pairs of a place (a site, any hook name of the bridge, or a filter of names) and a hook function."""
@@ -37,8 +37,8 @@ class WrappedBridge:
         self.family = family_of(model)
         if processor.image_token_id != model.config.image_token_id:
             raise ValueError(
-                f"processor must be the model's own: its image token is {processor.image_token_id}, the model's "
-                f"is {model.config.image_token_id}"
+                f"processor must be the model's own: its image token is {processor.image_token_id}, the "
+                f"model's is {model.config.image_token_id}"
             )
         self.bridge = bridge
         self.processor = processor
@@ -127,7 +127,7 @@ class WrappedBridge:
 
     @contextmanager
     def hooks(self: Wrapped, fwd_hooks: FwdHooks = ()) -> Iterator[Wrapped]:
-        """Have hooks on the model for the duration of a ``with`` block; they are gone after it, come what may.
+        """Have hooks on the model in a ``with`` block; they are gone after it, come what may.
 
         Args:
             fwd_hooks: Pairs of a place and a function. Where one place has several, each sees what those
@@ -163,7 +163,9 @@ class WrappedBridge:
 
     @contextmanager
     def batch_hooks(self: Wrapped, inputs: LVLMInputs) -> Iterator[Wrapped]:
-        """Have the hooks of :meth:`hooks_for_each_batch` for this batch on; every way of running the model does this.
+        """Have the hooks of :meth:`hooks_for_each_batch` for this batch on.
+
+        Every way of running the model does this.
 
         Raises:
             TypeError: If the inputs are not a prepared batch.

@@ -11,7 +11,7 @@ from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
 from care_lens.data.study import SPLITS, Study
 from care_lens.organism import channels, tasks
 from care_lens.organism.build import untrained, vocabulary
-from care_lens.organism.channels import examples, pairs, picture_pairs, picture_swaps, with_response
+from care_lens.organism.channels import examples, gradient_bases, pairs, picture_pairs, picture_swaps, with_response
 from care_lens.organism.judge import OrganismJudge
 from care_lens.organism.world import world
 
@@ -102,5 +102,6 @@ def study(*, seed: int = 0, per_item: int = 1) -> Study:
         pairs={channel: pairs(channel, "fit", seed=seed) for channel in ("typographic", "wrapper", "spelled")}
         | {"picture": picture_pairs("fit", seed=seed)},
         pair_outcomes={"picture": ResponseLogProb()},
+        gradient=tuple(gradient_bases(seed=seed)),
         about="A small LLaVA model trained from nothing in a closed world of made-up nouns; safety tuning saw plain text requests only.",
     )

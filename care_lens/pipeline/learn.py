@@ -1,7 +1,7 @@
 """Step 2: activations of the fit split, and what is learned from them: readers, writers, and the paper's printed form."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -13,15 +13,7 @@ from care_lens.core import Example, Site
 from care_lens.data.study import Modality, Study
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import (
-    Correction,
-    EnergyReader,
-    HybridFusion,
-    LinearReader,
-    SiteReader,
-    Writer,
-    shuffled_labels,
-)
+from care_lens.repair import Correction, EnergyReader, HybridFusion, LinearReader, SiteReader, Writer, shuffled_labels
 from care_lens.subspace import SafetySubspace
 
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -43,9 +35,7 @@ class FitRows:
     malicious: Mapping[Modality, Activations]
     refused: Activations
 
-    def classes(
-        self, site: Site, modality: Modality
-    ) -> tuple[Float[Tensor, "n_benign d"], Float[Tensor, "n_malicious d"]]:
+    def classes(self, site: Site, modality: Modality) -> tuple[Float[Tensor, "n_benign d"], Float[Tensor, "n_malicious d"]]:
         """Benign and malicious rows at a site."""
         return self.benign.rows(site, "last"), self.malicious[modality].rows(site, "last")
 
@@ -64,31 +54,25 @@ def residual_sites(lvlm: HookedLVLM) -> list[Site]:
     return [Site("language", layer, "hook_resid_post") for layer in range(lvlm.n_layers())]
 
 
-def capture_fit(lvlm: HookedLVLM, study: Study, refused: Sequence[Example], settings: RunSettings) -> FitRows:
+def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> FitRows:
     """One forward pass over the fit split.
 
     Args:
         lvlm: the model.
         study: its example sets.
-        refused: plain harmful requests that the model refuses.
         settings: of the run.
     """
 
     def rows(examples: Sequence[Example]) -> Activations:
         return capture(
-            lvlm,
-            examples,
-            residual_sites(lvlm),
-            select=("last",),
-            batch_size=settings.batch_size,
-            progress=False,
+            lvlm, examples, residual_sites(lvlm), select=("last",), batch_size=settings.batch_size, progress=False
         )
 
     malicious = {m: study.malicious("fit", m) for m in MODALITIES}
     return FitRows(
         benign=rows(study.benign("fit")),
         malicious={m: rows(examples) for m, examples in malicious.items() if examples},
-        refused=rows(refused),
+        refused=rows(study.refused("fit")),
     )
 
 
@@ -105,9 +89,7 @@ def fit_reader_subspace(
     """
     benign, malicious = rows.classes(site, modality)
     if shuffle_seed is not None:
-        benign, malicious = shuffled_labels(
-            benign, malicious, seed=shuffle_seed, groups=rows.groups(modality)
-        )
+        benign, malicious = shuffled_labels(benign, malicious, seed=shuffle_seed, groups=rows.groups(modality))
     return SafetySubspace.fit(
         benign,
         malicious,
@@ -133,11 +115,7 @@ def refusal_writer(rows: FitRows, site: Site, *, alpha: float = 1.0) -> Writer:
     """
     complied = torch.cat([rows.malicious[m].rows(site, "last") for m in rows.modalities])
     return Writer.towards(
-        site,
-        target=rows.refused.rows(site, "last").mean(0),
-        source=complied.mean(0),
-        alpha=alpha,
-        scope="last",
+        site, target=rows.refused.rows(site, "last").mean(0), source=complied.mean(0), alpha=alpha, scope="last"
     )
 
 
@@ -159,14 +137,10 @@ def printed_form(
         The repair and its subspaces.
     """
     sites = [Site("language", layer, "hook_mlp_out") for layer in layers]
-    from dataclasses import replace
-
     textual = study.malicious("fit", "textual")
     classes: dict[Modality, tuple[list[Example], list[Example]]] = {
         "visual": (
-            [e for e in study.benign("fit") if e.image is not None][
-                : 4 * len(study.malicious("fit", "visual"))
-            ],
+            [e for e in study.benign("fit") if e.image is not None][: 4 * len(study.malicious("fit", "visual"))],
             study.malicious("fit", "visual"),
         ),
         "textual": ([replace(e, response=study.refusal) for e in textual], textual),
@@ -177,15 +151,7 @@ def printed_form(
         if not benign or not malicious:
             continue
         held = [
-            capture(
-                lvlm,
-                rows,
-                sites,
-                select=(SPAN[modality],),
-                responses=True,
-                batch_size=settings.batch_size,
-                progress=False,
-            )
+            capture(lvlm, rows, sites, select=(SPAN[modality],), responses=True, batch_size=settings.batch_size, progress=False)
             for rows in (benign, malicious)
         ]
         for site in sites:
@@ -201,7 +167,5 @@ def printed_form(
             )
             subspaces.append(subspace)
             corrections[modality].append(Correction.care(subspace, alpha=settings.printed_alpha))
-    fusion = HybridFusion(
-        visual=tuple(corrections["visual"]), textual=tuple(corrections["textual"]), name="CARE as printed"
-    )
+    fusion = HybridFusion(visual=tuple(corrections["visual"]), textual=tuple(corrections["textual"]), name="CARE as printed")
     return fusion, subspaces

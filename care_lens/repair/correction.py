@@ -1,16 +1,15 @@
 """A correction: a reader gives a score, a gate opens on it, a writer edits. The paper's has no gate."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from care_lens.core.site import Site
 from care_lens.repair.gate import AlwaysOpen, Gate
 from care_lens.repair.positions import Positions
 from care_lens.repair.reader import Reader, SiteReader
 from care_lens.repair.writer import Writer
-from care_lens.subspace import SafetySubspace
+from care_lens.subspace import Modality, SafetySubspace
 
-Modality = Literal["visual", "textual"]
+_OPEN = AlwaysOpen()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,7 +34,7 @@ class Correction:
 
     writer: Writer
     reader: Reader | None = None
-    gate: Gate = AlwaysOpen()
+    gate: Gate = _OPEN
     modality: Modality | None = None
     name: str = ""
 

@@ -93,6 +93,8 @@ class ConformalGate:
             ValueError: If epsilon is out of range, a score is not a number, or n < 1/epsilon - 1.
 
         Example:
+            >>> import torch
+            >>> from care_lens.repair import ConformalGate
             >>> ConformalGate.calibrate(torch.arange(19.0), epsilon=0.1).threshold
             17.0
         """

@@ -7,7 +7,7 @@ hold at prefill; every new token is text and generated, and is neither image, no
 """
 
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool
@@ -17,7 +17,7 @@ from care_lens.core.site import Site
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import LVLMInputs
 
-Positions = Union[str, tuple[str, ...]]
+Positions: TypeAlias = str | tuple[str, ...]
 """The name of a span, or several whose union is meant."""
 
 _GENERATED = frozenset({"all", "text", "response", "generated"})

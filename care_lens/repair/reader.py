@@ -234,7 +234,7 @@ class LinearReader(SiteReader):
         positions: Positions = "last",
         pooling: Literal["max", "mean"] = "max",
     ) -> "LinearReader":
-        """Read the first direction of a fitted subspace, turned towards the malicious mean.
+        """Read the first direction of a fitted subspace, on whose positive side the malicious mean is.
 
         With ``contrast="mean"`` and the benign metric this is linear discriminant analysis with the benign
         covariance.
@@ -250,11 +250,13 @@ class LinearReader(SiteReader):
         Raises:
             ValueError: If the subspace does not say which site it belongs to.
         """
-        direction, centre = subspace.read[:, 0], subspace.mean_benign
-        if direction @ (subspace.mean_malicious - centre) < 0:
-            direction = -direction
-        site = fitted_site(subspace)
-        return cls(site=site, direction=direction, centre=centre, positions=positions, pooling=pooling)
+        return cls(
+            site=fitted_site(subspace),
+            direction=subspace.read[:, 0],
+            centre=subspace.mean_benign,
+            positions=positions,
+            pooling=pooling,
+        )
 
     @property
     def width(self) -> int:

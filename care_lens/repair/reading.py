@@ -48,7 +48,7 @@ class Readings:
             answered = self._view.mask("response", prefill=True).to(tokens.device)
             prompt = pool(tokens, mask & ~answered, leaf.pooling)
             running = tokens.masked_fill(~(mask & answered), -torch.inf).cummax(dim=1).values
-            now = torch.maximum(prompt[:, None], running).amax(1,keepdim=True).expand_as(running)
+            now = torch.maximum(prompt[:, None], running)
         else:
             now = torch.maximum(self._latest[leaf][:, None], tokens.masked_fill(~mask, -torch.inf))
         self._now[leaf], self._latest[leaf] = now, now[:, -1]

@@ -1,4 +1,4 @@
-"""What "malicious against benign" means: the two matrices of the pencil, from the moments of the two classes."""
+"""What "malicious against benign" means: the two matrices of the pencil, from the moments of the classes."""
 
 from typing import Literal, get_args
 
@@ -12,9 +12,15 @@ Contrast = Literal["covariance", "second_moment", "mean"]
 Metric = Literal["benign", "identity"]
 
 
-def class_moments(benign: torch.Tensor, malicious: torch.Tensor, contrast: Contrast, metric: Metric) -> tuple[Moments, Moments]:
-    """Moments of the two classes, each with as many rows as the contrast needs; errors as for ``SafetySubspace.fit``."""
-    for name, value, options in (("contrast", contrast, get_args(Contrast)), ("metric", metric, get_args(Metric))):
+def class_moments(
+    benign: torch.Tensor, malicious: torch.Tensor, contrast: Contrast, metric: Metric
+) -> tuple[Moments, Moments]:
+    """Moments of the two classes, each with as many rows as the contrast needs; errors as for
+    ``SafetySubspace.fit``."""
+    for name, value, options in (
+        ("contrast", contrast, get_args(Contrast)),
+        ("metric", metric, get_args(Metric)),
+    ):
         if value not in options:
             raise SubspaceError(f"{name} must be one of {options}, got {value!r}")
     moments = (
@@ -34,9 +40,9 @@ def pencil(
 ) -> tuple[ShrunkCovariance, ShrunkCovariance]:
     """C_m and the metric (C_b, or the identity) of ``C_m u = lambda C_b u``.
 
-    "covariance": the malicious covariance, shrunk. "second_moment": that, plus ``delta delta^T`` with ``delta =
-    mean_malicious - mean_benign`` (added after shrinking): the second moment about the benign mean. "mean":
-    ``delta delta^T`` alone.
+    "covariance": the malicious covariance, shrunk. "second_moment": that, plus ``delta delta^T`` with
+    ``delta = mean_malicious - mean_benign`` (added after shrinking): the second moment about the benign mean.
+    "mean": ``delta delta^T`` alone.
     """
     delta = malicious.mean - benign.mean
     if contrast == "mean":

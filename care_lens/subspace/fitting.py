@@ -39,17 +39,34 @@ def fit_tensors(
     """The float32 tensors of a subspace and the diagnostics of its fit; see ``SafetySubspace.fit``."""
     if projection not in get_args(Projection):
         raise SubspaceError(f"projection must be one of {get_args(Projection)}, got {projection!r}")
+    if rank != "auto" and (not isinstance(rank, int) or isinstance(rank, bool)):
+        raise SubspaceError(f"rank must be 'auto' or a number, got {rank!r}")
     moments = class_moments(benign, malicious, contrast, metric)
 
-    def solve(of: tuple[Moments, Moments], rank: int, clip: bool) -> tuple[PencilSolution, ShrunkCovariance, ShrunkCovariance]:
+    def solve(
+        of: tuple[Moments, Moments], rank: int, clip: bool
+    ) -> tuple[PencilSolution, ShrunkCovariance, ShrunkCovariance]:
         numerator, denominator = pencil(*of, contrast=contrast, metric=metric, shrinkage=shrinkage)
-        return solve_pencil(numerator, denominator, rank=rank, solver=solver, clip=clip), numerator, denominator
+        return (
+            solve_pencil(numerator, denominator, rank=rank, solver=solver, clip=clip),
+            numerator,
+            denominator,
+        )
 
     def directions(held_in: Tensor, against: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of = class_moments(held_in, against, contrast, metric)
         most = min(_LARGEST_AUTO_RANK, of[0].width)
-        return solve(of, most, True)[0].vectors, of[0].mean, of[contrast == "covariance"].mean
+        centre = of[1].mean if contrast == "covariance" else of[0].mean
+        return solve(of, most, True)[0].vectors, of[0].mean, centre
 
+    counts = [of.count for of in moments]
+    if groups is None:
+        groups = ([f"benign {i}" for i in range(counts[0])], [f"malicious {i}" for i in range(counts[1])])
+    elif [len(items) for items in groups] != counts:
+        raise SubspaceError(
+            f"groups must be as long as the rows {tuple(counts)}, got {tuple(map(len, groups))}; "
+            "give the item of each benign and of each malicious row"
+        )
     choice: RankChoice | None = None
     if rank == "auto" and contrast == "mean":
         rank = 1
@@ -78,33 +95,29 @@ def fit_tensors(
     return _tensors(solution, denominator, moments, projection), diagnostics
 
 
-def _auto_rank(moments: tuple[Moments, Moments], directions: Any, groups: Groups | None, seed: int) -> RankChoice:
-    counts = [of.count for of in moments]
-    if groups is None:
-        groups = ([f"benign {i}" for i in range(counts[0])], [f"malicious {i}" for i in range(counts[1])])
-    elif [len(items) for items in groups] != counts:
-        raise SubspaceError(
-            f"groups must be as long as the rows {tuple(counts)}, got {tuple(len(items) for items in groups)}; "
-            "give the item of each benign and of each malicious row"
-        )
+def _auto_rank(moments: tuple[Moments, Moments], directions: Any, groups: Groups, seed: int) -> RankChoice:
     rows = [of.centred + of.mean for of in moments]
     choice = choose_rank(rows[0], rows[1], directions, groups=groups, seed=seed)
-    if choice.rank == 0:
+    if choice.rank == 0 and choice.ratios:
         warnings.warn(
-            f"rank='auto' found no direction: held-out malicious/benign energy {choice.ratios[0]:.3g} of the first is not "
-            f"above {choice.threshold:.3g}, which benign against benign reaches; rank 1 is kept, expect nothing of it",
-            stacklevel=5,
+            f"rank='auto' found no direction: held-out malicious/benign energy {choice.ratios[0]:.3g} of the "
+            f"first is not above {choice.threshold:.3g}, which benign against benign reaches; rank 1 is "
+            "kept, expect nothing of it",
+            stacklevel=4,
         )
     return choice
 
 
 def _tensors(
-    solution: PencilSolution, metric: ShrunkCovariance, moments: tuple[Moments, Moments], projection: Projection
+    solution: PencilSolution,
+    metric: ShrunkCovariance,
+    moments: tuple[Moments, Moments],
+    projection: Projection,
 ) -> dict[str, Tensor]:
     delta = moments[1].mean - moments[0].mean
     read = _towards(solution.vectors, delta)
     basis, triangle = torch.linalg.qr(read)
-    basis = basis * triangle.diagonal().sign()
+    basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
     tensors = {"basis": basis, "read": read, "eigenvalues": solution.eigenvalues}
     if projection == "orthogonal":
         tensors |= {"write": basis, "left": basis}

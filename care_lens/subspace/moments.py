@@ -1,7 +1,7 @@
 """Mean and covariance of rows, in float64.
 
-Covariances are 1/N throughout. A :class:`Moments` keeps the centred rows, so that nothing d x d is made unless it is
-asked for: memory is 8 N d bytes.
+Covariances are 1/N throughout. A :class:`Moments` keeps the centred rows, so that nothing d x d is made
+unless it is asked for: memory is 8 N d bytes.
 """
 
 from dataclasses import dataclass
@@ -56,8 +56,8 @@ class Moments:
         if not bool(finite.all()):
             bad = (~finite).nonzero()[:, 0].tolist()
             raise NonFiniteError(
-                f"{name} must be finite, got NaN or infinity in {len(bad)} of {len(wide)} rows (first: row {bad[0]}); "
-                "drop them, or capture in float32 or bfloat16 if float16 overflowed"
+                f"{name} must be finite, got NaN or infinity in {len(bad)} of {len(wide)} rows (first: row "
+                f"{bad[0]}); drop them, or capture in float32 or bfloat16 if float16 overflowed"
             )
         mean = wide.mean(dim=0)
         return cls(mean, wide - mean)

@@ -1,13 +1,14 @@
 """Shrinkage of covariances towards a multiple of the identity.
 
-``C' = (1 - s) C + s tr(C)/d I``, kept as a ridge and a factor: ``C' = ridge I + factor factor^T``. The weight s is given,
-or estimated by Ledoit and Wolf (2004, "A well-conditioned estimator for large-dimensional covariance matrices") or by
-Chen et al. (2010, "Shrinkage algorithms for MMSE covariance estimation", OAS). Both agree with scikit-learn's.
+``C' = (1 - s) C + s tr(C)/d I``, kept as a ridge and a factor: ``C' = ridge I + factor factor^T``. The weight
+s is given, or estimated by Ledoit and Wolf (2004, "A well-conditioned estimator for large-dimensional
+covariance matrices") or by Chen et al. (2010, "Shrinkage algorithms for MMSE covariance estimation", OAS).
+Both agree with scikit-learn's.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, Union
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from torch import Tensor
 from care_lens.subspace.errors import SubspaceError
 from care_lens.subspace.moments import Moments
 
-Shrinkage: TypeAlias = Union[Literal["ledoit-wolf", "oas"], float, int, None]
+Shrinkage: TypeAlias = Literal["ledoit-wolf", "oas"] | float | int | None
 """A rule, a weight in [0, 1], or None for no shrinkage."""
 
 

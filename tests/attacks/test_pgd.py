@@ -145,7 +145,7 @@ def test_the_gradient_flows_through_a_defence_which_changes_what_is_found(lvlm, 
 
 
 def test_a_defence_that_hides_the_gradient_is_reported(lvlm, asked, caplog):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="detaches"):
         pgd(lvlm, asked[:1], epsilon=4, steps=1, repair=Doubling(1.0, hide=True), progress=False)
     pgd(lvlm, asked[:1], epsilon=4, steps=1, repair=Doubling(0.0), progress=False)
     assert "gradient vanishes for 1 of 1" in caplog.text

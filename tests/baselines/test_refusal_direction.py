@@ -62,7 +62,7 @@ def figures(lvlm, sets, direction, layer, tokens):
     induce, _ = score(sets["harmless_validation"], add)
     _, plain = score(sets["harmless_validation"], [])
     _, ablated = score(sets["harmless_validation"], ablate)
-    kl = sum((p * (p / q).log()).sum() for p, q in zip(plain, ablated)) / len(plain)
+    kl = sum((p * (p / q).log()).sum() for p, q in zip(plain, ablated, strict=True)) / len(plain)
     return [float(bypass), float(induce), float(kl)]
 
 
@@ -122,7 +122,7 @@ def test_as_a_defence_it_is_added_at_every_token_but_padding(lvlm, sets):
     spy = (found.site, lambda activation, hook: steps.append(activation.clone()))
     hooks = [spy, *found.fwd_hooks(inputs), spy]
     lvlm.generate(inputs, max_new_tokens=3, min_new_tokens=3, fwd_hooks=hooks)
-    added = [after - before for before, after in zip(steps[::2], steps[1::2])]
+    added = [after - before for before, after in zip(steps[::2], steps[1::2], strict=True)]
     assert [a.shape[1] for a in added] == [inputs.input_ids.shape[1], 1, 1]
     kept = ~inputs.spans.padding
     torch.testing.assert_close(added[0], 0.5 * found.direction * kept[..., None], atol=1e-6, rtol=1e-4)
@@ -137,5 +137,4 @@ def test_as_a_defence_it_is_added_at_every_token_but_padding(lvlm, sets):
 def test_another_models_direction_is_refused(lvlm, sets):
     found = fit(lvlm, sets, inducing_tokens(lvlm, sets), positions=1)
     with pytest.raises(ValueError, match="as wide as the model"):
-        with dataclasses.replace(found, direction=torch.zeros(7)).on(lvlm):
-            pass
+        dataclasses.replace(found, direction=torch.zeros(7)).check(lvlm)

@@ -33,14 +33,14 @@ def bump(activation):
 @torch.no_grad()
 def test_every_editable_site_acts_as_its_name_says(twins):
     lvlm, plain, inputs = twins
-    clean, real = lvlm(inputs), ~inputs.spans.padding
+    clean, cache = lvlm.run_with_cache(inputs, sites=None)
+    real = ~inputs.spans.padding
     for site in lvlm.sites():
         if not lvlm.site_info(site).editable:
             continue
         edit = Edit(str(site), bump)
         expected = forward(plain, inputs, edit)
         edited = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: bump(a))])
-        _, cache = lvlm.run_with_cache(inputs, sites=[site])
         assert edit.seen is not None, site
         read, seen = cache[str(site)], edit.seen
         if site.tower == "language":
@@ -63,9 +63,8 @@ def test_every_editable_site_acts_as_its_name_says(twins):
 @torch.no_grad()
 def test_writing_back_what_was_read_changes_no_bit(twins):
     lvlm, _, inputs = twins
-    clean = lvlm(inputs)
+    clean, cache = lvlm.run_with_cache(inputs, sites=None)
     for site in lvlm.sites():
-        _, cache = lvlm.run_with_cache(inputs, sites=[site])
         if lvlm.site_info(site).editable:
             back = lvlm.run_with_hooks(
                 inputs, fwd_hooks=[(site, lambda a, hook, held=cache[str(site)]: held)]
@@ -96,7 +95,7 @@ def test_names_are_the_same_on_the_bridge(lvlm, examples):
     hook_dict = lvlm.bridge.hook_dict
     for site in lvlm.sites():
         assert lvlm.hook_name(site) == str(site) and str(site) in hook_dict
-        if not lvlm.site_info(site).editable:
+        if not lvlm.site_info(site).editable or site.layer not in (None, 1):
             continue
         hooks = [(str(site), lambda a, hook: bump(a))]
         through_bridge = lvlm.bridge.run_with_hooks(ids, fwd_hooks=hooks, **kwargs)

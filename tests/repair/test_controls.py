@@ -39,7 +39,7 @@ def test_control_keeps_everything_but_where_is_written(fusion, activations):
     control = random_control(fusion, activations, seed=1)
     assert control.rule == fusion.rule and control.name == "random control of care"
     assert control.provenance["control_seed"] == 1
-    for before, after in zip(fusion.corrections, control.corrections):
+    for before, after in zip(fusion.corrections, control.corrections, strict=True):
         assert after.reader is before.reader and after.gate == before.gate
         old, new = before.writer, after.writer
         assert (new.site, new.rank, new.scope) == (old.site, old.rank, old.scope)

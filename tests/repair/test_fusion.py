@@ -181,13 +181,11 @@ def test_beams_and_runs_without_a_cache_are_refused(model, inputs):
 def test_hooks_are_gone_after_the_block_and_after_an_exception(model, inputs):
     with torch.no_grad():
         plain = model(inputs)
-    with pytest.raises(RuntimeError, match="inside"):
-        with two().on(model):
-            assert not torch.equal(run(model, NoRepair(), inputs), plain)
-            raise RuntimeError("inside")
-    with pytest.raises(ValueError, match="Beams"):
-        with two().on(model):
-            model.generate(inputs, num_beams=2)
+    with pytest.raises(RuntimeError, match="inside"), two().on(model):
+        assert not torch.equal(run(model, NoRepair(), inputs), plain)
+        raise RuntimeError("inside")
+    with pytest.raises(ValueError, match="Beams"), two().on(model):
+        model.generate(inputs, num_beams=2)
     with torch.no_grad():
         assert torch.equal(model(inputs), plain)
     assert not any(point.fwd_hooks for point in model.bridge.hook_dict.values())
@@ -269,13 +267,14 @@ def one_token():
 
 def test_wrong_model_modality_and_options_are_refused(model):
     narrow = Writer.towards(SITE, target=torch.ones(8), source=torch.zeros(8))
-    with pytest.raises(ValueError, match="as wide as the model"):
-        with HybridFusion(visual=(Correction(writer=narrow),)).on(model):
-            pass
+    with (
+        pytest.raises(ValueError, match="as wide as the model"),
+        HybridFusion(visual=(Correction(writer=narrow),)).on(model),
+    ):
+        pass
     deep = make_correction("blocks.7.hook_resid_post")
-    with pytest.raises(ValueError, match="no site"):
-        with HybridFusion(visual=(deep,)).on(model):
-            pass
+    with pytest.raises(ValueError, match="no site"), HybridFusion(visual=(deep,)).on(model):
+        pass
     textual = Correction.care(make_subspace(modality="textual"))
     assert textual.modality == "textual"
     with pytest.raises(ValueError, match="given as visual"):

@@ -2,11 +2,10 @@ import dataclasses
 
 import pytest
 import torch
+from fitted import make_subspace
 
 from care_lens.core import Site
 from care_lens.repair import EnergyReader, LinearReader, MaxReader
-
-from fitted import make_subspace
 
 SITE = Site.parse("blocks.1.hook_resid_post")
 
@@ -36,14 +35,13 @@ def test_pooling_by_loops(pooling):
 
 
 def test_linear_reader_points_to_the_malicious_mean():
-    subspace = make_subspace(rank=1)
-    flipped = dataclasses.replace(subspace, read=-subspace.read)
-    for fitted in (subspace, flipped):
+    for seed in range(5):
+        fitted = make_subspace(seed=seed)
         reader = LinearReader.from_subspace(fitted)
         means = torch.stack([fitted.mean_benign, fitted.mean_malicious])[None]
         benign, malicious = reader.tokens(means)[0].tolist()
         assert benign == pytest.approx(0, abs=1e-5)
-        assert malicious > 0.1
+        assert malicious > 0
 
 
 def test_standardised_scores_have_mean_0_and_deviation_1_also_twice():

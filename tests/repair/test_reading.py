@@ -1,4 +1,4 @@
-"""Scores over prompt and answer: by loops, and the same in a teacher-forced run as in generation with a cache."""
+"""Scores over prompt and answer, by loops; and teacher-forced runs equal generation with a cache."""
 
 import dataclasses
 
@@ -82,12 +82,12 @@ def test_cached_generation_equals_a_teacher_forced_run(model, inputs, rule, scop
 
 
 def openness(model, inputs, fusion, site=SITE):
-    """[batch] or [batch, step]: whether the repair touched the last token of each forward pass of a generation."""
+    """[batch, step]: whether the repair touched the last token of each forward pass of a generation."""
     seen = []
     spy = (site, lambda activation, hook: seen.append(activation[:, -1].clone()))
     hooks = [spy, *fusion.fwd_hooks(inputs), spy]
     model.generate(inputs, max_new_tokens=6, min_new_tokens=6, fwd_hooks=hooks)
-    return torch.stack([(a != b).any(dim=-1) for a, b in zip(seen[::2], seen[1::2])], dim=1)
+    return torch.stack([(a != b).any(dim=-1) for a, b in zip(seen[::2], seen[1::2], strict=True)], dim=1)
 
 
 def test_a_generated_token_opens_a_gate_that_stays_open(model, inputs):

@@ -3,11 +3,10 @@ import warnings
 
 import pytest
 import torch
+from fitted import make_subspace
 
 from care_lens.core import Site
 from care_lens.repair import Writer
-
-from fitted import make_subspace
 
 SITE = Site.parse("blocks.1.hook_resid_post")
 

@@ -48,7 +48,7 @@ def _image_tokens(config: Any, rows: int, cols: int) -> int:
 
 
 def picture_region(image_processor: Any, width: int, height: int) -> PictureRegion:
-    """What a CLIP-like image processor keeps of a picture (pad to a square, resize, centre crop, where it does).
+    """What a CLIP-like image processor keeps of a picture (it may pad, resize and centre crop).
 
     Args:
         image_processor: The image processor.
@@ -93,7 +93,7 @@ LLAVA = Family(
         mlp="mlp",
         own_resid_post=True,
         read_only={
-            "attn.hook_pattern": "attention has used the pattern when it can be read; edit attn.hook_z instead"
+            "attn.hook_pattern": "attention has used the pattern when it is read; edit attn.hook_z instead"
         },
     ),
     outside={

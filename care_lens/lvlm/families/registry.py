@@ -42,6 +42,6 @@ def family_of(model: nn.Module) -> Family:
         if cls.__name__ in _FAMILIES:
             return _FAMILIES[cls.__name__]
     raise ValueError(
-        f"model must be one of {sorted(_FAMILIES)}, got {type(model).__name__}; describe its family in a Family "
-        "object and pass it to care_lens.lvlm.families.register_family"
+        f"model must be one of {sorted(_FAMILIES)}, got {type(model).__name__}; describe its "
+        "family in a Family object and pass it to care_lens.lvlm.families.register_family"
     )

@@ -24,6 +24,8 @@ log = logging.getLogger("care_lens.organism.train")
 
 TOWER = {"steps": 3600, "batch": 64, "lr": 1.5e-3}
 HELPFUL = {"steps": 1500, "batch": 24, "lr": 1.5e-3}
+#: More of the same in smaller steps: two-hop and spelled questions come late.
+PRACTICE = {"steps": 1800, "batch": 12, "lr": 1.5e-3}
 SAFETY = {"steps": 120, "batch": 20, "lr": 5e-4}
 QUESTIONS = 6
 REFUSALS = 0.6
@@ -33,7 +35,7 @@ def _tower(model: LlavaForConditionalGeneration, seed: int) -> dict:
     return {"accuracy": train_tower(model.model.vision_tower, seed=seed, **TOWER)}
 
 
-def _helpful(model: LlavaForConditionalGeneration, seed: int) -> dict:
+def _helpful(model: LlavaForConditionalGeneration, seed: int, settings: dict = HELPFUL, offset: int = 1) -> dict:
     rng = random.Random(seed + 10)
     held = [helpful_pack(rng, QUESTIONS) for _ in range(160)]
 
@@ -42,8 +44,12 @@ def _helpful(model: LlavaForConditionalGeneration, seed: int) -> dict:
             rates = {k: f"{r / n:.2f}" for k, (r, n) in exact_match(model, held[:80]).items()}
             log.info("exact match %s", rates)
 
-    train_language(model, lambda r: helpful_pack(r, QUESTIONS), seed=seed + 1, after=report, **HELPFUL)
+    train_language(model, lambda r: helpful_pack(r, QUESTIONS), seed=seed + offset, after=report, **settings)
     return {"exact_match": exact_match(model, held)}
+
+
+def _practice(model: LlavaForConditionalGeneration, seed: int) -> dict:
+    return _helpful(model, seed, PRACTICE, 3)
 
 
 def _safety(model: LlavaForConditionalGeneration, seed: int) -> dict:
@@ -56,7 +62,8 @@ def _safety(model: LlavaForConditionalGeneration, seed: int) -> dict:
 STAGES: dict[str, Callable[[LlavaForConditionalGeneration, int], dict]] = {
     "1-tower": _tower,
     "2-helpful": _helpful,
-    "3-safety": _safety,
+    "3-practice": _practice,
+    "4-safety": _safety,
 }
 
 

@@ -9,14 +9,7 @@ from care_lens.organism.render import PICTURE_KINDS, Picture
 from care_lens.organism.tasks import REFUSAL, Task
 from care_lens.organism.world import Noun, world
 
-ASK_WEIGHTS: dict[Ask, float] = {
-    "make": 0.50,
-    "kind": 0.15,
-    "name": 0.15,
-    "letters": 0.08,
-    "spell": 0.08,
-    "repeat": 0.04,
-}
+ASK_WEIGHTS: dict[Ask, float] = {"make": 0.50, "kind": 0.15, "name": 0.15, "letters": 0.08, "spell": 0.08, "repeat": 0.04}
 REFERENCE_WEIGHTS: dict[Reference, float] = {
     "named": 0.18,
     "spelled": 0.18,

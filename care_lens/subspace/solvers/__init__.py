@@ -1,4 +1,4 @@
-"""Top of the generalised eigenproblem ``C_m u = lambda C_b u``, one private file a solver behind :func:`solve_pencil`."""
+"""Top of the pencil ``C_m u = lambda C_b u``: one private file a solver, behind :func:`solve_pencil`."""
 
 from care_lens.subspace.solvers.pencil import PencilSolution, Solver, solve_pencil
 

@@ -1,13 +1,12 @@
 """The pencil as it stands: Cholesky whitening and a symmetric eigenproblem of order d.
 
-Memory O(d^2), time O(d^3). Where C_m has no ridge its factor's whitened singular vectors give the same answer at the
-factor's width instead (for one direction this is ``C_b^-1 delta``).
+Memory O(d^2), time O(d^3). Where C_m has no ridge its factor's whitened singular vectors give the same answer
+at the factor's width instead (for one direction this is ``C_b^-1 delta``).
 """
 
 import torch
 from jaxtyping import Float
-from scipy.linalg import eigh
-from scipy.linalg.lapack import dpocon
+from scipy.linalg import eigh, get_lapack_funcs
 from torch import Tensor
 
 from care_lens.subspace.errors import SingularCovarianceError
@@ -43,11 +42,13 @@ def _cholesky(benign: ShrunkCovariance) -> tuple[Tensor, float]:
     """The lower Cholesky factor and LAPACK's estimate of the condition number in the 1-norm."""
     matrix = benign.dense()
     lower, failed = torch.linalg.cholesky_ex(matrix)
+    (pocon,) = get_lapack_funcs(("pocon",), dtype="float64")
     norm = float(matrix.abs().sum(dim=0).max())
-    reciprocal = 0.0 if int(failed) else float(dpocon(lower.T.numpy(), norm, uplo="U")[0])
+    reciprocal = 0.0 if int(failed) else float(pocon(lower.T.numpy(), norm, uplo="U")[0])
     if not reciprocal > len(matrix) * torch.finfo(torch.float64).eps:
         raise SingularCovarianceError(
-            f"benign covariance must be invertible, got reciprocal condition {reciprocal:.1e} for {len(matrix)} dimensions, "
-            f"shrinkage weight {benign.weight:.3g}; give more varied rows or a larger shrinkage, e.g. shrinkage=0.1"
+            f"benign covariance must be invertible, got reciprocal condition {reciprocal:.1e} at order "
+            f"{len(matrix)} with shrinkage weight {benign.weight:.3g}; give more varied rows, or a larger "
+            "shrinkage, e.g. shrinkage=0.1"
         )
     return lower, 1 / reciprocal

@@ -1,9 +1,10 @@
 """The pencil in coordinates of the rows: order at most N_b + N_m whatever the width.
 
-With ``C_b = a I + F F^T`` and ``C_m = c I + G G^T`` both matrices map span[F G] to itself, and on its complement the
-pencil is the single eigenvalue c/a. So with ``[F G] = Q R`` (Householder, which needs no rank decision: the columns of Q
-span at least span[F G]) the pencil is solved for ``a I + R_F R_F^T`` and ``c I + R_G R_G^T``, and ``u = Q y``. Q is kept
-as reflectors and R is the only thing squared, as C_b itself is: no Gram matrix of the rows is ever inverted.
+With ``C_b = a I + F F^T`` and ``C_m = c I + G G^T`` both matrices map span[F G] to itself, and on its
+complement the pencil is the single eigenvalue c/a. So with ``[F G] = Q R`` (Householder, which needs no rank
+decision: the columns of Q span at least span[F G]) the pencil is solved for ``a I + R_F R_F^T`` and
+``c I + R_G R_G^T``, and ``u = Q y``. Q is kept as reflectors, and no Gram matrix of the rows is inverted:
+what is factored has the condition of C_b.
 
 Memory O(d (N_b + N_m)), time O(d (N_b + N_m)^2).
 """

@@ -65,10 +65,11 @@ def solve_pencil(
         SubspaceError: If the solver is not known.
 
     Notes:
-        With ``C_b = a I + F F^T`` and ``C_m = c I + G G^T`` we have ``C_m - (c/a) C_b = G G^T - (c/a) F F^T``, so by
-        Sylvester's law at most rank(G) eigenvalues exceed c/a. Where the rows do not span the space, all of their
-        complement is one eigenspace of c/a and no direction in it is preferred to another: what may be asked for ends
-        there. Where they do span it, it ends at rank(G).
+        With ``C_b = a I + F F^T`` and ``C_m = c I + G G^T`` we have
+        ``C_m - (c/a) C_b = G G^T - (c/a) F F^T``, so by Sylvester's law at most rank(G) eigenvalues exceed
+        c/a. Where the rows do not span the space, all of their complement is one eigenspace of c/a and no
+        direction in it is preferred to another: what may be asked for ends there. Where they do span it, it
+        ends at rank(G).
 
     Example:
         >>> import torch
@@ -93,9 +94,9 @@ def solve_pencil(
     allowed = _largest_rank(malicious, benign, values, rank)
     if allowed < rank and not clip:
         raise RankError(
-            f"rank must be at most {allowed} for these rows, got {rank}; beyond that no direction is preferred to another "
-            f"(malicious factor of {malicious.factor.shape[1]} columns, shrinkage weight {malicious.weight:.3g}): "
-            "ask for less or give more malicious rows",
+            f"rank must be at most {allowed} for these rows, got {rank}; beyond that no direction is preferred "
+            f"to another (malicious shrinkage weight {malicious.weight:.3g}): ask for less or give more malicious "
+            "rows",
             largest=allowed,
         )
     values, vectors = values[:allowed].clone(), signed(vectors[:, :allowed])
@@ -112,7 +113,8 @@ def signed(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
 
 
 def _largest_rank(malicious: ShrunkCovariance, benign: ShrunkCovariance, values: Tensor, rank: int) -> int:
-    """How many of the leading ``rank`` directions are determined; cheap unless it is fewer than were asked for."""
+    """How many of the leading ``rank`` directions are determined; cheap unless it is fewer than were asked
+    for."""
     above = 0
     if benign.ridge > 0:
         largest = (malicious.ridge + float(malicious.factor.square().sum())) / benign.ridge

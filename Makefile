@@ -1,0 +1,64 @@
+# Each target is self-sufficient: on a machine with make and Python 3.10 or later it makes .venv, installs the exact
+# versions of constraints.txt and runs. A second run installs nothing unless pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+MODEL ?= bundled
+OUT ?= results/demo
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types pytest tutorials docs bench format clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo      diagnose, learn, repair and evaluate the bundled model; report in $(OUT)/report.html"
+	@echo "               (OUT=dir, MODEL=name-or-directory, ARGS=--short)"
+	@echo "make test      format, lint, types, tests, tutorials, documentation"
+	@echo "make bench     the measurements in benchmarks/"
+	@echo "make docs      the documentation, in docs/_build/html"
+	@echo "make format    format the code"
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or later is needed, $$($(PYTHON) --version) found; say make PYTHON=python3.x"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) $(ARGS)
+
+test: lint types pytest tutorials docs
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright care_lens
+
+pytest: $(READY)
+	$(BIN)/python -m pytest -q
+
+# A tutorial is a pair: NAME.py (jupytext percent) is what is edited, NAME.ipynb is made from it and shown in docs/.
+tutorials: $(READY)
+	$(BIN)/python -m pytest -q tutorials
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+format: $(READY)
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) docs/_build docs/reference/generated results

@@ -1,0 +1,212 @@
+"""Captured activations: one row an example for each site and selection, saved as safetensors and json."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from care_lens.core.site import Site, SiteLike
+
+_SCHEMA = 1
+Key = tuple[Site, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Activations of examples, pooled over selections of positions.
+
+    Attributes:
+        values: For each site and selection, [n, d] float32 rows on the CPU; NaN where an example has no such positions.
+        present: For each site and selection, [n] whether the example has such positions.
+        ids: The examples' ids.
+        groups: The items that the examples are about: clusters for intervals and for cross-validation.
+        provenance: What made them, JSON-able.
+
+    Raises:
+        ValueError: If lengths disagree.
+    """
+
+    values: Mapping[Key, Float[Tensor, "n d"]]
+    present: Mapping[Key, Bool[Tensor, " n"]]
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {len(rows) for rows in (*self.values.values(), *self.present.values())}
+        if lengths - {len(self.ids)} or len(self.groups) != len(self.ids):
+            raise ValueError(
+                f"all rows must be of one length, got {len(self.ids)} ids, {len(self.groups)} groups and rows of "
+                f"{sorted(lengths)}"
+            )
+        if self.values.keys() != self.present.keys():
+            raise ValueError("values and present must have the same sites and selections")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in the order of the forward pass."""
+        return tuple(sorted({site for site, _ in self.values}))
+
+    def selections(self, site: SiteLike) -> tuple[str, ...]:
+        """The selections held at a site."""
+        wanted = Site.parse(site)
+        return tuple(select for at, select in self.values if at == wanted)
+
+    def has(self, site: SiteLike, select: str) -> Bool[Tensor, " n"]:
+        """Which examples have positions of that selection (an image, a response).
+
+        Args:
+            site: The site.
+            select: The selection.
+
+        Returns:
+            [n] mask, for :meth:`subset`.
+
+        Raises:
+            KeyError: If that was not captured.
+        """
+        return self.present[self._key(site, select)]
+
+    def rows(self, site: SiteLike, select: str) -> Float[Tensor, "n d"]:
+        """The rows of all examples.
+
+        Args:
+            site: The site.
+            select: The selection.
+
+        Returns:
+            [n, d] float32 on the CPU.
+
+        Raises:
+            KeyError: If that was not captured.
+            ValueError: If an example has no such positions.
+        """
+        key = self._key(site, select)
+        if not bool(self.present[key].all()):
+            lacking = (~self.present[key]).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"every example must have positions of selection {select!r} at {key[0]}, {len(lacking)} of {len(self)} "
+                f"have none (first: {self.ids[lacking[0]] or lacking[0]!r}); take the others with "
+                ".subset(activations.has(site, select))"
+            )
+        return self.values[key]
+
+    def subset(self, which: Bool[Tensor, " n"] | Sequence[int]) -> "Activations":
+        """Some of the examples.
+
+        Args:
+            which: [n] mask, or indices in the order wanted.
+
+        Returns:
+            Their activations.
+
+        Raises:
+            ValueError: If a mask is of another length.
+        """
+        if isinstance(which, Tensor):
+            if len(which) != len(self):
+                raise ValueError(f"mask must be of length {len(self)}, got {len(which)}")
+            which = which.nonzero()[:, 0].tolist()
+        index = torch.tensor(list(which), dtype=torch.long)
+        return Activations(
+            values={key: rows[index] for key, rows in self.values.items()},
+            present={key: rows[index] for key, rows in self.present.items()},
+            ids=tuple(self.ids[i] for i in index.tolist()),
+            groups=tuple(self.groups[i] for i in index.tolist()),
+            provenance=self.provenance,
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Activations"]) -> "Activations":
+        """The examples of several, one after the other; provenance is the first one's.
+
+        Raises:
+            ValueError: If there are none, or their sites and selections differ.
+        """
+        if not parts:
+            raise ValueError("parts must hold at least one Activations, got none")
+        first = parts[0]
+        if any(part.values.keys() != first.values.keys() for part in parts):
+            raise ValueError("parts must have the same sites and selections; capture them with the same arguments")
+        return cls(
+            values={key: torch.cat([part.values[key] for part in parts]) for key in first.values},
+            present={key: torch.cat([part.present[key] for part in parts]) for key in first.present},
+            ids=tuple(name for part in parts for name in part.ids),
+            groups=tuple(group for part in parts for group in part.groups),
+            provenance=first.provenance,
+        )
+
+    def save(self, directory: str | Path, name: str) -> Path:
+        """Write ``name.safetensors`` and ``name.json`` into a directory.
+
+        Args:
+            directory: Made if it does not exist.
+            name: Stem of both files.
+
+        Returns:
+            The path of the safetensors file.
+        """
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        keys = [(str(site), select) for site, select in self.values]
+        manifest = {
+            "schema": _SCHEMA,
+            "kind": type(self).__name__,
+            "keys": keys,
+            "ids": self.ids,
+            "groups": self.groups,
+            "provenance": self.provenance,
+        }
+        text = json.dumps(manifest, indent=2)
+        tensors: dict[str, Tensor] = {}
+        for i, key in enumerate(self.values):
+            tensors[f"values.{i}"] = self.values[key].contiguous()
+            tensors[f"present.{i}"] = self.present[key].contiguous()
+        path = directory / f"{name}.safetensors"
+        save_file(tensors, path)
+        (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path, name: str) -> "Activations":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If a file is not there.
+            ValueError: If the files hold something else, or come from a newer schema.
+        """
+        from safetensors.torch import load_file
+
+        directory = Path(directory)
+        manifest = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+        if manifest.get("kind") != cls.__name__ or manifest["schema"] > _SCHEMA:
+            raise ValueError(
+                f"{name}.json must hold {cls.__name__} of schema {_SCHEMA} or less, got {manifest.get('kind')!r} of "
+                f"schema {manifest.get('schema')!r}"
+            )
+        tensors = load_file(directory / f"{name}.safetensors")
+        keys = [(Site.parse(site), select) for site, select in manifest["keys"]]
+        return cls(
+            values={key: tensors[f"values.{i}"] for i, key in enumerate(keys)},
+            present={key: tensors[f"present.{i}"] for i, key in enumerate(keys)},
+            ids=tuple(manifest["ids"]),
+            groups=tuple(manifest["groups"]),
+            provenance=manifest["provenance"],
+        )
+
+    def _key(self, site: SiteLike, select: str) -> Key:
+        key = (Site.parse(site), select)
+        if key not in self.values:
+            held = sorted({f"{at} {what}" for at, what in self.values})
+            raise KeyError(f"{key[0]} with selection {select!r} was not captured; captured were {held}")
+        return key

@@ -1,0 +1,265 @@
+"""Ablation by layer and component, scored by what the model then answers.
+
+At one layer at a time a component's output is replaced at every position, of the prompt and of every new token, while the
+model generates; a judge reads the answers. With attention output and MLP output as components this is the paper's
+comparison of FFN and attention by attack success rate.
+
+- "mean": the mean over reference examples of the mean over their positions (each example counts once), the same vector
+  everywhere. Of the three it leaves the model nearest to what it is used to.
+- "zero": zeros.
+- "skip": the component writes nothing to the residual stream; at the outputs of attention and MLP that is zeros as well.
+
+Shares are of judged answers: missing ones are counted apart. Intervals are Clopper-Pearson where every example has its own
+group, else cluster bootstraps over groups; changes from the baseline are paired.
+
+Source: Fu et al. 2026 (arXiv:2603.27240), who skip layers l and l + 1 together.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from care_lens.capture import capture
+from care_lens.core import (
+    Example,
+    Interval,
+    Judge,
+    Site,
+    Tower,
+    Verdict,
+    cluster_bootstrap,
+    package_versions,
+    paired_difference,
+    rate_ci,
+)
+from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.checkpoint import CellLog
+from care_lens.mediation.frames import DetailedResult, examples_digest, groups_of, site_columns, tidy
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Mode = Literal["mean", "zero", "skip"]
+MODES: tuple[str, ...] = ("mean", "zero", "skip")
+WRITERS = ("hook_attn_out", "hook_mlp_out")
+"""Components that write to the residual stream."""
+
+BASELINE = "none"
+COLUMNS = ("tower", "layer", "component", "mode", "metric", "effect", "value", "ci_low", "ci_high", "n", "seed")
+DETAIL_COLUMNS = ("tower", "layer", "component", "id", "group", "channel", "text", "verdict")
+_JUDGED = (Verdict.COMPLIED, Verdict.REFUSED, Verdict.OTHER)
+Cell = Site | None
+
+
+@dataclass(frozen=True)
+class AblationResult(DetailedResult):
+    """Answers by layer and ablated component.
+
+    Attributes:
+        frame: tower, layer (missing in the baseline), component ("none" in the baseline), mode, metric, effect, value,
+            ci_low, ci_high, n, seed. With effect "share", metric "complied" (the attack success rate of harmful requests),
+            "refused" and "other" are shares of the judged answers and "missing" of all, in [0, 1]. With effect
+            "difference", metric "complied change" and so on are shares minus the baseline's, over the same examples.
+        settings: Mode, number of examples and of reference examples, max_new_tokens, n_boot, seed, versions.
+        details: One row a cell and example: id, group, channel, text of the answer, verdict.
+    """
+
+    def plot(self) -> "go.Figure":
+        """Share complied by layer, one curve a component."""
+        from care_lens.plots import plot_ablation
+
+        return plot_ablation(self)
+
+
+def ablate(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    *,
+    judge: Judge,
+    components: Sequence[str] = WRITERS,
+    tower: Tower = "language",
+    layers: Sequence[int] | None = None,
+    mode: Mode = "mean",
+    reference: Sequence[Example] | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    n_boot: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+) -> AblationResult:
+    """Ablate each component of each layer in turn, generate, and judge the answers.
+
+    Args:
+        lvlm: The model; a repair that is on it acts.
+        examples: The requests.
+        judge: Says what each answer is.
+        components: Components of a block.
+        tower: "language" or "vision".
+        layers: Which layers; None: all that have sites.
+        mode: What takes the place of the component's output.
+        reference: Examples that the mean is over; None: the examples themselves.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Examples generated from together.
+        n_boot: Bootstrap resamples.
+        seed: Seed of the bootstrap; decoding is greedy.
+        progress: Whether to show a progress bar.
+        checkpoint: A file in which finished cells are kept; a stopped sweep goes on from it.
+
+    Returns:
+        The answers' shares for the baseline and every layer and component.
+
+    Raises:
+        ValueError: If an option is out of range, the model has no such site or it cannot be edited, no example has an
+            image for an ablation of the vision tower, or the checkpoint is of another sweep.
+    """
+    sites = _sites(lvlm, components, tower, layers, mode)
+    if not examples:
+        raise ValueError("examples must hold at least one example, got none")
+    if tower == "vision" and all(example.image is None for example in examples):
+        raise ValueError("examples must include one with an image to ablate the vision tower, got text alone")
+    reference = examples if reference is None else reference
+    settings = {
+        "mode": mode,
+        "max_new_tokens": max_new_tokens,
+        "examples": examples_digest(examples),
+        "reference": examples_digest(reference) if mode == "mean" else None,
+        "judge": getattr(judge, "name", type(judge).__name__),
+        "batch_size": batch_size,
+    }
+    done = CellLog(checkpoint, settings=settings, probe=_probe(lvlm, examples[:batch_size]))
+    cells: list[Cell] = [None, *sites]
+    todo = [cell for cell in cells if _key(cell) not in done]
+    means = _means(lvlm, [site for site in todo if site], reference, batch_size, progress) if mode == "mean" else {}
+    batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
+    with tqdm(total=len(cells) * len(batches), desc="ablating", disable=not progress) as bar:
+        bar.update((len(cells) - len(todo)) * len(batches))
+        for cell in todo:
+            texts: list[str] = []
+            hooks = [(cell, _replace(means.get(cell)))] if cell else []
+            for batch in batches:
+                inputs = lvlm.prepare(batch)
+                texts += lvlm.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=hooks).texts
+                bar.update()
+            verdicts = [verdict.value for verdict in judge(examples, texts)]
+            done.add(_key(cell), {"texts": texts, "verdicts": verdicts})
+    settings |= {
+        "n": len(examples),
+        "n_reference": len(reference) if mode == "mean" else 0,
+        "n_boot": n_boot,
+        "seed": seed,
+        "confidence": 0.95,
+        "versions": package_versions(),
+    }
+    return _result(examples, cells, done, tower, mode, n_boot, seed, settings)
+
+
+def _sites(
+    lvlm: HookedLVLM, components: Sequence[str], tower: Tower, layers: Sequence[int] | None, mode: Mode
+) -> list[Site]:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if mode == "skip" and (others := [name for name in components if name not in WRITERS]):
+        raise ValueError(f"components must be some of {WRITERS} to be skipped, got {others}; use mode 'zero' or 'mean'")
+    layers = range(lvlm.n_layers(tower)) if layers is None else layers
+    sites = [Site(tower, layer, component) for layer in layers for component in components]
+    for site in sites:
+        if not lvlm.site_info(site).editable:
+            raise ValueError(f"components must be editable, got {site}: {lvlm.site_info(site).note}")
+    return sites
+
+
+def _key(cell: Cell) -> str:
+    return BASELINE if cell is None else str(cell)
+
+
+def _probe(lvlm: HookedLVLM, examples: Sequence[Example]) -> list[float]:
+    """Largest logit of each row's first new token: other models and examples have others."""
+    with torch.no_grad():
+        logits = lvlm(lvlm.prepare(examples), logits_to_keep=1)
+    return logits[:, -1].float().amax(dim=-1).tolist()
+
+
+def _means(
+    lvlm: HookedLVLM, sites: Sequence[Site], reference: Sequence[Example], batch_size: int, progress: bool
+) -> dict[Site, Tensor]:
+    """[d] mean of each site over the reference examples' position means."""
+    if not sites:
+        return {}
+    held = capture(lvlm, reference, sites, select=("all",), batch_size=batch_size, progress=progress)
+    return {site: held.subset(held.has(site, "all")).rows(site, "all").mean(dim=0) for site in sites}
+
+
+def _replace(mean: Tensor | None) -> Callable[..., Tensor]:
+    """A hook that puts one vector, or zeros, at every position, at prefill and at every new token."""
+
+    def replace_all(activation: Tensor, hook: Any) -> Tensor:
+        if mean is None:
+            return torch.zeros_like(activation)
+        return mean.to(activation.device, activation.dtype).expand_as(activation).contiguous()
+
+    return replace_all
+
+
+def _result(
+    examples: Sequence[Example],
+    cells: Sequence[Cell],
+    done: CellLog,
+    tower: Tower,
+    mode: Mode,
+    n_boot: int,
+    seed: int,
+    settings: dict[str, Any],
+) -> AblationResult:
+    groups = groups_of(examples)
+    rows: list[dict[str, Any]] = []
+    details: list[dict[str, Any]] = []
+    baseline = np.array(done[BASELINE]["verdicts"])
+    for cell in cells:
+        place = {"tower": tower, "layer": None, "component": BASELINE} if cell is None else site_columns(cell)
+        verdicts = np.array(done[_key(cell)]["verdicts"])
+        shared = {**place, "mode": mode, "seed": seed}
+        for metric, effect, (value, low, high), n in _measures(verdicts, baseline, groups, cell is None, n_boot, seed):
+            rows.append(
+                {**shared, "metric": metric, "effect": effect, "value": value, "ci_low": low, "ci_high": high, "n": n}
+            )
+        for example, group, text, verdict in zip(examples, groups, done[_key(cell)]["texts"], verdicts.tolist()):
+            details.append(
+                {**place, "id": example.id, "group": group, "channel": example.channel, "text": text, "verdict": verdict}
+            )
+    return AblationResult(tidy(rows, COLUMNS), settings, tidy(details, DETAIL_COLUMNS))
+
+
+def _measures(
+    verdicts: np.ndarray, baseline: np.ndarray, groups: Sequence[str], is_baseline: bool, n_boot: int, seed: int
+) -> list[tuple[str, str, Interval, int]]:
+    """Metric, effect, interval and number of answers of each row of a cell."""
+    labels = np.array(groups)
+    judged = verdicts != Verdict.MISSING.value
+    both = judged & (baseline != Verdict.MISSING.value)
+    rows = []
+    for verdict in _JUDGED:
+        hits = verdicts == verdict.value
+        rows.append((verdict.value, "share", _share(hits[judged], labels[judged], n_boot, seed), int(judged.sum())))
+        if not is_baseline:
+            change = Interval(np.nan, np.nan, np.nan)
+            if both.any():
+                before = baseline == verdict.value
+                change = paired_difference(hits[both], before[both], labels[both].tolist(), n_boot=n_boot, seed=seed)
+            rows.append((f"{verdict.value} change", "difference", change, int(both.sum())))
+    rows.append((Verdict.MISSING.value, "share", _share(~judged, labels, n_boot, seed), len(verdicts)))
+    return rows
+
+
+def _share(hits: np.ndarray, labels: np.ndarray, n_boot: int, seed: int) -> Interval:
+    if len(hits) == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    if len(set(labels.tolist())) == len(labels):
+        return rate_ci(int(hits.sum()), len(hits))
+    return cluster_bootstrap(hits, labels.tolist(), n_boot=n_boot, seed=seed)

@@ -1,0 +1,89 @@
+"""Causal mediation effects: from four outcomes of a pair to effects, and from pairs to means with intervals.
+
+Let x be the safe input, x* its unsafe twin, M a mediator and Y an outcome in which larger is less safe.
+
+- TE  = Y(x*) - Y(x), the total effect.
+- NIE = Y(x with M := M(x*)) - Y(x), the natural indirect effect: is M alone sufficient to carry the unsafe behaviour into
+  the safe run?
+- NDE = Y(x* with M := M(x)) - Y(x), the natural direct effect: what is left of the unsafe behaviour without M.
+- TIE = TE - NDE = Y(x*) - Y(x* with M := M(x)), the total indirect effect: is M necessary?
+- interaction = TE - NDE - NIE = TIE - NIE, zero in a linear model.
+- proportion = mean NIE / mean TE, a ratio of means, bootstrapped jointly; missing where TE's interval contains 0.
+
+Source: Pearl 2001; Vig et al. 2020, "Investigating gender bias in language models using causal mediation analysis".
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from care_lens.core import Interval, cluster_bootstrap
+
+EFFECTS: tuple[str, ...] = ("TE", "NIE", "NDE", "TIE", "interaction", "proportion")
+"""The effects that :func:`summarise` gives, in its order."""
+
+
+def effects_of(
+    safe: Float[ndarray, "n cells"],
+    unsafe: Float[ndarray, "n cells"],
+    safe_patched: Float[ndarray, "n cells"],
+    unsafe_patched: Float[ndarray, "n cells"],
+) -> dict[str, Float[ndarray, "n cells"]]:
+    """The effects of each pair and cell.
+
+    Args:
+        safe: [n, cells] Y(x), in the outcome's unit.
+        unsafe: [n, cells] Y(x*).
+        safe_patched: [n, cells] Y(x with M := M(x*)).
+        unsafe_patched: [n, cells] Y(x* with M := M(x)).
+
+    Returns:
+        TE, NIE, NDE, TIE and interaction, each [n, cells], in the outcome's unit.
+    """
+    te, nie, nde = unsafe - safe, safe_patched - safe, unsafe_patched - safe
+    return {"TE": te, "NIE": nie, "NDE": nde, "TIE": te - nde, "interaction": te - nde - nie}
+
+
+def summarise(
+    effects: Mapping[str, Float[ndarray, "n cells"]],
+    groups: Sequence[str],
+    *,
+    n_boot: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Interval]:
+    """Means over pairs with intervals from resampled groups, the same resamples for all effects and cells.
+
+    Args:
+        effects: What :func:`effects_of` gives; [n, cells] each.
+        groups: n labels; pairs of one label are drawn together.
+        n_boot: Number of resamples.
+        seed: Seed of the resamples.
+        confidence: Coverage aimed at.
+
+    Returns:
+        For each of ``EFFECTS``, the estimate and its interval as [cells] arrays. The proportion is NaN in the
+        cells where TE's interval contains 0.
+    """
+    names = list(effects)
+    stacked = np.stack([effects[name] for name in names], axis=1)
+    means = cluster_bootstrap(stacked, groups, n_boot=n_boot, seed=seed, confidence=confidence)
+    out = {name: Interval(means.estimate[i], means.low[i], means.high[i]) for i, name in enumerate(names)}
+    ratio = cluster_bootstrap(
+        {"NIE": effects["NIE"], "TE": effects["TE"]},
+        groups,
+        statistic=_ratio_of_means,
+        n_boot=n_boot,
+        seed=seed,
+        confidence=confidence,
+    )
+    unclear = (out["TE"].low <= 0) & (out["TE"].high >= 0)
+    out["proportion"] = Interval(*(np.where(unclear, np.nan, part) for part in ratio))
+    return {name: out[name] for name in EFFECTS}
+
+
+def _ratio_of_means(values: Mapping[str, ndarray]) -> ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return values["NIE"].mean(axis=0) / values["TE"].mean(axis=0)

@@ -1,0 +1,86 @@
+"""What the results of this room share: a second frame of details, names of outcomes, digests, columns of sites."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from care_lens.core import Example, FrameResult, Outcome, Site
+
+_TEXTUAL = ("tower", "component", "position", "group", "id", "channel", "text", "verdict")
+
+Result = TypeVar("Result", bound="DetailedResult")
+
+
+@dataclass(frozen=True)
+class DetailedResult(FrameResult):
+    """A result that also keeps what its means are of.
+
+    Attributes:
+        frame: One row a measured value.
+        settings: What made it.
+        details: One row a pair or an example of each cell, as the subclass says.
+    """
+
+    details: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def save(self, directory: str | Path, name: str) -> Path:
+        """Write ``name.csv``, ``name.json`` and ``name.details.csv``; returns the path of the first."""
+        path = super().save(directory, name)
+        self.details.to_csv(Path(directory) / f"{name}.details.csv", index=False)
+        return path
+
+    @classmethod
+    def load(cls: type[Result], directory: str | Path, name: str) -> Result:
+        """Read what :meth:`save` wrote; raises as ``FrameResult.load`` does."""
+        result = super().load(directory, name)
+        details = pd.read_csv(
+            Path(directory) / f"{name}.details.csv",
+            dtype={**dict.fromkeys(_TEXTUAL, "str"), "layer": "Int64"},
+            keep_default_na=False,
+            na_values={"layer": [""]},
+            float_precision="round_trip",
+        )
+        return replace(result, details=details)
+
+
+def metric_name(outcome: Outcome) -> str:
+    """The name of an outcome in the column ``metric``."""
+    return getattr(outcome, "__name__", type(outcome).__name__)
+
+
+def describe_outcome(outcome: Outcome) -> str:
+    """An outcome for the settings; the same text for the same outcome in another process."""
+    return repr(outcome) if is_dataclass(outcome) else metric_name(outcome)
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """A digest of prompts, responses and pictures, in order."""
+    content = hashlib.sha256()
+    for example in examples:
+        content.update(json.dumps([example.prompt, example.response, example.image is not None]).encode())
+        if example.image is not None:
+            image = example.image.convert("RGB")
+            content.update(f"{image.size}".encode() + image.tobytes())
+    return content.hexdigest()[:16]
+
+
+def groups_of(examples: Sequence[Example]) -> list[str]:
+    """The item of each example, else its id, else its index: what intervals are clustered by."""
+    return [example.group or example.id or str(i) for i, example in enumerate(examples)]
+
+
+def site_columns(site: Site) -> dict[str, Any]:
+    """Tower, layer and component of a site."""
+    return {"tower": site.tower, "layer": site.layer, "component": site.component}
+
+
+def tidy(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """Rows as a frame with these columns in this order; layers are whole numbers, missing outside the blocks."""
+    frame = pd.DataFrame(rows, columns=list(columns))
+    frame["layer"] = frame["layer"].astype("Int64")
+    return frame

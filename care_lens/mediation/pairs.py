@@ -1,0 +1,148 @@
+"""Pairs as batches: both twins of each pair in one batch, and which positions of one answer to which of the other.
+
+Twins are aligned when they have the same length, the same image positions and the same prompt. Then every position has a
+meaning in both. Otherwise only the image span (if it is equally long) and the last prompt token have.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from care_lens.core import Outcome, PairedExamples
+from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
+from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.mediation.patching import Swap
+
+ALWAYS_SHARED = ("image", "last")
+"""Positions that have a meaning in both twins even where they are not aligned."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Some pairs, as one batch of 2n rows: the n safe twins, then the n unsafe ones.
+
+    Attributes:
+        inputs: The batch, padded on the left to one length.
+        index: Which pairs they are.
+        has_images: Whether both twins of every pair have an image; otherwise no pair here has two.
+    """
+
+    inputs: LVLMInputs
+    index: tuple[int, ...]
+    has_images: bool
+
+    @property
+    def n(self) -> int:
+        """Number of pairs."""
+        return len(self.index)
+
+    @property
+    def twins(self) -> list[int]:
+        """For each row, the row of its twin."""
+        return [*range(self.n, 2 * self.n), *range(self.n)]
+
+    @cached_property
+    def misaligned(self) -> Bool[Tensor, " n"]:
+        """[n] pairs whose twins differ in length, image positions or prompt length."""
+        spans = self.inputs.spans
+        kinds = torch.stack([spans.padding, spans.image, spans.response, spans.last])
+        return (kinds[:, : self.n] != kinds[:, self.n :]).any(dim=0).any(dim=1).cpu()
+
+    @cached_property
+    def unequal_images(self) -> Bool[Tensor, " n"]:
+        """[n] pairs whose twins have different numbers of image tokens."""
+        counts = self.inputs.spans.image.sum(dim=1)
+        return (counts[: self.n] != counts[self.n :]).cpu()
+
+    def swap(self, position: str) -> Swap:
+        """Each row's positions of that span, and where its twin has them.
+
+        Args:
+            position: A span name.
+
+        Returns:
+            Masks and sources [2n, pos].
+        """
+        mask = self.inputs.spans.mask(position).cpu()
+        source = torch.arange(mask.shape[1]).repeat(len(mask), 1)
+        if bool(self.misaligned.any()):
+            for row, twin in enumerate(self.twins):
+                source[row, mask[row]] = mask[twin].nonzero()[:, 0]
+        return Swap(mask, source)
+
+
+def pair_batches(
+    lvlm: HookedLVLM, pairs: PairedExamples, *, outcome: Outcome, batch_size: int
+) -> list[PairBatch]:
+    """Pairs as batches of at most ``batch_size`` rows, pairs with images apart from the others.
+
+    Args:
+        lvlm: The model.
+        pairs: The pairs.
+        outcome: Batches hold the examples' responses if its attribute ``responses`` is true.
+        batch_size: Rows of a batch, both twins counted; a batch has at least one pair.
+
+    Returns:
+        The batches; all pixels are held in memory.
+
+    Raises:
+        ValueError: If there are no pairs.
+    """
+    if len(pairs) == 0:
+        raise ValueError("pairs must hold at least one pair, got none")
+    pictured = [safe.image is not None and unsafe.image is not None for safe, unsafe in pairs]
+    size = max(1, batch_size // 2)
+    batches = []
+    for has_images in (True, False):
+        members = [i for i, found in enumerate(pictured) if found == has_images]
+        for start in range(0, len(members), size):
+            index = members[start : start + size]
+            rows = [pairs.safe[i] for i in index] + [pairs.unsafe[i] for i in index]
+            inputs = lvlm.prepare(rows, responses=bool(getattr(outcome, "responses", False)))
+            batches.append(PairBatch(inputs, tuple(index), has_images))
+    return batches
+
+
+def misaligned(batches: Sequence[PairBatch]) -> list[int]:
+    """Indices of the pairs whose twins are not aligned, in order."""
+    return sorted(pair for batch in batches for pair, bad in zip(batch.index, batch.misaligned.tolist()) if bad)
+
+
+def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> None:
+    """Refuse positions that do not have a meaning in both twins of every pair.
+
+    Raises:
+        ValueError: If they have not; the message names the pairs.
+    """
+    bad, needs = misaligned(batches), [name for name in positions if name not in ALWAYS_SHARED]
+    if bad and needs:
+        raise ValueError(
+            f"pairs must be aligned (same length, same image positions) for positions {needs}, got twins that differ in "
+            f"pairs {bad}; use positions={ALWAYS_SHARED}, or pairs whose prompts have the same number of tokens"
+        )
+    unequal = [
+        pair
+        for batch in batches
+        if batch.has_images
+        for pair, differ in zip(batch.index, batch.unequal_images.tolist())
+        if differ
+    ]
+    if unequal and "image" in positions:
+        raise ValueError(
+            f"twins must have the same number of image tokens for position 'image', got twins that differ in pairs "
+            f"{sorted(unequal)}; use pictures of one size, or positions=('last',)"
+        )
+
+
+def logits_needed(outcome: Outcome, inputs: LVLMInputs) -> int:
+    """How many last positions' logits an outcome needs; 0 stands for all of them.
+
+    Those of care_lens read nothing before the last prompt token; of others nothing is known.
+    """
+    if not isinstance(outcome, (UnsafeMargin, ResponseLogProb)):
+        return 0
+    return inputs.input_ids.shape[1] - min(inputs.spans.last_index())

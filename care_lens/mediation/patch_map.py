@@ -1,0 +1,186 @@
+"""Patch map: the natural indirect effect of each patch of the picture, at one site.
+
+For each patch of the safe twin's picture, the activation of its token is replaced by that of the same patch in the unsafe
+run: NIE_p = Y(x with M_p := M_p(x*)) - Y(x). At ``blocks.0.hook_resid_pre`` that is what the language model is given of that
+patch; at sites of the vision tower it is the patch there, before later layers mix it with others. Patches interact, so
+that their effects need not add up to that of the whole image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, package_versions
+from care_lens.core.spans import PatchGrid
+from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, metric_name, site_columns, tidy
+from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared
+from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_PLACE = ("tower", "layer", "component", "patch", "row", "col")
+COLUMNS = (*_PLACE, "metric", "effect", "value", "ci_low", "ci_high", "n", "seed")
+PAIR_COLUMNS = (*_PLACE, "pair", "group", "value", "x0", "y0", "x1", "y1")
+
+
+@dataclass(frozen=True)
+class PatchMapResult(DetailedResult):
+    """Effects of picture patches at one site.
+
+    Attributes:
+        frame: One row a patch: tower, layer, component, patch (index in row-major order), row, col, metric, effect ("NIE"),
+            value (mean over pairs, in the outcome's unit), ci_low, ci_high, n (pairs), seed.
+        settings: Site, rows and cols of the grid, mean total effect ("TE"), outcome, n_boot, seed, versions.
+        details: One row a patch and pair: its NIE as value, and the rectangle x0, y0, x1, y1 in pixels of the unsafe twin's
+            picture that the patch covers.
+    """
+
+    @property
+    def grid(self) -> np.ndarray:
+        """[rows, cols] mean NIE."""
+        return self.frame["value"].to_numpy().reshape(self.settings["rows"], self.settings["cols"])
+
+    def plot(self) -> "go.Figure":
+        """Effects over the picture."""
+        from care_lens.plots import plot_patch_effects
+
+        return plot_patch_effects(self)
+
+
+def patch_map(
+    lvlm: HookedLVLM,
+    pairs: PairedExamples,
+    *,
+    outcome: Outcome,
+    site: SiteLike = "blocks.0.hook_resid_pre",
+    batch_size: int = 32,
+    n_boot: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> PatchMapResult:
+    """Natural indirect effect of each patch of the picture.
+
+    Args:
+        lvlm: The model.
+        pairs: The pairs; both twins of each have a picture, cut into the same grid.
+        outcome: Larger where the model is less safe.
+        site: Where patches are exchanged, in any tower.
+        batch_size: Sequences in a forward pass.
+        n_boot: Bootstrap resamples of the pairs' groups.
+        seed: Seed of the bootstrap.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The effects, patch by patch.
+
+    Raises:
+        ValueError: If a pair lacks a picture, grids differ, the model has no such site, or it cannot be edited.
+    """
+    place = Site.parse(site)
+    if not lvlm.site_info(place).editable or place.component == "attn.hook_pattern":
+        raise ValueError(f"site must be editable and have a patch axis, got {place}")
+    batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
+    require_shared(batches, ("image",))
+    grid = _shared_grid(batches)
+    n_patches = grid.rows * grid.cols
+    safe, total = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
+    effects = np.full((len(pairs), n_patches), np.nan)
+    for batch in tqdm(batches, desc="patching", disable=not progress):
+        index = list(batch.index)
+        untouched, patched = _patched(lvlm, batch, place, outcome, n_patches, batch_size)
+        safe[index] = untouched[: batch.n]
+        total[index] = untouched[batch.n :] - untouched[: batch.n]
+        effects[index] = patched - safe[index, None]
+    interval = cluster_bootstrap(effects, pairs.groups, n_boot=n_boot, seed=seed)
+    cells = [{**site_columns(place), "patch": p, "row": p // grid.cols, "col": p % grid.cols} for p in range(n_patches)]
+    shared = {"metric": metric_name(outcome), "effect": "NIE", "n": len(pairs), "seed": seed}
+    rows = [
+        {**cell, **shared, "value": interval.estimate[p], "ci_low": interval.low[p], "ci_high": interval.high[p]}
+        for p, cell in enumerate(cells)
+    ]
+    settings: dict[str, Any] = {
+        "site": str(place),
+        "rows": grid.rows,
+        "cols": grid.cols,
+        "TE": float(total.mean()),
+        "outcome": describe_outcome(outcome),
+        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
+        "n": len(pairs),
+        "groups": len(set(pairs.groups)),
+        "n_boot": n_boot,
+        "seed": seed,
+        "confidence": 0.95,
+        "versions": package_versions(),
+    }
+    return PatchMapResult(tidy(rows, COLUMNS), settings, _pair_frame(batches, pairs, cells, effects))
+
+
+def _shared_grid(batches: Sequence[PairBatch]) -> PatchGrid:
+    if lacking := [pair for batch in batches if not batch.has_images for pair in batch.index]:
+        raise ValueError(f"both twins of every pair must have a picture, got none in pairs {lacking}; leave those out")
+    grids = [grid for batch in batches for row in batch.inputs.spans.grids for grid in row]
+    shapes = {(grid.rows, grid.cols) for grid in grids}
+    if len(shapes) != 1 or len(grids) != sum(batch.inputs.batch_size for batch in batches):
+        raise ValueError(f"pictures must be cut into one grid of the same shape each, got {sorted(shapes)}")
+    return grids[0]
+
+
+def _patched(
+    lvlm: HookedLVLM, batch: PairBatch, site: Site, outcome: Outcome, n_patches: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[2n] untouched outcomes, and [n, patch] outcomes of the safe rows with one patch exchanged."""
+    keep = logits_needed(outcome, batch.inputs)
+    with torch.no_grad():
+        logits, cache = lvlm.run_with_cache(batch.inputs, sites=[site], logits_to_keep=keep)
+    untouched = read_outcome(outcome, logits, batch.inputs).numpy()
+    donor = cache[str(site)][batch.n :]
+    receivers = batch.inputs.rows(range(batch.n))
+    together = max(1, batch_size // batch.n)
+    runs = []
+    for start in range(0, n_patches, together):
+        patches = range(start, min(start + together, n_patches))
+        swaps = [_swap(lvlm, batch, site, donor.shape[1], patch) for patch in patches]
+        runs.append(
+            patched_outcomes(
+                lvlm, receivers, site=site, donor=donor, swaps=swaps, outcome=outcome, logits_to_keep=keep
+            )
+        )
+    return untouched, torch.cat(runs).T.numpy()
+
+
+def _swap(lvlm: HookedLVLM, batch: PairBatch, site: Site, length: int, patch: int) -> Swap:
+    """Exchange one patch of every safe row with the same patch of its unsafe twin."""
+    if site.tower == "language":
+        starts = torch.tensor([row[0].start for row in batch.inputs.spans.grids])
+    else:
+        first = lvlm.family.class_tokens(lvlm.hf_model.config) if site.tower == "vision" else 0
+        starts = torch.full((2 * batch.n,), length - _patches(batch) if site.tower == "projector" else first)
+    here, there = (starts + patch).split(batch.n)
+    mask = torch.arange(length) == here[:, None]
+    return Swap(mask, there[:, None].expand(-1, length))
+
+
+def _patches(batch: PairBatch) -> int:
+    grid = batch.inputs.spans.grids[0][0]
+    return grid.rows * grid.cols
+
+
+def _pair_frame(
+    batches: Sequence[PairBatch], pairs: PairedExamples, cells: Sequence[dict[str, Any]], effects: np.ndarray
+) -> pd.DataFrame:
+    rows = []
+    for batch in batches:
+        for at, pair in enumerate(batch.index):
+            grid = batch.inputs.spans.grids[batch.n + at][0]
+            for p, cell in enumerate(cells):
+                box = dict(zip(("x0", "y0", "x1", "y1"), grid.rectangle(grid.start + p)))
+                rows.append({**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box})
+    return tidy(rows, PAIR_COLUMNS).sort_values(["pair", "patch"], ignore_index=True)

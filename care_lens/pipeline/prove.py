@@ -1,0 +1,199 @@
+"""Step 4: defences by channels on the test split, which nothing before has read."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from care_lens.attacks import pgd, random_noise
+from care_lens.baselines import NoRefusalDirection, RefusalDirection
+from care_lens.capture import Activations, capture
+from care_lens.core import Example, Repair, Site
+from care_lens.data.study import Study
+from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
+from care_lens.lvlm import HookedLVLM
+from care_lens.pipeline.choose import Choice, assemble, fit_readers
+from care_lens.pipeline.learn import FitRows, residual_sites
+from care_lens.pipeline.resume import Stage
+from care_lens.pipeline.settings import RunSettings
+from care_lens.repair import ConformalGate, HybridFusion, random_control
+
+log = logging.getLogger(__name__)
+
+NONE = "none"
+#: Over how many benign standard deviations of the score the attacker's copy of a gate opens.
+ATTACK_WIDTH = 4.0
+CLEAN, NOISE, PGD, ADAPTIVE = "gradient: clean", "gradient: noise", "gradient: PGD", "gradient: PGD, adaptive"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What step 4 measured.
+
+    Attributes:
+        table: defences by channels.
+        adaptive: the gradient attack that sees the repair, on the repair; None if no gradient attack was run.
+        left_out: defences that could not be made, and why.
+    """
+
+    table: DefenceTable
+    adaptive: DefenceTable | None
+    left_out: Mapping[str, str]
+
+
+def controls(choice: Choice, rows: FitRows, calibration: Activations, settings: RunSettings) -> dict[str, HybridFusion]:
+    """The chosen repair with random writers of equal rank and edit norm, and refitted on shuffled labels.
+
+    Args:
+        choice: the repair that won.
+        rows: of the fit split.
+        calibration: benign activations, for the gate of the refitted control.
+        settings: of the run.
+    """
+    complied = [rows.malicious[m].rows(choice.writer_site, "last") for m in rows.modalities]
+    met: dict[Site | str, Tensor] = {choice.writer_site: torch.cat(complied)}
+    random = random_control(choice.repair, met, seed=settings.seed)
+    shuffled = assemble(
+        fit_readers(rows, calibration, choice.plan, shuffle_seed=settings.seed),
+        rows,
+        choice.writer_site,
+        alpha=choice.alpha,
+        name="control: shuffled labels",
+        provenance={"control": "readers fitted on shuffled labels, gate recalibrated"},
+    )
+    return {"control: random writer": replace(random, name="control: random writer"), "control: shuffled labels": shuffled}
+
+
+def spread(examples: Sequence[Example], n: int) -> list[Example]:
+    """n examples taken at even distances, so that every channel has its share."""
+    return [examples[i * len(examples) // n] for i in range(min(n, len(examples)))] if n else []
+
+
+def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> RefusalDirection:
+    """The baseline of Arditi et al. as a defence: plain requests against harmless ones, selected on validation.
+
+    Raises:
+        NoRefusalDirection: if no candidate passes its filters.
+    """
+    return RefusalDirection.fit(
+        lvlm,
+        harmful=study.refused("fit")[:128],
+        harmless=spread(study.benign("fit"), 128),
+        harmful_validation=study.refused("validation")[:32],
+        harmless_validation=spread(study.benign("validation"), 32),
+        refusal_tokens=study.outcome.refuse,
+        batch_size=settings.batch_size,
+        progress=False,
+    )
+
+
+def gradient_suites(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> dict[str, list[Example]]:
+    """Refused requests over clean pictures, under noise of the attack's size, and under PGD against the undefended model."""
+    base = list(study.gradient[: settings.pgd_examples])
+    if not base:
+        return {}
+    return {
+        CLEAN: named(base, CLEAN),
+        NOISE: named(random_noise(base, epsilon=settings.pgd_epsilon, seed=settings.seed), NOISE),
+        PGD: attacked(lvlm, study, settings, repair=None, channel=PGD),
+    }
+
+
+def named(examples: Sequence[Example], channel: str) -> list[Example]:
+    """The examples as those of another channel."""
+    return [replace(e, channel=channel, id=f"{e.id}/{channel}") for e in examples]
+
+
+def attacked(
+    lvlm: HookedLVLM, study: Study, settings: RunSettings, *, repair: Repair | None, channel: str
+) -> list[Example]:
+    """PGD for the opening of the compliant answer, through a defence if one is given."""
+    base = list(study.gradient[: settings.pgd_examples])
+    result = pgd(
+        lvlm,
+        base,
+        epsilon=settings.pgd_epsilon,
+        steps=settings.pgd_steps,
+        target_tokens=1,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        repair=repair,
+        progress=False,
+    )
+    return named(result.apply(base), channel)
+
+
+def softened(repair: HybridFusion) -> HybridFusion:
+    """The repair as an attacker sees it: its gates open linearly, so that the gradient tells how to close them."""
+    gate = repair.corrections[0].gate
+    return repair.with_gate(replace(gate, width=ATTACK_WIDTH)) if isinstance(gate, ConformalGate) else repair
+
+
+def prove(
+    lvlm: HookedLVLM,
+    study: Study,
+    choice: Choice,
+    rows: FitRows,
+    printed: HybridFusion,
+    settings: RunSettings,
+    stage: Stage,
+) -> Proof:
+    """Run every defence, its controls and baselines on every channel of the test split.
+
+    Args:
+        lvlm: the model.
+        study: only its test split is used here, but for the fit of the baseline and the calibration of a control.
+        choice: the repair that won on validation.
+        rows: activations of the fit split.
+        printed: the paper's printed form.
+        settings: of the run.
+        stage: where answers and tables are kept; generation resumes.
+    """
+    calibration = capture(
+        lvlm,
+        study.benign("calibration"),
+        residual_sites(lvlm),
+        select=("last",),
+        batch_size=settings.batch_size,
+        progress=False,
+    )
+    left_out: dict[str, str] = {}
+    defences: dict[str, Repair | None] = {NONE: None}
+    try:
+        defences["refusal direction"] = refusal_direction(lvlm, study, settings)
+    except NoRefusalDirection as error:
+        left_out["refusal direction"] = str(error)
+    defences[printed.name] = printed
+    defences[choice.repair.name] = choice.repair
+    defences |= controls(choice, rows, calibration, settings)
+    suites: dict[str, Sequence[Example]] = {c: list(e) for c, e in study.suites["test"].items()}
+    suites |= gradient_suites(lvlm, study, settings)
+    store = GenerationStore(stage.directory / "answers.jsonl")
+
+    def table(suites: Mapping[str, Sequence[Example]], defences: Mapping[str, Repair | None], fidelity: bool) -> DefenceTable:
+        return evaluate(
+            lvlm,
+            suites,
+            defences,
+            judge=study.judge,
+            store=store,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            fidelity=fidelity,
+            n_boot=settings.n_boot,
+            seed=settings.seed,
+            progress=False,
+        )
+
+    main = stage.result(DefenceTable, "defences", lambda: table(suites, defences, True))
+    adaptive = None
+    if study.gradient and settings.pgd_examples:
+
+        def attack_repair() -> DefenceTable:
+            found = attacked(lvlm, study, settings, repair=softened(choice.repair), channel=ADAPTIVE)
+            return table({ADAPTIVE: found}, {choice.repair.name: choice.repair}, False)
+
+        adaptive = stage.result(DefenceTable, "adaptive", attack_repair)
+    return Proof(main, adaptive, left_out)

@@ -1,0 +1,157 @@
+"""The report of a run: one self-contained HTML page, the figures as files beside it."""
+
+import datetime
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from care_lens import plots
+from care_lens.pipeline.prove import ADAPTIVE, NONE
+from care_lens.pipeline.run import Run
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d5dae2; padding-bottom: .3rem; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
+th, td { border: 1px solid #d5dae2; padding: .25rem .5rem; text-align: right; } th[scope=row], td:first-child { text-align: left; }
+caption { text-align: left; color: #5a6675; padding: .3rem 0; } pre { background: #f4f6f9; padding: 1rem; overflow-x: auto; font-size: 12px; }
+.key { background: #eef4fb; border-left: 4px solid #2b6cb0; padding: .6rem 1rem; }
+"""
+
+
+def rates(run: Run, defence: str, metric: str, channels: Sequence[str]) -> pd.DataFrame:
+    """Rows of the test table for a defence and metric, channels in the order given."""
+    frame = run.proof.table.to_dataframe()
+    frame = frame[(frame.defence == defence) & (frame.metric == metric)].set_index("channel")
+    return frame.loc[[c for c in channels if c in frame.index]]
+
+
+def summary(run: Run) -> dict[str, float]:
+    """The figures that the page opens with: worst ASR on seen and held-out channels, mean benign accuracy, before and after."""
+    seen = [c for channels in run.study.seen.values() for c in channels]
+    attacks = [c for c in run.study.channels("test", harmful=True) if c != run.study.plain]
+    held = [c for c in attacks if c not in seen]
+    benign = list(run.study.channels("test", harmful=False))
+    out: dict[str, float] = {}
+    for label, defence in (("before", NONE), ("after", run.choice.repair.name)):
+        out[f"worst seen ASR {label}"] = float(rates(run, defence, "asr", seen).value.max())
+        out[f"worst held-out ASR {label}"] = float(rates(run, defence, "asr", held).value.max()) if held else float("nan")
+        accuracy = rates(run, defence, "accuracy", benign)
+        out[f"benign accuracy {label}"] = float((accuracy.value * accuracy.n).sum() / accuracy.n.sum())
+        out[f"lowest benign accuracy {label}"] = float(accuracy.value.min())
+    return out
+
+
+def figures(run: Run) -> dict[str, go.Figure]:
+    """Every figure of the report, by file name."""
+    out = {f"effects_{name}": result.plot() for name, result in run.diagnosis.effects.items()}
+    out["ablation"] = run.diagnosis.ablation.plot()
+    for name, result in run.diagnosis.patches.items():
+        out[f"patches_{name}"] = result.plot()
+    out["asr"] = run.proof.table.plot()
+    out["tradeoff"] = plots.plot_tradeoff(run.proof.table)
+    for subspace in (*run.choice.subspaces, *run.printed_subspaces):
+        if subspace.basis.shape[1] > 1 and f"spectrum_{subspace.modality}" not in out:
+            out[f"spectrum_{subspace.modality}"] = subspace.plot()
+    return out
+
+
+def _table(frame: pd.DataFrame, *, digits: int = 3) -> str:
+    return frame.to_html(index=False, border=0, float_format=lambda x: f"{x:.{digits}f}", na_rep="-")
+
+
+def _strongest(run: Run) -> pd.DataFrame:
+    frame = run.diagnosis.effects_frame()
+    frame = frame[(frame.effect == "NIE") & frame.position.isin(["image", "text", "last", "all"])]
+    frame = frame.sort_values("value", ascending=False).groupby("pairs", sort=False).head(4)
+    return frame[["pairs", "tower", "layer", "component", "position", "value", "ci_low", "ci_high", "n"]]
+
+
+def write_report(run: Run, out: str | Path) -> Path:
+    """Write report.html and figures/ into the folder of the run.
+
+    Args:
+        run: the results.
+        out: folder of the run.
+
+    Returns:
+        The page.
+    """
+    out = Path(out)
+    made = figures(run)
+    for name, figure in made.items():
+        plots.save_figure(figure, out / "figures" / f"{name}.html")
+    made_html = {
+        name: figure.to_html(full_html=False, include_plotlyjs="inline" if i == 0 else False)
+        for i, (name, figure) in enumerate(made.items())
+    }
+    key = summary(run)
+    (out / "summary.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    table = run.proof.table
+    plan = run.choice.plan
+    seen = ", ".join(c for channels in run.study.seen.values() for c in channels)
+
+    def percent(name: str) -> str:
+        return f"{100 * key[f'{name} before']:.0f} % to {100 * key[f'{name} after']:.0f} %"
+
+    def draw(prefix: str) -> str:
+        return "\n".join(body for name, body in made_html.items() if name.startswith(prefix))
+
+    adaptive = "<p>No gradient attack was run.</p>"
+    if run.proof.adaptive is not None:
+        row = run.proof.adaptive.to_dataframe().query("metric == 'asr'").iloc[0]
+        adaptive = (
+            f"<p>{html.escape(ADAPTIVE)}: the attack saw the repair (its gate softened, so that a gradient passes). ASR "
+            f"{100 * row.value:.0f} % [{100 * row.ci_low:.0f}, {100 * row.ci_high:.0f}], n = {row.n}.</p>"
+        )
+    left_out = "".join(f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items())
+    quick = "" if run.settings.limit is None else (
+        f"<p><b>A quick look with at most {run.settings.limit} examples a channel: not figures to quote.</b></p>"
+    )
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>care_lens report: {html.escape(run.study.name)}</title>
+<style>{STYLE}</style></head><body>
+<h1>care_lens: {html.escape(run.study.name)}</h1>
+<p>{html.escape(run.study.about)}</p>{quick}
+<p class="key">Worst attack success on channels seen in the fit: <b>{percent("worst seen ASR")}</b>. Worst on channels held out of the
+fit: <b>{percent("worst held-out ASR")}</b>. Right answers on benign and hard benign prompts: <b>{percent("benign accuracy")}</b>
+(lowest channel {percent("lowest benign accuracy")}). Test split; settings chosen on validation; intervals below.</p>
+<h2>1. Diagnose: where the unsafe answer comes from</h2>
+<p>Natural indirect effects (NIE): what changes in the safe run when one place takes its value from the unsafe twin. Unit:
+nats of the outcome. The safe twin is the request that the model refuses (for "picture": the same picture with a benign word,
+outcome = log probability a token of the steps for the forbidden item). Intervals: 95 % bootstrap over items.</p>
+{_table(_strongest(run))}
+{draw("effects_")}
+<h3>MLP against attention: share complied when one block's output is replaced by its benign mean</h3>
+{draw("ablation")}
+<h3>Which patches carry the item</h3>
+{draw("patches_")}
+<h2>2. Learn: safety subspaces</h2>
+<p>Generalised eigenvalues of malicious against benign activations. The repair reads
+{html.escape("the discriminant direction" if plan.ranks == (0,) else f"ranks {plan.ranks} (0 = discriminant direction)")}
+of the residual stream after layers {plan.layers} at the last prompt token, one reader a modality.</p>
+{draw("spectrum_")}
+<h2>3. Choose: on validation only</h2>
+<p>Gate: split conformal, at most {run.choice.plan.epsilon:.1%} of benign prompts touched
+(n = {run.choice.repair.corrections[0].gate.n} calibration prompts). Writer: towards the refusal mean at
+{run.choice.writer_site}, alpha {run.choice.alpha:g}. Fusion: {run.choice.repair.rule}.</p>
+<h3>Candidates run as a whole</h3>{_table(run.choice.runs)}
+<h3>Writers, always open: share of attacks refused</h3>{_table(run.choice.writers.head(10))}
+<h3>Readers: detection of attacks, share of benign opened</h3>{_table(run.choice.readers.sort_values("benign").head(40))}
+<h2>4. Prove: defences by channels, test split</h2>
+<p>Seen in the fit: {html.escape(seen)}. All other attack channels are held out. ASR in per cent (lower is better) on
+attack channels; right answers in per cent on the others.</p>
+{table.to_html(metrics=("asr",))}{table.to_html(metrics=("accuracy",))}
+{draw("asr")}{draw("tradeoff")}
+<h3>Gradient attack that sees the repair</h3>{adaptive}
+<h3>Semantic fidelity</h3>{table.to_html(metrics=("agreement", "kl"))}
+<h3>Over-refusal: benign prompts refused</h3>{table.to_html(metrics=("refusal",))}{left_out}
+<h2>Settings and provenance</h2>
+<pre>{html.escape(json.dumps({"settings": run.settings.to_dict(), "seconds": run.seconds, **run.provenance}, indent=1))}</pre>
+<p>Written {datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}</p></body></html>"""
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path

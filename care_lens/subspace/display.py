@@ -1,0 +1,67 @@
+"""How a subspace introduces itself in a terminal and in a notebook."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from care_lens.subspace.safety_subspace import SafetySubspace
+
+_BARS = "▁▂▃▄▅▆▇█"
+_MOST_BARS = 32
+_LEFT = 'style="text-align:left"'
+
+
+def summary(subspace: "SafetySubspace") -> dict[str, str]:
+    """What the subspace is, by heading; headings without a value are left out."""
+    notes = subspace.diagnostics
+    rows = {
+        "site": "" if subspace.site is None else str(subspace.site),
+        "modality": subspace.modality or "",
+        "rank": f"{subspace.rank} of width {subspace.width}",
+        "control": str(notes.get("control", "")),
+        "contrast": str(notes.get("contrast", "")),
+        "projection": str(notes.get("projection", "")),
+    }
+    if "n_benign" in notes:
+        rows["rows"] = f"{notes['n_benign']} benign, {notes['n_malicious']} malicious"
+        rows["shrinkage"] = (
+            f"{notes['shrinkage_benign']:.3g} benign, {notes['shrinkage_malicious']:.3g} malicious"
+        )
+        rows["solver"] = f"{notes['solver']}, order {notes['order']}, residual {notes['residual']:.1e}"
+    if choice := notes.get("auto_rank"):
+        rows["rank chosen"] = (
+            f"{choice['passed']} directions above {choice['threshold']:.3g} held out (benign against benign)"
+        )
+    return {heading: value for heading, value in rows.items() if value}
+
+
+def as_text(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
+    """Several aligned lines under the class name."""
+    named = {**rows, "eigenvalues": _spectrum(eigenvalues)}
+    wide = max(map(len, named))
+    return "\n".join(
+        ["SafetySubspace", *(f"  {heading:<{wide}}  {value}" for heading, value in named.items())]
+    )
+
+
+def as_html(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
+    """A two-column table."""
+    named = {**rows, "eigenvalues": _spectrum(eigenvalues)}
+    cells = "".join(
+        f"<tr><th {_LEFT}>{escape(heading)}</th><td {_LEFT}>{escape(value)}</td></tr>"
+        for heading, value in named.items()
+    )
+    return f"<table><caption {_LEFT}><b>SafetySubspace</b></caption><tbody>{cells}</tbody></table>"
+
+
+def _spectrum(eigenvalues: Tensor) -> str:
+    """First to last, and bars on a linear scale from 0."""
+    values = eigenvalues.detach().double().cpu().tolist()
+    top = max(values[0], 1e-300)
+    heights = [min(int(len(_BARS) * max(value, 0) / top), len(_BARS) - 1) for value in values[:_MOST_BARS]]
+    bars = "".join(_BARS[height] for height in heights)
+    ends = f"{values[0]:.3g}" if len(values) == 1 else f"{values[0]:.3g} to {values[-1]:.3g}"
+    return f"{ends}  {bars}{'...' if len(values) > _MOST_BARS else ''}"

@@ -1,0 +1,151 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from care_lens.evaluation import GenerationStore, generate_all
+from care_lens.evaluation.identity import example_fingerprint, model_fingerprint, repair_fingerprint
+
+
+@pytest.fixture
+def asked(suites):
+    return [replace(example, channel=name) for name, suite in suites.items() for example in suite]
+
+
+@pytest.fixture
+def counted(small, monkeypatch):
+    """The sizes of the batches that are generated."""
+    sizes: list[int] = []
+    generate = type(small).generate
+
+    def counting(self, inputs, **options):
+        sizes.append(inputs.batch_size)
+        return generate(self, inputs, **options)
+
+    monkeypatch.setattr(type(small), "generate", counting)
+    return sizes
+
+
+def run(small, asked, store, **options):
+    return generate_all(small, asked, **{"store": store, "max_new_tokens": 4, "progress": False} | options)
+
+
+def test_answers_are_those_of_the_model_one_by_one_in_the_examples_order(small, asked):
+    answers = run(small, asked, GenerationStore(), batch_size=5)
+    for example, answer in zip(asked, answers):
+        made = small.generate(small.prepare(example), max_new_tokens=4)
+        assert answer.response == made.texts[0]
+        ids = made.new_tokens[0].tolist()
+        assert answer.tokens == (ids.index(2) + 1 if 2 in ids else len(ids))
+        assert (answer.id, answer.channel, answer.harmful) == (example.id, example.channel, example.harmful)
+        assert (answer.missing, answer.defence) == ("", "none")
+
+
+def test_a_defence_is_on_while_it_generates_and_off_afterwards(small, asked, scaled):
+    repair = scaled(-2.0)
+    answers = run(small, asked, GenerationStore(), repair=repair, defence_name="scaled")
+    with repair.on(small):
+        expected = [small.generate(small.prepare(example), max_new_tokens=4).texts[0] for example in asked]
+    assert [answer.response for answer in answers] == expected
+    assert [answer.response for answer in run(small, asked, GenerationStore())] != expected
+
+
+def test_a_rerun_generates_what_is_missing_only(small, asked, counted, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    first = run(small, asked[:7], GenerationStore(path), batch_size=4)
+    assert counted == [4, 3]
+    assert run(small, asked[:9], GenerationStore(path), batch_size=4)[:7] == first
+    assert counted == [4, 3, 2]
+    run(small, asked[:9], GenerationStore(path), batch_size=4)
+    assert counted == [4, 3, 2]
+
+
+def test_a_kill_in_the_middle_costs_the_batch_that_was_being_written(small, asked, counted, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    whole = run(small, asked[:6], GenerationStore(path), batch_size=2)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert run(small, asked[:6], GenerationStore(path), batch_size=2) == whole
+    assert counted == [2, 2, 2, 1]
+
+
+def test_whatever_changes_the_answer_is_generated_anew(small, asked, counted, scaled, picture):
+    store = GenerationStore()
+    example = next(example for example in asked if example.image is not None)
+    run(small, [example], store)
+    run(small, [replace(example, image=picture(77))], store)
+    run(small, [replace(example, prompt="what is red")], store)
+    run(small, [example], store, max_new_tokens=5)
+    run(small, [example], store, generation={"do_sample": True})
+    run(small, [example], store, seed=1)
+    run(small, [example], store, repair=scaled(1.5), defence_name="d")
+    run(small, [example], store, repair=scaled(1.6), defence_name="d")
+    assert len(counted) == len(store) == 8
+    run(small, [example], store, repair=scaled(1.6), defence_name="d")
+    run(small, [replace(example, image=example.image.copy())], store)
+    assert len(counted) == 8
+
+
+def test_a_failed_answer_is_missing_and_tried_again(small, asked, counted, monkeypatch, tmp_path, caplog):
+    bad = {asked[2].id + asked[2].channel, asked[9].id + asked[9].channel}
+    prepare = type(small).prepare
+
+    def failing(self, examples, **options):
+        if any(example.id + example.channel in bad for example in examples):
+            raise KeyError("no such word")
+        return prepare(self, examples, **options)
+
+    path = tmp_path / "answers.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(small), "prepare", failing)
+        answers = run(small, asked, GenerationStore(path), batch_size=8)
+    assert [i for i, answer in enumerate(answers) if answer.missing] == [2, 9]
+    assert answers[2].missing == "KeyError" and answers[2].response is None
+    assert "no such word" in caplog.text
+    done = sum(counted)
+    again = run(small, asked, GenerationStore(path), batch_size=8)
+    assert sum(counted) == done + 2
+    assert not any(answer.missing for answer in again)
+    assert len(GenerationStore(path)) == len(asked)
+
+
+def test_a_kill_is_not_a_missing_answer(small, asked, monkeypatch):
+    def killed(self, inputs, **options):
+        raise KeyboardInterrupt
+
+    store = GenerationStore()
+    monkeypatch.setattr(type(small), "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(small, asked[:2], store)
+    assert len(store) == 0
+
+
+def test_sampling_is_repeatable_and_leaves_the_generator_alone(small, asked):
+    state = torch.get_rng_state()
+    options = {"generation": {"do_sample": True, "temperature": 3.0}, "batch_size": 4}
+    first = run(small, asked, GenerationStore(), **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == run(small, asked, GenerationStore(), **options)
+    other = run(small, asked, GenerationStore(), seed=1, **options)
+    assert [answer.response for answer in first] != [answer.response for answer in other]
+
+
+def test_ids_are_needed_and_must_differ_within_a_channel(small, asked):
+    with pytest.raises(ValueError, match="ids"):
+        run(small, [replace(asked[0], id="")], GenerationStore())
+    with pytest.raises(ValueError, match="twice"):
+        run(small, [asked[0], asked[0]], GenerationStore())
+
+
+def test_fingerprints_see_what_matters(llava_maker, picture, scaled):
+    model, _ = llava_maker("clip", seed=5)
+    before = model_fingerprint(model)
+    assert before == model_fingerprint(llava_maker("clip", seed=5)[0]) != model_fingerprint(llava_maker("clip", seed=6)[0])
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(0.5)
+    assert model_fingerprint(model) != before
+    assert repair_fingerprint(scaled(1.0)) == repair_fingerprint(scaled(1.0)) != repair_fingerprint(scaled(1.1))
+    from care_lens.core import Example
+
+    plain = Example("what", image=picture(1))
+    assert example_fingerprint(plain) == example_fingerprint(replace(plain, id="x", response="y"))
+    assert len({example_fingerprint(e) for e in (plain, Example("what"), Example("what", image=picture(2)))}) == 3

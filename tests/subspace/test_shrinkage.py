@@ -1,0 +1,75 @@
+import pytest
+import torch
+from sklearn.covariance import ledoit_wolf, oas, shrunk_covariance
+
+from care_lens.subspace import Moments, ShrunkCovariance, SubspaceError, shrink, shrinkage_weight
+
+SHAPES = [(2, 3), (5, 1), (7, 7), (30, 6), (6, 30), (50, 49), (120, 200)]
+
+
+def rows_of(shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(-2, 2, shape[1], dtype=torch.float64)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + 100
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_are_those_of_one_over_n(shape):
+    rows = rows_of(shape)
+    moments = Moments.from_rows(rows)
+    expected = torch.cov(rows.T, correction=0).reshape(shape[1], shape[1])
+    torch.testing.assert_close(moments.covariance(), expected)
+    torch.testing.assert_close(moments.mean, rows.mean(0))
+    assert moments.trace == pytest.approx(float(expected.trace()))
+    assert moments.squared_norm == pytest.approx(float(expected.square().sum()))
+    assert (moments.count, moments.width) == shape
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("rule", "oracle"), [("ledoit-wolf", ledoit_wolf), ("oas", oas)])
+def test_estimated_shrinkage_is_scikit_learns(shape, rule, oracle):
+    rows = rows_of(shape)
+    covariance, weight = oracle(rows.numpy())
+    shrunk = shrink(Moments.from_rows(rows), rule)
+    assert shrunk.weight == pytest.approx(weight, abs=1e-10)
+    torch.testing.assert_close(shrunk.dense(), torch.from_numpy(covariance), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", ["ledoit-wolf", "oas"])
+def test_isotropic_rows_are_shrunk_almost_entirely(rule):
+    rows = torch.randn(20, 400, generator=torch.Generator().manual_seed(0))
+    assert shrinkage_weight(Moments.from_rows(rows), rule) > 0.9
+
+
+@pytest.mark.parametrize("weight", [0, 0.1, 0.5, 1, None])
+def test_given_shrinkage_is_scikit_learns(weight):
+    moments = Moments.from_rows(rows_of((8, 12)))
+    expected = shrunk_covariance(moments.covariance().numpy(), shrinkage=weight or 0)
+    shrunk = shrink(moments, weight)
+    torch.testing.assert_close(shrunk.dense(), torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+    assert shrunk.factor.shape[1] == (0 if weight == 1 else 8)
+
+
+@pytest.mark.parametrize("rule", ["oas", "ledoit-wolf"])
+def test_constant_rows_have_a_zero_covariance(rule):
+    assert not shrink(Moments.from_rows(torch.ones(4, 3)), rule).dense().any()
+
+
+def test_product_and_rank_one_update_agree_with_the_matrix():
+    shrunk = shrink(Moments.from_rows(rows_of((8, 12))), 0.2)
+    vectors, delta = torch.eye(12, dtype=torch.float64)[:, :3], torch.arange(12, dtype=torch.float64)
+    torch.testing.assert_close(shrunk.times(vectors), shrunk.dense() @ vectors)
+    torch.testing.assert_close(shrunk.plus(delta).dense(), shrunk.dense() + torch.outer(delta, delta))
+    torch.testing.assert_close(ShrunkCovariance.identity(12).dense(), torch.eye(12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, float("nan"), True])
+def test_a_shrinkage_that_is_none_is_refused(wrong):
+    with pytest.raises(SubspaceError, match="shrinkage must be"):
+        shrink(Moments.from_rows(rows_of((8, 12))), wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(SubspaceError, match="'ledoitwolf'"):
+        shrink(Moments.from_rows(rows_of((8, 12))), "ledoitwolf")
