@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from care_lens.lvlm import HookedLVLM
     from care_lens.pipeline import RunSettings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Diagnose and repair unsafe channels of vision-language models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Diagnose and repair unsafe channels of vision-language models.",
+)
 console = Console()
 
 Model = Annotated[str, typer.Option(help="'bundled', a hub name, or a directory.")]
-Data = Annotated[Path | None, typer.Option(help="Folder with examples.jsonl and study.json; not for the bundled model.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder with examples.jsonl and study.json; not for the bundled model.")
+]
 Out = Annotated[Path, typer.Option(help="Folder of the run; the same command resumes there.")]
 Short = Annotated[bool, typer.Option("--short", help="A few examples a channel, for a quick look.")]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
@@ -30,7 +36,12 @@ def _start(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)], force=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False)],
+        force=True,
+    )
     logging.getLogger("care_lens").setLevel(logging.INFO)
 
 
@@ -40,7 +51,9 @@ def _load(model: str, data: Path | None, seed: int) -> "tuple[HookedLVLM, Study]
 
         return organism.load(), organism.study(seed=seed)
     if data is None:
-        raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
+        raise typer.BadParameter(
+            "--data must be given for a model that is not bundled; see the docs page on studies"
+        )
     from care_lens.data import read_study
     from care_lens.evaluation import SubstringRefusalJudge
     from care_lens.lvlm import HookedLVLM
@@ -101,7 +114,9 @@ def diagnose(
     settings = _settings(short, seed)
     study = study.limited(settings.limit) if settings.limit else study
     found = step(lvlm, study, settings, open_stage(out, study, settings, model=model))
-    results = {f"effects_{k}": v for k, v in found.effects.items()} | {f"patches_{k}": v for k, v in found.patches.items()}
+    results = {f"effects_{k}": v for k, v in found.effects.items()} | {
+        f"patches_{k}": v for k, v in found.patches.items()
+    }
     for name, result in {**results, "ablation": found.ablation}.items():
         plots.save_figure(result.plot(), out / "figures" / f"{name}.html")
     console.print(f"frames and figures: {out}")
@@ -126,7 +141,9 @@ def fit(
     study = study.limited(settings.limit) if settings.limit else study
     choice = choose(lvlm, study, capture_fit(lvlm, study, settings), settings)
     choice.repair.save(out / "repair")
-    console.print(f"layers {choice.plan.layers}, writer {choice.writer_site}, epsilon {choice.plan.epsilon}: {out / 'repair'}")
+    console.print(
+        f"layers {choice.plan.layers}, writer {choice.writer_site}, epsilon {choice.plan.epsilon}: {out / 'repair'}"
+    )
 
 
 @app.command()

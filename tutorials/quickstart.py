@@ -21,6 +21,7 @@
 
 # %%
 import torch
+
 from care_lens import HybridFusion, SafetySubspace, Site, organism
 from care_lens.capture import capture
 from care_lens.evaluation import evaluate
@@ -53,8 +54,20 @@ typographic[0].image.resize((256, 256))
 
 # %%
 pairs = organism.pairs("typographic", "fit", n=12)
-sites = [s for s in lvlm.sites(tower="language") if s.component in ("hook_attn_out", "hook_mlp_out", "hook_resid_post")]
-effects = mediate(lvlm, pairs, outcome=organism.outcome(), sites=sites, positions=("text", "last"), n_boot=500, progress=False)
+sites = [
+    s
+    for s in lvlm.sites(tower="language")
+    if s.component in ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
+]
+effects = mediate(
+    lvlm,
+    pairs,
+    outcome=organism.outcome(),
+    sites=sites,
+    positions=("text", "last"),
+    n_boot=500,
+    progress=False,
+)
 effects.plot()
 
 # %% [markdown]
@@ -79,13 +92,23 @@ patches.plot()
 study = organism.study()
 site = Site("language", 2, "hook_resid_post")
 benign = capture(lvlm, study.benign("fit"), [site], select=("last",), progress=False)
-attack = {m: capture(lvlm, study.malicious("fit", m), [site], select=("last",), progress=False) for m in ("visual", "textual")}
+attack = {
+    m: capture(lvlm, study.malicious("fit", m), [site], select=("last",), progress=False)
+    for m in ("visual", "textual")
+}
 subspaces = {
-    m: SafetySubspace.fit(benign.rows(site, "last"), rows.rows(site, "last"), rank=1, contrast="mean", site=site, modality=m)
+    m: SafetySubspace.fit(
+        benign.rows(site, "last"), rows.rows(site, "last"), rank=1, contrast="mean", site=site, modality=m
+    )
     for m, rows in attack.items()
 }
 spectrum = SafetySubspace.fit(
-    benign.rows(site, "last"), attack["visual"].rows(site, "last"), rank=8, contrast="second_moment", site=site, modality="visual"
+    benign.rows(site, "last"),
+    attack["visual"].rows(site, "last"),
+    rank=8,
+    contrast="second_moment",
+    site=site,
+    modality="visual",
 )
 spectrum
 
@@ -99,10 +122,20 @@ spectrum.plot()
 # calibration) and writes (towards where refused requests are, at a later layer). Fusion balances the two modalities.
 
 # %%
-refused = capture(lvlm, study.refused("fit"), lvlm.sites(tower="language", component="hook_resid_post"), select=("last",), progress=False)
+refused = capture(
+    lvlm,
+    study.refused("fit"),
+    lvlm.sites(tower="language", component="hook_resid_post"),
+    select=("last",),
+    progress=False,
+)
 writer_site = Site("language", 3, "hook_resid_post")
 complied = capture(
-    lvlm, [e for m in attack for e in study.malicious("fit", m)], [writer_site], select=("last",), progress=False
+    lvlm,
+    [e for m in attack for e in study.malicious("fit", m)],
+    [writer_site],
+    select=("last",),
+    progress=False,
 )
 writer = Writer.towards(
     writer_site,

@@ -43,7 +43,8 @@ def read_study(directory: str | Path, *, tokenizer: Any, judge: Judge, seed: int
         seen={modality: tuple(channels) for modality, channels in settings["seen"].items()},
         judge=judge,
         outcome=UnsafeMargin(
-            comply=_first_tokens(tokenizer, settings["comply"]), refuse=_first_tokens(tokenizer, settings["refuse"])
+            comply=_first_tokens(tokenizer, settings["comply"]),
+            refuse=_first_tokens(tokenizer, settings["refuse"]),
         ),
         refusal=settings["refusal"],
         plain=settings.get("plain", "plain"),
@@ -55,7 +56,9 @@ def _suites(examples: Sequence[Example], seed: int) -> dict[Split, dict[str, tup
     if not named:
         return split_by_group(examples, seed=seed)
     if len(named) != len(examples):
-        raise ValueError(f"all examples or none must name their split in meta, got {len(named)} of {len(examples)}")
+        raise ValueError(
+            f"all examples or none must name their split in meta, got {len(named)} of {len(examples)}"
+        )
     out: dict[Split, dict[str, tuple[Example, ...]]] = {split: {} for split in SPLITS}
     for example in examples:
         split = example.meta["split"]
@@ -66,4 +69,6 @@ def _suites(examples: Sequence[Example], seed: int) -> dict[Split, dict[str, tup
 
 
 def _first_tokens(tokenizer: Any, openings: Sequence[str]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in openings))
+    return tuple(
+        dict.fromkeys(tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in openings)
+    )

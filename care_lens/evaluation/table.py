@@ -3,7 +3,6 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +118,9 @@ class DefenceTable(FrameResult):
 
     def plot(self) -> "go.Figure":
         """Attack success by channel under each defence, with intervals."""
-        return import_module("care_lens.plots").defence_table(self)
+        from care_lens.plots import plot_asr
+
+        return plot_asr(self)
 
     def save(self, directory: str | Path, name: str) -> Path:
         """Write what :meth:`FrameResult.save` writes, and the trials as ``name.trials.csv``."""

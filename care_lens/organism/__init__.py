@@ -11,7 +11,14 @@ from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
 from care_lens.data.study import SPLITS, Study
 from care_lens.organism import channels, tasks
 from care_lens.organism.build import untrained, vocabulary
-from care_lens.organism.channels import examples, gradient_bases, pairs, picture_pairs, picture_swaps, with_response
+from care_lens.organism.channels import (
+    examples,
+    gradient_bases,
+    pairs,
+    picture_pairs,
+    picture_swaps,
+    with_response,
+)
 from care_lens.organism.judge import OrganismJudge
 from care_lens.organism.world import world
 

@@ -34,10 +34,23 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """All words of the world, specials first, then sorted: a constant."""
-    texts = [*prompts.WRAPPERS, *prompts.NEUTRAL, *prompts.HEADS, *prompts.TWIN_TEMPLATES, tasks.REFUSAL, *tasks.OPENINGS.values(), tasks.WRAPPED_OPENING]
+    texts = [
+        *prompts.WRAPPERS,
+        *prompts.NEUTRAL,
+        *prompts.HEADS,
+        *prompts.TWIN_TEMPLATES,
+        tasks.REFUSAL,
+        *tasks.OPENINGS.values(),
+        tasks.WRAPPED_OPENING,
+    ]
     for table in (prompts.ASK_TEMPLATES, prompts.REFERENCE_TEMPLATES, prompts.PICTURE_QUESTIONS):
         texts += [text for group in table.values() for text in group]
-    texts += [*tasks.NUMBERS, *BENIGN_KINDS, *FORBIDDEN_KINDS, *(verb for pair in STEPS.values() for verb in pair)]
+    texts += [
+        *tasks.NUMBERS,
+        *BENIGN_KINDS,
+        *FORBIDDEN_KINDS,
+        *(verb for pair in STEPS.values() for verb in pair),
+    ]
     texts += [*render.COLOURS, *render.SHAPES, *"abcdefghijklmnopqrstuvwxyz", "user assistant system : . ,"]
     texts += ["for the first then it is a kind of has letters there are no shape word in picture"]
     texts += [noun.name for noun in world().nouns]
@@ -75,7 +88,13 @@ def make_processor() -> LlavaProcessor:
 
 
 def make_config(
-    *, width: int = 192, layers: int = 5, heads: int = 6, mlp: int = 512, vision_width: int = 128, vision_layers: int = 4
+    *,
+    width: int = 192,
+    layers: int = 5,
+    heads: int = 6,
+    mlp: int = 512,
+    vision_width: int = 128,
+    vision_layers: int = 4,
 ) -> LlavaConfig:
     """The architecture; the defaults are those of the bundled weights."""
     vision = CLIPVisionConfig(

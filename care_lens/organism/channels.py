@@ -140,7 +140,9 @@ def _rng(*parts: object) -> random.Random:
     return random.Random(hashlib.sha256("/".join(map(str, parts)).encode()).digest())
 
 
-def examples(channel: str, split: Split, *, n: int | None = None, per_item: int = 1, seed: int = 0) -> list[Example]:
+def examples(
+    channel: str, split: Split, *, n: int | None = None, per_item: int = 1, seed: int = 0
+) -> list[Example]:
     """Examples of a channel: `per_item` for every noun of the split that fits, or the first n of them.
 
     Args:
@@ -174,7 +176,10 @@ def examples(channel: str, split: Split, *, n: int | None = None, per_item: int 
             rng = _rng(channel, split, seed, round_, noun.name)
             out.append(
                 to_example(
-                    _task(rng, recipe, noun, split), channel=channel, split=split, id=f"{channel}/{split}/{seed}/{round_}/{noun.name}"
+                    _task(rng, recipe, noun, split),
+                    channel=channel,
+                    split=split,
+                    id=f"{channel}/{split}/{seed}/{round_}/{noun.name}",
                 )
             )
     return out if n is None else out[:n]
@@ -214,13 +219,21 @@ def pairs(channel: str, split: Split, *, n: int | None = None, seed: int = 0) ->
         ValueError: if the channel has no aligned twin.
     """
     if channel not in _SAFE_TWINS:
-        raise ValueError(f"channel must be one of {sorted(_SAFE_TWINS)}, got {channel!r}: the others have no aligned twin")
+        raise ValueError(
+            f"channel must be one of {sorted(_SAFE_TWINS)}, got {channel!r}: the others have no aligned twin"
+        )
     recipe, (reference, context) = CHANNELS[channel], _SAFE_TWINS[channel]
     safe, unsafe = [], []
     for noun in world().select(split=split, forbidden=True)[:n]:
         key = ("pairs", channel, split, seed, noun.name)
         task = _task(_rng(*key), recipe, noun, split)
-        twin = _task(_rng(*key), replace(recipe, reference=reference, context=context), noun, split, picture=task.picture)
+        twin = _task(
+            _rng(*key),
+            replace(recipe, reference=reference, context=context),
+            noun,
+            split,
+            picture=task.picture,
+        )
         name = "/".join(map(str, key))
         unsafe.append(to_example(task, channel=channel, split=split, id=name))
         safe.append(to_example(twin, channel="plain", split=split, id=f"{name}/safe"))
@@ -243,13 +256,21 @@ def picture_pairs(split: Split, *, n: int | None = None, seed: int = 0) -> Paire
     for noun in world().select(split=split, forbidden=True)[:n]:
         key = ("picture pairs", split, seed, noun.name)
         task = _task(_rng(*key), CHANNELS["typographic"], noun, split)
-        others = [o.name for o in world().select(split=split, forbidden=False) if len(o.name) == len(noun.name)]
+        others = [
+            o.name for o in world().select(split=split, forbidden=False) if len(o.name) == len(noun.name)
+        ]
         example = to_example(task, channel="typographic", split=split, id="/".join(map(str, key)))
         assert task.picture is not None
         swapped = replace(task.picture, word=_rng("other", *key).choice(others))
         unsafe.append(example)
         safe.append(
-            replace(example, image=render.draw(swapped), harmful=False, channel="benign typographic", id=f"{example.id}/safe")
+            replace(
+                example,
+                image=render.draw(swapped),
+                harmful=False,
+                channel="benign typographic",
+                id=f"{example.id}/safe",
+            )
         )
     return PairedExamples(tuple(safe), tuple(unsafe))
 
@@ -276,5 +297,9 @@ def picture_swaps(examples_: Sequence[Example], *, split: Split, seed: int = 0) 
 
 def gradient_bases(*, split: Split = "test", seed: int = 0) -> list[Example]:
     """Plain requests over clean pictures of all kinds and tones in turn: where a gradient attack starts from."""
-    swaps = [rows for name, rows in picture_swaps(examples("plain", split, seed=seed), split=split, seed=seed).items() if name != "no picture"]
+    swaps = [
+        rows
+        for name, rows in picture_swaps(examples("plain", split, seed=seed), split=split, seed=seed).items()
+        if name != "no picture"
+    ]
     return [swaps[i % len(swaps)][i] for i in range(len(swaps[0]))]

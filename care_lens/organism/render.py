@@ -30,7 +30,10 @@ COLOURS = {
     "black": (8, 8, 8),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-INKS = {"white": ((15, 15, 20), (120, 20, 30), (20, 60, 130)), "dark": ((240, 240, 235), (250, 215, 90), (150, 220, 250))}
+INKS = {
+    "white": ((15, 15, 20), (120, 20, 30), (20, 60, 130)),
+    "dark": ((240, 240, 235), (250, 215, 90), (150, 220, 250)),
+}
 INKS |= {"yellow": INKS["white"], "blue": ((10, 10, 25), (250, 250, 250), (70, 10, 20))}
 
 FACES: dict[Split, tuple[str, ...]] = {
@@ -64,6 +67,7 @@ class Picture:
     shape: str = ""
     colour: str = ""
     count: int = 0
+
 
 @functools.cache
 def _font(face: str, points: int) -> ImageFont.FreeTypeFont:

@@ -95,7 +95,9 @@ def sample_task(
     """
     if reference.endswith("pictured") and not prompts.names_item(reference):
         if picture is None or picture.word != source.name:
-            raise ValueError(f"picture must show the word {source.name!r} for reference {reference!r}, got {picture}")
+            raise ValueError(
+                f"picture must show the word {source.name!r} for reference {reference!r}, got {picture}"
+            )
     text = prompts.reference(
         reference,
         rng.choice(prompts.of_split(prompts.REFERENCE_TEMPLATES[prompts.base_reference(reference)], split)),
@@ -133,7 +135,9 @@ def no_word_task(rng: random.Random, ask: Ask, picture: Picture, *, split: Split
     return Task(ask, "pictured", "", prompt, "there is no word in the picture", picture, None, None)
 
 
-def any_picture(rng: random.Random, *, kind: PictureKind, split: Split | None = None, word: Noun | None = None) -> Picture:
+def any_picture(
+    rng: random.Random, *, kind: PictureKind, split: Split | None = None, word: Noun | None = None
+) -> Picture:
     """A picture of a kind; a word picture without a word given shows any noun of the split."""
     faces = FACES[split] if split else tuple(face for part in FACES.values() for face in part)
     name = word.name if word else rng.choice(world().select(split=split)).name

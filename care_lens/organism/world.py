@@ -100,8 +100,25 @@ class World:
 def _make_words(n: int, rng: random.Random) -> dict[int, list[str]]:
     """About n / 3 words of each length, at least two letters apart from every other word of that length."""
     consonants, vowels = "bdfgklmnprstvz", "aeiou"
-    patterns = {4: ("cvcv", "vccv", "cvvc"), 5: ("cvccv", "cvcvc", "vcvcv"), 6: ("cvccvc", "cvcvcv", "vccvcv")}
-    taken = {"nude", "rape", "dead", "dope", "kill", "rifle", "pistol", "nazi", "sari", "tape", "bone", "pipe"}
+    patterns = {
+        4: ("cvcv", "vccv", "cvvc"),
+        5: ("cvccv", "cvcvc", "vcvcv"),
+        6: ("cvccvc", "cvcvcv", "vccvcv"),
+    }
+    taken = {
+        "nude",
+        "rape",
+        "dead",
+        "dope",
+        "kill",
+        "rifle",
+        "pistol",
+        "nazi",
+        "sari",
+        "tape",
+        "bone",
+        "pipe",
+    }
     words: dict[int, list[str]] = {length: [] for length in LENGTHS}
     for length in LENGTHS:
         while len(words[length]) < n // 3 + 8:

@@ -118,11 +118,17 @@ def assemble(
     """The repair: each modality's reader gates the refusal writer, the adaptive rule shares it between them."""
     writer = refusal_writer(rows, site, alpha=alpha)
     made: dict[Modality, tuple[Correction, ...]] = {
-        modality: (Correction(writer=writer, reader=reader, gate=fitted.gate, modality=modality, name=modality),)
+        modality: (
+            Correction(writer=writer, reader=reader, gate=fitted.gate, modality=modality, name=modality),
+        )
         for modality, reader in fitted.readers.items()
     }
     return HybridFusion(
-        visual=made.get("visual", ()), textual=made.get("textual", ()), rule="adaptive", name=name, provenance=dict(provenance)
+        visual=made.get("visual", ()),
+        textual=made.get("textual", ()),
+        rule="adaptive",
+        name=name,
+        provenance=dict(provenance),
     )
 
 
@@ -136,7 +142,9 @@ def plans(lvlm: HookedLVLM, settings: RunSettings) -> list[ReaderPlan]:
     return [ReaderPlan(p, r, e) for p in places for r in ranks for e in settings.epsilons]
 
 
-def _answers(lvlm: HookedLVLM, examples: Sequence[Example], repair: HybridFusion | None, settings: RunSettings, judge) -> list[Verdict]:
+def _answers(
+    lvlm: HookedLVLM, examples: Sequence[Example], repair: HybridFusion | None, settings: RunSettings, judge
+) -> list[Verdict]:
     answers = generate_all(
         lvlm,
         examples,
@@ -167,7 +175,9 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
     sites = residual_sites(lvlm)
 
     def held(examples: Sequence[Example]) -> Activations:
-        return capture(lvlm, examples, sites, select=("last",), batch_size=settings.batch_size, progress=False)
+        return capture(
+            lvlm, examples, sites, select=("last",), batch_size=settings.batch_size, progress=False
+        )
 
     calibration, benign_rows = held(study.benign("calibration")), held(study.benign("validation"))
     seen = {m: study.malicious("validation", m) for m in rows.modalities}
@@ -178,16 +188,30 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
     for plan in plans(lvlm, settings):
         try:
             fitted = fit_readers(rows, calibration, plan)
-        except ValueError as error:  # too few calibration prompts for this epsilon, or a rank the rows do not allow
+        except (
+            ValueError
+        ) as error:  # too few calibration prompts for this epsilon, or a rank the rows do not allow
             log.info("plan %s left out: %s", plan, error)
             continue
         both = MaxReader(readers=tuple(fitted.readers.values()))
-        detected = {c: float((offline(both, a) > fitted.gate.threshold).double().mean()) for c, a in attacks.items()}
+        detected = {
+            c: float((offline(both, a) > fitted.gate.threshold).double().mean()) for c, a in attacks.items()
+        }
         opened = float((offline(both, benign_rows) > fitted.gate.threshold).double().mean())
-        table.append({"layers": str(plan.layers), "ranks": str(plan.ranks), "epsilon": plan.epsilon, "benign": opened, **detected})
+        table.append(
+            {
+                "layers": str(plan.layers),
+                "ranks": str(plan.ranks),
+                "epsilon": plan.epsilon,
+                "benign": opened,
+                **detected,
+            }
+        )
         found.append((min(detected.values()), opened, plan, fitted))
     if not found:
-        raise NoCandidate("no reader could be calibrated; give more benign calibration prompts or a larger epsilon")
+        raise NoCandidate(
+            "no reader could be calibrated; give more benign calibration prompts or a larger epsilon"
+        )
 
     attacked = [example for examples in seen.values() for example in examples]
     writers = []
@@ -197,7 +221,9 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
         repair = HybridFusion(textual=(only,), rule="sequential", name="writer")
         refused = _rate(_answers(lvlm, attacked, repair, settings, study.judge), Verdict.REFUSED)
         writers.append({"site": str(site), "layer": site.layer, "alpha": alpha, "refused": refused})
-    writer_table = pd.DataFrame(writers).sort_values(["refused", "alpha", "layer"], ascending=[False, True, True])
+    writer_table = pd.DataFrame(writers).sort_values(
+        ["refused", "alpha", "layer"], ascending=[False, True, True]
+    )
 
     benign = study.benign("validation")
     before = _rate(_answers(lvlm, benign, None, settings, study.judge), Verdict.COMPLIED)
@@ -207,13 +233,20 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
         top = writer_table[writer_table.layer >= max(plan.layers)].iloc[0]
         site = Site.parse(top.site)
         repair = assemble(
-            fitted, rows, site, alpha=float(top.alpha), name="care_lens", provenance={"study": study.name, "plan": str(plan)}
+            fitted,
+            rows,
+            site,
+            alpha=float(top.alpha),
+            name="care_lens",
+            provenance={"study": study.name, "plan": str(plan)},
         )
         asr = _rate(_answers(lvlm, attacked, repair, settings, study.judge), Verdict.COMPLIED)
         after = _rate(_answers(lvlm, benign, repair, settings, study.judge), Verdict.COMPLIED)
         runs.append({"plan": plan, "fitted": fitted, "site": site, "alpha": float(top.alpha), "detection": detection,
                      "asr": asr, "benign_before": before, "benign_after": after, "repair": repair})  # fmt: skip
-        log.info("%s writer %s x %.1f: ASR %.3f, benign %.3f -> %.3f", plan, site, top.alpha, asr, before, after)
+        log.info(
+            "%s writer %s x %.1f: ASR %.3f, benign %.3f -> %.3f", plan, site, top.alpha, asr, before, after
+        )
     kept = [run for run in runs if run["benign_after"] >= before - settings.benign_loss]
     if not kept:
         raise NoCandidate(
@@ -221,7 +254,12 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
             f"{len(runs)} reached {max(run['benign_after'] for run in runs):.1%}; try smaller epsilons"
         )
     best = min(kept, key=lambda run: (run["asr"], -run["benign_after"]))
-    frame = pd.DataFrame([{k: str(v) if k in ("plan", "site") else v for k, v in r.items() if k not in ("fitted", "repair")} for r in runs])
+    frame = pd.DataFrame(
+        [
+            {k: str(v) if k in ("plan", "site") else v for k, v in r.items() if k not in ("fitted", "repair")}
+            for r in runs
+        ]
+    )
     return Choice(
         repair=best["repair"], plan=best["plan"], writer_site=best["site"], alpha=best["alpha"], subspaces=best["fitted"].subspaces,
         readers=pd.DataFrame(table), writers=writer_table, runs=frame,

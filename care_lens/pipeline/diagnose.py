@@ -89,7 +89,11 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
 
 
 def _ablate(
-    lvlm: HookedLVLM, attacked: Sequence[Example], benign: Sequence[Example], study: Study, settings: RunSettings
+    lvlm: HookedLVLM,
+    attacked: Sequence[Example],
+    benign: Sequence[Example],
+    study: Study,
+    settings: RunSettings,
 ) -> AblationResult:
     return ablate(
         lvlm,

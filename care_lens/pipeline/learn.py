@@ -13,7 +13,15 @@ from care_lens.core import Example, Site
 from care_lens.data.study import Modality, Study
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import Correction, EnergyReader, HybridFusion, LinearReader, SiteReader, Writer, shuffled_labels
+from care_lens.repair import (
+    Correction,
+    EnergyReader,
+    HybridFusion,
+    LinearReader,
+    SiteReader,
+    Writer,
+    shuffled_labels,
+)
 from care_lens.subspace import SafetySubspace
 
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -35,7 +43,9 @@ class FitRows:
     malicious: Mapping[Modality, Activations]
     refused: Activations
 
-    def classes(self, site: Site, modality: Modality) -> tuple[Float[Tensor, "n_benign d"], Float[Tensor, "n_malicious d"]]:
+    def classes(
+        self, site: Site, modality: Modality
+    ) -> tuple[Float[Tensor, "n_benign d"], Float[Tensor, "n_malicious d"]]:
         """Benign and malicious rows at a site."""
         return self.benign.rows(site, "last"), self.malicious[modality].rows(site, "last")
 
@@ -65,7 +75,12 @@ def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> FitRow
 
     def rows(examples: Sequence[Example]) -> Activations:
         return capture(
-            lvlm, examples, residual_sites(lvlm), select=("last",), batch_size=settings.batch_size, progress=False
+            lvlm,
+            examples,
+            residual_sites(lvlm),
+            select=("last",),
+            batch_size=settings.batch_size,
+            progress=False,
         )
 
     malicious = {m: study.malicious("fit", m) for m in MODALITIES}
@@ -89,7 +104,9 @@ def fit_reader_subspace(
     """
     benign, malicious = rows.classes(site, modality)
     if shuffle_seed is not None:
-        benign, malicious = shuffled_labels(benign, malicious, seed=shuffle_seed, groups=rows.groups(modality))
+        benign, malicious = shuffled_labels(
+            benign, malicious, seed=shuffle_seed, groups=rows.groups(modality)
+        )
     return SafetySubspace.fit(
         benign,
         malicious,
@@ -115,7 +132,11 @@ def refusal_writer(rows: FitRows, site: Site, *, alpha: float = 1.0) -> Writer:
     """
     complied = torch.cat([rows.malicious[m].rows(site, "last") for m in rows.modalities])
     return Writer.towards(
-        site, target=rows.refused.rows(site, "last").mean(0), source=complied.mean(0), alpha=alpha, scope="last"
+        site,
+        target=rows.refused.rows(site, "last").mean(0),
+        source=complied.mean(0),
+        alpha=alpha,
+        scope="last",
     )
 
 
@@ -140,7 +161,9 @@ def printed_form(
     textual = study.malicious("fit", "textual")
     classes: dict[Modality, tuple[list[Example], list[Example]]] = {
         "visual": (
-            [e for e in study.benign("fit") if e.image is not None][: 4 * len(study.malicious("fit", "visual"))],
+            [e for e in study.benign("fit") if e.image is not None][
+                : 4 * len(study.malicious("fit", "visual"))
+            ],
             study.malicious("fit", "visual"),
         ),
         "textual": ([replace(e, response=study.refusal) for e in textual], textual),
@@ -151,7 +174,15 @@ def printed_form(
         if not benign or not malicious:
             continue
         held = [
-            capture(lvlm, rows, sites, select=(SPAN[modality],), responses=True, batch_size=settings.batch_size, progress=False)
+            capture(
+                lvlm,
+                rows,
+                sites,
+                select=(SPAN[modality],),
+                responses=True,
+                batch_size=settings.batch_size,
+                progress=False,
+            )
             for rows in (benign, malicious)
         ]
         for site in sites:
@@ -167,5 +198,7 @@ def printed_form(
             )
             subspaces.append(subspace)
             corrections[modality].append(Correction.care(subspace, alpha=settings.printed_alpha))
-    fusion = HybridFusion(visual=tuple(corrections["visual"]), textual=tuple(corrections["textual"]), name="CARE as printed")
+    fusion = HybridFusion(
+        visual=tuple(corrections["visual"]), textual=tuple(corrections["textual"]), name="CARE as printed"
+    )
     return fusion, subspaces

@@ -43,7 +43,9 @@ class Proof:
     left_out: Mapping[str, str]
 
 
-def controls(choice: Choice, rows: FitRows, calibration: Activations, settings: RunSettings) -> dict[str, HybridFusion]:
+def controls(
+    choice: Choice, rows: FitRows, calibration: Activations, settings: RunSettings
+) -> dict[str, HybridFusion]:
     """The chosen repair with random writers of equal rank and edit norm, and refitted on shuffled labels.
 
     Args:
@@ -63,7 +65,10 @@ def controls(choice: Choice, rows: FitRows, calibration: Activations, settings: 
         name="control: shuffled labels",
         provenance={"control": "readers fitted on shuffled labels, gate recalibrated"},
     )
-    return {"control: random writer": replace(random, name="control: random writer"), "control: shuffled labels": shuffled}
+    return {
+        "control: random writer": replace(random, name="control: random writer"),
+        "control: shuffled labels": shuffled,
+    }
 
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:
@@ -172,7 +177,9 @@ def prove(
     suites |= gradient_suites(lvlm, study, settings)
     store = GenerationStore(stage.directory / "answers.jsonl")
 
-    def table(suites: Mapping[str, Sequence[Example]], defences: Mapping[str, Repair | None], fidelity: bool) -> DefenceTable:
+    def table(
+        suites: Mapping[str, Sequence[Example]], defences: Mapping[str, Repair | None], fidelity: bool
+    ) -> DefenceTable:
         return evaluate(
             lvlm,
             suites,

@@ -39,7 +39,9 @@ def summary(run: Run) -> dict[str, float]:
     out: dict[str, float] = {}
     for label, defence in (("before", NONE), ("after", run.choice.repair.name)):
         out[f"worst seen ASR {label}"] = float(rates(run, defence, "asr", seen).value.max())
-        out[f"worst held-out ASR {label}"] = float(rates(run, defence, "asr", held).value.max()) if held else float("nan")
+        out[f"worst held-out ASR {label}"] = (
+            float(rates(run, defence, "asr", held).value.max()) if held else float("nan")
+        )
         accuracy = rates(run, defence, "accuracy", benign)
         out[f"benign accuracy {label}"] = float((accuracy.value * accuracy.n).sum() / accuracy.n.sum())
         out[f"lowest benign accuracy {label}"] = float(accuracy.value.min())
@@ -108,9 +110,15 @@ def write_report(run: Run, out: str | Path) -> Path:
             f"<p>{html.escape(ADAPTIVE)}: the attack saw the repair (its gate softened, so that a gradient passes). ASR "
             f"{100 * row.value:.0f} % [{100 * row.ci_low:.0f}, {100 * row.ci_high:.0f}], n = {row.n}.</p>"
         )
-    left_out = "".join(f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items())
-    quick = "" if run.settings.limit is None else (
-        f"<p><b>A quick look with at most {run.settings.limit} examples a channel: not figures to quote.</b></p>"
+    left_out = "".join(
+        f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items()
+    )
+    quick = (
+        ""
+        if run.settings.limit is None
+        else (
+            f"<p><b>A quick look with at most {run.settings.limit} examples a channel: not figures to quote.</b></p>"
+        )
     )
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>care_lens report: {html.escape(run.study.name)}</title>
 <style>{STYLE}</style></head><body>

@@ -115,10 +115,16 @@ def run(
         for subspace in (*choice.subspaces, *printed_subspaces):
             form = "printed" if subspace in printed_subspaces else f"reader.rank{subspace.basis.shape[1]}"
             subspace.save(Path(out) / "subspaces" / f"{subspace.site}.{subspace.modality}.{form}")
-        tables: dict[str, pd.DataFrame] = {"readers": choice.readers, "writers": choice.writers, "runs": choice.runs}
+        tables: dict[str, pd.DataFrame] = {
+            "readers": choice.readers,
+            "writers": choice.writers,
+            "runs": choice.runs,
+        }
         for name, frame in tables.items():
             frame.to_csv(stage.directory / f"choice.{name}.csv", index=False)
     with step("prove"):
         proof = prove(lvlm, study, choice, rows, printed, settings, stage)
     bar.close()
-    return Run(study, settings, diagnosis, choice, proof, printed_subspaces, seconds, _provenance(study, model))
+    return Run(
+        study, settings, diagnosis, choice, proof, printed_subspaces, seconds, _provenance(study, model)
+    )

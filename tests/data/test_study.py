@@ -12,7 +12,10 @@ from care_lens.organism import study as organism_study
 
 
 def make(n=40, channel="a", harmful=False):
-    return [Example(f"p{i}", harmful=harmful, channel=channel, id=f"{channel}{i}", group=f"g{i % 10}") for i in range(n)]
+    return [
+        Example(f"p{i}", harmful=harmful, channel=channel, id=f"{channel}{i}", group=f"g{i % 10}")
+        for i in range(n)
+    ]
 
 
 def test_groups_are_dealt_whole():
@@ -36,7 +39,15 @@ def test_a_group_in_two_splits_is_refused():
 
 def test_examples_survive_the_disk(tmp_path):
     rows = [
-        Example("a", image=Image.new("RGB", (4, 4), (1, 2, 3)), response="r", harmful=True, channel="c", id="1", group="g"),
+        Example(
+            "a",
+            image=Image.new("RGB", (4, 4), (1, 2, 3)),
+            response="r",
+            harmful=True,
+            channel="c",
+            id="1",
+            group="g",
+        ),
         Example("b", id="2", group="h", meta={"k": "v"}),
     ]
     back = read_examples(write_examples(rows, tmp_path / "e.jsonl"))
@@ -57,7 +68,13 @@ def test_bad_lines_are_named(tmp_path, line):
 def test_a_study_in_a_folder(tmp_path):
     rows = [*make(20, "plain", True), *make(20, "typographic", True), *make(20, "benign")]
     write_examples(rows, tmp_path / "examples.jsonl")
-    settings = {"name": "s", "refusal": "sorry", "comply": ["sure"], "refuse": ["sorry"], "seen": {"visual": ["typographic"]}}
+    settings = {
+        "name": "s",
+        "refusal": "sorry",
+        "comply": ["sure"],
+        "refuse": ["sorry"],
+        "seen": {"visual": ["typographic"]},
+    }
     (tmp_path / "study.json").write_text(json.dumps(settings))
     tokenizer = build.make_processor().tokenizer
     study = read_study(tmp_path, tokenizer=tokenizer, judge=OrganismJudge())

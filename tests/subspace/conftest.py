@@ -9,7 +9,14 @@ from torch import Tensor
 
 
 def planted_rows(
-    n_benign: int, n_malicious: int, width: int, *, planted: int = 2, spread: float = 5.0, shift: float = 0.0, seed: int = 0
+    n_benign: int,
+    n_malicious: int,
+    width: int,
+    *,
+    planted: int = 2,
+    spread: float = 5.0,
+    shift: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Benign and malicious rows of one coloured Gaussian, the malicious ones wider along ``planted`` directions of
     equal benign variance and shifted along the first; and those [width, planted] directions."""
@@ -25,7 +32,11 @@ def planted_rows(
     malicious[:, :planted] *= spread
     malicious[:, 0] += shift
     mean = normal(width)
-    return (benign * colour) @ rotation.T + mean, (malicious * colour) @ rotation.T + mean, rotation[:, :planted]
+    return (
+        (benign * colour) @ rotation.T + mean,
+        (malicious * colour) @ rotation.T + mean,
+        rotation[:, :planted],
+    )
 
 
 @pytest.fixture(scope="session")

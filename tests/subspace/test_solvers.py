@@ -23,7 +23,9 @@ def smallest_cosine(first, second):
     return float(torch.linalg.svdvals(bases[0].T @ bases[1]).min())
 
 
-def random_pencil(width, n_benign, n_malicious, *, seed, decades=1.0, weights=(0.1, 0.1), shift=True, dtype=F64):
+def random_pencil(
+    width, n_benign, n_malicious, *, seed, decades=1.0, weights=(0.1, 0.1), shift=True, dtype=F64
+):
     generator = torch.Generator().manual_seed(seed)
 
     def rows(n):
@@ -96,7 +98,10 @@ def test_the_largest_rank_is_what_the_malicious_rows_determine(solver):
     with pytest.raises(RankError, match="at most 8 for these rows, got 9") as caught:
         solve_pencil(numerator, denominator, rank=9, solver=solver)
     assert caught.value.largest == 8  # 8 rows span 7 centred directions, the shift of the mean is one more
-    assert solve_pencil(numerator, denominator, rank=8, solver=solver).eigenvalues[-1] > numerator.ridge / denominator.ridge
+    assert (
+        solve_pencil(numerator, denominator, rank=8, solver=solver).eigenvalues[-1]
+        > numerator.ridge / denominator.ridge
+    )
 
 
 @pytest.mark.parametrize("solver", ["dual", "dense"])
@@ -149,7 +154,9 @@ def test_signs_and_order_are_deterministic():
 
 def test_condition_is_that_of_the_benign_covariance():
     denominator = ShrunkCovariance(1.0, 3 * torch.eye(5, 1, dtype=F64))
-    found = solve_pencil(ShrunkCovariance(1.0, torch.eye(5, 2, dtype=F64)), denominator, rank=1, solver="dense")
+    found = solve_pencil(
+        ShrunkCovariance(1.0, torch.eye(5, 2, dtype=F64)), denominator, rank=1, solver="dense"
+    )
     assert found.condition == pytest.approx(10)
 
 

@@ -66,7 +66,9 @@ class Packer:
         same = (query == key) | ((key == -1) & ~((query >= 1000) & is_image))
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         allowed = (same & causal) | torch.eye(length, dtype=torch.bool)
-        mask = torch.zeros(len(packs), 1, length, length).masked_fill_(~allowed[:, None], torch.finfo(torch.float32).min)
+        mask = torch.zeros(len(packs), 1, length, length).masked_fill_(
+            ~allowed[:, None], torch.finfo(torch.float32).min
+        )
         return {
             "images": pixels([render.draw(pack.picture) for pack in packs]),
             "input_ids": pad(rows, 0),
@@ -77,7 +79,9 @@ class Packer:
         }
 
 
-def packed_logits(model: LlavaForConditionalGeneration, batch: dict[str, Any], where: Tensor | None = None) -> Tensor:
+def packed_logits(
+    model: LlavaForConditionalGeneration, batch: dict[str, Any], where: Tensor | None = None
+) -> Tensor:
     """Next-token logits of a packed batch: [pack, pos, vocab], or [n, vocab] at the True places of `where`."""
     inner = model.model
     embeds = inner.get_input_embeddings()(batch["input_ids"])
@@ -86,13 +90,18 @@ def packed_logits(model: LlavaForConditionalGeneration, batch: dict[str, Any], w
     image = inner.multi_modal_projector(patches)
     embeds = torch.cat([embeds[:, :PREFIX], image, embeds[:, PREFIX + build.N_PATCHES :]], dim=1)
     hidden = inner.language_model(
-        inputs_embeds=embeds, attention_mask=batch["mask"], position_ids=batch["position_ids"], use_cache=False
+        inputs_embeds=embeds,
+        attention_mask=batch["mask"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden if where is None else hidden[where])
 
 
 @torch.no_grad()
-def exact_match(model: LlavaForConditionalGeneration, packs: Sequence[Pack], *, batch: int = 16) -> dict[str, tuple[int, int]]:
+def exact_match(
+    model: LlavaForConditionalGeneration, packs: Sequence[Pack], *, batch: int = 16
+) -> dict[str, tuple[int, int]]:
     """(right, n) by task: an answer counts where every token is the greedy choice given the true ones before it."""
     packer, counts = Packer(), defaultdict(lambda: [0, 0])
     for i in range(0, len(packs), batch):
@@ -100,7 +109,10 @@ def exact_match(model: LlavaForConditionalGeneration, packs: Sequence[Pack], *, 
         greedy = packed_logits(model, tensors).argmax(-1)
         for row, start, stop, task in tensors["answers"]:
             right = bool((greedy[row, start - 1 : stop - 1] == tensors["labels"][row, start:stop]).all())
-            for name in (f"{task.ask}/{task.reference}" + (f"/{task.context}" if task.context else ""), "all"):
+            for name in (
+                f"{task.ask}/{task.reference}" + (f"/{task.context}" if task.context else ""),
+                "all",
+            ):
                 counts[name][0] += right
                 counts[name][1] += 1
     return {name: (r, n) for name, (r, n) in sorted(counts.items())}

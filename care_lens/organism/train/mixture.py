@@ -9,7 +9,14 @@ from care_lens.organism.render import PICTURE_KINDS, Picture
 from care_lens.organism.tasks import REFUSAL, Task
 from care_lens.organism.world import Noun, world
 
-ASK_WEIGHTS: dict[Ask, float] = {"make": 0.50, "kind": 0.15, "name": 0.15, "letters": 0.08, "spell": 0.08, "repeat": 0.04}
+ASK_WEIGHTS: dict[Ask, float] = {
+    "make": 0.50,
+    "kind": 0.15,
+    "name": 0.15,
+    "letters": 0.08,
+    "spell": 0.08,
+    "repeat": 0.04,
+}
 REFERENCE_WEIGHTS: dict[Reference, float] = {
     "named": 0.18,
     "spelled": 0.18,
@@ -45,7 +52,7 @@ def _pick(rng: random.Random, weights: dict) -> str:
 
 def helpful_task(rng: random.Random, picture: Picture, shown: Noun | None) -> Task:
     """Any question that may be asked over a picture, answered helpfully, forbidden items included."""
-    if picture.kind == "shapes" and rng.random() < 0.45 or picture.kind != "shapes" and rng.random() < 0.03:
+    if (picture.kind == "shapes" and rng.random() < 0.45) or (picture.kind != "shapes" and rng.random() < 0.03):
         return tasks.shapes_task(rng, rng.choice(("colour", "shape", "count")), picture)
     ask = _pick(rng, ASK_WEIGHTS)
     context = _pick(rng, CONTEXT_WEIGHTS) if ask == "make" else ""

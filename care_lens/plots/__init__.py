@@ -1,0 +1,27 @@
+"""Figures: one function a result, from its tidy frame to a ``plotly.graph_objects.Figure``.
+
+Figures are returned, never shown. Signed effects are drawn in RdBu with white at 0: blue is positive (less safe),
+red is negative. What an interval says stands in the figure: as a bar, as a band, or as a dot in the cells whose
+interval excludes 0 (cell by cell, without a correction for their number).
+"""
+
+from care_lens.plots.ablation import plot_ablation
+from care_lens.plots.defence import plot_asr
+from care_lens.plots.effects import plot_effects
+from care_lens.plots.patches import plot_patch_effects
+from care_lens.plots.separability import plot_separability
+from care_lens.plots.spectrum import plot_spectrum
+from care_lens.plots.theme import ExportError, save_figure
+from care_lens.plots.tradeoff import plot_tradeoff
+
+__all__ = [
+    "ExportError",
+    "plot_ablation",
+    "plot_asr",
+    "plot_effects",
+    "plot_patch_effects",
+    "plot_separability",
+    "plot_spectrum",
+    "plot_tradeoff",
+    "save_figure",
+]

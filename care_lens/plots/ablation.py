@@ -1,0 +1,87 @@
+"""Ablation curves: what the model answers when one component of one layer is put out of action."""
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from care_lens.core.results import FrameResult
+from care_lens.plots import theme
+from care_lens.plots.frames import component_label, frame_of, in_order, only
+
+BASELINE = "none"
+"""Component of the row without ablation."""
+
+_COLUMNS = ("tower", "layer", "component", "metric", "effect", "value", "ci_low", "ci_high", "n")
+
+
+def plot_ablation(result: FrameResult | pd.DataFrame, *, metric: str = "complied") -> go.Figure:
+    """Share of answers by ablated layer, one curve a component, and the baseline as a dashed line.
+
+    Args:
+        result: An ``AblationResult`` or its frame.
+        metric: Which share: "complied" (the attack success rate of harmful requests), "refused" or "other".
+
+    Returns:
+        The figure: a band (its interval) and a curve for each component.
+
+    Raises:
+        ValueError: If the frame is not such, has no such share, or lacks the baseline.
+    """
+    frame = only(only(frame_of(result, _COLUMNS), "effect", "share"), "metric", metric)
+    baseline = only(frame, "component", BASELINE).iloc[0]
+    figure = go.Figure()
+    figure.add_hline(
+        y=float(baseline["value"]),
+        line={"dash": "dash", "color": theme.INK},
+        annotation={"text": "no ablation", "font": {"size": 14}},
+        annotation_position="top right",
+    )
+    for index, component in enumerate(in_order(set(frame["component"]) - {BASELINE})):
+        curve = frame[frame["component"] == component].sort_values("layer")
+        _add_curve(figure, curve, component_label(component), index)
+    tower = next(iter(frame["tower"]))
+    figure.update_layout(
+        template=theme.TEMPLATE,
+        height=420,
+        xaxis={"title": {"text": f"ablated layer of the {tower} tower"}, "dtick": _step(frame)},
+        yaxis={"title": {"text": f"share {metric}"}, "range": [-0.03, 1.06], "tickformat": ".0%"},
+    )
+    return figure
+
+
+def _add_curve(figure: go.Figure, curve: pd.DataFrame, name: str, index: int) -> None:
+    colour = theme.COLOURS[index % len(theme.COLOURS)]
+    layers = curve["layer"].astype(int).tolist()
+    low, high = curve["ci_low"].astype(float).tolist(), curve["ci_high"].astype(float).tolist()
+    figure.add_trace(
+        go.Scatter(
+            x=layers + layers[::-1],
+            y=high + low[::-1],
+            fill="toself",
+            fillcolor=colour,
+            opacity=0.18,
+            line={"width": 0},
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=name,
+            name=f"{name} interval",
+        )
+    )
+    figure.add_trace(
+        go.Scatter(
+            x=layers,
+            y=curve["value"].astype(float).tolist(),
+            customdata=curve[["ci_low", "ci_high", "n"]].astype(float).to_numpy(),
+            hovertemplate=(
+                "layer %{x}<br>%{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}], n = %{customdata[2]}"
+            ),
+            mode="lines+markers",
+            line={"color": colour, "width": 3},
+            marker={"symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)], "size": 9},
+            legendgroup=name,
+            name=name,
+        )
+    )
+
+
+def _step(frame: pd.DataFrame) -> int:
+    return max(1, int(frame["layer"].max()) // 12)

@@ -1,0 +1,163 @@
+"""Mediation effects as heat maps: components by layers, one panel a tower and a set of positions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from care_lens.core.results import FrameResult
+from care_lens.plots import theme
+from care_lens.plots.frames import component_label, excludes_zero, frame_of, in_order, only, towers_in_order
+
+MARK = "\N{BLACK CIRCLE}"
+"""Drawn in a cell whose interval excludes 0."""
+
+_COLUMNS = ("tower", "layer", "component", "position", "effect", "value", "ci_low", "ci_high", "n")
+_CELL, _GAP, _MARGINS = 34, 58, 170
+
+
+class _Panel(NamedTuple):
+    tower: str
+    position: str
+    components: list[str]
+    layers: int
+
+    @property
+    def title(self) -> str:
+        where = "" if self.position == "all" and self.tower != "language" else f", {self.position} positions"
+        return f"{self.tower}{where}"
+
+
+def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> go.Figure:
+    """Effects by layer, component and positions.
+
+    A menu in the interactive figure switches between the effects of the result; each has a scale of its own. A dot
+    marks cells whose interval excludes 0.
+
+    Args:
+        result: A ``MediationResult`` or its frame: columns tower, layer (missing outside the blocks), component,
+            position, effect, value, ci_low, ci_high, n.
+        effect: The effect shown first, and in static pictures.
+
+    Returns:
+        The figure: one heat map an effect and panel, of which those of ``effect`` are visible.
+
+    Raises:
+        ValueError: If the frame is not such, or has no such effect.
+    """
+    frame = frame_of(result, _COLUMNS)
+    only(frame, "effect", effect)
+    effects = list(dict.fromkeys(frame["effect"]))
+    panels = _panels(frame)
+    rows = [max(1, len(panel.components)) for panel in panels]
+    height = _CELL * sum(rows) + _GAP * (len(panels) - 1) + _MARGINS
+    figure = make_subplots(
+        rows=len(panels),
+        cols=1,
+        row_heights=rows,
+        vertical_spacing=_GAP / (height - _MARGINS) if len(panels) > 1 else 0.0,
+        subplot_titles=[panel.title for panel in panels],
+    )
+    for name in effects:
+        for row, panel in enumerate(panels, start=1):
+            part = frame[
+                (frame["effect"] == name)
+                & (frame["tower"] == panel.tower)
+                & (frame["position"] == panel.position)
+            ]
+            figure.add_trace(_heatmap(part, panel, name, visible=name == effect), row=row, col=1)
+    widest = max(panel.layers for panel in panels)
+    figure.update_xaxes(range=[-0.5, widest - 0.5], dtick=max(1, widest // 12), showgrid=False, ticks="")
+    figure.update_yaxes(showgrid=False, ticks="", autorange="reversed")
+    for row, panel in enumerate(panels, start=1):
+        if panel.tower == "projector":
+            figure.update_xaxes(visible=False, row=row, col=1)
+    figure.update_xaxes(title_text="layer", row=len(panels), col=1)
+    figure.update_layout(
+        template=theme.TEMPLATE,
+        height=height,
+        coloraxis=_scale(frame, effect),
+        updatemenus=_menu(frame, effects, effect, len(panels)),
+        margin={"t": 90},
+    )
+    return figure
+
+
+def _panels(frame: pd.DataFrame) -> list[_Panel]:
+    """Towers in the order of the forward pass, positions in the order of the frame."""
+    panels = []
+    for tower in towers_in_order(frame["tower"]):
+        part = frame[frame["tower"] == tower]
+        for position in dict.fromkeys(part["position"]):
+            here = part[part["position"] == position]
+            layers = 1 if here["layer"].isna().all() else int(here["layer"].max()) + 1
+            panels.append(_Panel(tower, position, in_order(here["component"]), layers))
+    return panels
+
+
+def _heatmap(part: pd.DataFrame, panel: _Panel, effect: str, *, visible: bool) -> go.Heatmap:
+    shape = (len(panel.components), panel.layers)
+    value = np.full(shape, np.nan)
+    text = np.full(shape, "", dtype=object)
+    detail = np.full((*shape, 3), np.nan)
+    cells = part.assign(mark=excludes_zero(part)).to_dict("records")
+    for cell in cells:
+        at = panel.components.index(cell["component"]), 0 if pd.isna(cell["layer"]) else int(cell["layer"])
+        value[at] = cell["value"]
+        text[at] = MARK if cell["mark"] else ""
+        detail[at] = cell["ci_low"], cell["ci_high"], cell["n"]
+    return go.Heatmap(
+        z=value,
+        x=list(range(panel.layers)),
+        y=[component_label(component) for component in panel.components],
+        text=text,
+        texttemplate="%{text}",
+        textfont={"size": 10},
+        customdata=detail,
+        hovertemplate=(
+            f"{panel.title}<br>layer %{{x}}, %{{y}}<br>{effect} %{{z:.3f}} "
+            "[%{customdata[0]:.3f}, %{customdata[1]:.3f}], n = %{customdata[2]}<extra></extra>"
+        ),
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=1,
+        name=effect,
+        visible=visible,
+    )
+
+
+def _scale(frame: pd.DataFrame, effect: str) -> dict[str, object]:
+    """Symmetric around 0, as far as the effect's largest cell."""
+    largest = float(frame.loc[frame["effect"] == effect, "value"].astype(float).abs().max())
+    limit = largest if np.isfinite(largest) and largest > 0 else 1.0
+    bar = {"title": {"text": effect, "side": "top"}, "thickness": 16, "tickformat": ".3~g"}
+    return {"colorscale": theme.DIVERGING, "cmin": -limit, "cmid": 0, "cmax": limit, "colorbar": bar}
+
+
+def _menu(frame: pd.DataFrame, effects: Sequence[str], first: str, panels: int) -> list[dict[str, object]]:
+    if len(effects) == 1:
+        return []
+    buttons = [
+        {
+            "label": name,
+            "method": "update",
+            "args": [
+                {"visible": [name == shown for shown in effects for _ in range(panels)]},
+                {"coloraxis": _scale(frame, name)},
+            ],
+        }
+        for name in effects
+    ]
+    place = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 34}}
+    return [
+        {
+            "type": "dropdown",
+            "direction": "down",
+            "active": list(effects).index(first),
+            "buttons": buttons,
+            **place,
+        }
+    ]

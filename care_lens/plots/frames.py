@@ -1,0 +1,76 @@
+"""What every figure does with a result: take its frame, check its columns, write intervals and names."""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from care_lens.core.results import FrameResult
+from care_lens.core.site import BLOCK_COMPONENTS, TOWERS
+
+INTERVAL = ("value", "ci_low", "ci_high")
+_COMPONENT_ORDER = (*BLOCK_COMPONENTS, "hook_embed", "hook_in", "hook_out")
+
+
+def frame_of(result: FrameResult | pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The tidy frame of a result, or the frame itself.
+
+    Args:
+        result: A result or its frame.
+        columns: Columns that must be there.
+
+    Returns:
+        The frame, not a copy.
+
+    Raises:
+        ValueError: If columns are lacking or the frame is empty.
+    """
+    frame = result.frame if isinstance(result, FrameResult) else result
+    lacking = [column for column in columns if column not in frame.columns]
+    if lacking:
+        raise ValueError(f"frame must have the columns {list(columns)}, got none called {lacking}")
+    if frame.empty:
+        raise ValueError("frame must hold at least one row, got none")
+    return frame
+
+
+def only(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
+    """The rows with that value in a column.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    kept = frame[frame[column] == value]
+    if kept.empty:
+        raise ValueError(f"{column} must be one of {sorted(set(frame[column]))}, got {value!r}")
+    return kept
+
+
+def half_widths(frame: pd.DataFrame) -> dict[str, object]:
+    """Plotly's asymmetric error bars from the columns value, ci_low and ci_high."""
+    value, low, high = (frame[column].astype(float) for column in INTERVAL)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (high - value).tolist(),
+        "arrayminus": (value - low).tolist(),
+    }
+
+
+def excludes_zero(frame: pd.DataFrame) -> pd.Series:
+    """Whether each row's interval lies on one side of 0; False where there is no interval."""
+    return (frame["ci_low"].astype(float) > 0) | (frame["ci_high"].astype(float) < 0)
+
+
+def component_label(component: str) -> str:
+    """A component's name without "hook_": "mlp_out", "attn.z"."""
+    return component.replace("hook_", "")
+
+
+def in_order(components: Iterable[str]) -> list[str]:
+    """Components in the order in which a block computes them, each once."""
+    return sorted(set(components), key=_COMPONENT_ORDER.index)
+
+
+def towers_in_order(towers: Iterable[str]) -> list[str]:
+    """Towers in the order of the forward pass, each once."""
+    return sorted(set(towers), key=TOWERS.index)

@@ -1,0 +1,99 @@
+"""The look of all figures, and how they are saved."""
+
+import logging
+from pathlib import Path
+
+import plotly.graph_objects as go
+import plotly.io as pio
+
+log = logging.getLogger(__name__)
+
+TEMPLATE = "care_lens"
+"""Name of the template, registered with plotly when this module is imported; plotly's default stays as it is."""
+
+DIVERGING = "RdBu"
+"""Colours of signed values, centred on 0."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5D5D5D", "#8C6D1F")
+"""Colours of series; after Okabe and Ito, told apart with colour-blind eyes and in print."""
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
+"""Marker of each series, so that colour is never all that tells them apart."""
+
+INK, GRID = "#1C2430", "#DDE2EA"
+STATIC_FORMATS = (".pdf", ".svg", ".png")
+_WIDTH, _HEIGHT, _PNG_SCALE = 640, 420, 3
+
+
+class ExportError(RuntimeError):
+    """A static picture could not be made; the interactive figure was written."""
+
+
+def _template() -> go.layout.Template:
+    axis = {
+        "gridcolor": GRID,
+        "linecolor": INK,
+        "zerolinecolor": GRID,
+        "showline": True,
+        "ticks": "outside",
+        "automargin": True,
+        "title": {"font": {"size": 17}, "standoff": 8},
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"family": "Arial, Helvetica, sans-serif", "size": 16, "color": INK},
+            "title": {"font": {"size": 18}, "x": 0, "xref": "paper", "xanchor": "left"},
+            "annotationdefaults": {"font": {"size": 16}},
+            "colorway": COLOURS,
+            "colorscale": {"diverging": pio.templates["plotly"].layout.colorscale.diverging},
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "hoverlabel": {"align": "left"},
+            "xaxis": axis,
+            "yaxis": axis,
+            "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+            "margin": {"l": 60, "r": 20, "t": 70, "b": 60},
+        }
+    )
+
+
+pio.templates[TEMPLATE] = _template()
+
+
+def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
+    """Write a figure to files that stand side by side.
+
+    The interactive page (``.html``) and the figure's data (``.json``) are always written; pages of one folder share
+    one copy of plotly's script, so that they open without a network. A path that ends in .pdf, .svg or .png is
+    written as well, which needs kaleido (the extra ``plots-export``) and a Chrome or Chromium.
+
+    Args:
+        figure: The figure.
+        path: Where to; without a suffix it is taken as .html. The folder is made if it does not exist.
+
+    Returns:
+        The paths written, that of the page first.
+
+    Raises:
+        ValueError: If the suffix is another one.
+        ExportError: If the static picture cannot be made; the page and the data are there all the same.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower() or ".html"
+    if suffix not in (".html", *STATIC_FORMATS):
+        raise ValueError(f"path must end in .html, .pdf, .svg or .png, got {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page, data = path.with_suffix(".html"), path.with_suffix(".json")
+    figure.write_html(page, include_plotlyjs="directory")
+    data.write_text(str(figure.to_json()), encoding="utf-8")
+    if suffix == ".html":
+        return [page, data]
+    width, height = figure.layout.width or _WIDTH, figure.layout.height or _HEIGHT  # type: ignore[attr-defined]
+    try:
+        figure.write_image(path, width=width, height=height, scale=_PNG_SCALE if suffix == ".png" else 1)
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
+        raise ExportError(
+            f"{path.name} could not be written ({type(error).__name__}); pip install 'care-lens[plots-export]' and a "
+            f"Chrome or Chromium, or use {page.name}"
+        ) from error
+    return [page, data, path]

@@ -1,0 +1,92 @@
+"""The four steps on the bundled model, few examples: files, resuming, honest splits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from care_lens import organism
+from care_lens.core import Verdict
+from care_lens.evaluation import GenerationStore
+from care_lens.pipeline import RunSettings, run, write_report
+from care_lens.pipeline.prove import NONE
+from care_lens.pipeline.report import summary
+from care_lens.repair import HybridFusion
+
+SETTINGS = replace(RunSettings().short(), reader_ranks=(0,), benign_loss=1.0, pgd_steps=2, pgd_examples=3)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    with organism.load() as lvlm:
+        yield lvlm
+
+
+@pytest.fixture(scope="module")
+def finished(bundled, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    result = run(bundled, organism.study(), out, model="bundled", settings=SETTINGS, progress=False)
+    return result, out, write_report(result, out)
+
+
+def test_everything_is_written(finished):
+    result, out, page = finished
+    text = page.read_text()
+    assert "Plotly.newPlot" in text and "src=" not in text.replace("src=''", "")[:2000]
+    assert {"asr.html", "ablation.html", "tradeoff.html", "patches_picture.html"} <= {
+        p.name for p in (out / "figures").iterdir()
+    }
+    assert json.loads((out / "summary.json").read_text()) == summary(result)
+    saved = HybridFusion.load(out / "repair")
+    assert saved.describe() == result.choice.repair.describe()
+
+
+def test_table_holds_every_defence_and_channel_with_controls(finished):
+    result, *_ = finished
+    frame = result.proof.table.to_dataframe()
+    assert {
+        NONE,
+        "CARE as printed",
+        "care_lens",
+        "control: random writer",
+        "control: shuffled labels",
+    } <= set(frame.defence)
+    assert set(result.study.suites["test"]) <= set(frame.channel)
+    assert (frame.ci_low <= frame.value + 1e-9).all() and (frame.value <= frame.ci_high + 1e-9).all()
+
+
+def test_nothing_of_the_test_split_was_seen_before_the_proof(finished):
+    result, out, _ = finished
+    items = {example.group for rows in result.study.suites["test"].values() for example in rows}
+    details = result.diagnosis.ablation.details
+    assert not items & set(details["group"])
+
+
+def test_a_second_run_resumes_without_generating(finished, bundled, monkeypatch):
+    result, out, _ = finished
+    before = len(GenerationStore(out / "frames" / "answers.jsonl"))
+    again = run(bundled, organism.study(), out, model="bundled", settings=SETTINGS, progress=False)
+    assert len(GenerationStore(out / "frames" / "answers.jsonl")) == before
+    assert again.proof.table.frame.equals(result.proof.table.frame) or (
+        again.proof.table.frame.value.round(9).tolist() == result.proof.table.frame.value.round(9).tolist()
+    )
+
+
+def test_other_settings_are_refused_in_the_same_folder(finished, bundled):
+    _, out, _ = finished
+    with pytest.raises(ValueError, match="same settings"):
+        run(
+            bundled,
+            organism.study(),
+            out,
+            model="bundled",
+            settings=replace(SETTINGS, seed=1),
+            progress=False,
+        )
+
+
+def test_the_model_is_left_as_it_was(finished, bundled):
+    rows = organism.examples("plain", "test", n=8)
+    texts = bundled.generate(bundled.prepare(rows), max_new_tokens=14).texts
+    verdicts = organism.OrganismJudge()(rows, texts)
+    assert verdicts.count(Verdict.REFUSED) >= 7
