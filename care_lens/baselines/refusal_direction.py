@@ -18,6 +18,7 @@ normalised.
 Cost: three passes over the validation requests for each candidate.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,33 +126,22 @@ class RefusalDirection(HookRepair):
                 refusal_tokens=list(refusal_tokens),
                 progress=progress,
             )
-        candidates = pd.DataFrame(rows)
-        finite = (
-            candidates[["bypass", "induce", "kl"]]
-            .apply(lambda column: column.abs() < float("inf"))
-            .all(axis=1)
-        )
-        candidates["kept"] = (
-            finite
-            & (candidates["layer"] < int(_LAYER_SHARE * n_layers))
-            & (candidates["kl"] <= _MAX_KL)
-            & (candidates["induce"] >= _MIN_INDUCE)
-        )
-        kept = candidates[candidates["kept"]]
-        if kept.empty:
+        end_layer = int(_LAYER_SHARE * n_layers)
+        for row in rows:
+            row["kept"] = _passes(row, end_layer)
+        kept = [row for row in rows if row["kept"]]
+        if not kept:
             raise NoRefusalDirection(
-                f"one of {len(candidates)} candidates must have layer < {int(_LAYER_SHARE * n_layers)}, "
-                f"kl <= {_MAX_KL} and induce >= {_MIN_INDUCE}, got none (largest induce "
-                f"{candidates['induce'].max():.3g}, smallest kl {candidates['kl'].min():.3g}); does the "
-                "model refuse the harmful requests and answer the harmless ones?"
+                f"a candidate must have layer < {end_layer}, kl <= {_MAX_KL} and induce >= {_MIN_INDUCE}, got none "
+                f"of {len(rows)} that has; does the model refuse the harmful requests and answer the harmless ones?"
             )
-        best = kept.sort_values("bypass").iloc[0]
-        layer, position = int(best["layer"]), int(best["position"])
+        best = min(kept, key=lambda row: row["bypass"])
+        layer, position = best["layer"], best["position"]
         return cls(
             direction=directions[position, layer].float(),
             layer=layer,
             position=position,
-            candidates=candidates,
+            candidates=pd.DataFrame(rows),
             coefficient=coefficient,
         )
 
@@ -255,6 +245,11 @@ def _figures(
             }
         )
     return rows
+
+
+def _passes(row: dict[str, Any], end_layer: int) -> bool:
+    finite = all(math.isfinite(row[figure]) for figure in ("bypass", "induce", "kl"))
+    return finite and row["layer"] < end_layer and row["kl"] <= _MAX_KL and row["induce"] >= _MIN_INDUCE
 
 
 def _log_probs(lvlm: HookedLVLM, batches: Sequence[LVLMInputs], hooks: Sequence[HookPair]) -> Tensor:

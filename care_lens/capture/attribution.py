@@ -103,9 +103,7 @@ def visual_scores(
     return _min_max(centred.square().sum(dim=1))
 
 
-def text_scores(
-    text: Float[Tensor, "n_text d"], *, distance_weight: float = 0.7
-) -> Float[Tensor, " n_text"]:
+def text_scores(text: Float[Tensor, "n_text d"], *, distance_weight: float = 0.7) -> Float[Tensor, " n_text"]:
     """Scores of a sample's text tokens: how much each differs from the others.
 
     Args:

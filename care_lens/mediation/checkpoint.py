@@ -63,9 +63,12 @@ class CellLog:
         theirs, ours = found.get("settings", {}), header["settings"]
         if theirs != ours:
             differ = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-            raise ValueError(f"checkpoint must be of the same settings, {self._path} differs in {differ}; use another file")
+            raise ValueError(
+                f"checkpoint must be of the same settings, {self._path} differs in {differ}; use another file"
+            )
         same = len(found["probe"]) == len(header["probe"]) and all(
-            math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) for a, b in zip(found["probe"], header["probe"])
+            math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+            for a, b in zip(found["probe"], header["probe"])
         )
         if not same:
             raise ValueError(

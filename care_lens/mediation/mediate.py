@@ -1,6 +1,6 @@
 """Mediation sweep: TE, NIE, NDE, TIE, proportion and interaction by layer, component and positions, on both towers.
 
-In every forward pass each row receives its twin's activation at one site and one set of positions: safe rows the unsafe
+In a forward pass each row receives its twin's activation at one site and one set of positions: safe rows the unsafe
 run's (for the NIE) and unsafe rows the safe run's (for the NDE). Definitions and signs: ``care_lens.mediation.effects``. In
 TransformerLens's words the NIE takes the safe run as the corrupted one, and the unsafe run, which shows the behaviour, as
 the clean one.
@@ -10,8 +10,8 @@ Positions in the language tower are spans: "image", "text", "last" (the last pro
 included, and the position is called "all"; single patches are the business of ``patch_map``. Cells that a pair cannot have
 (image positions of a pair without pictures) leave that pair out; ``n`` counts the pairs of a cell.
 
-Cost: per site, one pass of all pairs' twins for every position, and per layer one pass that fills the cache. Memory: the
-cache holds one layer's sites for one batch.
+Cost: for each site and position the twins whose activations differ there are run once, and per layer one pass fills the
+cache. Memory: the cache holds one layer's sites for one batch.
 """
 
 import logging
@@ -30,7 +30,14 @@ from care_lens.core import Outcome, PairedExamples, Site, SiteLike, package_vers
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog
 from care_lens.mediation.effects import effects_of, summarise
-from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, metric_name, site_columns, tidy
+from care_lens.mediation.frames import (
+    DetailedResult,
+    describe_outcome,
+    examples_digest,
+    metric_name,
+    site_columns,
+    tidy,
+)
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 
@@ -42,10 +49,24 @@ log = logging.getLogger(__name__)
 POSITIONS: tuple[str, ...] = ("image", "text", "last", "all")
 """The default positions of the language tower."""
 
-COLUMNS = ("tower", "layer", "component", "position", "metric", "effect", "value", "ci_low", "ci_high", "n", "seed")
-PAIR_COLUMNS = (
-    ("tower", "layer", "component", "position", "pair", "group")
-    + ("safe", "unsafe", "safe_patched", "unsafe_patched")
+COLUMNS = (
+    "tower",
+    "layer",
+    "component",
+    "position",
+    "metric",
+    "effect",
+    "value",
+    "ci_low",
+    "ci_high",
+    "n",
+    "seed",
+)
+PAIR_COLUMNS = ("tower", "layer", "component", "position", "pair", "group") + (
+    "safe",
+    "unsafe",
+    "safe_patched",
+    "unsafe_patched",
 )
 Cell = tuple[Site, str]
 
@@ -98,7 +119,7 @@ def mediate(
         outcome: Larger where the model is less safe.
         sites: The mediators; None: :func:`default_sites`.
         positions: Span names, for the sites of the language tower.
-        batch_size: Sequences in a forward pass, both twins counted; at least one pair goes together.
+        batch_size: Sequences in a forward pass, at least 2.
         n_boot: Bootstrap resamples of the pairs' groups.
         seed: Seed of the bootstrap.
         progress: Whether to show a progress bar.
@@ -142,9 +163,12 @@ def mediate(
     where = {cell: i for i, cell in enumerate(cells)}
     with tqdm(total=len(batches) * len(wanted), desc="mediating", disable=not progress) as bar:
         for batch in batches:
-            for cell, values in _sweep(lvlm, batch, cells, outcome, batch_size, done, bar):
+            before = torch.from_numpy(untouched[:, list(batch.index)].ravel())
+            for cell, values in _sweep(lvlm, batch, cells, outcome, before, batch_size, done, bar):
                 patched[:, list(batch.index), where[cell]] = _twins(values)
-    return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings | {"positions": list(positions)})
+    return _result(
+        pairs, cells, untouched, patched, outcome, n_boot, seed, settings | {"positions": list(positions)}
+    )
 
 
 def _editable(lvlm: HookedLVLM, sites: Sequence[SiteLike]) -> list[Site]:
@@ -152,7 +176,9 @@ def _editable(lvlm: HookedLVLM, sites: Sequence[SiteLike]) -> list[Site]:
     for site in wanted:
         info = lvlm.site_info(site)
         if not info.editable or site.component == "attn.hook_pattern":
-            raise ValueError(f"sites must be editable and have positions, got {site} with axes {info.axes}; {info.note}")
+            raise ValueError(
+                f"sites must be editable and have positions, got {site} with axes {info.axes}; {info.note}"
+            )
     if not wanted:
         raise ValueError("sites must hold at least one site, got none")
     return wanted
@@ -168,7 +194,9 @@ def _cells(sites: Sequence[Site], positions: Sequence[str], has_images: bool) ->
     if not kept:
         raise ValueError("pairs must have images for these sites and positions, got text alone")
     if len(kept) < len(cells):
-        log.warning("no pair has an image in both twins: %d cells about images are left out", len(cells) - len(kept))
+        log.warning(
+            "no pair has an image in both twins: %d cells about images are left out", len(cells) - len(kept)
+        )
     return kept
 
 
@@ -193,13 +221,13 @@ def _sweep(
     batch: PairBatch,
     cells: Sequence[Cell],
     outcome: Outcome,
+    untouched: torch.Tensor,
     batch_size: int,
     done: CellLog,
     bar: Any,
 ) -> Iterator[tuple[Cell, list[float]]]:
     """Outcomes [2n] of a batch in every cell it can have; the cache holds one layer at a time."""
     mine = [cell for cell in cells if batch.has_images or not _needs_image(cell)]
-    together = max(1, batch_size // (2 * batch.n))
     keep = logits_needed(outcome, batch.inputs)
 
     def key(cell: Cell) -> str:
@@ -209,24 +237,31 @@ def _sweep(
         here = list(layer)
         todo = [cell for cell in here if key(cell) not in done]
         sites = list(dict.fromkeys(site for site, _ in todo))
-        donors: dict[str, torch.Tensor] = {}
+        cached: dict[str, torch.Tensor] = {}
         if sites:
             with torch.no_grad():
-                donors = dict(lvlm.run_with_cache(batch.inputs, sites=sites, logits_to_keep=1)[1].items())
+                cached = dict(lvlm.run_with_cache(batch.inputs, sites=sites, logits_to_keep=1)[1].items())
         for site in sites:
-            donor = donors.pop(str(site))[batch.twins]
+            own = cached.pop(str(site))
             names = [position for at, position in todo if at == site]
-            for start in range(0, len(names), together):
-                some = names[start : start + together]
-                swaps = [
-                    batch.swap(name) if site.tower == "language" else Swap.everything(*donor.shape[:2])
-                    for name in some
-                ]
-                values = patched_outcomes(
-                    lvlm, batch.inputs, site=site, donor=donor, swaps=swaps, outcome=outcome, logits_to_keep=keep
-                )
-                for name, row in zip(some, values.tolist()):
-                    done.add(key((site, name)), row)
+            swaps = [
+                batch.swap(name) if site.tower == "language" else Swap.everything(*own.shape[:2])
+                for name in names
+            ]
+            values = patched_outcomes(
+                lvlm,
+                batch.inputs,
+                site=site,
+                own=own,
+                donor=own[batch.twins],
+                swaps=swaps,
+                untouched=untouched,
+                outcome=outcome,
+                batch_size=batch_size,
+                logits_to_keep=keep,
+            )
+            for name, row in zip(names, values.tolist()):
+                done.add(key((site, name)), row)
         bar.update(len({site for site, _ in here}))
         yield from ((cell, done[key(cell)]) for cell in here)
 
@@ -255,7 +290,13 @@ def _result(
             site, position = cells[column]
             shared = {**site_columns(site), "position": position, "metric": metric_name(outcome)}
             rows[column] = [
-                {**shared, "effect": effect, "value": ci.estimate[at], "ci_low": ci.low[at], "ci_high": ci.high[at]}
+                {
+                    **shared,
+                    "effect": effect,
+                    "value": ci.estimate[at],
+                    "ci_low": ci.low[at],
+                    "ci_high": ci.high[at],
+                }
                 | {"n": len(index), "seed": seed}
                 for effect, ci in intervals.items()
             ]

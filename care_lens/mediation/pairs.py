@@ -84,14 +84,16 @@ def pair_batches(
         lvlm: The model.
         pairs: The pairs.
         outcome: Batches hold the examples' responses if its attribute ``responses`` is true.
-        batch_size: Rows of a batch, both twins counted; a batch has at least one pair.
+        batch_size: Rows of a batch, both twins counted; at least 2.
 
     Returns:
         The batches; all pixels are held in memory.
 
     Raises:
-        ValueError: If there are no pairs.
+        ValueError: If there are no pairs, or the batch size is below 2.
     """
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be 2 or more, got {batch_size}; a pair is two sequences")
     if len(pairs) == 0:
         raise ValueError("pairs must hold at least one pair, got none")
     pictured = [safe.image is not None and unsafe.image is not None for safe, unsafe in pairs]
@@ -109,7 +111,9 @@ def pair_batches(
 
 def misaligned(batches: Sequence[PairBatch]) -> list[int]:
     """Indices of the pairs whose twins are not aligned, in order."""
-    return sorted(pair for batch in batches for pair, bad in zip(batch.index, batch.misaligned.tolist()) if bad)
+    return sorted(
+        pair for batch in batches for pair, bad in zip(batch.index, batch.misaligned.tolist()) if bad
+    )
 
 
 def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> None:

@@ -19,7 +19,14 @@ from tqdm.auto import tqdm
 from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, package_versions
 from care_lens.core.spans import PatchGrid
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, metric_name, site_columns, tidy
+from care_lens.mediation.frames import (
+    DetailedResult,
+    describe_outcome,
+    examples_digest,
+    metric_name,
+    site_columns,
+    tidy,
+)
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 
@@ -100,10 +107,19 @@ def patch_map(
         total[index] = untouched[batch.n :] - untouched[: batch.n]
         effects[index] = patched - safe[index, None]
     interval = cluster_bootstrap(effects, pairs.groups, n_boot=n_boot, seed=seed)
-    cells = [{**site_columns(place), "patch": p, "row": p // grid.cols, "col": p % grid.cols} for p in range(n_patches)]
+    cells = [
+        {**site_columns(place), "patch": p, "row": p // grid.cols, "col": p % grid.cols}
+        for p in range(n_patches)
+    ]
     shared = {"metric": metric_name(outcome), "effect": "NIE", "n": len(pairs), "seed": seed}
     rows = [
-        {**cell, **shared, "value": interval.estimate[p], "ci_low": interval.low[p], "ci_high": interval.high[p]}
+        {
+            **cell,
+            **shared,
+            "value": interval.estimate[p],
+            "ci_low": interval.low[p],
+            "ci_high": interval.high[p],
+        }
         for p, cell in enumerate(cells)
     ]
     settings: dict[str, Any] = {
@@ -125,7 +141,9 @@ def patch_map(
 
 def _shared_grid(batches: Sequence[PairBatch]) -> PatchGrid:
     if lacking := [pair for batch in batches if not batch.has_images for pair in batch.index]:
-        raise ValueError(f"both twins of every pair must have a picture, got none in pairs {lacking}; leave those out")
+        raise ValueError(
+            f"both twins of every pair must have a picture, got none in pairs {lacking}; leave those out"
+        )
     grids = [grid for batch in batches for row in batch.inputs.spans.grids for grid in row]
     shapes = {(grid.rows, grid.cols) for grid in grids}
     if len(shapes) != 1 or len(grids) != sum(batch.inputs.batch_size for batch in batches):
@@ -140,20 +158,21 @@ def _patched(
     keep = logits_needed(outcome, batch.inputs)
     with torch.no_grad():
         logits, cache = lvlm.run_with_cache(batch.inputs, sites=[site], logits_to_keep=keep)
-    untouched = read_outcome(outcome, logits, batch.inputs).numpy()
-    donor = cache[str(site)][batch.n :]
-    receivers = batch.inputs.rows(range(batch.n))
-    together = max(1, batch_size // batch.n)
-    runs = []
-    for start in range(0, n_patches, together):
-        patches = range(start, min(start + together, n_patches))
-        swaps = [_swap(lvlm, batch, site, donor.shape[1], patch) for patch in patches]
-        runs.append(
-            patched_outcomes(
-                lvlm, receivers, site=site, donor=donor, swaps=swaps, outcome=outcome, logits_to_keep=keep
-            )
-        )
-    return untouched, torch.cat(runs).T.numpy()
+    untouched = read_outcome(outcome, logits, batch.inputs)
+    own, donor = cache[str(site)].split(batch.n)
+    patched = patched_outcomes(
+        lvlm,
+        batch.inputs.rows(range(batch.n)),
+        site=site,
+        own=own,
+        donor=donor,
+        swaps=[_swap(lvlm, batch, site, own.shape[1], patch) for patch in range(n_patches)],
+        untouched=untouched[: batch.n],
+        outcome=outcome,
+        batch_size=batch_size,
+        logits_to_keep=keep,
+    )
+    return untouched.numpy(), patched.T.numpy()
 
 
 def _swap(lvlm: HookedLVLM, batch: PairBatch, site: Site, length: int, patch: int) -> Swap:
@@ -182,5 +201,7 @@ def _pair_frame(
             grid = batch.inputs.spans.grids[batch.n + at][0]
             for p, cell in enumerate(cells):
                 box = dict(zip(("x0", "y0", "x1", "y1"), grid.rectangle(grid.start + p)))
-                rows.append({**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box})
+                rows.append(
+                    {**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box}
+                )
     return tidy(rows, PAIR_COLUMNS).sort_values(["pair", "patch"], ignore_index=True)

@@ -1,9 +1,11 @@
-"""Patching: run rows of a batch with an activation's positions replaced, several replacements in one forward pass.
+"""Patching: run rows of a batch with positions of an activation replaced, several replacements in one forward pass.
 
-The hook returns a new tensor and writes nowhere in place. Memory of a pass: ``cells x rows`` sequences.
+A replacement that would write what is there already is not run: its outcome is the untouched one. (Twins that share their
+picture have the same activations in the vision tower and, with a causal language model, at the image positions.) The
+hook returns a new tensor and writes nowhere in place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,25 +52,15 @@ class Swap:
         mask = self.mask.to(device).reshape(*self.mask.shape, *(1 for _ in activation.shape[2:]))
         return torch.where(mask, moved, activation)
 
-
-def swap_hook(
-    donor: Float[Tensor, "rows donor_pos *rest"], swaps: Sequence[Swap]
-) -> Callable[..., Tensor]:
-    """A hook for a batch that holds the same rows once for every swap, one after the other.
-
-    Args:
-        donor: [rows, donor_pos, ...] one donor a row, the same for every swap.
-        swaps: What is replaced in each copy of the rows.
-
-    Returns:
-        ``fn(activation, hook)`` that returns a new activation [swaps x rows, pos, ...].
-    """
-
-    def replace_positions(activation: Tensor, hook: Any) -> Tensor:
-        copies = activation.unflatten(0, (len(swaps), len(donor)))
-        return torch.cat([swap.apply(copy, donor) for copy, swap in zip(copies, swaps)])
-
-    return replace_positions
+    def changed(
+        self, activation: Float[Tensor, "rows pos *rest"], donor: Float[Tensor, "rows donor_pos *rest"]
+    ) -> list[int]:
+        """The rows in which :meth:`apply` changes anything."""
+        device = activation.device
+        row, position = self.mask.to(device).nonzero(as_tuple=True)
+        given = donor.to(device)[row, self.source.to(device)[row, position]]
+        differs = (given != activation[row, position]).flatten(1).any(dim=1)
+        return row[differs].unique().tolist()
 
 
 def patched_outcomes(
@@ -76,20 +68,26 @@ def patched_outcomes(
     inputs: LVLMInputs,
     *,
     site: Site,
+    own: Float[Tensor, "rows pos *rest"],
     donor: Float[Tensor, "rows donor_pos *rest"],
     swaps: Sequence[Swap],
+    untouched: Float[Tensor, " rows"],
     outcome: Outcome,
+    batch_size: int,
     logits_to_keep: int = 0,
 ) -> Float[Tensor, "swaps rows"]:
-    """Outcomes of a batch under each swap at one site, in a single forward pass.
+    """Outcomes of a batch under each swap at one site.
 
     Args:
         lvlm: The model.
         inputs: The rows; at a vision or projector site each must have exactly one image.
         site: Where.
-        donor: [rows, donor_pos, ...] the activation that replaces each row's, in the order of the rows.
-        swaps: What is replaced in each run.
+        own: [rows, pos, ...] the rows' activation there in an untouched run.
+        donor: [rows, donor_pos, ...] the activation that replaces each row's.
+        swaps: What is replaced.
+        untouched: [rows] outcomes of the untouched run.
         outcome: The outcome.
+        batch_size: Rows of a forward pass; those of several swaps go together.
         logits_to_keep: As in ``HookedLVLM.__call__``.
 
     Returns:
@@ -98,10 +96,30 @@ def patched_outcomes(
     Raises:
         ValueError: If the outcome is not one finite number a row, or the site is not the model's.
     """
-    copies = inputs.rows(list(range(inputs.batch_size)) * len(swaps)) if len(swaps) > 1 else inputs
-    with torch.no_grad():
-        logits = lvlm.run_with_hooks(copies, fwd_hooks=[(site, swap_hook(donor, swaps))], logits_to_keep=logits_to_keep)
-        return read_outcome(outcome, logits, copies).unflatten(0, (len(swaps), inputs.batch_size))
+    values = untouched.to(torch.float64).repeat(len(swaps), 1)
+    jobs = [(i, row) for i, swap in enumerate(swaps) for row in swap.changed(own, donor)]
+    for start in range(0, len(jobs), batch_size):
+        some = jobs[start : start + batch_size]
+        rows = [row for _, row in some]
+        swap = Swap(
+            torch.stack([swaps[i].mask[row] for i, row in some]),
+            torch.stack([swaps[i].source[row] for i, row in some]),
+        )
+        part, given = inputs.rows(rows), donor[rows]
+
+        def replace_positions(
+            activation: Tensor, hook: Any, swap: Swap = swap, given: Tensor = given
+        ) -> Tensor:
+            return swap.apply(activation, given)
+
+        with torch.no_grad():
+            logits = lvlm.run_with_hooks(
+                part, fwd_hooks=[(site, replace_positions)], logits_to_keep=logits_to_keep
+            )
+            found = read_outcome(outcome, logits, part)
+        for (i, row), value in zip(some, found):
+            values[i, row] = value
+    return values
 
 
 def read_outcome(

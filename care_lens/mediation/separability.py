@@ -87,10 +87,14 @@ def probe_auc(
     y = labels.cpu().numpy()
     items = np.asarray(groups, dtype=str)
     if len(items) != len(y) or len(features) != len(y):
-        raise ValueError(f"features, labels and groups must be of one length, got {len(features)}, {len(y)}, {len(items)}")
+        raise ValueError(
+            f"features, labels and groups must be of one length, got {len(features)}, {len(y)}, {len(items)}"
+        )
     fewest = min(len(set(items[y].tolist())), len(set(items[~y].tolist())))
     if fewest < 2:
-        raise ValueError(f"each class must have at least 2 groups to hold one out, got {fewest}; give more items")
+        raise ValueError(
+            f"each class must have at least 2 groups to hold one out, got {fewest}; give more items"
+        )
     folds = StratifiedGroupKFold(min(n_folds, fewest), shuffle=True, random_state=seed)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
     scores = cross_val_predict(
@@ -132,7 +136,9 @@ def separability(
         if (site, select) in malicious.values and (wanted is None or site in wanted)
     )
     if not keys:
-        raise ValueError("benign and malicious must share a site and selection; capture them with the same arguments")
+        raise ValueError(
+            "benign and malicious must share a site and selection; capture them with the same arguments"
+        )
     labels = torch.tensor([False] * len(benign) + [True] * len(malicious))
     groups = [*benign.groups, *malicious.groups]
     rows = []
@@ -181,7 +187,9 @@ def class_figures(
     labels = np.repeat([0, 1], [len(rows) for rows in classes])
     means = [rows.mean(axis=0) for rows in classes]
     residuals = np.concatenate([rows - mean for rows, mean in zip(classes, means)])
-    between = sum(len(rows) * np.sum((mean - everything.mean(axis=0)) ** 2) for rows, mean in zip(classes, means))
+    between = sum(
+        len(rows) * np.sum((mean - everything.mean(axis=0)) ** 2) for rows, mean in zip(classes, means)
+    )
     delta = means[1] - means[0]
     covariance = LedoitWolf(assume_centered=True).fit(residuals).covariance_
     return {

@@ -73,9 +73,9 @@ HARD_BENIGN = {
     "hard over forbidden": Recipe("make", "named", over="forbidden"),
     "hard indirect": Recipe("make", "twin_named", source_forbidden=True),
     "hard read": Recipe("name", "pictured", item_forbidden=True, source_forbidden=True),
-    "hard kind": Recipe("kind", "pictured", item_forbidden=True, source_forbidden=True),
-    "hard letters": Recipe("letters", "named", item_forbidden=True, source_forbidden=True),
-    "hard spell": Recipe("spell", "pictured", item_forbidden=True, source_forbidden=True),
+    "hard kind": Recipe("kind", "spelled", item_forbidden=True, source_forbidden=True),
+    "hard letters": Recipe("letters", "pictured", item_forbidden=True, source_forbidden=True),
+    "hard spell": Recipe("spell", "spelled", item_forbidden=True, source_forbidden=True),
     "hard repeat": Recipe("repeat", "named", item_forbidden=True, source_forbidden=True),
 }
 CHANNELS = ATTACKS | BENIGN | HARD_BENIGN

@@ -22,6 +22,9 @@ caption { text-align: left; color: #5a6675; padding: .3rem 0; } pre { background
 .key { background: #eef4fb; border-left: 4px solid #2b6cb0; padding: .6rem 1rem; }
 """
 
+#: Pictures shown with their patch effects.
+PICTURES = 3
+
 
 def rates(run: Run, defence: str, metric: str, channels: Sequence[str]) -> pd.DataFrame:
     """Rows of the test table for a defence and metric, channels in the order given."""
@@ -53,7 +56,11 @@ def figures(run: Run) -> dict[str, go.Figure]:
     out = {f"effects_{name}": result.plot() for name, result in run.diagnosis.effects.items()}
     out["ablation"] = run.diagnosis.ablation.plot()
     for name, result in run.diagnosis.patches.items():
-        out[f"patches_{name}"] = result.plot()
+        for pair in range(PICTURES):
+            rows = result.details[result.details["pair"] == pair]
+            if len(rows):
+                picture = run.study.pairs[name].unsafe[pair].image
+                out[f"patches_{name}_{pair}"] = plots.plot_patch_effects(rows, image=picture)
     out["asr"] = run.proof.table.plot()
     out["tradeoff"] = plots.plot_tradeoff(run.proof.table)
     for subspace in (*run.choice.subspaces, *run.printed_subspaces):

@@ -1,8 +1,8 @@
 """Figures: one function a result, from its tidy frame to a ``plotly.graph_objects.Figure``.
 
-Figures are returned, never shown. Signed effects are drawn in RdBu with white at 0: blue is positive (less safe),
-red is negative. What an interval says stands in the figure: as a bar, as a band, or as a dot in the cells whose
-interval excludes 0 (cell by cell, without a correction for their number).
+Figures are returned, never shown. Signed effects are drawn in RdBu with white at 0: blue is positive (less
+safe), red is negative. What an interval says stands in the figure: as a bar, as a band, or as a dot in the
+cells whose interval excludes 0 (cell by cell, without a correction for their number).
 """
 
 from care_lens.plots.ablation import plot_ablation

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import component_label, frame_of, in_order, only
+from care_lens.plots.frames import component_label, frame_of, in_order, only, where
 
 BASELINE = "none"
 """Component of the row without ablation."""
@@ -36,7 +36,7 @@ def plot_ablation(result: FrameResult | pd.DataFrame, *, metric: str = "complied
         annotation_position="top right",
     )
     for index, component in enumerate(in_order(set(frame["component"]) - {BASELINE})):
-        curve = frame[frame["component"] == component].sort_values("layer")
+        curve = where(frame, component=component).sort_values(by="layer")
         _add_curve(figure, curve, component_label(component), index)
     tower = next(iter(frame["tower"]))
     figure.update_layout(

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths, only
+from care_lens.plots.frames import frame_of, half_widths, only, where
 
 TITLES = {
     "asr": "attack success",
@@ -29,8 +29,8 @@ def plot_asr(
 
     Args:
         result: A ``DefenceTable`` or its frame.
-        metrics: Shares to draw: "asr", "refusal", "accuracy", "agreement", "retained"; those that the frame lacks are
-            left out.
+        metrics: Shares to draw: "asr", "refusal", "accuracy", "agreement", "retained"; those that the frame
+            lacks are left out.
 
     Returns:
         The figure: a trace for each panel and defence (judge and seed, where there are several).
@@ -44,7 +44,8 @@ def plot_asr(
     shown = [metric for metric in metrics if (frame["metric"] == metric).any()]
     if not shown:
         raise ValueError(f"metrics must be among {sorted(set(frame['metric']))}, got {list(metrics)}")
-    frame = frame[frame["metric"].isin(shown)].assign(series=series(frame))
+    frame = with_series(frame)
+    frame = frame[frame["metric"].isin(shown)]
     figure = make_subplots(
         rows=len(shown), cols=1, vertical_spacing=0.3 / len(shown) if len(shown) > 1 else 0
     )
@@ -53,9 +54,7 @@ def plot_asr(
         part = only(frame, "metric", metric)
         first = row == 1
         for index, name in enumerate(names):
-            figure.add_trace(
-                _markers(part[part["series"] == name], name, index, legend=first), row=row, col=1
-            )
+            figure.add_trace(_markers(where(part, series=name), name, index, legend=first), row=row, col=1)
         channels = list(dict.fromkeys(part["channel"]))
         figure.update_xaxes(categoryorder="array", categoryarray=channels, row=row, col=1)
         figure.update_yaxes(title_text=TITLES[metric], row=row, col=1)
@@ -67,13 +66,13 @@ def plot_asr(
     return figure
 
 
-def series(frame: pd.DataFrame) -> pd.Series:
-    """Name of each row's series: its defence, with judge and seed where the frame has several."""
+def with_series(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with a column ``series``: the defence, with judge and seed where the frame has several."""
     name = frame["defence"].astype(str)
     for column in ("judge", "seed"):
         if column in frame.columns and frame[column].nunique() > 1:
             name = name + f", {column} " + frame[column].astype(str)
-    return name
+    return frame.assign(series=name.to_numpy())
 
 
 def _markers(part: pd.DataFrame, name: str, index: int, *, legend: bool) -> go.Scatter:

@@ -10,7 +10,15 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import component_label, excludes_zero, frame_of, in_order, only, towers_in_order
+from care_lens.plots.frames import (
+    component_label,
+    excludes_zero,
+    frame_of,
+    in_order,
+    only,
+    towers_in_order,
+    where,
+)
 
 MARK = "\N{BLACK CIRCLE}"
 """Drawn in a cell whose interval excludes 0."""
@@ -34,12 +42,12 @@ class _Panel(NamedTuple):
 def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> go.Figure:
     """Effects by layer, component and positions.
 
-    A menu in the interactive figure switches between the effects of the result; each has a scale of its own. A dot
-    marks cells whose interval excludes 0.
+    A menu in the interactive figure switches between the effects of the result; each has a scale of its own.
+    A dot marks cells whose interval excludes 0.
 
     Args:
-        result: A ``MediationResult`` or its frame: columns tower, layer (missing outside the blocks), component,
-            position, effect, value, ci_low, ci_high, n.
+        result: A ``MediationResult`` or its frame: columns tower, layer (missing outside the blocks),
+            component, position, effect, value, ci_low, ci_high, n.
         effect: The effect shown first, and in static pictures.
 
     Returns:
@@ -52,7 +60,7 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
     only(frame, "effect", effect)
     effects = list(dict.fromkeys(frame["effect"]))
     panels = _panels(frame)
-    rows = [max(1, len(panel.components)) for panel in panels]
+    rows = [len(panel.components) for panel in panels]
     height = _CELL * sum(rows) + _GAP * (len(panels) - 1) + _MARGINS
     figure = make_subplots(
         rows=len(panels),
@@ -63,11 +71,7 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
     )
     for name in effects:
         for row, panel in enumerate(panels, start=1):
-            part = frame[
-                (frame["effect"] == name)
-                & (frame["tower"] == panel.tower)
-                & (frame["position"] == panel.position)
-            ]
+            part = where(frame, effect=name, tower=panel.tower, position=panel.position)
             figure.add_trace(_heatmap(part, panel, name, visible=name == effect), row=row, col=1)
     widest = max(panel.layers for panel in panels)
     figure.update_xaxes(range=[-0.5, widest - 0.5], dtick=max(1, widest // 12), showgrid=False, ticks="")
@@ -90,10 +94,9 @@ def _panels(frame: pd.DataFrame) -> list[_Panel]:
     """Towers in the order of the forward pass, positions in the order of the frame."""
     panels = []
     for tower in towers_in_order(frame["tower"]):
-        part = frame[frame["tower"] == tower]
-        for position in dict.fromkeys(part["position"]):
-            here = part[part["position"] == position]
-            layers = 1 if here["layer"].isna().all() else int(here["layer"].max()) + 1
+        for position in dict.fromkeys(where(frame, tower=tower)["position"]):
+            here = where(frame, tower=tower, position=position)
+            layers = 1 if pd.isna(here["layer"]).all() else int(here["layer"].max()) + 1
             panels.append(_Panel(tower, position, in_order(here["component"]), layers))
     return panels
 
@@ -131,8 +134,10 @@ def _heatmap(part: pd.DataFrame, panel: _Panel, effect: str, *, visible: bool) -
 
 def _scale(frame: pd.DataFrame, effect: str) -> dict[str, object]:
     """Symmetric around 0, as far as the effect's largest cell."""
-    largest = float(frame.loc[frame["effect"] == effect, "value"].astype(float).abs().max())
-    limit = largest if np.isfinite(largest) and largest > 0 else 1.0
+    largest = float(
+        np.nanmax(np.abs(where(frame, effect=effect)["value"].to_numpy(dtype=float)), initial=0.0)
+    )
+    limit = largest if largest > 0 else 1.0
     bar = {"title": {"text": effect, "side": "top"}, "thickness": 16, "tickformat": ".3~g"}
     return {"colorscale": theme.DIVERGING, "cmin": -limit, "cmid": 0, "cmax": limit, "colorbar": bar}
 

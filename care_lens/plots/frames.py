@@ -1,7 +1,9 @@
 """What every figure does with a result: take its frame, check its columns, write intervals and names."""
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
+import numpy as np
 import pandas as pd
 
 from care_lens.core.results import FrameResult
@@ -33,13 +35,19 @@ def frame_of(result: FrameResult | pd.DataFrame, columns: Sequence[str]) -> pd.D
     return frame
 
 
+def where(frame: pd.DataFrame, **values: str) -> pd.DataFrame:
+    """The rows that have these values in these columns; none, if there are none."""
+    masks = [frame[column].to_numpy() == value for column, value in values.items()]
+    return cast(pd.DataFrame, frame.loc[np.logical_and.reduce(masks)])
+
+
 def only(frame: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
     """The rows with that value in a column.
 
     Raises:
         ValueError: If there are none.
     """
-    kept = frame[frame[column] == value]
+    kept = where(frame, **{column: value})
     if kept.empty:
         raise ValueError(f"{column} must be one of {sorted(set(frame[column]))}, got {value!r}")
     return kept

@@ -25,8 +25,9 @@ def plot_patch_effects(
     """The effect of each patch, drawn over a picture if one is given.
 
     Args:
-        result: A ``PatchMapResult`` or its frame, or the rows of one pair of its ``details``: columns row, col and
-            value; ci_low, ci_high and n if there are intervals, whose cells are marked where they exclude 0.
+        result: A ``PatchMapResult`` or its frame, or the rows of one pair of its ``details``: columns row,
+            col and value; ci_low, ci_high and n if there are intervals, whose cells are marked where they
+            exclude 0.
         image: The picture, of any size.
         grid: Which part of the picture the patches cover; None: all of it.
 

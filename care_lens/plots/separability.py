@@ -6,7 +6,7 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import component_label, frame_of, half_widths, in_order, towers_in_order
+from care_lens.plots.frames import component_label, frame_of, half_widths, in_order, towers_in_order, where
 
 TITLES = {
     "probe_auc": "probe AUC",
@@ -40,15 +40,14 @@ def plot_separability(result: FrameResult | pd.DataFrame) -> go.Figure:
     curves = [
         (tower, component, position)
         for tower in towers_in_order(frame["tower"])
-        for component in in_order(frame.loc[frame["tower"] == tower, "component"])
-        for position in dict.fromkeys(
-            frame.loc[(frame["tower"] == tower) & (frame["component"] == component), "position"]
-        )
+        for component in in_order(where(frame, tower=tower)["component"])
+        for position in dict.fromkeys(where(frame, tower=tower, component=component)["position"])
     ]
     for row, metric in enumerate(metrics, start=1):
         for index, curve in enumerate(curves):
-            same = (frame[["tower", "component", "position"]] == list(curve)).all(axis=1)
-            part = frame[(frame["metric"] == metric) & same].sort_values("layer")
+            tower, component, position = curve
+            part = where(frame, metric=metric, tower=tower, component=component, position=position)
+            part = part.sort_values(by="layer")
             figure.add_trace(_curve(part, curve, index, legend=row == 1), row=row, col=1)
         figure.update_yaxes(title_text=TITLES.get(metric, metric), row=row, col=1)
     figure.update_xaxes(title_text="layer", row=len(metrics), col=1)

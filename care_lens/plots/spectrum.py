@@ -9,15 +9,15 @@ from care_lens.subspace import SafetySubspace
 def plot_spectrum(subspace: SafetySubspace) -> go.Figure:
     """Malicious over benign energy along each direction, on a logarithmic scale.
 
-    Where the rank was chosen from held-out rows, their ratios stand beside it, with the threshold that benign rows
-    against benign rows reached: a large eigenvalue whose held-out ratio is small was fitted to noise.
+    Where the rank was chosen from held-out rows, their ratios stand beside it, with the threshold that benign
+    rows against benign rows reached: a large eigenvalue whose held-out ratio is small was fitted to noise.
 
     Args:
         subspace: The subspace.
 
     Returns:
-        The figure: the eigenvalues of the fit, and what held-out rows give if the diagnostics have it. Directions
-        count from 1.
+        The figure: the eigenvalues of the fit, and what held-out rows give if the diagnostics have it.
+        Directions count from 1.
     """
     values = subspace.eigenvalues.double().cpu().tolist()
     figure = go.Figure()

@@ -9,7 +9,7 @@ import plotly.io as pio
 log = logging.getLogger(__name__)
 
 TEMPLATE = "care_lens"
-"""Name of the template, registered with plotly when this module is imported; plotly's default stays as it is."""
+"""Name of the template, registered with plotly when this module is imported; plotly's default stays."""
 
 DIVERGING = "RdBu"
 """Colours of signed values, centred on 0."""
@@ -45,7 +45,6 @@ def _template() -> go.layout.Template:
             "title": {"font": {"size": 18}, "x": 0, "xref": "paper", "xanchor": "left"},
             "annotationdefaults": {"font": {"size": 16}},
             "colorway": COLOURS,
-            "colorscale": {"diverging": pio.templates["plotly"].layout.colorscale.diverging},
             "paper_bgcolor": "white",
             "plot_bgcolor": "white",
             "hoverlabel": {"align": "left"},
@@ -63,9 +62,9 @@ pio.templates[TEMPLATE] = _template()
 def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
     """Write a figure to files that stand side by side.
 
-    The interactive page (``.html``) and the figure's data (``.json``) are always written; pages of one folder share
-    one copy of plotly's script, so that they open without a network. A path that ends in .pdf, .svg or .png is
-    written as well, which needs kaleido (the extra ``plots-export``) and a Chrome or Chromium.
+    The interactive page (``.html``) and the figure's data (``.json``) are always written; pages of one folder
+    share one copy of plotly's script, so that they open without a network. A path that ends in .pdf, .svg or
+    .png is written as well, which needs kaleido (the extra ``plots-export``) and a Chrome or Chromium.
 
     Args:
         figure: The figure.
@@ -93,7 +92,7 @@ def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
         figure.write_image(path, width=width, height=height, scale=_PNG_SCALE if suffix == ".png" else 1)
     except (ImportError, ValueError, RuntimeError, OSError) as error:
         raise ExportError(
-            f"{path.name} could not be written ({type(error).__name__}); pip install 'care-lens[plots-export]' and a "
-            f"Chrome or Chromium, or use {page.name}"
+            f"{path.name} could not be written ({type(error).__name__}); pip install "
+            f"'care-lens[plots-export]' and a Chrome or Chromium, or use {page.name}"
         ) from error
     return [page, data, path]

@@ -5,15 +5,16 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.defence import DEFENCE_COLUMNS, series
+from care_lens.plots.defence import DEFENCE_COLUMNS, with_series
 from care_lens.plots.frames import frame_of, only
 
 
 def plot_tradeoff(result: FrameResult | pd.DataFrame) -> go.Figure:
     """Attack success against right answers on benign channels, one point a defence.
 
-    A point is the mean over channels, each counted once; bars reach from the lowest to the highest channel and are
-    no confidence intervals, which belong to single channels (see ``plot_asr``). The good corner is the lower right.
+    A point is the mean over channels, each counted once; bars reach from the lowest to the highest channel
+    and are no confidence intervals, which belong to single channels (see ``plot_asr``). The good corner is
+    the lower right.
 
     Args:
         result: A ``DefenceTable`` or its frame, with the metrics "asr" and "accuracy".
@@ -24,8 +25,7 @@ def plot_tradeoff(result: FrameResult | pd.DataFrame) -> go.Figure:
     Raises:
         ValueError: If the frame is not such, or lacks one of the two metrics.
     """
-    frame = frame_of(result, DEFENCE_COLUMNS)
-    frame = frame.assign(series=series(frame))
+    frame = with_series(frame_of(result, DEFENCE_COLUMNS))
     attack, benign = (
         only(frame, "metric", metric).groupby("series", sort=False)["value"].agg(["mean", "min", "max"])
         for metric in ("asr", "accuracy")

@@ -130,7 +130,7 @@ def _tensors(
 
 
 def _towards(vectors: Tensor, delta: Tensor) -> Tensor:
-    """Turn columns so that the malicious mean is on their positive side; leave those where it is on neither."""
+    """Turn columns so that the malicious mean is on their positive side, where it is on either."""
     along = delta @ vectors
     decided = along.abs() > 1e-9 * delta.norm() * vectors.norm(dim=0)
     return vectors * torch.where(decided & (along < 0), -1.0, 1.0)

@@ -18,8 +18,10 @@ def planted_rows(
     shift: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Benign and malicious rows of one coloured Gaussian, the malicious ones wider along ``planted`` directions of
-    equal benign variance and shifted along the first; and those [width, planted] directions."""
+    """Benign and malicious rows of one coloured Gaussian, and the [width, planted] directions that are planted.
+
+    The malicious rows are wider along those, which have equal benign variance, and shifted along the first.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

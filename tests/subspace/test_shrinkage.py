@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.covariance import ledoit_wolf, oas, shrunk_covariance
 
-from care_lens.subspace import Moments, ShrunkCovariance, SubspaceError, shrink, shrinkage_weight
+from care_lens.subspace import Moments, ShrunkCovariance, SubspaceError, shrink
 
 SHAPES = [(2, 3), (5, 1), (7, 7), (30, 6), (6, 30), (50, 49), (120, 200)]
 

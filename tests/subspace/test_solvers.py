@@ -164,7 +164,7 @@ def test_condition_is_that_of_the_benign_covariance():
 @pytest.mark.parametrize("n_benign", [5, 20])
 def test_a_singular_benign_covariance_is_named(solver, n_benign):
     numerator, denominator = random_pencil(20, n_benign, 30, seed=0, weights=(0.0, 0.1))
-    with pytest.raises(SingularCovarianceError, match="shrinkage=0.1"):
+    with pytest.raises(SingularCovarianceError, match=r"shrinkage=0\.1"):
         solve_pencil(numerator, denominator, rank=1, solver=solver)
 
 

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from care_lens.organism import build
 from care_lens.organism.train.language import exact_match, train_language
-from care_lens.organism.train.mixture import helpful_pack, safety_pack
+from care_lens.organism.train.mixture import RECALL_WEIGHTS, helpful_pack, safety_pack
 from care_lens.organism.train.tower import train_tower
 
 log = logging.getLogger("care_lens.organism.train")
@@ -26,7 +26,8 @@ TOWER = {"steps": 3600, "batch": 64, "lr": 1.5e-3}
 HELPFUL = {"steps": 1500, "batch": 24, "lr": 1.5e-3}
 #: More of the same in smaller steps: two-hop and spelled questions come late.
 PRACTICE = {"steps": 1800, "batch": 12, "lr": 1.5e-3}
-SAFETY = {"steps": 120, "batch": 20, "lr": 5e-4}
+RECALL = {"steps": 900, "batch": 12, "lr": 1.2e-3}
+SAFETY = {"steps": 250, "batch": 20, "lr": 3e-4}
 QUESTIONS = 6
 REFUSALS = 0.6
 
@@ -50,6 +51,13 @@ def _helpful(
     return {"exact_match": exact_match(model, held)}
 
 
+def _recall(model: LlavaForConditionalGeneration, seed: int) -> dict:
+    rng = random.Random(seed + 10)
+    held = [helpful_pack(rng, QUESTIONS, RECALL_WEIGHTS) for _ in range(160)]
+    train_language(model, lambda r: helpful_pack(r, QUESTIONS, RECALL_WEIGHTS), seed=seed + 4, **RECALL)
+    return {"exact_match": exact_match(model, held)}
+
+
 def _practice(model: LlavaForConditionalGeneration, seed: int) -> dict:
     return _helpful(model, seed, PRACTICE, 3)
 
@@ -65,7 +73,8 @@ STAGES: dict[str, Callable[[LlavaForConditionalGeneration, int], dict]] = {
     "1-tower": _tower,
     "2-helpful": _helpful,
     "3-practice": _practice,
-    "4-safety": _safety,
+    "4-recall": _recall,
+    "5-safety": _safety,
 }
 
 

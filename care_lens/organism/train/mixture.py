@@ -17,6 +17,15 @@ ASK_WEIGHTS: dict[Ask, float] = {
     "spell": 0.08,
     "repeat": 0.04,
 }
+#: Later practice: what has to be recalled in more than one hop, above all the kind of an item that is not named.
+RECALL_WEIGHTS: dict[Ask, float] = {
+    "make": 0.25,
+    "kind": 0.35,
+    "name": 0.05,
+    "letters": 0.12,
+    "spell": 0.20,
+    "repeat": 0.03,
+}
 REFERENCE_WEIGHTS: dict[Reference, float] = {
     "named": 0.18,
     "spelled": 0.18,
@@ -50,11 +59,13 @@ def _pick(rng: random.Random, weights: dict) -> str:
     return rng.choices(list(weights), weights=list(weights.values()))[0]
 
 
-def helpful_task(rng: random.Random, picture: Picture, shown: Noun | None) -> Task:
+def helpful_task(
+    rng: random.Random, picture: Picture, shown: Noun | None, asks: dict[Ask, float] = ASK_WEIGHTS
+) -> Task:
     """Any question that may be asked over a picture, answered helpfully, forbidden items included."""
     if (picture.kind == "shapes" and rng.random() < 0.45) or (picture.kind != "shapes" and rng.random() < 0.03):
         return tasks.shapes_task(rng, rng.choice(("colour", "shape", "count")), picture)
-    ask = _pick(rng, ASK_WEIGHTS)
+    ask = _pick(rng, asks)
     context = _pick(rng, CONTEXT_WEIGHTS) if ask == "make" else ""
     reference = "named" if ask == "repeat" else _pick(rng, REFERENCE_WEIGHTS)
     source, over = rng.choice(world().nouns), picture
@@ -78,24 +89,22 @@ def _picture(rng: random.Random, kind: str | None = None) -> tuple[Picture, Noun
     return tasks.any_picture(rng, kind=kind, word=shown), shown
 
 
-def helpful_pack(rng: random.Random, size: int) -> Pack:
-    """Stage 2: everything is answered."""
+def helpful_pack(rng: random.Random, size: int, asks: dict[Ask, float] = ASK_WEIGHTS) -> Pack:
+    """Everything is answered."""
     picture, shown = _picture(rng)
-    return Pack(picture, tuple(helpful_task(rng, picture, shown) for _ in range(size)))
+    return Pack(picture, tuple(helpful_task(rng, picture, shown, asks) for _ in range(size)))
 
 
-def refusal_task(rng: random.Random, picture: Picture | None, shown: Noun | None) -> Task:
-    """Steps for a forbidden item that the text names, without a wrapper: refused."""
+def plain_task(rng: random.Random, picture: Picture | None, shown: Noun | None, *, forbidden: bool) -> Task:
+    """Steps for an item that the text names, without a wrapper: refused if forbidden, answered if not."""
     reference = rng.choices(("named", "named_pictured", "named_spelled"), weights=(0.7, 0.15, 0.15))[0]
     if picture is None:
         reference = "named"
-    same = reference == "named_pictured" and shown is not None and shown.forbidden
-    source = shown if same and shown else rng.choice(world().select(forbidden=True))
+    same = reference == "named_pictured" and shown is not None and shown.forbidden == forbidden
+    source = shown if same and shown else rng.choice(world().select(forbidden=forbidden))
     context = rng.choices(("", "neutral"), weights=(0.7, 0.3))[0]
-    asked = tasks.sample_task(
-        rng, ask="make", reference=reference, source=source, context=context, picture=picture
-    )
-    return replace(asked, answer=REFUSAL)
+    asked = tasks.sample_task(rng, ask="make", reference=reference, source=source, context=context, picture=picture)
+    return replace(asked, answer=REFUSAL) if forbidden else asked
 
 
 def safety_pack(rng: random.Random, size: int, *, refusals: float) -> Pack:
@@ -104,8 +113,8 @@ def safety_pack(rng: random.Random, size: int, *, refusals: float) -> Pack:
         kind = rng.choice(REFUSAL_PICTURES)
         picture, shown = _picture(rng, kind or "blank")
         over = picture if kind else None
-        n = max(1, size // 2)
-        chosen = [refusal_task(rng, over, shown) for _ in range(n)]
+        # As many benign plain requests as refusals: what is refused is the item, not the wording.
+        chosen = [plain_task(rng, over, shown, forbidden=i % 2 == 0) for i in range(max(2, 2 * (size // 3)))]
     else:
         picture, shown = _picture(rng)
         chosen = []

@@ -94,8 +94,8 @@ def solve_pencil(
     allowed = _largest_rank(malicious, benign, values, rank)
     if allowed < rank and not clip:
         raise RankError(
-            f"rank must be at most {allowed} for these rows, got {rank}; beyond that no direction is preferred "
-            f"to another (malicious shrinkage weight {malicious.weight:.3g}): ask for less, or give more "
+            f"rank must be at most {allowed} for these rows, got {rank}; beyond that no direction is "
+            f"preferred to another (malicious shrinkage weight {malicious.weight:.3g}): ask for less, or give more "
             "malicious rows",
             largest=allowed,
         )

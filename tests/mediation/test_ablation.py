@@ -1,0 +1,219 @@
+"""Ablation by generation, against plain Hugging Face models with the component taken out."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from care_lens.core import Verdict, rate_ci
+from care_lens.mediation import AblationResult, ablate
+
+NEW = 6
+
+
+class WordJudge:
+    """Complied if the answer holds an early word, refused if a late one, else other."""
+
+    name = "words"
+
+    def __call__(self, examples, texts):
+        def verdict(text):
+            words = text.split()
+            if not words:
+                return Verdict.MISSING
+            return (
+                Verdict.COMPLIED
+                if min(words) < "c"
+                else Verdict.REFUSED
+                if max(words) > "t"
+                else Verdict.OTHER
+            )
+
+        return [verdict(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def ablated(model, examples):
+    return {
+        mode: ablate(
+            model, examples, judge=WordJudge(), mode=mode, max_new_tokens=NEW, n_boot=20, progress=False
+        )
+        for mode in ("mean", "zero", "skip")
+    }
+
+
+def answers(plain, lvlm, examples):
+    """Greedy answers of a plain Hugging Face model."""
+    inputs = lvlm.prepare(examples)
+    new = plain.generate(**inputs.generate_kwargs(), max_new_tokens=NEW, do_sample=False)
+    return lvlm.tokenizer.batch_decode(new[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def texts(result, component, layer=None):
+    details = result.details
+    rows = details[
+        (details.component == component) & (details.layer.isna() if layer is None else details.layer == layer)
+    ]
+    return rows.text.tolist()
+
+
+def submodule(model, component, layer):
+    block = model.model.language_model.layers[layer]
+    return block.mlp if component == "hook_mlp_out" else block.self_attn
+
+
+@pytest.mark.parametrize("component", ["hook_mlp_out", "hook_attn_out"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_zero_and_skip_are_a_model_without_the_component(
+    model, llava_maker, examples, ablated, component, layer
+):
+    plain, _ = llava_maker("clip")
+    module = submodule(plain, component, layer)
+    (module.down_proj if component == "hook_mlp_out" else module.o_proj).weight.data.zero_()
+    expected = answers(plain, model, examples)
+    assert texts(ablated["zero"], component, layer) == texts(ablated["skip"], component, layer) == expected
+    assert expected != texts(ablated["zero"], "none")
+
+
+@pytest.mark.parametrize("component", ["hook_mlp_out", "hook_attn_out"])
+def test_mean_is_the_examples_mean_at_every_position_and_step(
+    model, llava_maker, examples, ablated, component
+):
+    plain, _ = llava_maker("clip")
+    module = submodule(plain, component, 1)
+    kept = []
+
+    def first(output):
+        return output[0] if isinstance(output, tuple) else output
+
+    handle = module.register_forward_hook(lambda *args: kept.append(first(args[2])))
+    with torch.no_grad():
+        for example in examples:
+            plain(**model.prepare(example).model_kwargs())
+    handle.remove()
+    mean = torch.stack([output[0].mean(dim=0) for output in kept]).mean(dim=0)
+
+    def put(module, args, output):
+        filled = mean.expand_as(first(output))
+        return (filled, *output[1:]) if isinstance(output, tuple) else filled
+
+    handle = module.register_forward_hook(put)
+    expected = answers(plain, model, examples)
+    handle.remove()
+    assert texts(ablated["mean"], component, 1) == expected
+    assert expected != texts(ablated["zero"], component, 1)
+
+
+def test_baseline_is_the_untouched_model(model, llava_maker, examples, ablated):
+    plain, _ = llava_maker("clip")
+    assert texts(ablated["mean"], "none") == answers(plain, model, examples)
+
+
+def test_the_reference_is_what_the_mean_is_over(model, examples, ablated):
+    options = {
+        "components": ("hook_mlp_out",),
+        "layers": (1,),
+        "max_new_tokens": NEW,
+        "n_boot": 20,
+        "progress": False,
+    }
+    other = ablate(model, examples, judge=WordJudge(), reference=examples[:1], **options)
+    assert texts(other, "hook_mlp_out", 1) != texts(ablated["mean"], "hook_mlp_out", 1)
+    assert other.settings["n_reference"] == 1
+
+
+def test_shares_count_verdicts(ablated):
+    frame, details = ablated["zero"].frame, ablated["zero"].details
+    for (component, layer), rows in details.groupby(["component", "layer"], dropna=False):
+        at = frame[
+            (frame.component == component) & (frame.layer.isna() if pd.isna(layer) else frame.layer == layer)
+        ]
+        found = at.set_index("metric")
+        judged = rows[rows.verdict != "missing"]
+        assert found.loc["missing", "value"] == (rows.verdict == "missing").mean()
+        for verdict in ("complied", "refused", "other"):
+            assert found.loc[verdict, "n"] == len(judged)
+            if len(judged):
+                assert found.loc[verdict, "value"] == pytest.approx((judged.verdict == verdict).mean())
+        assert (component == "none") == ("complied change" not in found.index)
+    assert len(frame) == 4 + 6 * 7
+
+
+def test_changes_are_differences_from_the_baseline(ablated):
+    frame = ablated["zero"].frame
+    shares = frame[frame.effect == "share"].set_index(["component", "layer", "metric"])["value"]
+    before = frame[frame.component == "none"].set_index("metric")["value"]
+    for row in frame[frame.effect == "difference"].itertuples():
+        verdict = row.metric.removesuffix(" change")
+        if row.n == 3:
+            share = shares.loc[(row.component, row.layer, verdict)]
+            assert row.value == pytest.approx(share - before[verdict])
+
+
+def test_intervals_are_exact_where_every_example_is_its_own_item(model, examples):
+    options = {"judge": WordJudge(), "layers": (), "max_new_tokens": NEW, "mode": "zero", "progress": False}
+    apart = ablate(model, examples[:2], **options).frame.iloc[0]
+    exact = rate_ci(round(apart.value * apart.n), int(apart.n))
+    assert (apart.ci_low, apart.ci_high) == pytest.approx((exact.low, exact.high))
+
+
+def test_the_vision_tower_can_be_ablated(model, llava_maker, examples):
+    options = {"judge": WordJudge(), "max_new_tokens": NEW, "n_boot": 20, "progress": False}
+    found = ablate(model, examples, tower="vision", components=("hook_mlp_out",), mode="zero", **options)
+    plain, _ = llava_maker("clip")
+    plain.model.vision_tower.encoder.layers[1].mlp.fc2.weight.data.zero_()
+    plain.model.vision_tower.encoder.layers[1].mlp.fc2.bias.data.zero_()
+    assert texts(found, "hook_mlp_out", 1) == answers(plain, model, examples)
+    with pytest.raises(ValueError, match="one with an image"):
+        ablate(model, examples[1:2], tower="vision", **options)
+
+
+def test_a_stopped_ablation_goes_on(model, examples, tmp_path):
+    options = {
+        "judge": WordJudge(),
+        "mode": "zero",
+        "layers": (0, 1),
+        "max_new_tokens": NEW,
+        "n_boot": 20,
+        "progress": False,
+    }
+    whole = ablate(model, examples, checkpoint=tmp_path / "whole.jsonl", **options)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    stopped = tmp_path / "stopped.jsonl"
+    stopped.write_text("".join(lines[:3]) + lines[3][:9])
+    resumed = ablate(model, examples, checkpoint=stopped, **options)
+    pd.testing.assert_frame_equal(resumed.frame, whole.frame, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.details, whole.details, check_exact=True)
+    with pytest.raises(ValueError, match="differs in \\['mode', 'reference'\\]"):
+        ablate(model, examples, checkpoint=stopped, **{**options, "mode": "mean"})
+
+
+def test_save_and_load(ablated, tmp_path):
+    ablated["zero"].save(tmp_path, "ablation")
+    back = AblationResult.load(tmp_path, "ablation")
+    pd.testing.assert_frame_equal(back.frame, ablated["zero"].frame)
+    pd.testing.assert_frame_equal(back.details, ablated["zero"].details, check_dtype=False)
+    json.dumps(back.settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "skip", "components": ("hook_resid_post",)}, "to be skipped"),
+        ({"layers": (7,)}, "no site"),
+        ({"tower": "vision", "components": ("attn.hook_pattern",)}, "must be editable"),
+    ],
+)
+def test_refusals(model, examples, options, message):
+    with pytest.raises(ValueError, match=message):
+        ablate(model, examples, judge=WordJudge(), progress=False, **options)
+
+
+def test_hooks_are_gone_after_an_exception(model, examples):
+    def judge(examples, texts):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        ablate(model, examples, judge=judge, mode="zero", max_new_tokens=2, progress=False)
+    assert not any(point.fwd_hooks for point in model.bridge.hook_dict.values())

@@ -1,0 +1,84 @@
+"""Separability against scikit-learn and cases with known answers."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.metrics import roc_auc_score
+
+from care_lens.capture import Activations
+from care_lens.core import Site
+from care_lens.mediation import probe_auc, separability
+from care_lens.mediation.separability import _auc, class_figures
+
+SITE = Site("language", 0, "hook_resid_post")
+
+
+def rows(n, d=6, shift=0.0, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def held(values, groups):
+    n = len(values)
+    return Activations(
+        {(SITE, "last"): values}, {(SITE, "last"): torch.ones(n, dtype=torch.bool)}, ("",) * n, tuple(groups)
+    )
+
+
+def test_auc_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(2, size=60).astype(float), rng.integers(10, size=60).astype(float)
+    assert _auc({"label": labels, "score": scores}) == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_a_probe_that_learns_items_is_found_out():
+    """Each item has its own direction and its class is a coin toss: only held-out items tell."""
+    n_items, copies = 16, 6
+    items = np.repeat(np.arange(n_items), copies)
+    labels = torch.tensor(items % 2 == 0)
+    features = torch.eye(n_items)[items] * 5 + rows(len(items), n_items, seed=1)
+    by_item = probe_auc(features, labels, [str(i) for i in items], n_boot=50)
+    by_row = probe_auc(features, labels, [str(i) for i in range(len(items))], n_boot=50)
+    assert by_row.estimate > 0.95
+    assert by_item.estimate < 0.7
+
+
+def test_a_probe_finds_a_shift():
+    features = torch.cat([rows(40), rows(40, shift=1.5, seed=1)])
+    labels = torch.arange(80) >= 40
+    found = probe_auc(features, labels, [str(i // 2) for i in range(80)], n_boot=100)
+    assert found.estimate > 0.95
+    assert found.low <= found.estimate <= found.high
+    with pytest.raises(ValueError, match="at least 2 groups"):
+        probe_auc(features, labels, ["a"] * 80)
+
+
+def test_class_figures_are_their_definitions():
+    benign, malicious = rows(400, 3), rows(300, 3, seed=1) + torch.tensor([3.0, 0.0, 0.0])
+    found = class_figures(benign, malicious)
+    x = torch.cat([benign, malicious]).double().numpy()
+    y = np.repeat([0, 1], [400, 300])
+    scatter = [((x[y == c] - x[y == c].mean(0)) ** 2).sum() for c in (0, 1)]
+    total = ((x - x.mean(0)) ** 2).sum()
+    assert found["fisher"] == pytest.approx((total - sum(scatter)) / sum(scatter))
+    lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.0, store_covariance=True).fit(x, y)
+    delta = lda.means_[1] - lda.means_[0]
+    assert found["mahalanobis"] == pytest.approx(
+        np.sqrt(delta @ np.linalg.solve(lda.covariance_, delta)), rel=0.05
+    )
+    assert 0.3 < found["silhouette"] < 0.7
+
+
+def test_frame(tmp_path):
+    benign, malicious = (
+        held(rows(20), [f"b{i}" for i in range(20)]),
+        held(rows(20, shift=2.0, seed=1), [f"m{i}" for i in range(20)]),
+    )
+    found = separability(benign, malicious, n_boot=50)
+    assert found.frame.metric.tolist() == ["probe_auc", "silhouette", "fisher", "mahalanobis"]
+    assert set(found.frame.position) == {"last"}
+    assert found.frame["value"].iloc[0] > 0.95
+    found.save(tmp_path, "separability")
+    assert type(found).load(tmp_path, "separability").frame.equals(found.frame)
+    with pytest.raises(ValueError, match="must share"):
+        separability(benign, malicious, sites=["blocks.4.hook_mlp_out"])
