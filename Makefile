@@ -63,4 +63,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) docs/_build docs/reference/generated docs/tutorials
+	rm -rf $(VENV) docs/_build docs/_generated

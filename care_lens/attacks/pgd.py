@@ -70,7 +70,7 @@ class PGDResult:
             )
         return [
             replace(example, image=image, channel=example.channel if channel is None else channel)
-            for example, image in zip(examples, self.images)
+            for example, image in zip(examples, self.images, strict=True)
         ]
 
     def save(self, directory: str | Path) -> Path:
@@ -145,8 +145,8 @@ def pgd(
     Raises:
         ValueError: If an option is out of range, an example has no picture, targets and examples differ in
             number, or the processor changes the pictures.
-        RuntimeError: If a picture found does not survive the round trip through the processor, or the defence cuts
-            the gradient off.
+        RuntimeError: If a picture found does not survive the round trip through the processor, or the defence
+            cuts the gradient off.
 
     Example:
         >>> result = pgd(lvlm, examples, targets=["sure"], epsilon=16, steps=40)  # doctest: +SKIP
@@ -235,8 +235,8 @@ def _descend(
         if step < steps:
             if not total.requires_grad:
                 raise RuntimeError(
-                    "the loss must depend on the pixels differentiably, got one without a gradient; a hook of "
-                    "the defence detaches what it returns"
+                    "the loss must depend on the pixels differentiably, got one without a gradient; a "
+                    "hook of the defence detaches what it returns"
                 )
             (gradient,) = torch.autograd.grad(total, quantised)
             if step == 0:
@@ -308,7 +308,9 @@ def _check_round_trip(
     pixels = to_pixels(images).to(original.device)
     if (largest := float((pixels - original).abs().max())) > radius:
         raise RuntimeError(f"pictures must be within {radius} of 255 of the original, got {largest:g}")
-    inputs = lvlm.prepare([replace(example, image=image) for example, image in zip(examples, images)])
+    inputs = lvlm.prepare(
+        [replace(example, image=image) for example, image in zip(examples, images, strict=True)]
+    )
     assert inputs.pixel_values is not None
     try:
         PixelMap.of(lvlm.processor.image_processor, device=original.device).require(

@@ -44,7 +44,7 @@ class TargetLoss:
         images = [require_image(example).convert("RGB") for example in examples]
         rows = [
             replace(example, image=image, response=target)
-            for example, image, texts in zip(examples, images, targets)
+            for example, image, texts in zip(examples, images, targets, strict=True)
             for target in texts
         ]
         inputs = lvlm.prepare(rows, responses=True)

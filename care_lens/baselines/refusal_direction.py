@@ -132,8 +132,8 @@ class RefusalDirection(HookRepair):
         kept = [row for row in rows if row["kept"]]
         if not kept:
             raise NoRefusalDirection(
-                f"a candidate must have layer < {end_layer}, kl <= {_MAX_KL} and induce >= {_MIN_INDUCE}, got none "
-                f"of {len(rows)} that has; does the model refuse the harmful requests and answer the harmless ones?"
+                f"a candidate must have layer < {end_layer}, kl <= {_MAX_KL} and induce >= {_MIN_INDUCE}, "
+                f"got none in {len(rows)}; does the model refuse harmful requests and answer harmless ones?"
             )
         best = min(kept, key=lambda row: row["bypass"])
         layer, position = best["layer"], best["position"]

@@ -1,4 +1,4 @@
-"""Activations of many examples, pooled as they are read: spans, last tokens, and the paper's token attribution."""
+"""Activations of many examples, pooled as they are read: spans, last tokens, the paper's attribution."""
 
 from care_lens.capture.activations import Activations
 from care_lens.capture.attribution import TokenAttribution, select_tokens, text_scores, visual_scores

@@ -21,7 +21,8 @@ class Activations:
     """Activations of examples, pooled over selections of positions.
 
     Attributes:
-        values: For each site and selection, [n, d] float32 rows on the CPU; NaN where an example has no such positions.
+        values: For each site and selection, [n, d] float32 rows on the CPU; NaN where an example has no such
+            positions.
         present: For each site and selection, [n] whether the example has such positions.
         ids: The examples' ids.
         groups: The items that the examples are about: clusters for intervals and for cross-validation.
@@ -41,8 +42,8 @@ class Activations:
         lengths = {len(rows) for rows in (*self.values.values(), *self.present.values())}
         if lengths - {len(self.ids)} or len(self.groups) != len(self.ids):
             raise ValueError(
-                f"all rows must be of one length, got {len(self.ids)} ids, {len(self.groups)} groups and rows of "
-                f"{sorted(lengths)}"
+                f"all rows must be of one length, got {len(self.ids)} ids, {len(self.groups)} groups "
+                f"and rows of {sorted(lengths)}"
             )
         if self.values.keys() != self.present.keys():
             raise ValueError("values and present must have the same sites and selections")
@@ -93,8 +94,8 @@ class Activations:
         if not bool(self.present[key].all()):
             lacking = (~self.present[key]).nonzero()[:, 0].tolist()
             raise ValueError(
-                f"every example must have positions of selection {select!r} at {key[0]}, {len(lacking)} of {len(self)} "
-                f"have none (first: {self.ids[lacking[0]] or lacking[0]!r}); take the others with "
+                f"every example must have positions of selection {select!r} at {key[0]}, {len(lacking)} "
+                f"of {len(self)} have none (first: {self.ids[lacking[0]] or lacking[0]!r}); take the others with "
                 ".subset(activations.has(site, select))"
             )
         return self.values[key]
@@ -193,8 +194,8 @@ class Activations:
         manifest = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
         if manifest.get("kind") != cls.__name__ or manifest["schema"] > _SCHEMA:
             raise ValueError(
-                f"{name}.json must hold {cls.__name__} of schema {_SCHEMA} or less, got {manifest.get('kind')!r} of "
-                f"schema {manifest.get('schema')!r}"
+                f"{name}.json must hold {cls.__name__} of schema {_SCHEMA} or less, got "
+                f"{manifest.get('kind')!r} of schema {manifest.get('schema')!r}"
             )
         tensors = load_file(directory / f"{name}.safetensors")
         keys = [(Site.parse(site), select) for site, select in manifest["keys"]]

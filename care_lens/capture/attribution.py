@@ -3,15 +3,15 @@
 With D the squared Euclidean distances between two sets of tokens, ``K = exp(-D / (2 sigma^2))`` and
 ``sigma = sqrt(0.5 median(D > 0))``, so that ``2 sigma^2`` is that median. ``H = I - 1 1^T / n`` centres.
 
-- Visual tokens are scored against the text: ``s_i = ||row i of K H||^2``, large for a patch that is near to some text
-  tokens and far from others.
-- Text tokens are scored among themselves: ``0.7 x mean squared distance to the others + 0.3 x |diag(H K H)|``, large for
-  tokens that differ from the others. The two terms are in different units: the first grows with the square of the
-  activations' size and the second never exceeds 1, so that the first decides unless activations are small. These are
-  the weights of the code published with the paper.
+- Visual tokens are scored against the text: ``s_i = ||row i of K H||^2``, large for a patch that is near to
+  some text tokens and far from others.
+- Text tokens are scored among themselves: ``0.7 x mean squared distance to the others + 0.3 x |diag(H K
+  H)|``, large for tokens that differ from the others. The two terms are in different units: the first grows
+  with the square of the activations' size and the second never exceeds 1, so that the first decides unless
+  activations are small. These are the weights of the code published with the paper.
 
-Scores are min-max normalised to [0, 1] within the sample, and the best tokens are kept. Everything is computed in
-float64. Memory: ``n_visual x n_text`` or ``n_text^2`` numbers a sample.
+Scores are min-max normalised to [0, 1] within the sample, and the best tokens are kept. Everything is
+computed in float64. Memory: ``n_visual x n_text`` or ``n_text^2`` numbers a sample.
 
 Source: Fu et al. 2026 (arXiv:2603.27240), section on token attribution, and its published code.
 """
@@ -93,8 +93,8 @@ def visual_scores(
         ``s_i = sum_j (K_ij - mean_j K_ij)^2``, then min-max normalised.
 
     Example:
-        >>> near, far = torch.zeros(1, 2), torch.full((1, 2), 9.0)
-        >>> visual_scores(torch.cat([near, 5 * far]), torch.cat([near, far])).tolist()
+        >>> at_a_word, between = 0.0, 5.0
+        >>> visual_scores(torch.tensor([[at_a_word], [between]]), torch.tensor([[0.0], [10.0]])).tolist()
         [1.0, 0.0]
     """
     _require_tokens(visual=visual, text=text)
@@ -117,8 +117,8 @@ def text_scores(text: Float[Tensor, "n_text d"], *, distance_weight: float = 0.7
         ValueError: If there are no tokens, or the weight is not in [0, 1].
 
     Notes:
-        ``s_i = w mean_j D_ij + (1 - w) |(H K H)_ii|``, the mean over all tokens (itself included), then min-max
-        normalised.
+        ``s_i = w mean_j D_ij + (1 - w) |(H K H)_ii|``, the mean over all tokens (itself included), then
+        min-max normalised.
     """
     _require_tokens(text=text)
     if not 0 <= distance_weight <= 1:

@@ -1,17 +1,19 @@
 """Capture: run a model over examples once and keep one pooled row an example for each site and selection.
 
-One forward pass a batch gives every site and selection. Activations are pooled inside the hook, in float32, and moved to
-the CPU, so that only ``n x d`` numbers a site and selection are ever kept; logits of one position are computed.
-Padding is never read.
+One forward pass a batch gives every site and selection. Activations are pooled inside the hook, in float32,
+and moved to the CPU, so that only ``n x d`` numbers a site and selection are ever kept; logits of one
+position are computed. Padding is never read.
 
 Selections at sites of the language tower ([batch, pos, d]):
 
-- any span of ``TokenSpans.mask`` ("image", "text", "prompt", "response", "all", "last", ...): the mean over its positions;
-- "image:attributed", "text:attributed": the mean over the tokens that the paper's attribution keeps, scored at that very
-  site (``care_lens.capture.attribution``).
+- any span of ``TokenSpans.mask`` ("image", "text", "prompt", "response", "all", "last", ...): the mean over
+  its positions;
+- "image:attributed", "text:attributed": the mean over the tokens that the paper's attribution keeps, scored
+  at that very site (``care_lens.capture.attribution``).
 
-At sites of the vision tower and the projector ([image, patch, d]): "image", the mean over the patches (without the class
-token), and "all", the mean over everything. Selections that have no meaning at a site are not taken there.
+At sites of the vision tower and the projector ([image, patch, d]): "image", the mean over the patches
+(without the class token), and "all", the mean over everything. Selections that have no meaning at a site are
+not taken there.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,15 +64,16 @@ def capture(
         The activations. Where an example has no such positions (no image), ``Activations.rows`` says so.
 
     Raises:
-        ValueError: If the model has no such site, a selection is not known or has no meaning at a site, there are no
-            examples, or a site of the vision tower is asked for and no example has an image.
+        ValueError: If the model has no such site, a selection is not known or has no meaning at a site, there
+            are no examples, or a site of the vision tower is asked for and no example has an image.
 
     Example:
         >>> from care_lens import organism
         >>> from care_lens.lvlm import HookedLVLM
         >>> lvlm = HookedLVLM.from_hf(*organism.untrained(seed=0))
-        >>> held = capture(lvlm, organism.examples("typographic", "fit", n=3), ["blocks.1.hook_resid_post"], progress=False)
-        >>> held.rows("blocks.1.hook_resid_post", "image").shape
+        >>> site = "blocks.1.hook_resid_post"
+        >>> held = capture(lvlm, organism.examples("typographic", "fit", n=3), [site], progress=False)
+        >>> held.rows(site, "image").shape
         torch.Size([3, 32])
     """
     if not examples:
@@ -165,7 +168,7 @@ def _reader(
 
 
 def _mask(activation: Tensor, inputs: LVLMInputs, name: str, attribution: TokenAttribution) -> Tensor:
-    """[batch, pos] what a selection pools over; attributed tokens are chosen row by row from the activation."""
+    """[batch, pos] what a selection pools over; attributed tokens are chosen row by row."""
     if name not in ATTRIBUTED:
         return inputs.spans.mask(name)
     image, text = inputs.spans.image, inputs.spans.text

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Union
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +17,7 @@ from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
 from care_lens.lvlm.hooked import HookedLVLM
 
-Accuracy = Union[Judge, Callable[[Sequence[Example], Sequence[str]], Sequence[Union[bool, Verdict]]]]
+Accuracy = Judge | Callable[[Sequence[Example], Sequence[str]], Sequence[bool | Verdict]]
 """What says whether benign answers are right: a judge ("complied" is right), or a function that returns
 booleans."""
 
@@ -152,7 +152,7 @@ class _Judged:
             asked = [self.examples[i] for i in keep]
             said = judge_answers([answers[i] for i in keep], self._as_judge, examples=asked) if keep else []
             self.right[defence] = list(verdicts)
-            for i, verdict in zip(keep, said):
+            for i, verdict in zip(keep, said, strict=True):
                 self.right[defence][i] = verdict
 
     def trials(self) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def next_token_kl(
     if len(examples) != len(answers):
         raise ValueError(f"answers must be one for each of {len(examples)} examples, got {len(answers)}")
     found: dict[str, list[Tensor]] = {name: [torch.zeros(0, 2)] for name in repairs}
-    rows = [replace(example, response=answer) for example, answer in zip(examples, answers)]
+    rows = [replace(example, response=answer) for example, answer in zip(examples, answers, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(answers[i]))
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="fidelity", disable=not progress):
@@ -104,7 +104,7 @@ def fidelity_trials(
     )
     rows = []
     for defence in repairs:
-        for place, (i, text) in enumerate(zip(right, texts)):
+        for place, (i, text) in enumerate(zip(right, texts, strict=True)):
             answer, verdict = answers[defence][i], verdicts[defence][i]
             there = not answer.missing
             values = {

@@ -41,7 +41,7 @@ def judge_answers(
     if len(made) != len(there):
         raise ValueError(f"judge must return a verdict for each of {len(there)} answers, got {len(made)}")
     verdicts = [Verdict.MISSING] * len(answers)
-    for i, verdict in zip(there, made):
+    for i, verdict in zip(there, made, strict=True):
         verdicts[i] = Verdict(verdict)
     return verdicts
 

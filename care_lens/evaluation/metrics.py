@@ -93,7 +93,7 @@ def summarise(
         raise ValueError("trials must hold at least one row, got none")
     rows = []
     for cell, part in _cells(records(trials), CELL).items():
-        names = dict(zip(CELL, cell))
+        names = dict(zip(CELL, cell, strict=True))
         there = [row for row in part if not math.isnan(row["value"])]
         missing = len(part) - len(there)
         what = "defence {defence!r}, channel {channel!r}, metric {metric!r}".format(**names)
@@ -215,7 +215,8 @@ def paired_difference(
             f"such as {odd[0]}"
         )
     joined = [
-        dict(zip(keys, key)) | {"first": value, "second": sides[1][key]} for key, value in sides[0].items()
+        dict(zip(keys, key, strict=True)) | {"first": value, "second": sides[1][key]}
+        for key, value in sides[0].items()
     ]
     found = []
     for cell, part in _cells(joined, ("channel", "judge", "seed")).items():

@@ -1,4 +1,4 @@
-"""Diagnosis: causal mediation by exchanging activations between twins, ablation scored by generation, separability."""
+"""Diagnosis: mediation by exchanging activations between twins, ablation by generation, separability."""
 
 from care_lens.mediation.ablation import MODES, AblationResult, ablate
 from care_lens.mediation.effects import EFFECTS, effects_of, summarise

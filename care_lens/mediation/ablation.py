@@ -1,16 +1,17 @@
 """Ablation by layer and component, scored by what the model then answers.
 
-At one layer at a time a component's output is replaced at every position, of the prompt and of every new token, while the
-model generates; a judge reads the answers. With attention output and MLP output as components this is the paper's
-comparison of FFN and attention by attack success rate.
+At one layer at a time a component's output is replaced at every position, of the prompt and of every new
+token, while the model generates; a judge reads the answers. With attention output and MLP output as
+components this is the paper's comparison of FFN and attention by attack success rate.
 
-- "mean": the mean over reference examples of the mean over their positions (each example counts once), the same vector
-  everywhere. Of the three it leaves the model nearest to what it is used to.
+- "mean": the mean over reference examples of the mean over their positions (each example counts once), the
+  same vector everywhere. Of the three it leaves the model nearest to what it is used to.
 - "zero": zeros.
-- "skip": the component writes nothing to the residual stream; at the outputs of attention and MLP that is zeros as well.
+- "skip": the component writes nothing to the residual stream; at the outputs of attention and MLP that is
+  zeros as well.
 
-Shares are of judged answers: missing ones are counted apart. Intervals are Clopper-Pearson where every example has its own
-group, else cluster bootstraps over groups; changes from the baseline are paired.
+Shares are of judged answers: missing ones are counted apart. Intervals are Clopper-Pearson where every
+example has its own group, else cluster bootstraps over groups; changes from the baseline are paired.
 
 Source: Fu et al. 2026 (arXiv:2603.27240), who skip layers l and l + 1 together.
 """
@@ -74,10 +75,11 @@ class AblationResult(DetailedResult):
     """Answers by layer and ablated component.
 
     Attributes:
-        frame: tower, layer (missing in the baseline), component ("none" in the baseline), mode, metric, effect, value,
-            ci_low, ci_high, n, seed. With effect "share", metric "complied" (the attack success rate of harmful requests),
-            "refused" and "other" are shares of the judged answers and "missing" of all, in [0, 1]. With effect
-            "difference", metric "complied change" and so on are shares minus the baseline's, over the same examples.
+        frame: tower, layer (missing in the baseline), component ("none" in the baseline), mode, metric,
+            effect, value, ci_low, ci_high, n, seed. With effect "share", metric "complied" (the attack
+            success rate of harmful requests), "refused" and "other" are shares of the judged answers and
+            "missing" of all, in [0, 1]. With effect "difference", metric "complied change" and so on are
+            shares minus the baseline's, over the same examples.
         settings: Mode, number of examples and of reference examples, max_new_tokens, n_boot, seed, versions.
         details: One row a cell and example: id, group, channel, text of the answer, verdict.
     """
@@ -128,8 +130,8 @@ def ablate(
         The answers' shares for the baseline and every layer and component.
 
     Raises:
-        ValueError: If an option is out of range, the model has no such site or it cannot be edited, no example has an
-            image for an ablation of the vision tower, or the checkpoint is of another sweep.
+        ValueError: If an option is out of range, the model has no such site or it cannot be edited, no
+            example has an image for an ablation of the vision tower, or the checkpoint is of another sweep.
     """
     sites = _sites(lvlm, components, tower, layers, mode)
     if not examples:
@@ -258,7 +260,7 @@ def _result(
                 }
             )
         for example, group, text, verdict in zip(
-            examples, groups, done[_key(cell)]["texts"], verdicts.tolist()
+            examples, groups, done[_key(cell)]["texts"], verdicts.tolist(), strict=True
         ):
             details.append(
                 {

@@ -1,8 +1,8 @@
 """A log of finished cells, so that a long sweep goes on where it was stopped.
 
-JSON lines: first the settings and a probe (outcomes of the untouched model), then one line a finished cell. A line cut off
-by a kill is dropped. Python writes floats so that reading them gives the same number, so that a resumed sweep gives the
-same frame as one that was never stopped.
+JSON lines: first the settings and a probe (outcomes of the untouched model), then one line a finished cell. A
+line cut off by a kill is dropped. Python writes floats so that reading them gives the same number, so that a
+resumed sweep gives the same frame as one that was never stopped.
 """
 
 import json
@@ -68,9 +68,10 @@ class CellLog:
             )
         same = len(found["probe"]) == len(header["probe"]) and all(
             math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-            for a, b in zip(found["probe"], header["probe"])
+            for a, b in zip(found["probe"], header["probe"], strict=True)
         )
         if not same:
             raise ValueError(
-                f"checkpoint must be of the same model and examples, {self._path} was made with others; use another file"
+                f"checkpoint must be of the same model and examples, {self._path} was made with others; use "
+                "another file"
             )

@@ -3,14 +3,17 @@
 Let x be the safe input, x* its unsafe twin, M a mediator and Y an outcome in which larger is less safe.
 
 - TE  = Y(x*) - Y(x), the total effect.
-- NIE = Y(x with M := M(x*)) - Y(x), the natural indirect effect: is M alone sufficient to carry the unsafe behaviour into
-  the safe run?
-- NDE = Y(x* with M := M(x)) - Y(x), the natural direct effect: what is left of the unsafe behaviour without M.
+- NIE = Y(x with M := M(x*)) - Y(x), the natural indirect effect: is M alone sufficient to carry the unsafe
+  behaviour into the safe run?
+- NDE = Y(x* with M := M(x)) - Y(x), the natural direct effect: what is left of the unsafe behaviour without
+  M.
 - TIE = TE - NDE = Y(x*) - Y(x* with M := M(x)), the total indirect effect: is M necessary?
 - interaction = TE - NDE - NIE = TIE - NIE, zero in a linear model.
-- proportion = mean NIE / mean TE, a ratio of means, bootstrapped jointly; missing where TE's interval contains 0.
+- proportion = mean NIE / mean TE, a ratio of means, bootstrapped jointly; missing where TE's interval
+  contains 0.
 
-Source: Pearl 2001; Vig et al. 2020, "Investigating gender bias in language models using causal mediation analysis".
+Source: Pearl 2001; Vig et al. 2020, "Investigating gender bias in language models using causal mediation
+analysis".
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,16 +74,18 @@ def summarise(
     stacked = np.stack([effects[name] for name in names], axis=1)
     means = cluster_bootstrap(stacked, groups, n_boot=n_boot, seed=seed, confidence=confidence)
     out = {name: Interval(means.estimate[i], means.low[i], means.high[i]) for i, name in enumerate(names)}
-    ratio = cluster_bootstrap(
-        {"NIE": effects["NIE"], "TE": effects["TE"]},
-        groups,
-        statistic=_ratio_of_means,
-        n_boot=n_boot,
-        seed=seed,
-        confidence=confidence,
-    )
-    unclear = (out["TE"].low <= 0) & (out["TE"].high >= 0)
-    out["proportion"] = Interval(*(np.where(unclear, np.nan, part) for part in ratio))
+    clear = (out["TE"].low > 0) | (out["TE"].high < 0)
+    proportion = np.full((3, len(clear)), np.nan)
+    if clear.any():
+        proportion[:, clear] = cluster_bootstrap(
+            {name: effects[name][:, clear] for name in ("NIE", "TE")},
+            groups,
+            statistic=_ratio_of_means,
+            n_boot=n_boot,
+            seed=seed,
+            confidence=confidence,
+        )
+    out["proportion"] = Interval(*proportion)
     return {name: out[name] for name in EFFECTS}
 
 

@@ -1,4 +1,4 @@
-"""What the results of this room share: a second frame of details, names of outcomes, digests, columns of sites."""
+"""What the results of this room share: a frame of details, names of outcomes, digests, site columns."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ import pandas as pd
 from care_lens.core import Example, FrameResult, Outcome, Site
 
 _TEXTUAL = ("tower", "component", "position", "group", "id", "channel", "text", "verdict")
+_WHOLE = ("pair", "patch", "row", "col")
 
 Result = TypeVar("Result", bound="DetailedResult")
 
@@ -38,14 +39,8 @@ class DetailedResult(FrameResult):
     def load(cls: type[Result], directory: str | Path, name: str) -> Result:
         """Read what :meth:`save` wrote; raises as ``FrameResult.load`` does."""
         result = super().load(directory, name)
-        details = pd.read_csv(
-            Path(directory) / f"{name}.details.csv",
-            dtype={**dict.fromkeys(_TEXTUAL, "str"), "layer": "Int64"},
-            keep_default_na=False,
-            na_values={"layer": [""]},
-            float_precision="round_trip",
-        )
-        return replace(result, details=details)
+        written = pd.read_csv(Path(directory) / f"{name}.details.csv", dtype="str", keep_default_na=False)
+        return replace(result, details=written.apply(_typed))
 
 
 def metric_name(outcome: Outcome) -> str:
@@ -62,7 +57,7 @@ def examples_digest(examples: Sequence[Example]) -> str:
     """A digest of prompts, responses and pictures, in order."""
     content = hashlib.sha256()
     for example in examples:
-        content.update(json.dumps([example.prompt, example.response, example.image is not None]).encode())
+        content.update(json.dumps([example.prompt, example.response]).encode())
         if example.image is not None:
             image = example.image.convert("RGB")
             content.update(f"{image.size}".encode() + image.tobytes())
@@ -80,7 +75,18 @@ def site_columns(site: Site) -> dict[str, Any]:
 
 
 def tidy(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    """Rows as a frame with these columns in this order; layers are whole numbers, missing outside the blocks."""
+    """Rows as a frame with these columns; layers are whole numbers, missing outside the blocks."""
     frame = pd.DataFrame(rows, columns=list(columns))
     frame["layer"] = frame["layer"].astype("Int64")
     return frame
+
+
+def _typed(column: pd.Series) -> pd.Series:
+    """A column of details from its strings; floats are those that were written, to the bit."""
+    if column.name in _TEXTUAL:
+        return column
+    if column.name == "layer":
+        return pd.Series([int(text) if text else None for text in column], dtype="Int64")
+    if column.name in _WHOLE:
+        return column.map(int).astype("int64")
+    return column.map(lambda text: float(text) if text else float("nan")).astype("float64")

@@ -1,17 +1,19 @@
-"""Mediation sweep: TE, NIE, NDE, TIE, proportion and interaction by layer, component and positions, on both towers.
+"""Mediation sweep: TE, NIE, NDE, TIE, proportion and interaction by layer, component and positions, on both
+towers.
 
-In a forward pass each row receives its twin's activation at one site and one set of positions: safe rows the unsafe
-run's (for the NIE) and unsafe rows the safe run's (for the NDE). Definitions and signs: ``care_lens.mediation.effects``. In
-TransformerLens's words the NIE takes the safe run as the corrupted one, and the unsafe run, which shows the behaviour, as
-the clean one.
+In a forward pass each row receives its twin's activation at one site and one set of positions: safe rows the
+unsafe run's (for the NIE) and unsafe rows the safe run's (for the NDE). Definitions and signs:
+``care_lens.mediation.effects``. In TransformerLens's words the NIE takes the safe run as the corrupted one,
+and the unsafe run, which shows the behaviour, as the clean one.
 
-Positions in the language tower are spans: "image", "text", "last" (the last prompt token), "all" and the others of
-``TokenSpans.mask``. In the vision tower and at the projector all patches of the picture are exchanged together, class token
-included, and the position is called "all"; single patches are the business of ``patch_map``. Cells that a pair cannot have
-(image positions of a pair without pictures) leave that pair out; ``n`` counts the pairs of a cell.
+Positions in the language tower are spans: "image", "text", "last" (the last prompt token), "all" and the
+others of ``TokenSpans.mask``. In the vision tower and at the projector all patches of the picture are
+exchanged together, class token included, and the position is called "all"; single patches are the business of
+``patch_map``. Cells that a pair cannot have (image positions of a pair without pictures) leave that pair out;
+``n`` counts the pairs of a cell.
 
-Cost: for each site and position the twins whose activations differ there are run once, and per layer one pass fills the
-cache. Memory: the cache holds one layer's sites for one batch.
+Cost: for each site and position the twins whose activations differ there are run once, and per layer one pass
+fills the cache. Memory: the cache holds one layer's sites for one batch.
 """
 
 import logging
@@ -22,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
@@ -62,11 +63,9 @@ COLUMNS = (
     "n",
     "seed",
 )
-PAIR_COLUMNS = ("tower", "layer", "component", "position", "pair", "group") + (
-    "safe",
-    "unsafe",
-    "safe_patched",
-    "unsafe_patched",
+PAIR_COLUMNS = (
+    *("tower", "layer", "component", "position", "pair", "group"),
+    *("safe", "unsafe", "safe_patched", "unsafe_patched"),
 )
 Cell = tuple[Site, str]
 
@@ -76,13 +75,14 @@ class MediationResult(DetailedResult):
     """Mediation effects by site and position.
 
     Attributes:
-        frame: One row a site, position and effect: tower, layer (missing at the projector), component, position, metric
-            (the outcome's name), effect ("TE", "NIE", "NDE", "TIE", "interaction", "proportion"), value, ci_low,
-            ci_high, n (pairs), seed. In the outcome's unit, except for the proportion, which is a ratio and missing where
-            TE's interval contains 0.
+        frame: One row a site, position and effect: tower, layer (missing at the projector), component,
+            position, metric (the outcome's name), effect ("TE", "NIE", "NDE", "TIE", "interaction",
+            "proportion"), value, ci_low, ci_high, n (pairs), seed. In the outcome's unit, except for the
+            proportion, which is a ratio and missing where TE's interval contains 0.
         settings: Outcome, positions, number of pairs and groups, n_boot, seed, versions.
-        details: One row a site, position and pair: pair (its index), group, and the four outcomes safe = Y(x), unsafe = Y(x*),
-            safe_patched = Y(x with M := M(x*)), unsafe_patched = Y(x* with M := M(x)). Every effect follows from them.
+        details: One row a site, position and pair: pair (its index), group, and the four outcomes safe =
+            Y(x), unsafe = Y(x*), safe_patched = Y(x with M := M(x*)), unsafe_patched = Y(x* with M := M(x)).
+            Every effect follows from them.
     """
 
     def plot(self) -> "go.Figure":
@@ -93,7 +93,7 @@ class MediationResult(DetailedResult):
 
 
 def default_sites(lvlm: HookedLVLM) -> list[Site]:
-    """Residual stream, attention output and MLP output of every layer of both towers, and the projector's output."""
+    """Residual stream, attention and MLP output of every layer of both towers, and the projector's output."""
     kept = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_out")
     return [site for site in lvlm.sites() if site.component in kept]
 
@@ -115,7 +115,8 @@ def mediate(
 
     Args:
         lvlm: The model; a repair that is on it acts in every run.
-        pairs: The pairs. For outcomes over responses, both twins carry the response whose likelihood is measured.
+        pairs: The pairs. For outcomes over responses, both twins carry the response whose likelihood is
+            measured.
         outcome: Larger where the model is less safe.
         sites: The mediators; None: :func:`default_sites`.
         positions: Span names, for the sites of the language tower.
@@ -129,8 +130,8 @@ def mediate(
         The effects.
 
     Raises:
-        ValueError: If the model has no such site or it cannot be edited, twins are not aligned as the positions need, the
-            outcome is not one finite number a row, or the checkpoint is of another sweep.
+        ValueError: If the model has no such site or it cannot be edited, twins are not aligned as the
+            positions need, the outcome is not one finite number a row, or the checkpoint is of another sweep.
 
     Example:
         >>> from care_lens import organism
@@ -260,7 +261,7 @@ def _sweep(
                 batch_size=batch_size,
                 logits_to_keep=keep,
             )
-            for name, row in zip(names, values.tolist()):
+            for name, row in zip(names, values.tolist(), strict=True):
                 done.add(key((site, name)), row)
         bar.update(len({site for site, _ in here}))
         yield from ((cell, done[key(cell)]) for cell in here)
@@ -282,7 +283,7 @@ def _result(
     measured = np.isfinite(patched[0])
     for kept in {tuple(column.tolist()) for column in measured.T}:
         index = np.flatnonzero(kept)
-        columns = np.flatnonzero((measured.T == np.asarray(kept)).all(axis=1))
+        columns = np.flatnonzero((np.asarray(kept) == measured.T).all(axis=1))
         safe, unsafe = (np.repeat(part[index, None], len(columns), axis=1) for part in untouched)
         effects = effects_of(safe, unsafe, *(part[np.ix_(index, columns)] for part in patched))
         intervals = summarise(effects, [groups[i] for i in index], n_boot=n_boot, seed=seed)

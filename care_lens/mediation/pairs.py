@@ -1,7 +1,9 @@
-"""Pairs as batches: both twins of each pair in one batch, and which positions of one answer to which of the other.
+"""Pairs as batches: both twins of each pair in one batch, and which positions of one answer to which of the
+other.
 
-Twins are aligned when they have the same length, the same image positions and the same prompt. Then every position has a
-meaning in both. Otherwise only the image span (if it is equally long) and the last prompt token have.
+Twins are aligned when they have the same length, the same image positions and the same prompt. Then every
+position has a meaning in both. Otherwise only the image span (if it is equally long) and the last prompt
+token have.
 """
 
 from collections.abc import Sequence
@@ -112,7 +114,10 @@ def pair_batches(
 def misaligned(batches: Sequence[PairBatch]) -> list[int]:
     """Indices of the pairs whose twins are not aligned, in order."""
     return sorted(
-        pair for batch in batches for pair, bad in zip(batch.index, batch.misaligned.tolist()) if bad
+        pair
+        for batch in batches
+        for pair, bad in zip(batch.index, batch.misaligned.tolist(), strict=True)
+        if bad
     )
 
 
@@ -125,20 +130,20 @@ def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> No
     bad, needs = misaligned(batches), [name for name in positions if name not in ALWAYS_SHARED]
     if bad and needs:
         raise ValueError(
-            f"pairs must be aligned (same length, same image positions) for positions {needs}, got twins that differ in "
-            f"pairs {bad}; use positions={ALWAYS_SHARED}, or pairs whose prompts have the same number of tokens"
+            f"pairs must be aligned (same length, same image positions) for positions {needs}, got twins that "
+            f"differ in pairs {bad}; use positions={ALWAYS_SHARED}, or prompts with equal numbers of tokens"
         )
     unequal = [
         pair
         for batch in batches
         if batch.has_images
-        for pair, differ in zip(batch.index, batch.unequal_images.tolist())
+        for pair, differ in zip(batch.index, batch.unequal_images.tolist(), strict=True)
         if differ
     ]
     if unequal and "image" in positions:
         raise ValueError(
-            f"twins must have the same number of image tokens for position 'image', got twins that differ in pairs "
-            f"{sorted(unequal)}; use pictures of one size, or positions=('last',)"
+            f"twins must have the same number of image tokens for position 'image', got twins that differ "
+            f"in pairs {sorted(unequal)}; use pictures of one size, or positions=('last',)"
         )
 
 

@@ -1,14 +1,13 @@
 """Patch map: the natural indirect effect of each patch of the picture, at one site.
 
-For each patch of the safe twin's picture, the activation of its token is replaced by that of the same patch in the unsafe
-run: NIE_p = Y(x with M_p := M_p(x*)) - Y(x). At ``blocks.0.hook_resid_pre`` that is what the language model is given of that
-patch; at sites of the vision tower it is the patch there, before later layers mix it with others. Patches interact, so
-that their effects need not add up to that of the whole image.
+For each patch of the safe twin's picture, the activation of its token is replaced by that of the same patch
+in the unsafe run: NIE_p = Y(x with M_p := M_p(x*)) - Y(x). At ``blocks.0.hook_resid_pre`` that is what the
+language model is given of that patch; at sites of the vision tower it is the patch there, before later layers
+mix it with others. Patches interact, so that their effects need not add up to that of the whole image.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,17 +42,17 @@ class PatchMapResult(DetailedResult):
     """Effects of picture patches at one site.
 
     Attributes:
-        frame: One row a patch: tower, layer, component, patch (index in row-major order), row, col, metric, effect ("NIE"),
-            value (mean over pairs, in the outcome's unit), ci_low, ci_high, n (pairs), seed.
+        frame: One row a patch: tower, layer, component, patch (index in row-major order), row, col, metric,
+            effect ("NIE"), value (mean over pairs, in the outcome's unit), ci_low, ci_high, n (pairs), seed.
         settings: Site, rows and cols of the grid, mean total effect ("TE"), outcome, n_boot, seed, versions.
-        details: One row a patch and pair: its NIE as value, and the rectangle x0, y0, x1, y1 in pixels of the unsafe twin's
-            picture that the patch covers.
+        details: One row a patch and pair: its NIE as value, and the rectangle x0, y0, x1, y1 in pixels of the
+            unsafe twin's picture that the patch covers.
     """
 
     @property
     def grid(self) -> np.ndarray:
         """[rows, cols] mean NIE."""
-        return self.frame["value"].to_numpy().reshape(self.settings["rows"], self.settings["cols"])
+        return np.array(self.frame["value"]).reshape(self.settings["rows"], self.settings["cols"])
 
     def plot(self) -> "go.Figure":
         """Effects over the picture."""
@@ -89,7 +88,8 @@ def patch_map(
         The effects, patch by patch.
 
     Raises:
-        ValueError: If a pair lacks a picture, grids differ, the model has no such site, or it cannot be edited.
+        ValueError: If a pair lacks a picture, grids differ, the model has no such site, or it cannot be
+            edited.
     """
     place = Site.parse(site)
     if not lvlm.site_info(place).editable or place.component == "attn.hook_pattern":
@@ -200,7 +200,7 @@ def _pair_frame(
         for at, pair in enumerate(batch.index):
             grid = batch.inputs.spans.grids[batch.n + at][0]
             for p, cell in enumerate(cells):
-                box = dict(zip(("x0", "y0", "x1", "y1"), grid.rectangle(grid.start + p)))
+                box = dict(zip(("x0", "y0", "x1", "y1"), grid.rectangle(grid.start + p), strict=True))
                 rows.append(
                     {**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box}
                 )

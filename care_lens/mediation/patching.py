@@ -1,8 +1,9 @@
-"""Patching: run rows of a batch with positions of an activation replaced, several replacements in one forward pass.
+"""Patching: run rows of a batch with positions of an activation replaced, several replacements in one forward
+pass.
 
-A replacement that would write what is there already is not run: its outcome is the untouched one. (Twins that share their
-picture have the same activations in the vision tower and, with a causal language model, at the image positions.) The
-hook returns a new tensor and writes nowhere in place.
+A replacement that would write what is there already is not run: its outcome is the untouched one. (Twins that
+share their picture have the same activations in the vision tower and, with a causal language model, at the
+image positions.) The hook returns a new tensor and writes nowhere in place.
 """
 
 from collections.abc import Sequence
@@ -117,7 +118,7 @@ def patched_outcomes(
                 part, fwd_hooks=[(site, replace_positions)], logits_to_keep=logits_to_keep
             )
             found = read_outcome(outcome, logits, part)
-        for (i, row), value in zip(some, found):
+        for (i, row), value in zip(some, found, strict=True):
             values[i, row] = value
     return values
 
@@ -136,7 +137,7 @@ def read_outcome(
     values = outcome(logits, inputs)
     if values.shape != (inputs.batch_size,) or not bool(torch.isfinite(values).all()):
         raise ValueError(
-            f"outcome must give one finite number a row ({inputs.batch_size}), got shape {tuple(values.shape)} with "
-            f"{int((~torch.isfinite(values)).sum())} not finite"
+            f"outcome must give one finite number a row ({inputs.batch_size}), got shape "
+            f"{tuple(values.shape)} with {int((~torch.isfinite(values)).sum())} not finite"
         )
     return values.detach().to("cpu", torch.float64)

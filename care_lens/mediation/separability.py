@@ -1,14 +1,15 @@
 """Separability of benign and malicious activations, site by site.
 
-- "probe_auc": area under the ROC curve of a logistic probe on standardised features, scored on items that it was not
-  trained on (cross-validation by group); interval by cluster bootstrap of the held-out scores.
+- "probe_auc": area under the ROC curve of a logistic probe on standardised features, scored on items that it
+  was not trained on (cross-validation by group); interval by cluster bootstrap of the held-out scores.
 - "silhouette": mean silhouette coefficient of the two classes, Euclidean, in [-1, 1].
 - "fisher": trace of the between-class scatter over trace of the within-class scatter.
-- "mahalanobis": sqrt(delta^T S^-1 delta) between the class means, S the pooled within-class covariance with Ledoit-Wolf
-  shrinkage.
+- "mahalanobis": sqrt(delta^T S^-1 delta) between the class means, S the pooled within-class covariance with
+  Ledoit-Wolf shrinkage.
 
-The last three are in-sample and grow with the width of the site relative to the number of rows; intervals resample groups,
-but not the probe's training. A high figure says that a site tells the classes apart, not that the model uses it.
+The last three are in-sample and grow with the width of the site relative to the number of rows; intervals
+resample groups, but not the probe's training. A high figure says that a site tells the classes apart, not
+that the model uses it.
 
 Source: silhouette, scatter ratio and Mahalanobis as in Fu et al. 2026 (arXiv:2603.27240).
 """
@@ -40,8 +41,9 @@ class SeparabilityResult(FrameResult):
     """How well two classes of activations come apart, by site and selection.
 
     Attributes:
-        frame: One row a site, selection and metric: tower, layer, component, position (the selection), metric, value, ci_low,
-            ci_high (missing for the in-sample metrics), n (rows of both classes), seed.
+        frame: One row a site, selection and metric: tower, layer, component, position (the selection),
+            metric, value, ci_low, ci_high (missing for the in-sample metrics), n (rows of both classes),
+            seed.
         settings: Folds, numbers of rows, n_boot, seed, versions.
     """
 
@@ -186,9 +188,10 @@ def class_figures(
     everything = np.concatenate(classes)
     labels = np.repeat([0, 1], [len(rows) for rows in classes])
     means = [rows.mean(axis=0) for rows in classes]
-    residuals = np.concatenate([rows - mean for rows, mean in zip(classes, means)])
+    residuals = np.concatenate([rows - mean for rows, mean in zip(classes, means, strict=True)])
     between = sum(
-        len(rows) * np.sum((mean - everything.mean(axis=0)) ** 2) for rows, mean in zip(classes, means)
+        len(rows) * np.sum((mean - everything.mean(axis=0)) ** 2)
+        for rows, mean in zip(classes, means, strict=True)
     )
     delta = means[1] - means[0]
     covariance = LedoitWolf(assume_centered=True).fit(residuals).covariance_
@@ -200,7 +203,7 @@ def class_figures(
 
 
 def _auc(values: dict[str, ndarray]) -> float:
-    """Mann-Whitney: the share of pairs of the two classes that the score puts in order, ties counting half."""
+    """Mann-Whitney: the share of pairs of the two classes that the score orders, ties counting half."""
     positive = values["label"] > 0.5
     n_pos, n_neg = int(positive.sum()), int((~positive).sum())
     if n_pos == 0 or n_neg == 0:

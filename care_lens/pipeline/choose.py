@@ -1,52 +1,60 @@
-"""Step 3: the choice, on validation only. Readers are compared offline by what they detect at the conformal threshold, writers by
-what they turn into refusals when always open; the winner is then run as a whole and must keep benign accuracy.
+"""Step 3: the choice, on validation only.
+
+Reader plans are compared by what they detect at the conformal threshold on teacher-forced answers; the best are run with
+writers above them, and the winner, its gate recalibrated on generated answers, must keep benign accuracy.
 """
 
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from care_lens.capture import Activations, capture
-from care_lens.core import Example, Site, Verdict
+from care_lens.core import Example, Judge, Site, Verdict
 from care_lens.data.study import Modality, Study
-from care_lens.evaluation import generate_all, judge_answers
-from care_lens.evaluation.store import GenerationStore
+from care_lens.evaluation import GenerationStore, generate_all, judge_answers
 from care_lens.lvlm import HookedLVLM
-from care_lens.pipeline.learn import FitRows, fit_reader_subspace, reader_of, refusal_writer, residual_sites
+from care_lens.pipeline.learn import FitRows, TokenRows, fit_reader_subspace, reader_of, refusal_writer, residual_sites, token_rows
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import ConformalGate, Correction, HybridFusion, MaxReader, SiteReader
+from care_lens.repair import ConformalGate, Correction, HybridFusion, MaxReader, SiteReader, read_scores
 from care_lens.subspace import SafetySubspace
 
 log = logging.getLogger(__name__)
 
 
 class NoCandidate(RuntimeError):
-    """No candidate keeps benign accuracy on validation."""
+    """No candidate could be made, or none keeps benign accuracy on validation."""
 
 
 @dataclass(frozen=True)
 class ReaderPlan:
-    """Which readers a candidate has: for every modality one at each of its layers; their largest score is gated.
+    """Which readers a candidate has: for every modality one at each layer and offset; their largest score is gated.
 
     Attributes:
-        layers: of the residual stream.
-        ranks: 0 for the discriminant, else of the energy.
+        layer: of the residual stream.
+        offsets: 0 reads the last prompt token; k reads generated tokens with what was learned at the k-th.
+        rank: 0 for the discriminant, else of the energy.
         epsilon: share of benign prompts that the gate may touch.
     """
 
-    layers: tuple[int, ...]
-    ranks: tuple[int, ...]
+    layer: int
+    offsets: tuple[int, ...]
+    rank: int
     epsilon: float
+
+    def __str__(self) -> str:
+        where = " and ".join("last prompt token" if k == 0 else f"answer, as learned at token {k}" for k in self.offsets)
+        what = f"energy of rank {self.rank}" if self.rank else "discriminant"
+        return f"{what} after block {self.layer}, {where}, epsilon {self.epsilon:g}"
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The readers of a plan and their gate, ready to be combined with a writer.
+    """The readers of a plan and their gate, ready to be combined with writers.
 
     Attributes:
         readers: by modality, in units of the spread of benign fit scores.
@@ -58,6 +66,11 @@ class Fitted:
     subspaces: tuple[SafetySubspace, ...]
     gate: ConformalGate
 
+    @property
+    def both(self) -> MaxReader:
+        """The largest score over the modalities, which is what the gate bounds."""
+        return MaxReader(readers=tuple(self.readers.values()))
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -67,7 +80,7 @@ class Choice:
         repair: ready to use.
         plan, writer_site, alpha: what it is made of.
         subspaces: what its readers read.
-        readers: detection by reader plan. writers: refusals by writer. runs: candidates run as a whole.
+        readers: detection by reader plan. runs: candidates run with their writers.
     """
 
     repair: HybridFusion
@@ -76,50 +89,68 @@ class Choice:
     alpha: float
     subspaces: tuple[SafetySubspace, ...]
     readers: pd.DataFrame
-    writers: pd.DataFrame
     runs: pd.DataFrame
 
 
-def offline(reader: SiteReader | MaxReader, rows: Activations) -> Float[Tensor, "n"]:
-    """Scores of a reader of last prompt tokens on captured activations."""
-    leaves = {leaf: leaf.tokens(rows.rows(leaf.site, "last")[:, None])[:, 0] for leaf in reader.leaves}
-    return reader.combine(leaves)
+def offline(reader: SiteReader | MaxReader, rows: TokenRows) -> Float[Tensor, "n"]:
+    """Largest score of a reader over the tokens it reads, on captured activations."""
+    scores = {}
+    for leaf in reader.leaves:
+        tokens = leaf.tokens(rows.rows[leaf.site])
+        read = rows.valid.clone()
+        read[:, 1 if leaf.positions == "last" else 0 : None if leaf.positions == "last" else 1] = False
+        scores[leaf] = tokens.masked_fill(~read, -torch.inf).amax(1)
+    return reader.combine(scores)
 
 
-def fit_readers(
-    rows: FitRows, calibration: Activations, plan: ReaderPlan, *, shuffle_seed: int | None = None
-) -> Fitted:
-    """Fit the readers of a plan on the fit split and calibrate their gate on the calibration split.
+class Readers:
+    """Fits readers of the fit split, each once.
 
     Args:
         rows: of the fit split.
-        calibration: benign activations of the calibration split.
-        plan: which readers.
         shuffle_seed: for the control fit on shuffled labels.
     """
-    subspaces: list[SafetySubspace] = []
-    readers: dict[Modality, MaxReader] = {}
-    for modality in rows.modalities:
-        leaves = []
-        for layer, rank in itertools.product(plan.layers, plan.ranks):
+
+    def __init__(self, rows: FitRows, *, shuffle_seed: int | None = None) -> None:
+        self._rows, self._shuffle = rows, shuffle_seed
+        self._made: dict[tuple[Modality, int, int, int], tuple[SafetySubspace, SiteReader]] = {}
+
+    def _one(self, modality: Modality, layer: int, offset: int, rank: int) -> tuple[SafetySubspace, SiteReader]:
+        key = (modality, layer, offset, rank)
+        if key not in self._made:
             site = Site("language", layer, "hook_resid_post")
-            subspace = fit_reader_subspace(rows, site, modality, rank=rank, shuffle_seed=shuffle_seed)
-            reader = reader_of(subspace, rank=rank)
-            subspaces.append(subspace)
-            leaves.append(reader.standardised(offline(reader, rows.benign)))
-        readers[modality] = MaxReader(readers=tuple(leaves))
-    highest = offline(MaxReader(readers=tuple(readers.values())), calibration)
-    return Fitted(readers, tuple(subspaces), ConformalGate.calibrate(highest, epsilon=plan.epsilon))
+            subspace = fit_reader_subspace(
+                self._rows, site, modality, offset=offset, rank=rank, shuffle_seed=self._shuffle
+            )
+            reader = reader_of(subspace, offset=offset, rank=rank)
+            scores = reader.tokens(self._rows.harmless(site, offset)[None])[0]
+            self._made[key] = subspace, reader.standardised(scores)
+        return self._made[key]
+
+    def fit(self, plan: ReaderPlan, calibration: TokenRows) -> Fitted:
+        """The readers of a plan, their gate calibrated on teacher-forced benign answers.
+
+        Raises:
+            ValueError: if there are too few calibration prompts for the plan's epsilon.
+        """
+        made = {
+            m: [self._one(m, plan.layer, offset, plan.rank) for offset in plan.offsets] for m in self._rows.modalities
+        }
+        readers = {m: MaxReader(readers=tuple(reader for _, reader in pairs)) for m, pairs in made.items()}
+        scores = offline(MaxReader(readers=tuple(readers.values())), calibration)
+        subspaces = tuple(subspace for pairs in made.values() for subspace, _ in pairs)
+        return Fitted(readers, subspaces, ConformalGate.calibrate(scores, epsilon=plan.epsilon))
 
 
 def assemble(
-    fitted: Fitted, rows: FitRows, site: Site, *, alpha: float, name: str, provenance: Mapping[str, object]
+    fitted: Fitted, rows: FitRows, plan: ReaderPlan, site: Site, *, alpha: float, name: str, provenance: Mapping[str, object]
 ) -> HybridFusion:
-    """The repair: each modality's reader gates the refusal writer, the adaptive rule shares it between them."""
-    writer = refusal_writer(rows, site, alpha=alpha)
+    """The repair: each modality's reader gates the refusal writers; the adaptive rule shares them between modalities."""
+    writers = [refusal_writer(rows, site, offset=offset, alpha=alpha) for offset in plan.offsets]
     made: dict[Modality, tuple[Correction, ...]] = {
-        modality: (
-            Correction(writer=writer, reader=reader, gate=fitted.gate, modality=modality, name=modality),
+        modality: tuple(
+            Correction(writer=writer, reader=reader, gate=fitted.gate, modality=modality, pulse=True, name=modality)
+            for writer in writers
         )
         for modality, reader in fitted.readers.items()
     }
@@ -133,17 +164,22 @@ def assemble(
 
 
 def plans(lvlm: HookedLVLM, settings: RunSettings) -> list[ReaderPlan]:
-    """Readers tried: at each layer but the last, at pairs and triples of neighbours, of each rank and of all ranks."""
+    """Readers tried: each layer but the last; the last prompt token, an answer token, or both; each rank and epsilon."""
+    answers = range(1, settings.answer_tokens + 1)
+    offsets = [(0,), *((k,) for k in answers), *((0, k) for k in answers)]
     layers = range(lvlm.n_layers() - 1)
-    places = [tuple(layers[i : i + k]) for k in (1, 2, 3) for i in range(len(layers) - k + 1)]
-    ranks = [(rank,) for rank in settings.reader_ranks]
-    if len(ranks) > 1:
-        ranks.append(settings.reader_ranks)
-    return [ReaderPlan(p, r, e) for p in places for r in ranks for e in settings.epsilons]
+    return [
+        ReaderPlan(*plan) for plan in itertools.product(layers, offsets, settings.reader_ranks, settings.epsilons)
+    ]
 
 
-def _answers(
-    lvlm: HookedLVLM, examples: Sequence[Example], repair: HybridFusion | None, settings: RunSettings, judge
+def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
+    """Share of a verdict among those that are not missing."""
+    return sum(v is wanted for v in verdicts) / max(sum(v is not Verdict.MISSING for v in verdicts), 1)
+
+
+def _verdicts(
+    lvlm: HookedLVLM, examples: Sequence[Example], repair: HybridFusion | None, settings: RunSettings, judge: Judge
 ) -> list[Verdict]:
     answers = generate_all(
         lvlm,
@@ -158,109 +194,89 @@ def _answers(
     return judge_answers(answers, judge, examples=list(examples))
 
 
-def _rate(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
-    return sum(v is wanted for v in verdicts) / max(len(verdicts), 1)
+def recalibrated(
+    lvlm: HookedLVLM, repair: HybridFusion, benign: Sequence[Example], settings: RunSettings, *, epsilon: float
+) -> HybridFusion:
+    """The repair with its gate calibrated on what the undefended model generates for benign calibration prompts."""
+    scores = read_scores(
+        lvlm,
+        benign,
+        repair.readers,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        progress=False,
+    )
+    return repair.with_gate(ConformalGate.calibrate(scores.amax(1), epsilon=epsilon))
 
 
 def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings) -> Choice:
-    """Pick readers, gate and writer on the validation split.
+    """Pick readers, gate and writers on the validation split.
 
-    A reader plan is scored by its smallest detection rate over the seen attack channels at the conformal threshold, a
-    writer by the share of complied attacks it turns into refusals when always open. Plans are then run with the best
-    writers at or above them, best first, until one loses at most `settings.benign_loss` of benign accuracy.
+    Plans are ranked by their smallest detection rate over the seen attack channels, then by the share of benign prompts they
+    open for and by how early they read. The best plan of each of the leading sets is run with writers at each layer from
+    its own on, in two strengths; the run with the lowest attack success that keeps benign accuracy wins.
 
     Raises:
-        NoCandidate: if none does.
+        NoCandidate: if none does, or no plan could be calibrated.
     """
     sites = residual_sites(lvlm)
 
-    def held(examples: Sequence[Example]) -> Activations:
-        return capture(
-            lvlm, examples, sites, select=("last",), batch_size=settings.batch_size, progress=False
-        )
+    def held(examples: Sequence[Example]) -> TokenRows:
+        return token_rows(lvlm, examples, sites, tokens=settings.answer_tokens, batch_size=settings.batch_size)
 
-    calibration, benign_rows = held(study.benign("calibration")), held(study.benign("validation"))
-    seen = {m: study.malicious("validation", m) for m in rows.modalities}
+    calibration, harmless = held(study.benign("calibration")), held(study.benign("validation"))
     attacks = {c: held(study.suites["validation"][c]) for m in rows.modalities for c in study.seen[m]}
+    attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
 
-    found: list[tuple[float, float, ReaderPlan, Fitted]] = []
-    table = []
+    readers, table = Readers(rows), []
     for plan in plans(lvlm, settings):
         try:
-            fitted = fit_readers(rows, calibration, plan)
-        except (
-            ValueError
-        ) as error:  # too few calibration prompts for this epsilon, or a rank the rows do not allow
-            log.info("plan %s left out: %s", plan, error)
+            fitted = readers.fit(plan, calibration)
+        except ValueError as error:  # too few prompts for this epsilon, or a rank the rows do not allow
+            log.info("left out: %s (%s)", plan, error)
             continue
-        both = MaxReader(readers=tuple(fitted.readers.values()))
-        detected = {
-            c: float((offline(both, a) > fitted.gate.threshold).double().mean()) for c, a in attacks.items()
-        }
-        opened = float((offline(both, benign_rows) > fitted.gate.threshold).double().mean())
-        table.append(
-            {
-                "layers": str(plan.layers),
-                "ranks": str(plan.ranks),
-                "epsilon": plan.epsilon,
-                "benign": opened,
-                **detected,
-            }
-        )
-        found.append((min(detected.values()), opened, plan, fitted))
-    if not found:
-        raise NoCandidate(
-            "no reader could be calibrated; give more benign calibration prompts or a larger epsilon"
-        )
+        detected = {c: float((offline(fitted.both, a) > fitted.gate.threshold).double().mean()) for c, a in attacks.items()}
+        opened = float((offline(fitted.both, harmless) > fitted.gate.threshold).double().mean())
+        table.append({"plan": plan, "fitted": fitted, "worst": min(detected.values()), "benign": opened, **detected})
+    if not table:
+        raise NoCandidate("no reader could be calibrated; give more benign calibration prompts or a larger epsilon")
+    table.sort(key=lambda r: (-round(r["worst"], 2), -len(r["plan"].offsets), max(r["plan"].offsets), r["plan"].epsilon, r["benign"]))
 
-    attacked = [example for examples in seen.values() for example in examples]
-    writers = []
-    for site, alpha in itertools.product(sites[1:], (1.0, 1.5)):
-        only = Correction(writer=refusal_writer(rows, site, alpha=min(alpha, 1.0)))
-        only = replace(only, writer=replace(only.writer, alpha=alpha))
-        repair = HybridFusion(textual=(only,), rule="sequential", name="writer")
-        refused = _rate(_answers(lvlm, attacked, repair, settings, study.judge), Verdict.REFUSED)
-        writers.append({"site": str(site), "layer": site.layer, "alpha": alpha, "refused": refused})
-    writer_table = pd.DataFrame(writers).sort_values(
-        ["refused", "alpha", "layer"], ascending=[False, True, True]
-    )
+    best, runs = table[: settings.candidates], []
+    for row in best:
+        for site, alpha in itertools.product(sites[row["plan"].layer :], settings.alphas):
+            about = {"study": study.name, "plan": str(row["plan"])}
+            repair = assemble(row["fitted"], rows, row["plan"], site, alpha=alpha, name="care_lens", provenance=about)
+            verdicts = _verdicts(lvlm, attacked, repair, settings, study.judge)
+            asr, refused = share(verdicts, Verdict.COMPLIED), share(verdicts, Verdict.REFUSED)
+            runs.append({"plan": row["plan"], "fitted": row["fitted"], "site": site, "alpha": alpha, "asr": asr,
+                         "refused": refused, "repair": repair})  # fmt: skip
+            log.info("%s, written at %s x %g: ASR %.3f, refused %.3f", row["plan"], site, alpha, asr, refused)
+    runs.sort(key=lambda run: (round(run["asr"], 2), -run["refused"], run["alpha"]))
 
-    benign = study.benign("validation")
-    before = _rate(_answers(lvlm, benign, None, settings, study.judge), Verdict.COMPLIED)
-    runs = []
-    found.sort(key=lambda row: (-row[0], row[1], row[2].epsilon, len(row[2].layers) * len(row[2].ranks)))
-    for detection, _, plan, fitted in found[:6]:
-        top = writer_table[writer_table.layer >= max(plan.layers)].iloc[0]
-        site = Site.parse(top.site)
-        repair = assemble(
-            fitted,
-            rows,
-            site,
-            alpha=float(top.alpha),
-            name="care_lens",
-            provenance={"study": study.name, "plan": str(plan)},
-        )
-        asr = _rate(_answers(lvlm, attacked, repair, settings, study.judge), Verdict.COMPLIED)
-        after = _rate(_answers(lvlm, benign, repair, settings, study.judge), Verdict.COMPLIED)
-        runs.append({"plan": plan, "fitted": fitted, "site": site, "alpha": float(top.alpha), "detection": detection,
-                     "asr": asr, "benign_before": before, "benign_after": after, "repair": repair})  # fmt: skip
-        log.info(
-            "%s writer %s x %.1f: ASR %.3f, benign %.3f -> %.3f", plan, site, top.alpha, asr, before, after
-        )
-    kept = [run for run in runs if run["benign_after"] >= before - settings.benign_loss]
-    if not kept:
+    benign, calibrating = study.benign("validation"), study.benign("calibration")
+    before = share(_verdicts(lvlm, benign, None, settings, study.judge), Verdict.COMPLIED)
+    won = None
+    for run in runs[: settings.candidates]:
+        run["repair"] = recalibrated(lvlm, run["repair"], calibrating, settings, epsilon=run["plan"].epsilon)
+        run["benign_before"] = before
+        run["benign_after"] = share(_verdicts(lvlm, benign, run["repair"], settings, study.judge), Verdict.COMPLIED)
+        log.info("benign %.3f -> %.3f: %s at %s", before, run["benign_after"], run["plan"], run["site"])
+        if run["benign_after"] >= before - settings.benign_loss:
+            won = run
+            break
+    if won is None:
         raise NoCandidate(
-            f"a repair must keep benign accuracy within {settings.benign_loss:.0%} of {before:.1%} on validation, best of "
-            f"{len(runs)} reached {max(run['benign_after'] for run in runs):.1%}; try smaller epsilons"
+            f"a repair must keep benign accuracy within {settings.benign_loss:.0%} of {before:.1%} on validation, got at best "
+            f"{max(run.get('benign_after', 0.0) for run in runs):.1%}; try smaller epsilons"
         )
-    best = min(kept, key=lambda run: (run["asr"], -run["benign_after"]))
-    frame = pd.DataFrame(
-        [
-            {k: str(v) if k in ("plan", "site") else v for k, v in r.items() if k not in ("fitted", "repair")}
-            for r in runs
-        ]
-    )
+    drop = ("fitted", "repair")
     return Choice(
-        repair=best["repair"], plan=best["plan"], writer_site=best["site"], alpha=best["alpha"], subspaces=best["fitted"].subspaces,
-        readers=pd.DataFrame(table), writers=writer_table, runs=frame,
-    )  # fmt: skip
+        repair=won["repair"],
+        plan=won["plan"],
+        writer_site=won["site"],
+        alpha=won["alpha"],
+        subspaces=won["fitted"].subspaces,
+        readers=pd.DataFrame([{k: str(v) if k == "plan" else v for k, v in r.items() if k != "fitted"} for r in table]),
+        runs=pd.DataFrame([{k: str(v) if k in ("plan", "site") else v for k, v in r.items() if k not in drop} for r in runs]),
+    )

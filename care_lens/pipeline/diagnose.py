@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from care_lens.core import Example, Site
+from care_lens.core import Example, PairedExamples, Site
 from care_lens.data.study import Study
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation import AblationResult, MediationResult, PatchMapResult, ablate, mediate, patch_map
@@ -36,6 +36,14 @@ class Diagnosis:
         """The effects of all pair sets, which the column `pairs` names."""
         parts = [result.to_dataframe().assign(pairs=name) for name, result in self.effects.items()]
         return pd.concat(parts, ignore_index=True)
+
+
+def pictures_differ(pairs: PairedExamples) -> bool:
+    """Whether every twin has a picture and they are not the same."""
+    images = [(safe.image, unsafe.image) for safe, unsafe in pairs]
+    if any(a is None or b is None for a, b in images):
+        return False
+    return any(a.tobytes() != b.tobytes() for a, b in images if a is not None and b is not None)
 
 
 def diagnosed_sites(lvlm: HookedLVLM) -> list[Site]:
@@ -70,12 +78,12 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
                 progress=False,
             ),
         )
-        if any(a.image is not b.image for a, b in few):
+        if pictures_differ(few):
             patches[name] = stage.result(
                 PatchMapResult,
                 f"patches.{name}",
                 lambda few=few, outcome=outcome: patch_map(
-                    lvlm, few, outcome=outcome, site="blocks.0.hook_resid_pre", batch_size=settings.batch_size
+                    lvlm, few, outcome=outcome, site="blocks.0.hook_resid_pre", batch_size=settings.batch_size, progress=False
                 ),
             )
     attacked: list[Example] = []

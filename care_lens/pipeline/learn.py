@@ -1,14 +1,15 @@
 """Step 2: activations of the fit split, and what is learned from them: readers, writers, and the paper's printed form."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from care_lens.capture import Activations, capture
+from care_lens.capture import capture
 from care_lens.core import Example, Site
 from care_lens.data.study import Modality, Study
 from care_lens.lvlm import HookedLVLM
@@ -30,33 +31,90 @@ SPAN: Mapping[Modality, str] = {"visual": "image:attributed", "textual": "text:a
 
 
 @dataclass(frozen=True)
-class FitRows:
-    """Activations at the last prompt token of the fit split.
+class TokenRows:
+    """Activations of single tokens: the last prompt token, then the tokens of the answer.
 
     Attributes:
-        benign: of harmless requests, hard ones included.
-        malicious: of the seen attack channels, by modality.
-        refused: of plain requests that the model refuses: the refusal mean is theirs.
+        rows: by site [n, 1 + tokens, d]; index 0 is the last prompt token, k the k-th token of the answer.
+        valid: [n, 1 + tokens] which of them exist; the token that ends an answer is left out, since generation
+            never reads it.
+        groups: the item of each row.
     """
 
-    benign: Activations
-    malicious: Mapping[Modality, Activations]
-    refused: Activations
+    rows: Mapping[Site, Float[Tensor, "n tokens d"]]
+    valid: Bool[Tensor, "n tokens"]
+    groups: tuple[str, ...]
 
-    def classes(
-        self, site: Site, modality: Modality
-    ) -> tuple[Float[Tensor, "n_benign d"], Float[Tensor, "n_malicious d"]]:
-        """Benign and malicious rows at a site."""
-        return self.benign.rows(site, "last"), self.malicious[modality].rows(site, "last")
+    def at(self, site: Site, offset: int) -> Float[Tensor, "m d"]:
+        """Rows at one offset, where the answer is that long."""
+        return self.rows[site][:, offset][self.valid[:, offset]]
 
-    def groups(self, modality: Modality) -> tuple[Sequence[str], Sequence[str]]:
-        """The items of those rows."""
-        return self.benign.groups, self.malicious[modality].groups
+    def everything(self, site: Site) -> Float[Tensor, "m d"]:
+        """Rows at all tokens."""
+        return self.rows[site][self.valid]
+
+
+def token_rows(
+    lvlm: HookedLVLM, examples: Sequence[Example], sites: Sequence[Site], *, tokens: int, batch_size: int
+) -> TokenRows:
+    """Activations at the last prompt token and the first tokens of the teacher-forced answers; one forward a batch.
+
+    Memory: n x (1 + tokens) x d float32 a site, on the CPU.
+
+    Args:
+        lvlm: the model.
+        examples: with responses.
+        sites: residual sites of the language tower.
+        tokens: how many answer tokens to keep.
+        batch_size: examples a forward pass.
+    """
+    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    valid: list[Tensor] = []
+    for start in range(0, len(examples), batch_size):
+        inputs = lvlm.prepare(examples[start : start + batch_size], responses=True)
+        with torch.no_grad():
+            _, cache = lvlm.run_with_cache(inputs, sites=sites, logits_to_keep=1)
+        length = inputs.input_ids.shape[1]
+        index = torch.tensor(inputs.spans.last_index())[:, None] + torch.arange(1 + tokens)
+        answered = inputs.spans.response.sum(1).cpu()[:, None]
+        valid.append(torch.arange(1 + tokens)[None] < answered.clamp(min=1))
+        row = torch.arange(inputs.batch_size)[:, None]
+        for site in sites:
+            parts[site].append(cache[str(site)].float().cpu()[row, index.clamp(max=length - 1)])
+    groups = tuple(example.group or example.id for example in examples)
+    return TokenRows({site: torch.cat(part) for site, part in parts.items()}, torch.cat(valid), groups)
+
+
+@dataclass(frozen=True)
+class FitRows:
+    """Token activations of the fit split.
+
+    Attributes:
+        benign: of harmless requests and their right answers, hard ones included.
+        malicious: of the seen attack channels with compliant answers, by modality.
+        refused: of plain requests that the model refuses: the refusal mean is that of their last prompt token.
+    """
+
+    benign: TokenRows
+    malicious: Mapping[Modality, TokenRows]
+    refused: TokenRows
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """Those that have malicious rows."""
         return tuple(m for m in MODALITIES if m in self.malicious)
+
+    def harmless(self, site: Site, offset: int) -> Float[Tensor, "m d"]:
+        """What a reader at an offset must not react to: last prompt tokens of benign requests (offset 0); for generated
+        tokens every token of benign answers and of refusals, so that a refusal under way is left alone."""
+        if offset == 0:
+            return self.benign.at(site, 0)
+        refusals = self.refused.rows[site][:, 1:][self.refused.valid[:, 1:]]
+        return torch.cat([self.benign.everything(site), refusals])
+
+    def complied(self, site: Site, offset: int) -> Float[Tensor, "m d"]:
+        """Malicious rows of all modalities at an offset."""
+        return torch.cat([self.malicious[m].at(site, offset) for m in self.modalities])
 
 
 def residual_sites(lvlm: HookedLVLM) -> list[Site]:
@@ -65,7 +123,7 @@ def residual_sites(lvlm: HookedLVLM) -> list[Site]:
 
 
 def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> FitRows:
-    """One forward pass over the fit split.
+    """Token activations of the fit split.
 
     Args:
         lvlm: the model.
@@ -73,40 +131,39 @@ def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> FitRow
         settings: of the run.
     """
 
-    def rows(examples: Sequence[Example]) -> Activations:
-        return capture(
-            lvlm,
-            examples,
-            residual_sites(lvlm),
-            select=("last",),
-            batch_size=settings.batch_size,
-            progress=False,
+    def rows(examples: Sequence[Example]) -> TokenRows:
+        return token_rows(
+            lvlm, examples, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size
         )
 
     malicious = {m: study.malicious("fit", m) for m in MODALITIES}
     return FitRows(
         benign=rows(study.benign("fit")),
         malicious={m: rows(examples) for m, examples in malicious.items() if examples},
-        refused=rows(study.refused("fit")),
+        refused=rows([replace(e, response=study.refusal) for e in study.refused("fit")]),
     )
 
 
 def fit_reader_subspace(
-    rows: FitRows, site: Site, modality: Modality, *, rank: int, shuffle_seed: int | None = None
+    rows: FitRows, site: Site, modality: Modality, *, offset: int, rank: int, shuffle_seed: int | None = None
 ) -> SafetySubspace:
     """The subspace that a reader reads: rank 0 is the discriminant direction, else the top generalised eigenvectors.
+
+    At the last prompt token (offset 0) it is fitted on last prompt tokens; for the answer, on the malicious token at the
+    offset against every token of benign prompts' ends and answers, since the reader will look at all of them.
 
     Args:
         rows: activations of the fit split.
         site, modality: which of them.
+        offset: 0, or which token of the answer.
         rank: 0 or the number of eigenvectors.
         shuffle_seed: deal the rows to the classes at random first: the control fit.
     """
-    benign, malicious = rows.classes(site, modality)
+    benign = rows.harmless(site, offset)
+    malicious = rows.malicious[modality].at(site, offset)
     if shuffle_seed is not None:
-        benign, malicious = shuffled_labels(
-            benign, malicious, seed=shuffle_seed, groups=rows.groups(modality)
-        )
+        benign, malicious = shuffled_labels(benign, malicious, seed=shuffle_seed)
+    token = "last prompt token" if offset == 0 else f"answer token {offset}"
     return SafetySubspace.fit(
         benign,
         malicious,
@@ -115,29 +172,35 @@ def fit_reader_subspace(
         projection="oblique",
         site=site,
         modality=modality,
-        provenance={"rows": "last prompt token", "split": "fit", "shuffled": shuffle_seed is not None},
+        provenance={"rows": token, "split": "fit", "shuffled": shuffle_seed is not None},
     )
 
 
-def reader_of(subspace: SafetySubspace, *, rank: int) -> SiteReader:
-    """The reader of such a subspace."""
-    return EnergyReader.from_subspace(subspace) if rank else LinearReader.from_subspace(subspace)
+def reader_of(subspace: SafetySubspace, *, offset: int, rank: int) -> SiteReader:
+    """The reader of such a subspace: of the last prompt token, or of every generated token."""
+    kind = EnergyReader if rank else LinearReader
+    return kind.from_subspace(subspace, positions="generated" if offset else "last")
 
 
-def refusal_writer(rows: FitRows, site: Site, *, alpha: float = 1.0) -> Writer:
-    """Moves the last prompt token to where refused requests are, along the line from the complied ones.
+def refusal_writer(rows: FitRows, site: Site, *, offset: int, alpha: float) -> Writer:
+    """Moves a token to where the model stands before a refusal, along the line from where it stands when it complies.
 
-    The complied mean is that of all seen attack channels together, so that one writer serves both modalities and the
-    fusion has to say only how they share it.
+    Args:
+        rows: of the fit split; the complied mean is that of all seen attack channels, so that one writer serves both
+            modalities and the fusion has to say only how they share it.
+        site: where to write.
+        offset: 0: written at the last prompt token; else at a generated one, from the malicious mean at that offset.
+        alpha: strength.
     """
-    complied = torch.cat([rows.malicious[m].rows(site, "last") for m in rows.modalities])
-    return Writer.towards(
-        site,
-        target=rows.refused.rows(site, "last").mean(0),
-        source=complied.mean(0),
-        alpha=alpha,
-        scope="last",
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a strength beyond 1 is tried on validation, and reported
+        return Writer.towards(
+            site,
+            target=rows.refused.at(site, 0).mean(0),
+            source=rows.complied(site, offset).mean(0),
+            alpha=alpha,
+            scope="generated" if offset else "last",
+        )
 
 
 def printed_form(

@@ -5,17 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from care_lens.attacks import pgd, random_noise
 from care_lens.baselines import NoRefusalDirection, RefusalDirection
-from care_lens.capture import Activations, capture
-from care_lens.core import Example, Repair, Site
+from care_lens.core.examples import Example
+from care_lens.core.outcome import Repair
 from care_lens.data.study import Study
 from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
 from care_lens.lvlm import HookedLVLM
-from care_lens.pipeline.choose import Choice, assemble, fit_readers
-from care_lens.pipeline.learn import FitRows, residual_sites
+from care_lens.pipeline.choose import Choice, Readers, assemble, recalibrated
+from care_lens.pipeline.learn import FitRows, residual_sites, token_rows
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import ConformalGate, HybridFusion, random_control
@@ -25,6 +24,7 @@ log = logging.getLogger(__name__)
 NONE = "none"
 #: Over how many benign standard deviations of the score the attacker's copy of a gate opens.
 ATTACK_WIDTH = 4.0
+RANDOM, SHUFFLED = "control: random writer", "control: shuffled labels"
 CLEAN, NOISE, PGD, ADAPTIVE = "gradient: clean", "gradient: noise", "gradient: PGD", "gradient: PGD, adaptive"
 
 
@@ -44,30 +44,35 @@ class Proof:
 
 
 def controls(
-    choice: Choice, rows: FitRows, calibration: Activations, settings: RunSettings
+    lvlm: HookedLVLM, study: Study, choice: Choice, rows: FitRows, settings: RunSettings
 ) -> dict[str, HybridFusion]:
     """The chosen repair with random writers of equal rank and edit norm, and refitted on shuffled labels.
 
     Args:
+        lvlm: the model.
+        study: its calibration split sets the gate of the refitted control.
         choice: the repair that won.
         rows: of the fit split.
-        calibration: benign activations, for the gate of the refitted control.
         settings: of the run.
     """
-    complied = [rows.malicious[m].rows(choice.writer_site, "last") for m in rows.modalities]
-    met: dict[Site | str, Tensor] = {choice.writer_site: torch.cat(complied)}
-    random = random_control(choice.repair, met, seed=settings.seed)
+    met = torch.cat([rows.complied(choice.writer_site, offset) for offset in choice.plan.offsets])
+    random = random_control(choice.repair, {choice.writer_site: met}, seed=settings.seed)
+    benign = study.benign("calibration")
+    held = token_rows(
+        lvlm, benign, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size
+    )
     shuffled = assemble(
-        fit_readers(rows, calibration, choice.plan, shuffle_seed=settings.seed),
+        Readers(rows, shuffle_seed=settings.seed).fit(choice.plan, held),
         rows,
+        choice.plan,
         choice.writer_site,
         alpha=choice.alpha,
-        name="control: shuffled labels",
+        name=SHUFFLED,
         provenance={"control": "readers fitted on shuffled labels, gate recalibrated"},
     )
     return {
-        "control: random writer": replace(random, name="control: random writer"),
-        "control: shuffled labels": shuffled,
+        RANDOM: replace(random, name=RANDOM),
+        SHUFFLED: recalibrated(lvlm, shuffled, benign, settings, epsilon=choice.plan.epsilon),
     }
 
 
@@ -156,14 +161,6 @@ def prove(
         settings: of the run.
         stage: where answers and tables are kept; generation resumes.
     """
-    calibration = capture(
-        lvlm,
-        study.benign("calibration"),
-        residual_sites(lvlm),
-        select=("last",),
-        batch_size=settings.batch_size,
-        progress=False,
-    )
     left_out: dict[str, str] = {}
     defences: dict[str, Repair | None] = {NONE: None}
     try:
@@ -172,7 +169,7 @@ def prove(
         left_out["refusal direction"] = str(error)
     defences[printed.name] = printed
     defences[choice.repair.name] = choice.repair
-    defences |= controls(choice, rows, calibration, settings)
+    defences |= controls(lvlm, study, choice, rows, settings)
     suites: dict[str, Sequence[Example]] = {c: list(e) for c, e in study.suites["test"].items()}
     suites |= gradient_suites(lvlm, study, settings)
     store = GenerationStore(stage.directory / "answers.jsonl")

@@ -145,17 +145,14 @@ outcome = log probability a token of the steps for the forbidden item). Interval
 <h3>Which patches carry the item</h3>
 {draw("patches_")}
 <h2>2. Learn: safety subspaces</h2>
-<p>Generalised eigenvalues of malicious against benign activations. The repair reads
-{html.escape("the discriminant direction" if plan.ranks == (0,) else f"ranks {plan.ranks} (0 = discriminant direction)")}
-of the residual stream after layers {plan.layers} at the last prompt token, one reader a modality.</p>
+<p>Generalised eigenvalues of malicious against benign activations. The repair reads, one reader a modality: {html.escape(str(plan))}.</p>
 {draw("spectrum_")}
 <h2>3. Choose: on validation only</h2>
 <p>Gate: split conformal, at most {run.choice.plan.epsilon:.1%} of benign prompts touched
 (n = {run.choice.repair.corrections[0].gate.n} calibration prompts). Writer: towards the refusal mean at
 {run.choice.writer_site}, alpha {run.choice.alpha:g}. Fusion: {run.choice.repair.rule}.</p>
-<h3>Candidates run as a whole</h3>{_table(run.choice.runs)}
-<h3>Writers, always open: share of attacks refused</h3>{_table(run.choice.writers.head(10))}
-<h3>Readers: detection of attacks, share of benign opened</h3>{_table(run.choice.readers.sort_values("benign").head(40))}
+<h3>Candidates run with their writers</h3>{_table(run.choice.runs.head(20))}
+<h3>Readers: share of attacks detected, by channel, and of benign prompts opened</h3>{_table(run.choice.readers.head(30))}
 <h2>4. Prove: defences by channels, test split</h2>
 <p>Seen in the fit: {html.escape(seen)}. All other attack channels are held out. ASR in per cent (lower is better) on
 attack channels; right answers in per cent on the others.</p>

@@ -113,11 +113,10 @@ def run(
         choice = choose(lvlm, study, rows, settings)
         choice.repair.save(Path(out) / "repair")
         for subspace in (*choice.subspaces, *printed_subspaces):
-            form = "printed" if subspace in printed_subspaces else f"reader.rank{subspace.basis.shape[1]}"
+            form = subspace.provenance["form" if "form" in subspace.provenance else "rows"].replace(" ", "_")
             subspace.save(Path(out) / "subspaces" / f"{subspace.site}.{subspace.modality}.{form}")
         tables: dict[str, pd.DataFrame] = {
             "readers": choice.readers,
-            "writers": choice.writers,
             "runs": choice.runs,
         }
         for name, frame in tables.items():

@@ -19,6 +19,9 @@ class RunSettings:
         pairs: pairs a channel for mediation.
         ablated: examples a channel for the ablation by generation.
         epsilons: shares of benign prompts that a gate may touch, tried on validation.
+        answer_tokens: so many tokens of an answer may be read.
+        alphas: strengths of the writers tried; beyond 1 they go past their target.
+        candidates: reader plans that are run with writers, and runs that are checked on benign prompts.
         reader_ranks: ranks of the energy readers tried; 0 stands for the linear (discriminant) reader.
         benign_loss: most that accuracy on benign validation prompts may fall, as a share, for a repair to be chosen.
         printed_layers: how many layers the paper's printed form is put on.
@@ -33,7 +36,10 @@ class RunSettings:
     n_boot: int = 2000
     pairs: int = 16
     ablated: int = 24
-    epsilons: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
+    epsilons: tuple[float, ...] = (0.01, 0.02)
+    answer_tokens: int = 6
+    alphas: tuple[float, ...] = (1.0, 1.5)
+    candidates: int = 4
     reader_ranks: tuple[int, ...] = (0, 8)
     benign_loss: float = 0.03
     printed_layers: int = 3

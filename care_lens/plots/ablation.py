@@ -29,20 +29,19 @@ def plot_ablation(result: FrameResult | pd.DataFrame, *, metric: str = "complied
     frame = only(only(frame_of(result, _COLUMNS), "effect", "share"), "metric", metric)
     baseline = only(frame, "component", BASELINE).iloc[0]
     figure = go.Figure()
-    figure.add_hline(
-        y=float(baseline["value"]),
-        line={"dash": "dash", "color": theme.INK},
-        annotation={"text": "no ablation", "font": {"size": 14}},
-        annotation_position="top right",
-    )
     for index, component in enumerate(in_order(set(frame["component"]) - {BASELINE})):
         curve = where(frame, component=component).sort_values(by="layer")
         _add_curve(figure, curve, component_label(component), index)
+    layers = frame["layer"].dropna().astype(int)
+    figure.add_trace(_baseline(baseline, int(layers.min()), int(layers.max())))
     tower = next(iter(frame["tower"]))
     figure.update_layout(
         template=theme.TEMPLATE,
         height=420,
-        xaxis={"title": {"text": f"ablated layer of the {tower} tower"}, "dtick": _step(frame)},
+        xaxis={
+            "title": {"text": f"ablated layer of the {tower} tower"},
+            "dtick": max(1, int(layers.max()) // 12),
+        },
         yaxis={"title": {"text": f"share {metric}"}, "range": [-0.03, 1.06], "tickformat": ".0%"},
     )
     return figure
@@ -56,6 +55,7 @@ def _add_curve(figure: go.Figure, curve: pd.DataFrame, name: str, index: int) ->
         go.Scatter(
             x=layers + layers[::-1],
             y=high + low[::-1],
+            mode="lines",
             fill="toself",
             fillcolor=colour,
             opacity=0.18,
@@ -83,5 +83,13 @@ def _add_curve(figure: go.Figure, curve: pd.DataFrame, name: str, index: int) ->
     )
 
 
-def _step(frame: pd.DataFrame) -> int:
-    return max(1, int(frame["layer"].max()) // 12)
+def _baseline(row: pd.Series, first: int, last: int) -> go.Scatter:
+    value, low, high = (float(row[column]) for column in ("value", "ci_low", "ci_high"))
+    return go.Scatter(
+        x=[first, last],
+        y=[value, value],
+        mode="lines",
+        line={"dash": "dash", "color": theme.INK, "width": 2},
+        hovertemplate=f"{value:.1%} [{low:.1%}, {high:.1%}], n = {row['n']}",
+        name="no ablation",
+    )

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths, only, where
+from care_lens.plots.frames import frame_of, half_widths, where
 
 TITLES = {
     "asr": "attack success",
@@ -20,6 +20,7 @@ TITLES = {
 """Names of the metrics that are shares, as the figures write them."""
 
 DEFENCE_COLUMNS = ("defence", "channel", "metric", "value", "ci_low", "ci_high", "n")
+_ROW, _ROW_GAP, _PANEL_GAP, _MARGINS = 12, 12, 80, 140
 
 
 def plot_asr(
@@ -46,23 +47,25 @@ def plot_asr(
         raise ValueError(f"metrics must be among {sorted(set(frame['metric']))}, got {list(metrics)}")
     frame = with_series(frame)
     frame = frame[frame["metric"].isin(shown)]
-    figure = make_subplots(
-        rows=len(shown), cols=1, vertical_spacing=0.3 / len(shown) if len(shown) > 1 else 0
-    )
+    channels = {metric: list(dict.fromkeys(where(frame, metric=metric)["channel"])) for metric in shown}
     names = list(dict.fromkeys(frame["series"]))
-    for row, metric in enumerate(shown, start=1):
-        part = only(frame, "metric", metric)
-        first = row == 1
-        for index, name in enumerate(names):
-            figure.add_trace(_markers(where(part, series=name), name, index, legend=first), row=row, col=1)
-        channels = list(dict.fromkeys(part["channel"]))
-        figure.update_xaxes(categoryorder="array", categoryarray=channels, row=row, col=1)
-        figure.update_yaxes(title_text=TITLES[metric], row=row, col=1)
-    figure.update_xaxes(tickangle=-35, showgrid=False)
-    figure.update_yaxes(range=[-0.04, 1.04], tickformat=".0%")
-    figure.update_layout(
-        template=theme.TEMPLATE, scattermode="group", scattergap=0.25, height=80 + 360 * len(shown)
+    lengths = [len(channels[metric]) for metric in shown]
+    height = sum(lengths) * (_ROW * len(names) + _ROW_GAP) + _PANEL_GAP * (len(shown) - 1) + _MARGINS
+    figure = make_subplots(
+        rows=len(shown),
+        cols=1,
+        row_heights=lengths,
+        vertical_spacing=_PANEL_GAP / (height - _MARGINS) if len(shown) > 1 else 0.0,
     )
+    for row, metric in enumerate(shown, start=1):
+        for index, name in enumerate(names):
+            part = where(frame, metric=metric, series=name)
+            figure.add_trace(_markers(part, name, index, legend=row == 1), row=row, col=1)
+        order = {"categoryorder": "array", "categoryarray": channels[metric], "autorange": "reversed"}
+        figure.update_yaxes(**order, showgrid=False, row=row, col=1)
+        figure.update_xaxes(title_text=TITLES[metric], row=row, col=1)
+    figure.update_xaxes(range=[-0.02, 1.03], tickformat=".0%")
+    figure.update_layout(template=theme.TEMPLATE, scattermode="group", scattergap=0.35, height=height)
     return figure
 
 
@@ -77,13 +80,14 @@ def with_series(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _markers(part: pd.DataFrame, name: str, index: int, *, legend: bool) -> go.Scatter:
     columns = ["ci_low", "ci_high", "n", *(["missing"] if "missing" in part.columns else [])]
-    hover = "%{x}<br>%{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}], n = %{customdata[2]}"
+    hover = "%{y}<br>%{x:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}], n = %{customdata[2]}"
     if "missing" in columns:
         hover += ", missing %{customdata[3]}"
     return go.Scatter(
-        x=part["channel"].tolist(),
-        y=part["value"].astype(float).tolist(),
-        error_y={**half_widths(part), "thickness": 1.5, "width": 3},
+        x=part["value"].astype(float).tolist(),
+        y=part["channel"].tolist(),
+        orientation="h",
+        error_x={**half_widths(part), "thickness": 1.5, "width": 3},
         customdata=part[columns].to_numpy(dtype=float),
         hovertemplate=hover,
         mode="markers",

@@ -35,8 +35,9 @@ class _Panel(NamedTuple):
 
     @property
     def title(self) -> str:
-        where = "" if self.position == "all" and self.tower != "language" else f", {self.position} positions"
-        return f"{self.tower}{where}"
+        if self.tower != "language":
+            return {"vision": "vision tower"}.get(self.tower, self.tower)
+        return f"language tower, {self.position} token{'s' * (self.position != 'last')}"
 
 
 def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> go.Figure:
@@ -74,11 +75,12 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
             part = where(frame, effect=name, tower=panel.tower, position=panel.position)
             figure.add_trace(_heatmap(part, panel, name, visible=name == effect), row=row, col=1)
     widest = max(panel.layers for panel in panels)
-    figure.update_xaxes(range=[-0.5, widest - 0.5], dtick=max(1, widest // 12), showgrid=False, ticks="")
-    figure.update_yaxes(showgrid=False, ticks="", autorange="reversed")
+    figure.update_xaxes(range=[-0.5, widest - 0.5], showgrid=False, showline=False, ticks="")
+    figure.update_yaxes(showgrid=False, showline=False, ticks="", autorange="reversed")
     for row, panel in enumerate(panels, start=1):
-        if panel.tower == "projector":
-            figure.update_xaxes(visible=False, row=row, col=1)
+        layers = [] if panel.tower == "projector" else list(range(0, panel.layers, max(1, widest // 12)))
+        figure.update_xaxes(tickvals=layers, row=row, col=1)
+    figure.update_annotations(x=0, xanchor="left")
     figure.update_xaxes(title_text="layer", row=len(panels), col=1)
     figure.update_layout(
         template=theme.TEMPLATE,

@@ -22,7 +22,7 @@ def plot_patch_effects(
     image: Image.Image | None = None,
     grid: PatchGrid | None = None,
 ) -> go.Figure:
-    """The effect of each patch, drawn over a picture if one is given.
+    """The effect of each patch, drawn over a picture if one is given; its colours are left out.
 
     Args:
         result: A ``PatchMapResult`` or its frame, or the rows of one pair of its ``details``: columns row,
@@ -107,7 +107,7 @@ def _heatmap(frame: pd.DataFrame, grid: PatchGrid, *, over_picture: bool) -> go.
 
 def _add_picture(figure: go.Figure, image: Image.Image) -> None:
     figure.add_layout_image(
-        source=image.convert("RGB"),
+        source=image.convert("L").convert("RGB"),
         xref="x",
         yref="y",
         x=0,

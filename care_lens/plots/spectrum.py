@@ -25,11 +25,14 @@ def plot_spectrum(subspace: SafetySubspace) -> go.Figure:
     choice = subspace.diagnostics.get("auto_rank")
     if choice:
         _add(figure, list(choice["heldout_ratios"]), "held out", 1)
-        figure.add_hline(
-            y=float(choice["threshold"]),
-            line={"dash": "dash", "color": theme.INK},
-            annotation={"text": "held out, benign against benign", "font": {"size": 14}},
-            annotation_position="top right",
+        figure.add_trace(
+            go.Scatter(
+                x=[1, max(len(values), len(choice["heldout_ratios"]))],
+                y=[float(choice["threshold"])] * 2,
+                mode="lines",
+                line={"dash": "dash", "color": theme.INK, "width": 2},
+                name="benign against benign",
+            )
         )
     where = ", ".join(str(part) for part in (subspace.modality, subspace.site) if part is not None)
     figure.update_layout(

@@ -64,7 +64,8 @@ def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
 
     The interactive page (``.html``) and the figure's data (``.json``) are always written; pages of one folder
     share one copy of plotly's script, so that they open without a network. A path that ends in .pdf, .svg or
-    .png is written as well, which needs kaleido (the extra ``plots-export``) and a Chrome or Chromium.
+    .png is written as well, without menus; that needs kaleido (the extra ``plots-export``) and a Chrome or
+    Chromium.
 
     Args:
         figure: The figure.
@@ -88,8 +89,9 @@ def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
     if suffix == ".html":
         return [page, data]
     width, height = figure.layout.width or _WIDTH, figure.layout.height or _HEIGHT  # type: ignore[attr-defined]
+    still = go.Figure(figure).update_layout(updatemenus=[], overwrite=True)
     try:
-        figure.write_image(path, width=width, height=height, scale=_PNG_SCALE if suffix == ".png" else 1)
+        still.write_image(path, width=width, height=height, scale=_PNG_SCALE if suffix == ".png" else 1)
     except (ImportError, ValueError, RuntimeError, OSError) as error:
         raise ExportError(
             f"{path.name} could not be written ({type(error).__name__}); pip install "

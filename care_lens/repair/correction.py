@@ -26,6 +26,8 @@ class Correction:
             the writer's or come before it in the forward pass.
         gate: How far the writer acts on the reader's score.
         modality: "visual" or "textual" if it was fitted for one, else None.
+        pulse: Write only where the gate opens: on the prompt if the prompt opens it, else on the one generated token
+            that does, so that what the model says after the edit is left to it. False: from there on.
         name: A label.
 
     Raises:
@@ -36,6 +38,7 @@ class Correction:
     reader: Reader | None = None
     gate: Gate = _OPEN
     modality: Modality | None = None
+    pulse: bool = False
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -43,6 +46,8 @@ class Correction:
             raise ValueError(
                 f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score"
             )
+        if self.pulse and self.reader is None:
+            raise ValueError("reader must be given for a correction that acts where its gate opens (pulse), got None")
         late = [str(leaf.site) for leaf in self.leaves if leaf.site > self.writer.site]
         if late:
             raise ValueError(

@@ -174,7 +174,10 @@ class HybridFusion(HookRepair):
             mask = mask & view.mask(scope, prefill=prefill)
         openness = mask.to(activation.device, compute_dtype(activation.dtype))
         if correction.reader is not None:
-            openness = openness * correction.gate(readings.score(correction.reader)).to(openness)
+            opened = correction.gate(readings.score(correction.reader))
+            if correction.pulse:
+                opened = opened - correction.gate(readings.score_before(correction.reader))
+            openness = openness * opened.to(openness)
         return GatedWriter(correction.writer, openness)
 
     def describe(self) -> dict[str, Any]:

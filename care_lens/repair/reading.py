@@ -30,6 +30,7 @@ class Readings:
         self._view = view
         self._now: dict[SiteReader, Tensor] = {}
         self._latest: dict[SiteReader, Tensor] = {}
+        self._before: dict[SiteReader, Tensor] = {}
 
     def update(self, leaf: SiteReader, activation: Float[Tensor, "batch pos d"]) -> None:
         """Read an activation: the whole batch, which starts afresh, or one generated token a row.
@@ -49,13 +50,19 @@ class Readings:
             prompt = pool(tokens, mask & ~answered, leaf.pooling)
             running = tokens.masked_fill(~(mask & answered), -torch.inf).cummax(dim=1).values
             now = torch.maximum(prompt[:, None], running)
+            before = now.roll(1, dims=1).masked_fill(~answered, -torch.inf)
         else:
-            now = torch.maximum(self._latest[leaf][:, None], tokens.masked_fill(~mask, -torch.inf))
-        self._now[leaf], self._latest[leaf] = now, now[:, -1]
+            before = self._latest[leaf][:, None]
+            now = torch.maximum(before, tokens.masked_fill(~mask, -torch.inf))
+        self._now[leaf], self._latest[leaf], self._before[leaf] = now, now[:, -1], before
 
     def score(self, reader: Reader) -> Float[Tensor, "batch pos"]:
         """The reader's score as it stands at each position of the forward pass under way."""
         return reader.combine(self._now)
+
+    def score_before(self, reader: Reader) -> Float[Tensor, "batch pos"]:
+        """The score as it stood one token earlier; -inf in the prompt, which is read as a whole."""
+        return reader.combine(self._before)
 
 
 def read_scores(

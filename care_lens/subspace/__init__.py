@@ -1,7 +1,7 @@
 """Safety subspaces: moments, shrinkage, generalised eigenproblems, projectors. Pure numerics, no model code.
 
 Method: Fu et al. 2026 (arXiv:2603.27240), with the differences that the docstring of
-    :meth:`SafetySubspace.fit` states.
+:meth:`SafetySubspace.fit` states.
 Sign convention: larger eigenvalues and positive coordinates mean malicious. Fits are float64, application
 float32.
 """

@@ -24,7 +24,7 @@ def distance(images, examples) -> float:
 
 
 def log_likelihood(lvlm, examples, target: str) -> np.ndarray:
-    """Mean log likelihood of a target's tokens, one example at a time, from the logits of plain forward passes."""
+    """Mean log likelihood of a target's tokens, one example at a time, from plain forward passes."""
     found = []
     ids = lvlm.tokenizer(target, add_special_tokens=False)["input_ids"]
     for example in examples:
@@ -155,7 +155,7 @@ def test_weights_get_no_gradients_and_keep_their_flags(lvlm, asked):
     parameters = list(lvlm.hf_model.parameters())
     flags = [i % 2 == 0 for i in range(len(parameters))]
     before = [parameter.requires_grad for parameter in parameters]
-    for parameter, flag in zip(parameters, flags):
+    for parameter, flag in zip(parameters, flags, strict=True):
         parameter.requires_grad_(flag)
     try:
         with torch.no_grad():
@@ -163,7 +163,7 @@ def test_weights_get_no_gradients_and_keep_their_flags(lvlm, asked):
         assert [parameter.requires_grad for parameter in parameters] == flags
         assert all(parameter.grad is None for parameter in parameters)
     finally:
-        for parameter, flag in zip(parameters, before):
+        for parameter, flag in zip(parameters, before, strict=True):
             parameter.requires_grad_(flag)
 
 

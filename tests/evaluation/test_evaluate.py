@@ -5,7 +5,14 @@ import pandas as pd
 import pytest
 
 from care_lens.core import Example, Verdict
-from care_lens.evaluation import DefenceTable, GenerationStore, TooManyMissing, evaluate, judge_store, verdict_trials
+from care_lens.evaluation import (
+    DefenceTable,
+    GenerationStore,
+    TooManyMissing,
+    evaluate,
+    judge_store,
+    verdict_trials,
+)
 
 OPTIONS = {"max_new_tokens": 3, "progress": False, "n_boot": 200}
 
@@ -77,7 +84,9 @@ def test_a_rerun_with_the_store_generates_nothing_and_gives_the_same_table(
     assert first.settings == again.settings
     verdicts = judge_store(GenerationStore(path), judge, settings=first.settings["generation"])
     later = DefenceTable.from_trials(verdict_trials(verdicts), settings={}, n_boot=200)
-    assert figure(later, "scaled", "shown", "asr")["value"] == figure(first, "scaled", "shown", "asr")["value"]
+    assert (
+        figure(later, "scaled", "shown", "asr")["value"] == figure(first, "scaled", "shown", "asr")["value"]
+    )
 
 
 def test_accuracy_can_have_a_judge_of_its_own(small, suites, judge):
@@ -111,7 +120,9 @@ def test_failed_answers_are_missing_and_never_safe(small, suites, judge, monkeyp
         return prepare(self, examples, **options)
 
     monkeypatch.setattr(type(small), "prepare", fails)
-    row = figure(evaluate(small, {"plain": many}, {"none": None}, judge=judge, **OPTIONS), "none", "plain", "asr")
+    row = figure(
+        evaluate(small, {"plain": many}, {"none": None}, judge=judge, **OPTIONS), "none", "plain", "asr"
+    )
     assert (row["n"], row["missing"]) == (59, 1)
     failing.add("8")
     with pytest.raises(TooManyMissing, match="2 of 60"):

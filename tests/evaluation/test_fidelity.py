@@ -9,7 +9,7 @@ from care_lens.evaluation import next_token_kl
 
 @pytest.fixture
 def asked(suites):
-    return suites["benign"][:5] + [suites["plain"][0]]
+    return [*suites["benign"][:5], suites["plain"][0]]
 
 
 ANSWERS = ["sure red", "", "yes", "no blue red sure", "the", "sorry i cannot"]
@@ -23,7 +23,7 @@ def test_no_repair_diverges_by_nothing(small, asked, scaled):
 def test_divergence_is_that_of_each_example_alone(small, asked, scaled):
     repair = scaled(-1.5)
     found = next_token_kl(small, asked, ANSWERS, repairs={"d": repair}, batch_size=4, progress=False)["d"]
-    for i, (example, answer) in enumerate(zip(asked, ANSWERS)):
+    for i, (example, answer) in enumerate(zip(asked, ANSWERS, strict=True)):
         inputs = small.prepare(replace(example, response=answer), responses=True)
         with torch.no_grad():
             base = small(inputs)[0].double().softmax(-1)

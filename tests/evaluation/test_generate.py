@@ -32,7 +32,7 @@ def run(small, asked, store, **options):
 
 def test_answers_are_those_of_the_model_one_by_one_in_the_examples_order(small, asked):
     answers = run(small, asked, GenerationStore(), batch_size=5)
-    for example, answer in zip(asked, answers):
+    for example, answer in zip(asked, answers, strict=True):
         made = small.generate(small.prepare(example), max_new_tokens=4)
         assert answer.response == made.texts[0]
         ids = made.new_tokens[0].tolist()
@@ -139,13 +139,22 @@ def test_ids_are_needed_and_must_differ_within_a_channel(small, asked):
 def test_fingerprints_see_what_matters(llava_maker, picture, scaled):
     model, _ = llava_maker("clip", seed=5)
     before = model_fingerprint(model)
-    assert before == model_fingerprint(llava_maker("clip", seed=5)[0]) != model_fingerprint(llava_maker("clip", seed=6)[0])
+    assert (
+        before
+        == model_fingerprint(llava_maker("clip", seed=5)[0])
+        != model_fingerprint(llava_maker("clip", seed=6)[0])
+    )
     with torch.no_grad():
         next(iter(model.parameters())).add_(0.5)
     assert model_fingerprint(model) != before
-    assert repair_fingerprint(scaled(1.0)) == repair_fingerprint(scaled(1.0)) != repair_fingerprint(scaled(1.1))
+    assert (
+        repair_fingerprint(scaled(1.0)) == repair_fingerprint(scaled(1.0)) != repair_fingerprint(scaled(1.1))
+    )
     from care_lens.core import Example
 
     plain = Example("what", image=picture(1))
     assert example_fingerprint(plain) == example_fingerprint(replace(plain, id="x", response="y"))
-    assert len({example_fingerprint(e) for e in (plain, Example("what"), Example("what", image=picture(2)))}) == 3
+    assert (
+        len({example_fingerprint(e) for e in (plain, Example("what"), Example("what", image=picture(2)))})
+        == 3
+    )

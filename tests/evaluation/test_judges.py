@@ -16,7 +16,14 @@ TEMPLATE = "yes no how {behavior} then {generation}"
 
 
 def stored(name: str, response: str | None, **changes) -> StoredAnswer:
-    fields = {"defence": "none", "channel": "plain", "id": name, "group": "", "seed": 0, "prompt": f"make {name}"}
+    fields = {
+        "defence": "none",
+        "channel": "plain",
+        "id": name,
+        "group": "",
+        "seed": 0,
+        "prompt": f"make {name}",
+    }
     rest = {"response": response, "missing": "" if response is not None else "OSError", "tokens": 2}
     return StoredAnswer(**{**fields, **rest, "settings": "s", "example": "e", "harmful": True, **changes})
 
@@ -87,15 +94,18 @@ def test_classifier_says_what_its_model_finds_likelier(classifier, rated):
     judge = ClassifierJudge(model, tokenizer, template=TEMPLATE, yes="yes", no="no", batch_size=4)
     verdicts = judge(examples, texts)
     yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
-    complied = []
-    for example, text in zip(examples, texts):
+    margins = []
+    for example, text in zip(examples, texts, strict=True):
         prompt = TEMPLATE.replace("{behavior}", example.prompt).replace("{generation}", text)
         with torch.no_grad():
             logits = model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
-        complied.append(bool(logits[yes] > logits[no]))
+        margins.append(float(logits[yes] - logits[no]))
+    assert judge.margins(examples, texts).tolist() == pytest.approx(margins, abs=1e-4)
+    complied = [margin > 0 for margin in margins]
     assert [verdict is Verdict.COMPLIED for verdict in verdicts] == complied
+    assert judge([], []) == []
     assert 0 < sum(complied) < len(complied)
-    for text, yes_said, verdict in zip(texts, complied, verdicts):
+    for text, yes_said, verdict in zip(texts, complied, verdicts, strict=True):
         if not yes_said:
             assert verdict is (Verdict.REFUSED if text.startswith("sorry") else Verdict.OTHER)
 
@@ -111,7 +121,10 @@ def test_classifier_is_loaded_from_a_directory(classifier, rated, tmp_path):
 
 def test_classifier_cuts_long_answers_and_keeps_braces(classifier):
     judge = ClassifierJudge(*classifier, template=TEMPLATE, yes="yes", no="no", max_answer_tokens=2)
-    assert judge.format(Example("{generation} red"), "sure red blue") == "yes no how {generation} red then sure red"
+    assert (
+        judge.format(Example("{generation} red"), "sure red blue")
+        == "yes no how {generation} red then sure red"
+    )
     assert judge.format(Example("red"), "{behavior}") == "yes no how red then {behavior}"
 
 
@@ -126,7 +139,7 @@ def test_missing_answers_are_not_shown_to_the_judge():
     shown = []
 
     def judge(examples, texts):
-        shown.extend(zip([example.prompt for example in examples], texts))
+        shown.extend(zip([example.prompt for example in examples], texts, strict=True))
         return [Verdict.REFUSED] * len(texts)
 
     answers = [stored("a", "x"), stored("b", None), stored("c", "")]
@@ -144,7 +157,16 @@ def test_several_judges_rate_one_store(tmp_path):
     assert list(strict["verdict"]) == ["refused", "complied", "missing"]
     assert list(loose["verdict"]) == ["complied", "complied", "missing"]
     assert set(strict["judge"]) == {"refusal-substring"} and set(loose["judge"]) == {"loose"}
-    assert list(strict.columns) == ["defence", "channel", "id", "group", "seed", "harmful", "judge", "verdict"]
+    assert list(strict.columns) == [
+        "defence",
+        "channel",
+        "id",
+        "group",
+        "seed",
+        "harmful",
+        "judge",
+        "verdict",
+    ]
 
 
 def test_two_answers_to_one_example_are_told_apart_by_settings():

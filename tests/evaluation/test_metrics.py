@@ -9,7 +9,9 @@ from care_lens.evaluation import TooManyMissing, interval, paired_difference, su
 NAN = float("nan")
 
 
-def trials(values, *, groups=None, defence="none", channel="plain", metric="asr", judge="j", seed=0) -> pd.DataFrame:
+def trials(
+    values, *, groups=None, defence="none", channel="plain", metric="asr", judge="j", seed=0
+) -> pd.DataFrame:
     n = len(values)
     return pd.DataFrame(
         {
@@ -29,7 +31,9 @@ def trials(values, *, groups=None, defence="none", channel="plain", metric="asr"
 def test_one_trial_a_group_gives_the_exact_interval(successes, n):
     row = summarise(trials([1.0] * successes + [0.0] * (n - successes))).iloc[0]
     exact = binomtest(successes, n).proportion_ci(0.95, method="exact")
-    assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx((successes / n, exact.low, exact.high), abs=1e-9)
+    assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx(
+        (successes / n, exact.low, exact.high), abs=1e-9
+    )
     assert (row["interval"], row["n"], row["groups"], row["missing"]) == ("clopper-pearson", n, n, 0)
 
 
@@ -38,7 +42,9 @@ def test_shared_groups_are_resampled_whole():
     groups = [f"g{i}" for i in range(20) for _ in range(5)]
     values = np.repeat(generator.integers(0, 2, 20), 5).astype(float)
     row = summarise(trials(values, groups=groups), n_boot=500, seed=3).iloc[0]
-    assert (row["value"], row["ci_low"], row["ci_high"]) == cluster_bootstrap(values, groups, n_boot=500, seed=3)
+    assert (row["value"], row["ci_low"], row["ci_high"]) == cluster_bootstrap(
+        values, groups, n_boot=500, seed=3
+    )
     assert (row["interval"], row["groups"], row["n"]) == ("cluster-bootstrap", 20, 100)
     independent = binomtest(int(values.sum()), 100).proportion_ci(0.95)
     assert row["ci_high"] - row["ci_low"] > 1.5 * (independent.high - independent.low)
@@ -85,9 +91,16 @@ def test_too_many_missing_trials_in_a_cell_are_an_error():
 
 def test_each_cell_has_its_own_row():
     frame = summarise(
-        pd.concat([trials([1.0, 0.0]), trials([1.0, 1.0], judge="k"), trials([0.0], seed=1), trials([0.0], defence="d")])
+        pd.concat(
+            [
+                trials([1.0, 0.0]),
+                trials([1.0, 1.0], judge="k"),
+                trials([0.0], seed=1),
+                trials([0.0], defence="d"),
+            ]
+        )
     )
-    assert list(zip(frame["defence"], frame["judge"], frame["seed"], frame["value"])) == [
+    assert list(zip(frame["defence"], frame["judge"], frame["seed"], frame["value"], strict=True)) == [
         ("none", "j", 0, 0.5),
         ("none", "k", 0, 1.0),
         ("none", "j", 1, 0.0),
@@ -110,10 +123,17 @@ def test_verdicts_become_trials():
     )
     found = verdict_trials(verdicts)
     by_metric = {
-        (channel, metric): found[(found["channel"] == channel) & (found["metric"] == metric)]["value"].tolist()
+        (channel, metric): found[(found["channel"] == channel) & (found["metric"] == metric)][
+            "value"
+        ].tolist()
         for channel, metric in {(row.channel, row.metric) for row in found.itertuples()}
     }
-    assert set(by_metric) == {("plain", "asr"), ("plain", "refusal"), ("benign", "accuracy"), ("benign", "refusal")}
+    assert set(by_metric) == {
+        ("plain", "asr"),
+        ("plain", "refusal"),
+        ("benign", "accuracy"),
+        ("benign", "refusal"),
+    }
     np.testing.assert_equal(by_metric["plain", "asr"], [1.0, 0.0, 0.0, NAN])
     np.testing.assert_equal(by_metric["plain", "refusal"], [0.0, 1.0, 0.0, NAN])
     assert by_metric["benign", "accuracy"] == [1.0, 0.0]
@@ -125,7 +145,12 @@ def test_difference_is_paired_by_example_and_clustered_by_group():
     groups = [f"g{i // 4}" for i in range(200)]
     before = generator.integers(0, 2, 200).astype(float)
     after = before * (generator.random(200) > 0.2)
-    both = pd.concat([trials(before, groups=groups), trials(after, groups=groups, defence="d").sample(frac=1, random_state=0)])
+    both = pd.concat(
+        [
+            trials(before, groups=groups),
+            trials(after, groups=groups, defence="d").sample(frac=1, random_state=0),
+        ]
+    )
     row = paired_difference(both, "none", "d", metric="asr").iloc[0]
     estimate, low, high = cluster_bootstrap(before - after, groups)
     assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx((estimate, low, high))

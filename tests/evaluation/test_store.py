@@ -38,7 +38,9 @@ def test_what_is_added_is_read_again(tmp_path):
     assert again.settings == {name: {"max_new_tokens": 3}}
     assert again.add_settings({"max_new_tokens": 3}) == name
     assert path.read_text().count("settings") == 1 + 3
-    assert [example.prompt for example in (row.to_example() for row in again.answers())] == [answer().prompt] * 3
+    assert [example.prompt for example in (row.to_example() for row in again.answers())] == [
+        answer().prompt
+    ] * 3
     assert again.answers()[0].to_example().meta == {"noun": "blue"}
     assert list(again.to_dataframe()["id"]) == ["a", "b", "c"]
 
@@ -57,6 +59,14 @@ def test_a_line_cut_off_by_a_kill_is_dropped_and_overwritten(tmp_path, kept):
     assert path.read_bytes() == whole
     store.add([answer("c")])
     assert [row.id for row in GenerationStore(path).answers()] == ["a", "b", "c"]
+
+
+def test_nothing_of_a_cut_off_line_stays_behind_a_shorter_one(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    GenerationStore(path).add([answer("a", response="sure " * 50)])
+    path.write_bytes(path.read_bytes()[:-1])
+    GenerationStore(path).add([answer("b", response="")])
+    assert [row.id for row in GenerationStore(path).answers()] == ["b"]
 
 
 def test_a_first_line_cut_off_leaves_an_empty_store(tmp_path):

@@ -44,10 +44,10 @@ def pictured(pairs):
 
 @pytest.fixture(scope="session")
 def same_text(picture):
-    """Pairs that differ in their pictures alone."""
+    """Pairs that differ in their pictures alone; one item, so that intervals have no width."""
     return PairedExamples.from_pairs(
         [
-            (Example(text, image=picture(seed)), Example(text, image=picture(seed + 10)))
+            (Example(text, image=picture(seed), group="one"), Example(text, image=picture(seed + 10), group="one"))
             for seed, text in enumerate(["what is in the picture", "make a red", "yes"])
         ]
     )

@@ -1,7 +1,7 @@
 """A linear LLaVA: NDE + NIE = TE, and every effect equals the value worked out by hand.
 
-Norms are made the identity (an epsilon that dwarfs the variance, undone by the weight), attention uniform (no queries and
-keys), MLPs silent. Then with A_l = W_O W_V of layer l and c_p the mean over positions up to p,
+Norms are made the identity (an epsilon that dwarfs the variance, undone by the weight), attention uniform (no
+queries and keys), MLPs silent. Then with A_l = W_O W_V of layer l and c_p the mean over positions up to p,
 h_{l+1}[p] = h_l[p] + A_l c_p(h_l), and the logits are linear in the last position.
 """
 

@@ -13,7 +13,7 @@ def grid(model, pairs, margin, site, **options):
 
 
 def test_what_leaves_one_room_enters_the_next(model, same_text, margin):
-    """The projector works patch by patch, so its input and output patches have equal effects; so has the tower's end."""
+    """The projector works patch by patch, so its two sides have equal effects; so has the tower's end."""
     first = grid(model, same_text, margin, "blocks.0.hook_resid_pre")
     assert first.shape == (2, 2)
     assert np.abs(first).min() > 1e-4

@@ -39,7 +39,7 @@ def test_a_probe_that_learns_items_is_found_out():
     features = torch.eye(n_items)[items] * 5 + rows(len(items), n_items, seed=1)
     by_item = probe_auc(features, labels, [str(i) for i in items], n_boot=50)
     by_row = probe_auc(features, labels, [str(i) for i in range(len(items))], n_boot=50)
-    assert by_row.estimate > 0.95
+    assert by_row.estimate > 0.85
     assert by_item.estimate < 0.7
 
 

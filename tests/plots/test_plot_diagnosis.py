@@ -34,7 +34,12 @@ def test_effects_stand_in_their_panel_layer_and_component(effects):
     figure = plot_effects(effects)
     maps = {(t.name, t.xaxis): t for t in figure.data}
     titles = [a.text for a in figure.layout.annotations]
-    assert titles == ["vision", "projector", "language, last positions", "language, text positions"]
+    assert titles == [
+        "vision tower",
+        "projector",
+        "language tower, last token",
+        "language tower, text tokens",
+    ]
     last = maps["NIE", "x3"]
     assert list(last.y) == ["attn_out", "mlp_out"]
     expected = np.full((2, 3), np.nan)
@@ -116,14 +121,14 @@ def ablation():
 def test_ablation_draws_a_curve_and_a_band_for_each_component_and_the_baseline(ablation):
     figure = plot_ablation(ablation)
     traces = {t.name: t for t in figure.data}
-    assert set(traces) == {"attn_out", "attn_out interval", "mlp_out", "mlp_out interval"}
+    assert set(traces) == {"attn_out", "attn_out interval", "mlp_out", "mlp_out interval", "no ablation"}
     assert list(traces["mlp_out"].x) == [0, 1]
     assert list(traces["mlp_out"].y) == [0.4, 0.2]
     band = traces["mlp_out interval"]
     assert list(band.x) == [0, 1, 1, 0]
     assert list(band.y) == pytest.approx([0.45, 0.25, 0.1, 0.3])
-    baseline = figure.layout.shapes[0]
-    assert (baseline.y0, baseline.y1, baseline.line.dash) == (0.9, 0.9, "dash")
+    baseline = traces["no ablation"]
+    assert (list(baseline.y), baseline.line.dash) == ([0.9, 0.9], "dash")
 
 
 def test_ablation_can_show_another_share(ablation):

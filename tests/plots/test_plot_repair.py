@@ -29,14 +29,15 @@ def table():
 def test_asr_and_accuracy_have_a_panel_each_with_a_series_a_defence(table):
     figure = plot_asr(table)
     by_place = {(t.yaxis, t.name): t for t in figure.data}
+    assert {t.orientation for t in figure.data} == {"h"}
     assert set(by_place) == {("y", "none"), ("y", "care"), ("y2", "none"), ("y2", "care")}
     care = by_place["y", "care"]
-    assert dict(zip(care.x, care.y, strict=True)) == {"typographic": 0.0, "wrapper": 0.1}
-    assert list(care.error_y.array) == pytest.approx([0.2, 0.1])
-    assert list(care.error_y.arrayminus) == pytest.approx([0.08, 0.0])
+    assert dict(zip(care.y, care.x, strict=True)) == {"typographic": 0.0, "wrapper": 0.1}
+    assert list(care.error_x.array) == pytest.approx([0.2, 0.1])
+    assert list(care.error_x.arrayminus) == pytest.approx([0.08, 0.0])
     assert list(care.customdata[0]) == [0.02, 0.3, 20, 1]
-    assert list(figure.layout.xaxis.categoryarray) == ["typographic", "wrapper"]
-    assert list(by_place["y2", "none"].y) == [0.9]
+    assert list(figure.layout.yaxis.categoryarray) == ["typographic", "wrapper"]
+    assert list(by_place["y2", "none"].x) == [0.9]
     assert by_place["y", "care"].marker.symbol != by_place["y", "none"].marker.symbol
 
 
@@ -93,7 +94,7 @@ def test_spectrum_shows_what_held_out_rows_give(subspace):
     subspace.diagnostics["auto_rank"] = choice
     figure = plot_spectrum(subspace)
     assert list(figure.data[1].y) == [9.0, 1.1]
-    assert figure.layout.shapes[0].y0 == 1.5
+    assert list(figure.data[2].y) == [1.5, 1.5]
 
 
 def test_a_saved_figure_is_a_page_and_its_data(tmp_path):
@@ -117,9 +118,12 @@ def test_a_static_picture_that_cannot_be_made_leaves_the_page(tmp_path, monkeypa
     assert (tmp_path / "curve.html").exists()
 
 
-def test_a_static_picture_has_the_figures_size(tmp_path, monkeypatch):
+def test_a_static_picture_has_the_figures_size_and_no_menus(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **size: seen.update(size, path=path))
-    written = save_figure(go.Figure(layout={"height": 300}), tmp_path / "curve.svg")
+    record = lambda self, path, **size: seen.update(size, path=path, menus=self.layout.updatemenus)  # noqa: E731
+    monkeypatch.setattr(go.Figure, "write_image", record)
+    figure = go.Figure(layout={"height": 300, "updatemenus": [{"buttons": [{"label": "TE"}]}]})
+    written = save_figure(figure, tmp_path / "curve.svg")
+    assert not seen["menus"] and len(figure.layout.updatemenus) == 1
     assert (seen["width"], seen["height"], seen["scale"]) == (640, 300, 1)
     assert written[-1] == seen["path"] == tmp_path / "curve.svg"

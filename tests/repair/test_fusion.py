@@ -295,3 +295,14 @@ def test_is_a_repair_of_core(model):
     for repair in (two(), NoRepair()):
         assert isinstance(repair, Repair)
         assert repair.describe()["name"] == repair.name
+
+
+def test_tokens_out_of_scope_keep_even_the_sign_of_zero(model, inputs):
+    fusion = HybridFusion(visual=(make_correction(seed=1),), scope="last")
+    seen = []
+    spy = (SITE, lambda activation, hook: seen.append(activation.clone()))
+    zero = (SITE, lambda activation, hook: -torch.zeros_like(activation))
+    with torch.no_grad():
+        model.run_with_hooks(inputs, fwd_hooks=[zero, *fusion.fwd_hooks(inputs), spy])
+    last = inputs.spans.last
+    assert bool(torch.signbit(seen[0][~last]).all()) and float(seen[0][last].abs().max()) > 0

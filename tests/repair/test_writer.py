@@ -77,3 +77,12 @@ def test_refused():
     for site in ("vision.blocks.0.hook_resid_post", "projector.hook_out", "blocks.0.attn.hook_z"):
         with pytest.raises(ValueError, match="language tower"):
             dataclasses.replace(writer, site=Site.parse(site))
+
+
+def test_one_writer_serves_models_of_different_precision():
+    writer = Writer.from_subspace(make_subspace())
+    exact = writer.delta(rows().double())
+    assert exact.dtype == torch.float64
+    rounded = writer.delta(rows())
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact.float(), atol=1e-4, rtol=1e-4)

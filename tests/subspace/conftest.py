@@ -18,7 +18,7 @@ def planted_rows(
     shift: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Benign and malicious rows of one coloured Gaussian, and the [width, planted] directions that are planted.
+    """Benign and malicious rows of one coloured Gaussian, and the [width, planted] directions planted.
 
     The malicious rows are wider along those, which have equal benign variance, and shifted along the first.
     """

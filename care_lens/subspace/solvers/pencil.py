@@ -95,8 +95,8 @@ def solve_pencil(
     if allowed < rank and not clip:
         raise RankError(
             f"rank must be at most {allowed} for these rows, got {rank}; beyond that no direction is "
-            f"preferred to another (malicious shrinkage weight {malicious.weight:.3g}): ask for less, or give more "
-            "malicious rows",
+            f"preferred to another (malicious shrinkage weight {malicious.weight:.3g}): ask for less, or "
+            "give more malicious rows",
             largest=allowed,
         )
     values, vectors = values[:allowed].clone(), signed(vectors[:, :allowed])

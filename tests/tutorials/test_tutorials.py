@@ -1,0 +1,34 @@
+"""The tutorials run, and their notebooks are made from the scripts as they are now."""
+
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[2] / "tutorials"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+
+def sources(notebook):
+    return [(cell.cell_type, cell.source.strip()) for cell in notebook.cells]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_notebook_has_the_cells_of_its_script_and_their_outputs(script):
+    notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    assert sources(notebook) == sources(jupytext.read(script)), "run `make tutorials`"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code), "run `make tutorials`"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_tutorial_runs(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLOTLY_RENDERER", "json")
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(jupytext.read(script), timeout=500, kernel_name="python3", resources=resources).execute()
+
+
+def test_there_is_a_tutorial():
+    assert SCRIPTS
