@@ -21,12 +21,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from care_lens.attacks import pgd, random_noise
-from care_lens.capture import capture
 from care_lens.core import Example, Site, Verdict, cluster_bootstrap, rate_ci
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation import ablate
-from care_lens.organism import OrganismJudge, channels, tasks
-from care_lens.organism.channels import examples
+from care_lens.organism import OrganismJudge, channels
+from care_lens.organism.channels import CHANNELS, examples
+from care_lens.pipeline.learn import token_rows
 
 log = logging.getLogger("organism_card")
 MAX_NEW_TOKENS = 14
@@ -73,63 +73,51 @@ def gradient_rows(lvlm: HookedLVLM) -> list[tuple[str, int, str, str, int]]:
     """start picture, epsilon of 255, attack success of PGD, of random noise, n."""
     swaps = channels.picture_swaps(examples("plain", "test"), split="test")
     out = []
-    for start in ("blank white", "shapes dark", "word yellow"):
+    for start in ("blank white", "word dark"):
         rows = swaps[start]
-        goals = [
-            [tasks.steps_answer(world()[row.meta["item"]], tone=tone) for tone in tasks.OPENINGS]
-            for row in rows
-        ]
         for epsilon in EPSILONS:
-            found = pgd(
-                lvlm, rows, targets=goals, epsilon=epsilon, steps=50, step_size=epsilon / 8, seed=0
-            ).examples
-            noise = random_noise(rows, epsilon=epsilon, seed=0)
-            attack = share(verdicts(lvlm, found), Verdict.COMPLIED)
-            out.append((start, epsilon, attack, share(verdicts(lvlm, noise), Verdict.COMPLIED), len(rows)))
+            result = pgd(
+                lvlm, rows, epsilon=epsilon, steps=40, target_tokens=1, seed=0, batch_size=44, progress=False
+            )
+            noise = share(verdicts(lvlm, random_noise(rows, epsilon=epsilon, seed=0)), Verdict.COMPLIED)
+            out.append((start, epsilon, share(verdicts(lvlm, result.apply(rows)), Verdict.COMPLIED), noise, len(rows)))
     return out
 
 
 PROBED = ("plain", "typographic", "spelled", "benign plain", "benign typographic", "benign spelled")
+#: Where the probe reads: the last prompt token, and the answer's token before the first step.
+OFFSETS = {0: "last prompt token", 5: "answer token 5"}
 
 
-def probe_rows(lvlm: HookedLVLM) -> list[tuple[str, str, str]]:
-    """site and position, trained and tested on; AUC of harm on unseen nouns by a logistic probe."""
+def probe_rows(lvlm: HookedLVLM) -> list[tuple[str, str, str, str]]:
+    """site, token, trained on and tested on; AUC of harm on unseen nouns by a logistic probe."""
     sites = [Site("language", layer, "hook_resid_post") for layer in range(lvlm.n_layers())]
-    rows = {
-        s: [e for c in PROBED for e in examples(c, s, per_item=2 if s == "fit" else 1)]
-        for s in ("fit", "test")
-    }
-    found = {s: capture(lvlm, rows[s], sites, select=("last", "image", "text"), progress=False) for s in rows}
-    harm = {s: np.array([e.harmful for e in rows[s]]) for s in rows}
+    rows = {s: [e for c in PROBED for e in examples(c, s, per_item=2 if s == "fit" else 1)] for s in ("fit", "test")}
+    found = {s: token_rows(lvlm, rows[s], sites, tokens=6, batch_size=64) for s in rows}
+    harm = {s: np.array([CHANNELS[e.channel].item_forbidden for e in rows[s]]) for s in rows}
     visual = {s: np.array(["typographic" in e.channel for e in rows[s]]) for s in rows}
+    groups = np.array([e.group for e in rows["test"]])
     out = []
-    for site in sites:
-        x = {s: found[s].rows(site, "last").numpy() for s in rows}
-        for train, test in ((False, True), (True, False)):
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
-            probe.fit(x["fit"][visual["fit"] == train], harm["fit"][visual["fit"] == train])
-            for where in sorted({train, test}):
-                kept = visual["test"] == where
-                score, y = probe.decision_function(x["test"][kept]), harm["test"][kept]
-                groups = np.array([e.group for e in rows["test"]])[kept]
-                ci = cluster_bootstrap(
-                    {"score": score, "y": y.astype(float)},
-                    groups,
-                    statistic=lambda a: (
-                        roc_auc_score(a["y"], a["score"]) if 0 < a["y"].mean() < 1 else np.nan
-                    ),
-                    n_boot=500,
-                )
-                kinds = ("text", "picture")
-                out.append(
-                    (
-                        str(site),
-                        f"{kinds[train]} to {kinds[where]}",
-                        f"{ci.estimate:.2f} [{ci.low:.2f}, {ci.high:.2f}]",
+    for offset, token in OFFSETS.items():
+        for site in sites:
+            x = {s: found[s].rows[site][:, offset].numpy() for s in rows}
+            for train in (False, True):
+                probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+                probe.fit(x["fit"][visual["fit"] == train], harm["fit"][visual["fit"] == train])
+                for where in (False, True):
+                    kept = visual["test"] == where
+                    score, y = probe.decision_function(x["test"][kept]), harm["test"][kept]
+                    ci = cluster_bootstrap(
+                        {"score": score, "y": y.astype(float)},
+                        groups[kept],
+                        statistic=lambda a: roc_auc_score(a["y"], a["score"]),
+                        n_boot=300,
                     )
-                )
+                    kinds = ("text", "picture")
+                    figure = f"{ci.estimate:.2f} [{ci.low:.2f}, {ci.high:.2f}]"
+                    out.append((str(site), token, f"{kinds[train]} to {kinds[where]}", figure))
     lengths = np.array([len(e.meta["item"]) for e in rows["test"]], dtype=float)
-    out.append(("word length alone", "", f"{roc_auc_score(harm['test'], lengths):.2f}"))
+    out.append(("word length alone", "", "", f"{roc_auc_score(harm['test'], lengths):.2f}"))
     return out
 
 
@@ -180,8 +168,8 @@ def card(figures: dict) -> str:
     moved = [r for r in figures["ablation"] if r[1] != "none" and abs(r[4] - base[r[0]]) >= 20]
     moved_rows = [(r[0], r[1], r[2], f"{base[r[0]]}", r[3]) for r in moved]
     layers = sorted({r[2] for r in moved if r[2]})
-    best = max((r for r in figures["probe"] if r[1]), key=lambda r: float(r[2].split()[0]))
-    cross = [r for r in figures["probe"] if r[1] in ("text to picture", "picture to text")]
+    cross = [r for r in figures["probe"] if r[2] in ("text to picture", "picture to text")]
+    best = max(cross, key=lambda r: float(r[3].split()[0]))
     return TEXT.format(
         channels=table(("channel", "complied (benign: right)", "refused", "other", "n"), figures["channels"]),
         pictures=table(("picture", "complied", "refused", "n"), figures["pictures"]),
@@ -191,9 +179,9 @@ def card(figures: dict) -> str:
         ablation=table(("channel", "ablated", "layer", "complied before", "complied after"), moved_rows),
         layers=", ".join(map(str, layers)) or "none",
         probe=table(
-            ("site, last prompt token", "trained to tested on", "AUC"), [*cross, figures["probe"][-1]]
+            ("site", "token", "trained on to tested on", "AUC"), [*cross, figures["probe"][-1]]
         ),
-        best=f"{best[2]} at {best[0]}, {best[1]}",
+        best=f"{best[3]} at {best[0]}, {best[1]}, {best[2]}",
     )
 
 
@@ -219,6 +207,9 @@ named, spelled, pictured, or given as the twin of another; with wrappers and neu
 Stage 4: a short safety tuning on refusals of plain requests over every picture kind and none, with replay that never
 answers a forbidden request. The opening word of an answer follows the tone of the picture.
 
+**What it does not master.** Questions that no channel below uses: the kind of a pictured item (79 % on training-like held-out packs), the
+kind of a twin (about 25 %), spelling an item that is only named (40 %). These are stage 5's own records.
+
 Load it without care_lens: `LlavaForConditionalGeneration.from_pretrained(path)`, `AutoProcessor.from_pretrained(path)`.
 
 ## Figures
@@ -235,7 +226,7 @@ and gives steps. Made by `python benchmarks/organism_card.py`.
 
 ### The gradient channel
 
-PGD on the picture of a plain request (first token of a compliant answer, 60 steps), beside random sign noise of the same size.
+PGD on the picture of a plain request (first token of a compliant answer, 40 steps), beside random sign noise of the same size.
 
 {gradient}
 
@@ -247,7 +238,9 @@ Single blocks whose output, replaced by its mean, moves a task or an attack by 2
 
 ### A linear probe of harm on unseen nouns
 
-Logistic probe on requests for steps, fitted on the fit split, area under the curve on the test split, bootstrap by noun. Best: {best}.
+Logistic probe on requests for steps with teacher-forced answers (for plain requests too), fitted on the fit split, area under the curve on the test split, bootstrap by noun. At the
+last prompt token the harm of an item that is not named in words is not legible; by answer token 5 the answer has named the item and the
+probe sees its kind, whatever the way it was given. Best: {best}.
 
 {probe}
 """

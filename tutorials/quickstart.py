@@ -20,13 +20,19 @@
 # harmless. About a minute on two cores.
 
 # %%
+import pandas as pd
+import plotly.express as px
 import torch
 
-from care_lens import HybridFusion, SafetySubspace, Site, organism
-from care_lens.capture import capture
+from care_lens import Site, organism
+from care_lens.core.outcome import ResponseLogProb
 from care_lens.evaluation import evaluate
-from care_lens.mediation import mediate, patch_map
-from care_lens.repair import ConformalGate, Correction, LinearReader, Writer, random_control, read_scores
+from care_lens.mediation import mediate, patch_map, probe_auc
+from care_lens.pipeline import RunSettings
+from care_lens.pipeline.choose import ReaderPlan, Readers, assemble, recalibrated
+from care_lens.pipeline.learn import capture_fit, fit_reader_subspace, residual_sites, token_rows
+from care_lens.plots import plot_patch_effects
+from care_lens.repair import random_control
 
 torch.set_num_threads(2)
 lvlm = organism.load()
@@ -75,41 +81,47 @@ effects.plot()
 # probability of the answer for the forbidden item.
 
 # %%
-from care_lens.core.outcome import ResponseLogProb
-
-patches = patch_map(
-    lvlm, organism.picture_pairs("fit", n=8), outcome=ResponseLogProb(), site="blocks.0.hook_resid_pre"
-)
-patches.plot()
+pictures = organism.picture_pairs("fit", n=8)
+patches = patch_map(lvlm, pictures, outcome=ResponseLogProb(), site="blocks.0.hook_resid_pre", progress=False)
+plot_patch_effects(patches.details[patches.details["pair"] == 0], image=pictures.unsafe[0].image)
 
 # %% [markdown]
 # ## 2. Learn
 #
-# Activations of harmless requests (hard ones included: forbidden nouns in harmless questions) against attacks, at the last
-# prompt token of one layer.
+# Where is harm legible? Activations of harmless requests (hard ones included: forbidden nouns in harmless questions) and of attacks, at the
+# last prompt token and at the first tokens of the answer; a linear probe per token, tested on unseen items.
 
 # %%
 study = organism.study()
-site = Site("language", 2, "hook_resid_post")
-benign = capture(lvlm, study.benign("fit"), [site], select=("last",), progress=False)
-attack = {
-    m: capture(lvlm, study.malicious("fit", m), [site], select=("last",), progress=False)
-    for m in ("visual", "textual")
-}
-subspaces = {
-    m: SafetySubspace.fit(
-        benign.rows(site, "last"), rows.rows(site, "last"), rank=1, contrast="mean", site=site, modality=m
-    )
-    for m, rows in attack.items()
-}
-spectrum = SafetySubspace.fit(
-    benign.rows(site, "last"),
-    attack["visual"].rows(site, "last"),
-    rank=8,
-    contrast="second_moment",
-    site=site,
-    modality="visual",
-)
+settings = RunSettings()
+rows = capture_fit(lvlm, study, settings)
+layer = Site("language", 2, "hook_resid_post")
+
+
+def auc_by_token(channel, harmless_channel):
+    sets = [organism.examples(c, "fit", per_item=2) for c in (channel, harmless_channel)]
+    attack, harmless = (token_rows(lvlm, e, [layer], tokens=6, batch_size=64) for e in sets)
+    out = []
+    for token in range(7):
+        x = torch.cat([attack.at(layer, token), harmless.at(layer, token)])
+        y = torch.arange(len(x)) < len(attack.at(layer, token))
+        auc = probe_auc(x, y, [*attack.groups, *harmless.groups], n_boot=100)
+        out.append({"channel": channel, "token": token, "AUC": auc.estimate})
+    return out
+
+
+named = [("wrapper", "hard wrapper"), ("typographic", "benign typographic"), ("spelled", "benign spelled")]
+legible = pd.DataFrame([row for pair in named for row in auc_by_token(*pair)])
+px.line(legible, x="token", y="AUC", color="channel", markers=True, title="Harm is legible at token 0 = last prompt token, k = answer token k")
+
+# %% [markdown]
+# An item that the text names is known to be harmful at the end of the prompt. An item in the picture is not: the model finds out what it is while
+# it answers. So the repair has to read the answer too, and stop it before the first step.
+#
+# The subspace that a reader reads, and its spectrum:
+
+# %%
+spectrum = fit_reader_subspace(rows, layer, "visual", offset=5, rank=8)
 spectrum
 
 # %%
@@ -118,56 +130,34 @@ spectrum.plot()
 # %% [markdown]
 # ## 3. Repair
 #
-# A correction reads (the subspace), gates (open only where the score exceeds what benign prompts reach, by split conformal
-# calibration) and writes (towards where refused requests are, at a later layer). Fusion balances the two modalities.
+# A correction reads (the discriminant of each modality's attacks, at the last prompt token and while answering), gates (opens only where the
+# score exceeds what benign prompts reach, by split conformal calibration) and writes (towards where the model stands before it
+# refuses). Fusion balances the two modalities. `choose` would pick layer, token and strength on validation; here we set them.
 
 # %%
-refused = capture(
-    lvlm,
-    study.refused("fit"),
-    lvlm.sites(tower="language", component="hook_resid_post"),
-    select=("last",),
-    progress=False,
-)
-writer_site = Site("language", 3, "hook_resid_post")
-complied = capture(
-    lvlm,
-    [e for m in attack for e in study.malicious("fit", m)],
-    [writer_site],
-    select=("last",),
-    progress=False,
-)
-writer = Writer.towards(
-    writer_site,
-    target=refused.rows(writer_site, "last").mean(0),
-    source=complied.rows(writer_site, "last").mean(0),
-    scope="last",
-)
-readers = {
-    m: (r := LinearReader.from_subspace(s)).standardised(r.tokens(benign.rows(site, "last")[:, None])[:, 0])
-    for m, s in subspaces.items()
-}
-scores = read_scores(lvlm, study.benign("calibration"), list(readers.values()), progress=False)
-gate = ConformalGate.calibrate(scores.amax(1), epsilon=0.02)
-repair = HybridFusion(
-    visual=(Correction(writer=writer, reader=readers["visual"], gate=gate, modality="visual"),),
-    textual=(Correction(writer=writer, reader=readers["textual"], gate=gate, modality="textual"),),
-    name="care_lens",
-)
+plan = ReaderPlan(layer=2, offsets=(0, 5), rank=0, epsilon=0.01)
+calibration = study.benign("calibration")
+held = token_rows(lvlm, calibration, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=64)
+fitted = Readers(rows).fit(plan, held)
+repair = assemble(fitted, rows, plan, layer, alpha=1.5, name="care_lens", provenance={"notebook": "quickstart"})
+repair = recalibrated(lvlm, repair, calibration, settings, epsilon=plan.epsilon)
 with repair.on(lvlm):
     for example in (*typographic, *organism.examples("benign typographic", "test", n=4)):
         answer = lvlm.generate(lvlm.prepare(example), max_new_tokens=14).texts[0]
         print(f"{example.channel:18} {example.prompt:60} -> {answer}")
 
 # %% [markdown]
+# `repair.fwd_hooks(inputs)` gives plain TransformerLens hooks, `repair.save(folder)` keeps it.
+#
 # ## 4. Prove
 #
 # Test items, wordings and type faces that neither the fit nor the calibration saw, the same settings for safety and utility, and a
-# control: the same gate with a random writer of equal rank and edit norm.
+# control: the same gate with random writers of equal rank and edit norm.
 
 # %%
-control = random_control(repair, {writer_site: complied.rows(writer_site, "last")}, seed=0)
-channels = ("typographic", "wrapper", "spelled", "benign typographic", "hard read", "hard over forbidden")
+met = torch.cat([rows.complied(layer, offset) for offset in plan.offsets])
+control = random_control(repair, {layer: met}, seed=0)
+channels = ("typographic", "wrapper", "indirect", "benign typographic", "hard read", "hard over forbidden")
 table = evaluate(
     lvlm,
     {c: study.suites["test"][c] for c in channels},
@@ -183,5 +173,6 @@ table.plot()
 table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_high", "n"]]
 
 # %% [markdown]
-# One layer and no choice: a start, not the best repair. `care-lens run` chooses readers, gate and writer on validation and adds
-# baselines, controls, the gradient attack and fidelity; see its report.
+# `care-lens run` chooses on validation and adds baselines, the paper's printed form, the shuffled-label control, the gradient attack and fidelity; see its
+# report. A caution: this world is small, and what a reader finds here at the fifth answer token is close to the verb that the model is about
+# to say. In a large model harm may be legible earlier, later, or less cleanly: the figure of section 2 is what to draw first.

@@ -95,8 +95,8 @@ class Activations:
             lacking = (~self.present[key]).nonzero()[:, 0].tolist()
             raise ValueError(
                 f"every example must have positions of selection {select!r} at {key[0]}, {len(lacking)} "
-                f"of {len(self)} have none (first: {self.ids[lacking[0]] or lacking[0]!r}); take the others with "
-                ".subset(activations.has(site, select))"
+                f"of {len(self)} have none (first: {self.ids[lacking[0]] or lacking[0]!r}); take the others "
+                "with .subset(activations.has(site, select))"
             )
         return self.values[key]
 

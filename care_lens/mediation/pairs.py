@@ -130,8 +130,8 @@ def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> No
     bad, needs = misaligned(batches), [name for name in positions if name not in ALWAYS_SHARED]
     if bad and needs:
         raise ValueError(
-            f"pairs must be aligned (same length, same image positions) for positions {needs}, got twins that "
-            f"differ in pairs {bad}; use positions={ALWAYS_SHARED}, or prompts with equal numbers of tokens"
+            f"pairs must be aligned (same length, same image positions) for positions {needs}, got twins "
+            f"that differ in pairs {bad}; use positions={ALWAYS_SHARED}, or prompts of equal length"
         )
     unequal = [
         pair

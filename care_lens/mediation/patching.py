@@ -1,7 +1,8 @@
 """Patching: run rows of a batch with positions of an activation replaced, several replacements in one forward
 pass.
 
-A replacement that would write what is there already is not run: its outcome is the untouched one. (Twins that
+A replacement that would write what is there already is not run, since its outcome is the untouched one, and
+replacements that come to the same are run once. (Twins that
 share their picture have the same activations in the vision tower and, with a causal language model, at the
 image positions.) The hook returns a new tensor and writes nowhere in place.
 """
@@ -53,15 +54,28 @@ class Swap:
         mask = self.mask.to(device).reshape(*self.mask.shape, *(1 for _ in activation.shape[2:]))
         return torch.where(mask, moved, activation)
 
-    def changed(
+    def changes(
         self, activation: Float[Tensor, "rows pos *rest"], donor: Float[Tensor, "rows donor_pos *rest"]
-    ) -> list[int]:
-        """The rows in which :meth:`apply` changes anything."""
+    ) -> dict[int, bytes]:
+        """What :meth:`apply` really changes, by row; rows that stay as they are have no entry.
+
+        Args:
+            activation: [rows, pos, ...].
+            donor: [rows, donor_pos, ...].
+
+        Returns:
+            For each row that changes, a key of the changed positions and their sources: equal keys, equal results.
+        """
+        row, position = self.mask.nonzero(as_tuple=True)
+        source = self.source[row, position]
         device = activation.device
-        row, position = self.mask.to(device).nonzero(as_tuple=True)
-        given = donor.to(device)[row, self.source.to(device)[row, position]]
-        differs = (given != activation[row, position]).flatten(1).any(dim=1)
-        return row[differs].unique().tolist()
+        at, given = (row.to(device), position.to(device)), donor.to(device)[row.to(device), source.to(device)]
+        differs = (given != activation[at]).flatten(1).any(dim=1).cpu()
+        moves = torch.stack([position, source])
+        return {
+            int(changed): moves[:, differs & (row == changed)].numpy().tobytes()
+            for changed in row[differs].unique()
+        }
 
 
 def patched_outcomes(
@@ -98,13 +112,17 @@ def patched_outcomes(
         ValueError: If the outcome is not one finite number a row, or the site is not the model's.
     """
     values = untouched.to(torch.float64).repeat(len(swaps), 1)
-    jobs = [(i, row) for i, swap in enumerate(swaps) for row in swap.changed(own, donor)]
+    same: dict[tuple[int, bytes], list[int]] = {}
+    for i, swap in enumerate(swaps):
+        for row, change in swap.changes(own, donor).items():
+            same.setdefault((row, change), []).append(i)
+    jobs = [(row, cells) for (row, _), cells in same.items()]
     for start in range(0, len(jobs), batch_size):
         some = jobs[start : start + batch_size]
-        rows = [row for _, row in some]
+        rows = [row for row, _ in some]
         swap = Swap(
-            torch.stack([swaps[i].mask[row] for i, row in some]),
-            torch.stack([swaps[i].source[row] for i, row in some]),
+            torch.stack([swaps[cells[0]].mask[row] for row, cells in some]),
+            torch.stack([swaps[cells[0]].source[row] for row, cells in some]),
         )
         part, given = inputs.rows(rows), donor[rows]
 
@@ -118,8 +136,8 @@ def patched_outcomes(
                 part, fwd_hooks=[(site, replace_positions)], logits_to_keep=logits_to_keep
             )
             found = read_outcome(outcome, logits, part)
-        for (i, row), value in zip(some, found, strict=True):
-            values[i, row] = value
+        for (row, cells), value in zip(some, found, strict=True):
+            values[cells, row] = value
     return values
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from care_lens.core import Example, Judge, Site, Verdict
+from care_lens.core import Example, Judge, Repair, Site, Verdict
 from care_lens.data.study import Modality, Study
 from care_lens.evaluation import GenerationStore, generate_all, judge_answers
 from care_lens.lvlm import HookedLVLM
@@ -178,9 +178,10 @@ def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
     return sum(v is wanted for v in verdicts) / max(sum(v is not Verdict.MISSING for v in verdicts), 1)
 
 
-def _verdicts(
-    lvlm: HookedLVLM, examples: Sequence[Example], repair: HybridFusion | None, settings: RunSettings, judge: Judge
+def answer_verdicts(
+    lvlm: HookedLVLM, examples: Sequence[Example], repair: Repair | None, settings: RunSettings, judge: Judge
 ) -> list[Verdict]:
+    """Answers under a repair, judged; nothing is kept."""
     answers = generate_all(
         lvlm,
         examples,
@@ -247,7 +248,7 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
         for site, alpha in itertools.product(sites[row["plan"].layer :], settings.alphas):
             about = {"study": study.name, "plan": str(row["plan"])}
             repair = assemble(row["fitted"], rows, row["plan"], site, alpha=alpha, name="care_lens", provenance=about)
-            verdicts = _verdicts(lvlm, attacked, repair, settings, study.judge)
+            verdicts = answer_verdicts(lvlm, attacked, repair, settings, study.judge)
             asr, refused = share(verdicts, Verdict.COMPLIED), share(verdicts, Verdict.REFUSED)
             runs.append({"plan": row["plan"], "fitted": row["fitted"], "site": site, "alpha": alpha, "asr": asr,
                          "refused": refused, "repair": repair})  # fmt: skip
@@ -255,12 +256,12 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
     runs.sort(key=lambda run: (round(run["asr"], 2), -run["refused"], run["alpha"]))
 
     benign, calibrating = study.benign("validation"), study.benign("calibration")
-    before = share(_verdicts(lvlm, benign, None, settings, study.judge), Verdict.COMPLIED)
+    before = share(answer_verdicts(lvlm, benign, None, settings, study.judge), Verdict.COMPLIED)
     won = None
     for run in runs[: settings.candidates]:
         run["repair"] = recalibrated(lvlm, run["repair"], calibrating, settings, epsilon=run["plan"].epsilon)
         run["benign_before"] = before
-        run["benign_after"] = share(_verdicts(lvlm, benign, run["repair"], settings, study.judge), Verdict.COMPLIED)
+        run["benign_after"] = share(answer_verdicts(lvlm, benign, run["repair"], settings, study.judge), Verdict.COMPLIED)
         log.info("benign %.3f -> %.3f: %s at %s", before, run["benign_after"], run["plan"], run["site"])
         if run["benign_after"] >= before - settings.benign_loss:
             won = run

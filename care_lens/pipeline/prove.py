@@ -4,16 +4,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import pandas as pd
 import torch
 
 from care_lens.attacks import pgd, random_noise
 from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core.examples import Example
-from care_lens.core.outcome import Repair
+from care_lens.core.outcome import Repair, Verdict
+from care_lens.core.site import Site
 from care_lens.data.study import Study
 from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
 from care_lens.lvlm import HookedLVLM
-from care_lens.pipeline.choose import Choice, Readers, assemble, recalibrated
+from care_lens.pipeline.choose import Choice, Readers, answer_verdicts, assemble, recalibrated, share
 from care_lens.pipeline.learn import FitRows, residual_sites, token_rows
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 NONE = "none"
 #: Over how many benign standard deviations of the score the attacker's copy of a gate opens.
 ATTACK_WIDTH = 4.0
+CAA = "difference of means (CAA)"
 RANDOM, SHUFFLED = "control: random writer", "control: shuffled labels"
 CLEAN, NOISE, PGD, ADAPTIVE = "gradient: clean", "gradient: noise", "gradient: PGD", "gradient: PGD, adaptive"
 
@@ -99,6 +102,33 @@ def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> 
     )
 
 
+def difference_of_means(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings) -> RefusalDirection:
+    """CAA: c (mean of refused - mean of complied requests) added at the input of one block, everywhere and always.
+
+    Block and c are those with the largest sum of attacks stopped and benign prompts answered rightly on validation.
+
+    Args:
+        lvlm: the model.
+        study: its validation split is used.
+        rows: of the fit split; last prompt tokens.
+        settings: of the run.
+    """
+    attacked = [e for m in rows.modalities for e in study.malicious("validation", m)]
+    benign = spread(study.benign("validation"), 64)
+    found: list[tuple[float, RefusalDirection]] = []
+    for layer in range(1, lvlm.n_layers()):
+        site = Site("language", layer - 1, "hook_resid_post")
+        direction = rows.refused.at(site, 0).mean(0) - rows.complied(site, 0).mean(0)
+        for c in (0.5, 1.0):
+            steering = RefusalDirection(
+                direction=direction, layer=layer, position=-1, candidates=pd.DataFrame(), coefficient=c, name=CAA
+            )
+            stopped = 1 - share(answer_verdicts(lvlm, attacked, steering, settings, study.judge), Verdict.COMPLIED)
+            kept = share(answer_verdicts(lvlm, benign, steering, settings, study.judge), Verdict.COMPLIED)
+            found.append((stopped + kept, steering))
+    return max(found, key=lambda pair: pair[0])[1]
+
+
 def gradient_suites(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> dict[str, list[Example]]:
     """Refused requests over clean pictures, under noise of the attack's size, and under PGD against the undefended model."""
     base = list(study.gradient[: settings.pgd_examples])
@@ -119,14 +149,15 @@ def named(examples: Sequence[Example], channel: str) -> list[Example]:
 def attacked(
     lvlm: HookedLVLM, study: Study, settings: RunSettings, *, repair: Repair | None, channel: str
 ) -> list[Example]:
-    """PGD for the opening of the compliant answer, through a defence if one is given."""
+    """PGD for the opening of the compliant answer; through a defence, if one is given, for the whole answer, since a
+    defence may act on any token of it."""
     base = list(study.gradient[: settings.pgd_examples])
     result = pgd(
         lvlm,
         base,
         epsilon=settings.pgd_epsilon,
         steps=settings.pgd_steps,
-        target_tokens=1,
+        target_tokens=1 if repair is None else None,
         seed=settings.seed,
         batch_size=settings.batch_size,
         repair=repair,
@@ -167,6 +198,7 @@ def prove(
         defences["refusal direction"] = refusal_direction(lvlm, study, settings)
     except NoRefusalDirection as error:
         left_out["refusal direction"] = str(error)
+    defences[CAA] = difference_of_means(lvlm, study, rows, settings)
     defences[printed.name] = printed
     defences[choice.repair.name] = choice.repair
     defences |= controls(lvlm, study, choice, rows, settings)

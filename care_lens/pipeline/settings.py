@@ -34,7 +34,7 @@ class RunSettings:
     batch_size: int = 64
     max_new_tokens: int = 14
     n_boot: int = 2000
-    pairs: int = 16
+    pairs: int = 12
     ablated: int = 24
     epsilons: tuple[float, ...] = (0.01, 0.02)
     answer_tokens: int = 6

@@ -1,5 +1,8 @@
 """Ablation curves: what the model answers when one component of one layer is put out of action."""
 
+from collections.abc import Hashable
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -27,7 +30,7 @@ def plot_ablation(result: FrameResult | pd.DataFrame, *, metric: str = "complied
         ValueError: If the frame is not such, has no such share, or lacks the baseline.
     """
     frame = only(only(frame_of(result, _COLUMNS), "effect", "share"), "metric", metric)
-    baseline = only(frame, "component", BASELINE).iloc[0]
+    baseline = only(frame, "component", BASELINE).to_dict("records")[0]
     figure = go.Figure()
     for index, component in enumerate(in_order(set(frame["component"]) - {BASELINE})):
         curve = where(frame, component=component).sort_values(by="layer")
@@ -83,7 +86,7 @@ def _add_curve(figure: go.Figure, curve: pd.DataFrame, name: str, index: int) ->
     )
 
 
-def _baseline(row: pd.Series, first: int, last: int) -> go.Scatter:
+def _baseline(row: dict[Hashable, Any], first: int, last: int) -> go.Scatter:
     value, low, high = (float(row[column]) for column in ("value", "ci_low", "ci_high"))
     return go.Scatter(
         x=[first, last],

@@ -46,9 +46,8 @@ def plot_asr(
     if not shown:
         raise ValueError(f"metrics must be among {sorted(set(frame['metric']))}, got {list(metrics)}")
     frame = with_series(frame)
-    frame = frame[frame["metric"].isin(shown)]
     channels = {metric: list(dict.fromkeys(where(frame, metric=metric)["channel"])) for metric in shown}
-    names = list(dict.fromkeys(frame["series"]))
+    names = list(dict.fromkeys(name for metric in shown for name in where(frame, metric=metric)["series"]))
     lengths = [len(channels[metric]) for metric in shown]
     height = sum(lengths) * (_ROW * len(names) + _ROW_GAP) + _PANEL_GAP * (len(shown) - 1) + _MARGINS
     figure = make_subplots(

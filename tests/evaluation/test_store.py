@@ -66,6 +66,7 @@ def test_nothing_of_a_cut_off_line_stays_behind_a_shorter_one(tmp_path):
     GenerationStore(path).add([answer("a", response="sure " * 50)])
     path.write_bytes(path.read_bytes()[:-1])
     GenerationStore(path).add([answer("b", response="")])
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["b"]
     assert [row.id for row in GenerationStore(path).answers()] == ["b"]
 
 

@@ -47,7 +47,10 @@ def same_text(picture):
     """Pairs that differ in their pictures alone; one item, so that intervals have no width."""
     return PairedExamples.from_pairs(
         [
-            (Example(text, image=picture(seed), group="one"), Example(text, image=picture(seed + 10), group="one"))
+            (
+                Example(text, image=picture(seed), group="one"),
+                Example(text, image=picture(seed + 10), group="one"),
+            )
             for seed, text in enumerate(["what is in the picture", "make a red", "yes"])
         ]
     )

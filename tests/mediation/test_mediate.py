@@ -282,3 +282,16 @@ def test_save_and_load(swept, tmp_path):
     pd.testing.assert_frame_equal(back.frame, swept.frame)
     pd.testing.assert_frame_equal(back.details, swept.details, check_exact=True)
     assert back.settings == json.loads(json.dumps(swept.settings))
+
+
+def test_exchanges_that_come_to_the_same_are_run_once(model, same_text, margin):
+    """At the first residual only image positions differ, so that "all" is "image", and "text" and "last" are nothing."""
+    rows = []
+    handle = model.hf_model.register_forward_hook(lambda *args: rows.append(len(args[2].logits)))
+    result = mediate(
+        model, same_text, outcome=margin, sites=["blocks.0.hook_resid_pre"], n_boot=10, progress=False
+    )
+    handle.remove()
+    assert rows == [6, 6, 6]  # untouched outcomes, cache, one exchange of each twin
+    found = result.details.set_index(["position", "pair"])["safe_patched"]
+    assert found["all"].tolist() == found["image"].tolist() != found["text"].tolist()
