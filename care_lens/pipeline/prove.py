@@ -119,9 +119,10 @@ def difference_of_means(lvlm: HookedLVLM, study: Study, rows: FitRows, settings:
     for layer in range(1, lvlm.n_layers()):
         site = Site("language", layer - 1, "hook_resid_post")
         direction = rows.refused.at(site, 0).mean(0) - rows.complied(site, 0).mean(0)
+        one = pd.DataFrame([{"layer": layer, "position": -1, "kept": True}])
         for c in (0.5, 1.0):
             steering = RefusalDirection(
-                direction=direction, layer=layer, position=-1, candidates=pd.DataFrame(), coefficient=c, name=CAA
+                direction=direction, layer=layer, position=-1, candidates=one, coefficient=c, name=CAA
             )
             stopped = 1 - share(answer_verdicts(lvlm, attacked, steering, settings, study.judge), Verdict.COMPLIED)
             kept = share(answer_verdicts(lvlm, benign, steering, settings, study.judge), Verdict.COMPLIED)
