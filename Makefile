@@ -50,7 +50,8 @@ pytest: $(READY)
 # A tutorial is a pair: NAME.py (jupytext percent) is what is edited; this executes it and writes NAME.ipynb, which the
 # documentation shows. The tests execute it too, and check that the pair agrees.
 tutorials: $(READY)
-	PLOTLY_RENDERER=notebook_connected $(BIN)/jupytext --to ipynb --execute tutorials/*.py
+	$(BIN)/jupytext --quiet --to ipynb tutorials/*.py
+	PLOTLY_RENDERER=notebook_connected $(BIN)/jupyter-execute --inplace tutorials/*.ipynb
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html

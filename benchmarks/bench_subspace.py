@@ -59,9 +59,7 @@ def solve(case: str, benign: Any, malicious: Any, rank: int) -> Any:
     from care_lens.subspace import SafetySubspace
 
     if case in ("dual", "dense"):
-        fitted = SafetySubspace.fit(
-            benign, malicious, rank=rank, contrast="covariance", shrinkage=WEIGHT, solver=case
-        )
+        fitted = SafetySubspace.fit(benign, malicious, rank=rank, contrast="covariance", shrinkage=WEIGHT, solver=case)
         return fitted.read.double().numpy()
     covariances = [np.cov(rows.double().numpy(), rowvar=False, bias=True) for rows in (benign, malicious)]
     order, eye = len(covariances[0]), np.eye(len(covariances[0]))

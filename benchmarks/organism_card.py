@@ -76,9 +76,7 @@ def gradient_rows(lvlm: HookedLVLM) -> list[tuple[str, int, str, str, int]]:
     for start in ("blank white", "word dark"):
         rows = swaps[start]
         for epsilon in EPSILONS:
-            result = pgd(
-                lvlm, rows, epsilon=epsilon, steps=40, target_tokens=1, seed=0, batch_size=44, progress=False
-            )
+            result = pgd(lvlm, rows, epsilon=epsilon, steps=40, target_tokens=1, seed=0, batch_size=44, progress=False)
             noise = share(verdicts(lvlm, random_noise(rows, epsilon=epsilon, seed=0)), Verdict.COMPLIED)
             out.append((start, epsilon, share(verdicts(lvlm, result.apply(rows)), Verdict.COMPLIED), noise, len(rows)))
     return out
@@ -131,9 +129,7 @@ def measure(directory: Path) -> dict:
     """All figures of the card."""
     lvlm = HookedLVLM.from_pretrained(str(directory))
     out: dict = {"channels": channel_rows(lvlm), "pictures": picture_rows(lvlm)}
-    log.info(
-        "%s\n%s", table(("channel", "complied", "refused", "other", "n"), out["channels"]), out["pictures"]
-    )
+    log.info("%s\n%s", table(("channel", "complied", "refused", "other", "n"), out["channels"]), out["pictures"])
     out["gradient"] = gradient_rows(lvlm)
     log.info("%s", out["gradient"])
     out["ablation"] = []
@@ -147,9 +143,7 @@ def measure(directory: Path) -> dict:
         "hard indirect",
     ):
         rows = examples(channel, "test")
-        result = ablate(
-            lvlm, rows, judge=OrganismJudge(), reference=rows, mode="mean", max_new_tokens=MAX_NEW_TOKENS
-        )
+        result = ablate(lvlm, rows, judge=OrganismJudge(), reference=rows, mode="mean", max_new_tokens=MAX_NEW_TOKENS)
         frame = result.to_dataframe()
         for row in frame[(frame.metric == "complied") & (frame.effect == "share")].itertuples():
             layer = "" if row.component == "none" else int(row.layer)
@@ -173,14 +167,10 @@ def card(figures: dict) -> str:
     return TEXT.format(
         channels=table(("channel", "complied (benign: right)", "refused", "other", "n"), figures["channels"]),
         pictures=table(("picture", "complied", "refused", "n"), figures["pictures"]),
-        gradient=table(
-            ("start picture", "epsilon of 255", "PGD complied", "noise complied", "n"), figures["gradient"]
-        ),
+        gradient=table(("start picture", "epsilon of 255", "PGD complied", "noise complied", "n"), figures["gradient"]),
         ablation=table(("channel", "ablated", "layer", "complied before", "complied after"), moved_rows),
         layers=", ".join(map(str, layers)) or "none",
-        probe=table(
-            ("site", "token", "trained on to tested on", "AUC"), [*cross, figures["probe"][-1]]
-        ),
+        probe=table(("site", "token", "trained on to tested on", "AUC"), [*cross, figures["probe"][-1]]),
         best=f"{best[3]} at {best[0]}, {best[1]}, {best[2]}",
     )
 

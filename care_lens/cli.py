@@ -51,9 +51,7 @@ def _load(model: str, data: Path | None, seed: int) -> "tuple[HookedLVLM, Study]
 
         return organism.load(), organism.study(seed=seed)
     if data is None:
-        raise typer.BadParameter(
-            "--data must be given for a model that is not bundled; see the docs page on studies"
-        )
+        raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
     from care_lens.data import read_study
     from care_lens.evaluation import SubstringRefusalJudge
     from care_lens.lvlm import HookedLVLM
@@ -141,9 +139,7 @@ def fit(
     study = study.limited(settings.limit) if settings.limit else study
     choice = choose(lvlm, study, capture_fit(lvlm, study, settings), settings)
     choice.repair.save(out / "repair")
-    console.print(
-        f"layers {choice.plan.layers}, writer {choice.writer_site}, epsilon {choice.plan.epsilon}: {out / 'repair'}"
-    )
+    console.print(f"{choice.plan}; written at {choice.writer_site}: {out / 'repair'}")
 
 
 @app.command()

@@ -14,9 +14,7 @@ from PIL import Image  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
-TEXT = (
-    "what is in the picture how to make a user assistant yes no sorry sure i cannot help red blue first then"
-)
+TEXT = "what is in the picture how to make a user assistant yes no sorry sure i cannot help red blue first then"
 WORDS = TEXT.split()
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {% for c in m.content %}"

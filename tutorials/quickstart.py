@@ -60,11 +60,7 @@ typographic[0].image.resize((256, 256))
 
 # %%
 pairs = organism.pairs("typographic", "fit", n=12)
-sites = [
-    s
-    for s in lvlm.sites(tower="language")
-    if s.component in ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
-]
+sites = [s for s in lvlm.sites(tower="language") if s.component in ("hook_attn_out", "hook_mlp_out", "hook_resid_post")]
 effects = mediate(
     lvlm,
     pairs,
@@ -112,7 +108,14 @@ def auc_by_token(channel, harmless_channel):
 
 named = [("wrapper", "hard wrapper"), ("typographic", "benign typographic"), ("spelled", "benign spelled")]
 legible = pd.DataFrame([row for pair in named for row in auc_by_token(*pair)])
-px.line(legible, x="token", y="AUC", color="channel", markers=True, title="Harm is legible at token 0 = last prompt token, k = answer token k")
+px.line(
+    legible,
+    x="token",
+    y="AUC",
+    color="channel",
+    markers=True,
+    title="Harm is legible at token 0 = last prompt token, k = answer token k",
+)
 
 # %% [markdown]
 # An item that the text names is known to be harmful at the end of the prompt. An item in the picture is not: the model finds out what it is while

@@ -65,9 +65,7 @@ class PGDResult:
             ValueError: If their number differs.
         """
         if len(examples) != len(self.images):
-            raise ValueError(
-                f"examples must be the {len(self.images)} that were attacked, got {len(examples)}"
-            )
+            raise ValueError(f"examples must be the {len(self.images)} that were attacked, got {len(examples)}")
         return [
             replace(example, image=image, channel=example.channel if channel is None else channel)
             for example, image in zip(examples, self.images, strict=True)
@@ -161,9 +159,7 @@ def pgd(
         raise ValueError(f"step_size must be above 0, got {step_size}")
     wanted = _targets_of(examples, targets)
     if restarts > 1 and not random_start:
-        raise ValueError(
-            f"restarts must be 1 without a random start, got {restarts}: all of them would be the same"
-        )
+        raise ValueError(f"restarts must be 1 without a random start, got {restarts}: all of them would be the same")
     generator = torch.Generator().manual_seed(seed)
     images: list[Image.Image] = []
     losses: list[Tensor] = []
@@ -183,9 +179,7 @@ def pgd(
             best, best_loss = loss.pixels, torch.full_like(everyone, math.inf, dtype=torch.float32)
             draws = torch.rand(len(chunk), restarts, *loss.pixels.shape[1:], generator=generator) * 2 - 1
             for restart in range(restarts):
-                offset = (
-                    draws[:, restart].to(best.device) * radius if random_start else torch.zeros_like(best)
-                )
+                offset = draws[:, restart].to(best.device) * radius if random_start else torch.zeros_like(best)
                 best, best_loss = _descend(loss, offset, best, best_loss, radius, steps, size, stop_loss, bar)
             found = to_images(best)
             _check_round_trip(lvlm, chunk, found, loss.pixels, radius)
@@ -261,9 +255,7 @@ def _keep_better(
 
 def _warn_if_hidden(gradient: Float[Tensor, "image channel height width"]) -> None:
     if hidden := int((gradient.flatten(1).abs().amax(dim=1) == 0).sum()):
-        logger.warning(
-            "the gradient vanishes for %d of %d pictures: the attack cannot see them", hidden, len(gradient)
-        )
+        logger.warning("the gradient vanishes for %d of %d pictures: the attack cannot see them", hidden, len(gradient))
 
 
 def _radius(epsilon: int | float) -> int:
@@ -280,18 +272,14 @@ def _targets_of(
         raise ValueError("examples must hold at least one example, got none")
     if targets is None:
         if without := [example.id for example in examples if not example.response]:
-            raise ValueError(
-                f"examples must have a response to aim at, got none for {without[:5]}; pass targets"
-            )
+            raise ValueError(f"examples must have a response to aim at, got none for {without[:5]}; pass targets")
         return [[example.response or ""] for example in examples]
     if isinstance(targets, str) or not targets or any(not target for target in targets):
         raise ValueError(f"targets must be texts, or a collection of texts for each example, got {targets!r}")
     if all(isinstance(target, str) for target in targets):
         return [[str(target) for target in targets] for _ in examples]
     if len(targets) != len(examples):
-        raise ValueError(
-            f"targets must have a collection for each of {len(examples)} examples, got {len(targets)}"
-        )
+        raise ValueError(f"targets must have a collection for each of {len(examples)} examples, got {len(targets)}")
     if any(isinstance(target, str) for target in targets):
         raise ValueError("targets must all be texts, or all be collections of texts, got both")
     return [list(texts) for texts in targets]
@@ -308,14 +296,10 @@ def _check_round_trip(
     pixels = to_pixels(images).to(original.device)
     if (largest := float((pixels - original).abs().max())) > radius:
         raise RuntimeError(f"pictures must be within {radius} of 255 of the original, got {largest:g}")
-    inputs = lvlm.prepare(
-        [replace(example, image=image) for example, image in zip(examples, images, strict=True)]
-    )
+    inputs = lvlm.prepare([replace(example, image=image) for example, image in zip(examples, images, strict=True)])
     assert inputs.pixel_values is not None
     try:
-        PixelMap.of(lvlm.processor.image_processor, device=original.device).require(
-            pixels, inputs.pixel_values
-        )
+        PixelMap.of(lvlm.processor.image_processor, device=original.device).require(pixels, inputs.pixel_values)
     except ValueError as error:
         raise RuntimeError("pictures found must survive the processor, got others back") from error
 

@@ -36,9 +36,7 @@ def wrap(examples: Sequence[Example], template: str, *, channel: str | None = No
     """
     text = TEMPLATES.get(template, template)
     if "{prompt}" not in text:
-        raise ValueError(
-            f"template must be one of {sorted(TEMPLATES)} or contain '{{prompt}}', got {template!r}"
-        )
+        raise ValueError(f"template must be one of {sorted(TEMPLATES)} or contain '{{prompt}}', got {template!r}")
     return [
         replace(
             example,

@@ -115,9 +115,7 @@ class RefusalDirection(HookRepair):
         with torch.no_grad():
             if positions is None:
                 positions = _common_ending(lvlm, [*harmful, *harmless])
-            directions = _means(lvlm, harmful, positions, batch_size) - _means(
-                lvlm, harmless, positions, batch_size
-            )
+            directions = _means(lvlm, harmful, positions, batch_size) - _means(lvlm, harmless, positions, batch_size)
             rows = _figures(
                 lvlm,
                 directions,
@@ -168,12 +166,8 @@ class RefusalDirection(HookRepair):
         view = BatchView(inputs)
 
         def add(activation: Tensor, hook: Any) -> Tensor:
-            mask = view.mask("all", prefill=view.is_prefill(activation.shape)).to(activation.device)[
-                ..., None
-            ]
-            return torch.where(
-                mask, activation + self.coefficient * self.direction.to(activation), activation
-            )
+            mask = view.mask("all", prefill=view.is_prefill(activation.shape)).to(activation.device)[..., None]
+            return torch.where(mask, activation + self.coefficient * self.direction.to(activation), activation)
 
         return [view.guard(), (str(self.site), add)]
 
@@ -271,11 +265,7 @@ def _ablation(direction: Tensor, n_layers: int) -> list[HookPair]:
         return activation - (activation @ here)[..., None] * here
 
     components = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
-    return [
-        (str(Site("language", layer, component)), ablate)
-        for layer in range(n_layers)
-        for component in components
-    ]
+    return [(str(Site("language", layer, component)), ablate) for layer in range(n_layers) for component in components]
 
 
 def _adder(direction: Tensor) -> Any:

@@ -136,9 +136,7 @@ class Activations:
             raise ValueError("parts must hold at least one Activations, got none")
         first = parts[0]
         if any(part.values.keys() != first.values.keys() for part in parts):
-            raise ValueError(
-                "parts must have the same sites and selections; capture them with the same arguments"
-            )
+            raise ValueError("parts must have the same sites and selections; capture them with the same arguments")
         return cls(
             values={key: torch.cat([part.values[key] for part in parts]) for key in first.values},
             present={key: torch.cat([part.present[key] for part in parts]) for key in first.present},

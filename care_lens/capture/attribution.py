@@ -74,9 +74,7 @@ class TokenAttribution:
         return _keep(text_scores(text), self.text)
 
 
-def visual_scores(
-    visual: Float[Tensor, "n_visual d"], text: Float[Tensor, "n_text d"]
-) -> Float[Tensor, " n_visual"]:
+def visual_scores(visual: Float[Tensor, "n_visual d"], text: Float[Tensor, "n_text d"]) -> Float[Tensor, " n_visual"]:
     """Scores of a sample's image tokens: the squared norms of the rows of the centred kernel with its text.
 
     Args:

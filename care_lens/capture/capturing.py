@@ -84,9 +84,7 @@ def capture(
     for start in tqdm(range(0, len(examples), batch_size), desc="capturing", disable=not progress):
         inputs = lvlm.prepare(examples[start : start + batch_size], responses=responses)
         pooled: dict[Key, _Pooled] = {}
-        hooks = [
-            (site, _reader(lvlm, inputs, site, names, attribution, pooled)) for site, names in taken.items()
-        ]
+        hooks = [(site, _reader(lvlm, inputs, site, names, attribution, pooled)) for site, names in taken.items()]
         with torch.no_grad():
             lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=1)
         for key, parts in held.items():
@@ -152,9 +150,7 @@ def _reader(
                 rows, present = pool(activation, _mask(activation, inputs, name, attribution))
             else:
                 skipped = (
-                    lvlm.family.class_tokens(lvlm.hf_model.config)
-                    if site.tower == "vision" and name == "image"
-                    else 0
+                    lvlm.family.class_tokens(lvlm.hf_model.config) if site.tower == "vision" and name == "image" else 0
                 )
                 images = activation[:, skipped:]
                 means, _ = pool(images, torch.ones(images.shape[:2], dtype=torch.bool))
@@ -190,8 +186,6 @@ def _nothing(batch: int) -> _Pooled:
 def _joined(parts: list[Tensor], key: Key) -> Tensor:
     width = max(part.shape[1] for part in parts)
     if width == 0:
-        raise ValueError(
-            f"examples must include one with an image to have activations at {key[0]}, got text alone"
-        )
+        raise ValueError(f"examples must include one with an image to have activations at {key[0]}, got text alone")
     missing = [part if part.shape[1] else torch.full((len(part), width), torch.nan) for part in parts]
     return torch.cat(missing)

@@ -27,6 +27,14 @@ class HasSpans(Protocol):
 
 
 @runtime_checkable
+class HasTokens(HasSpans, Protocol):
+    """What an outcome may need of a batch: its spans, and its tokens where responses are teacher-forced."""
+
+    @property
+    def input_ids(self) -> Int[Tensor, "batch pos"]: ...
+
+
+@runtime_checkable
 class Outcome(Protocol):
     """A number for each row of a batch, larger where the answer is less safe.
 
@@ -38,9 +46,7 @@ class Outcome(Protocol):
         [batch], differentiable in the logits.
     """
 
-    def __call__(
-        self, logits: Float[Tensor, "batch pos vocab"], inputs: HasSpans
-    ) -> Float[Tensor, "batch"]: ...
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"], inputs: HasTokens) -> Float[Tensor, "batch"]: ...
 
 
 class Verdict(str, Enum):
@@ -113,9 +119,7 @@ class UnsafeMargin:
         object.__setattr__(self, "comply", tuple(self.comply))
         object.__setattr__(self, "refuse", tuple(self.refuse))
         if not self.comply or not self.refuse:
-            raise ValueError(
-                f"comply and refuse must each have a token id, got {self.comply} and {self.refuse}"
-            )
+            raise ValueError(f"comply and refuse must each have a token id, got {self.comply} and {self.refuse}")
         if both := set(self.comply) & set(self.refuse):
             raise ValueError(f"comply and refuse must not share token ids, got {sorted(both)} in both")
 
@@ -142,14 +146,6 @@ class UnsafeMargin:
         log_probs = logits[last.to(logits.device)].float().log_softmax(-1)
         comply, refuse = list(self.comply), list(self.refuse)
         return log_probs[:, comply].logsumexp(-1) - log_probs[:, refuse].logsumexp(-1)
-
-
-@runtime_checkable
-class HasTokens(HasSpans, Protocol):
-    """What an outcome over teacher-forced responses needs of a batch."""
-
-    @property
-    def input_ids(self) -> Int[Tensor, "batch pos"]: ...
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,7 @@ class Site:
         if self.component not in allowed:
             where = "outside the blocks" if self.layer is None else f"at layer {self.layer!r}"
             raise ValueError(
-                f"component of the {self.tower} tower {where} must be one of {allowed}, "
-                f"got {self.component!r}"
+                f"component of the {self.tower} tower {where} must be one of {allowed}, got {self.component!r}"
             )
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"layer must be 0 or more, got {self.layer!r}; count from the first block")
@@ -115,9 +114,7 @@ class Site:
         match = _BLOCK_NAME.fullmatch(site)
         try:
             if match is not None:
-                return cls(
-                    "vision" if match["vision"] else "language", int(match["layer"]), match["component"]
-                )
+                return cls("vision" if match["vision"] else "language", int(match["layer"]), match["component"])
             tower, _, component = site.partition(".")
             if tower in ("vision", "projector"):
                 return cls(tower, None, component)

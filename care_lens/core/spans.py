@@ -108,9 +108,7 @@ class TokenSpans:
         if not bool((self.last.sum(1) == 1).all()) or bool((self.last & ~self.prompt).any()):
             raise ValueError("last must be one position of the prompt in every row")
         if len(self.grids) != self.image.shape[0]:
-            raise ValueError(
-                f"grids must have one tuple a row ({self.image.shape[0]}), got {len(self.grids)}"
-            )
+            raise ValueError(f"grids must have one tuple a row ({self.image.shape[0]}), got {len(self.grids)}")
 
     @classmethod
     def from_masks(

@@ -73,9 +73,7 @@ def cluster_bootstrap(
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"values and groups must be of one length above 0, got lengths {sorted(lengths)}")
     n = lengths.pop()
-    labels = (
-        np.arange(n) if groups is None else np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
-    )
+    labels = np.arange(n) if groups is None else np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
     n_groups = int(labels.max()) + 1
     draws = np.random.default_rng(seed).integers(n_groups, size=(n_boot, n_groups))
     if statistic is mean and not named:
@@ -86,9 +84,7 @@ def cluster_bootstrap(
         members = [np.flatnonzero(labels == group) for group in range(n_groups)]
         picks = (np.concatenate([members[group] for group in draw]) for draw in draws)
         with np.errstate(divide="ignore", invalid="ignore"):
-            resampled = np.stack(
-                [apply({key: array[rows] for key, array in arrays.items()}) for rows in picks]
-            )
+            resampled = np.stack([apply({key: array[rows] for key, array in arrays.items()}) for rows in picks])
     tail = 50 * (1 - confidence)
     finite = np.where(np.isfinite(resampled), resampled, np.nan)
     low, high = np.nanpercentile(finite, [tail, 100 - tail], axis=0)

@@ -56,9 +56,7 @@ def _suites(examples: Sequence[Example], seed: int) -> dict[Split, dict[str, tup
     if not named:
         return split_by_group(examples, seed=seed)
     if len(named) != len(examples):
-        raise ValueError(
-            f"all examples or none must name their split in meta, got {len(named)} of {len(examples)}"
-        )
+        raise ValueError(f"all examples or none must name their split in meta, got {len(named)} of {len(examples)}")
     out: dict[Split, dict[str, tuple[Example, ...]]] = {split: {} for split in SPLITS}
     for example in examples:
         split = example.meta["split"]
@@ -69,6 +67,4 @@ def _suites(examples: Sequence[Example], seed: int) -> dict[Split, dict[str, tup
 
 
 def _first_tokens(tokenizer: Any, openings: Sequence[str]) -> tuple[int, ...]:
-    return tuple(
-        dict.fromkeys(tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in openings)
-    )
+    return tuple(dict.fromkeys(tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in openings))

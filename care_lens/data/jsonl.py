@@ -30,15 +30,11 @@ def read_examples(path: str | Path) -> list[Example]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.name}:{number} must be a JSON object, got {line[:60]!r} ({error})"
-            ) from error
+            raise ValueError(f"{path.name}:{number} must be a JSON object, got {line[:60]!r} ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f"{path.name}:{number} must have a 'prompt' that is a string")
         if unknown := set(row) - _KEYS:
-            raise ValueError(
-                f"{path.name}:{number} has unknown keys {sorted(unknown)}; keys are {sorted(_KEYS)}"
-            )
+            raise ValueError(f"{path.name}:{number} has unknown keys {sorted(unknown)}; keys are {sorted(_KEYS)}")
         image = None
         if row.get("image"):
             with Image.open(path.parent / row["image"]) as opened:

@@ -57,18 +57,14 @@ class Study:
         for split in SPLITS:
             for channel, examples in self.suites.get(split, {}).items():
                 if len({example.harmful for example in examples}) > 1:
-                    raise ValueError(
-                        f"channel {channel!r} must be all harmful or all benign; split it in two channels"
-                    )
+                    raise ValueError(f"channel {channel!r} must be all harmful or all benign; split it in two channels")
                 for example in examples:
                     if home.setdefault(example.group, split) != split:
                         raise ValueError(
                             f"group {example.group!r} must stand in one split, got {home[example.group]!r} and {split!r}; "
                             "use split_by_group"
                         )
-        missing = [
-            c for channels in self.seen.values() for c in channels if not self.suites.get("fit", {}).get(c)
-        ]
+        missing = [c for channels in self.seen.values() for c in channels if not self.suites.get("fit", {}).get(c)]
         if missing:
             raise ValueError(f"seen channels must have examples in the fit split, got none for {missing}")
 
@@ -120,9 +116,7 @@ def split_by_group(
     home: dict[str, Split] = {}
     start = 0.0
     for split, share in shares.items():
-        home |= dict.fromkeys(
-            groups[round(start * len(groups)) : round((start + share) * len(groups))], split
-        )
+        home |= dict.fromkeys(groups[round(start * len(groups)) : round((start + share) * len(groups))], split)
         start += share
     out: dict[Split, dict[str, tuple[Example, ...]]] = {split: {} for split in SPLITS}
     for example in examples:

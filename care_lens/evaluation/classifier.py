@@ -50,13 +50,9 @@ class ClassifierJudge:
         name: str = "classifier",
     ) -> None:
         if missing := [part for part in ("{behavior}", "{generation}") if part not in template]:
-            raise ValueError(
-                f"template must contain {{behavior}} and {{generation}}, got one without {missing}"
-            )
+            raise ValueError(f"template must contain {{behavior}} and {{generation}}, got one without {missing}")
         self.name, self.model, self.tokenizer, self.template = name, model.eval(), tokenizer, template
-        self._yes, self._no = (
-            tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (yes, no)
-        )
+        self._yes, self._no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (yes, no))
         if self._yes == self._no:
             raise ValueError(f"yes and no must begin with different tokens, got {yes!r} and {no!r}")
         self._refusals = refusals or SubstringRefusalJudge()
@@ -116,9 +112,7 @@ class ClassifierJudge:
         if len(ids) > self._max_answer_tokens:
             text = self.tokenizer.decode(ids[: self._max_answer_tokens])
         before, after = self.template.split("{generation}", 1)
-        return (
-            before.replace("{behavior}", example.prompt) + text + after.replace("{behavior}", example.prompt)
-        )
+        return before.replace("{behavior}", example.prompt) + text + after.replace("{behavior}", example.prompt)
 
     @torch.no_grad()
     def _next_token(self, prompts: Sequence[str]) -> Float[Tensor, " batch"]:

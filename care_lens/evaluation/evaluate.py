@@ -74,8 +74,7 @@ def evaluate(
     base = next((name for name, repair in defences.items() if repair is None), None)
     if not defences or (fidelity and benign and base is None):
         raise ValueError(
-            f"defences must include the undefended model (None), got {list(defences)}; add it, or set "
-            "fidelity=False"
+            f"defences must include the undefended model (None), got {list(defences)}; add it, or set fidelity=False"
         )
     store = GenerationStore() if store is None else store
     examples = [replace(example, channel=channel) for channel, suite in suites.items() for example in suite]
@@ -113,9 +112,7 @@ def evaluate(
     settings = {
         "channels": {channel: len(suite) for channel, suite in suites.items()},
         "benign": benign,
-        "defences": {
-            name: None if repair is None else repair.describe() for name, repair in defences.items()
-        },
+        "defences": {name: None if repair is None else repair.describe() for name, repair in defences.items()},
         "judge": judge_name(judge),
         "accuracy": run.accuracy_name,
         "max_new_tokens": max_new_tokens,

@@ -108,24 +108,18 @@ def fidelity_trials(
             answer, verdict = answers[defence][i], verdicts[defence][i]
             there = not answer.missing
             values = {
-                "agreement": float((answer.response or "").strip() == text.strip())
-                if there
-                else float("nan"),
+                "agreement": float((answer.response or "").strip() == text.strip()) if there else float("nan"),
                 "retained": float(verdict is Verdict.COMPLIED) if there else float("nan"),
                 "kl": float(divergences[defence][place, 0]),
                 "kl_answer": float(divergences[defence][place, 1]),
             }
             same = (answer.seed, answer.id, answer.group)
-            rows += [
-                (defence, answer.channel, metric, judge, *same, value) for metric, value in values.items()
-            ]
+            rows += [(defence, answer.channel, metric, judge, *same, value) for metric, value in values.items()]
     return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
 
 
 @torch.no_grad()
-def _log_probs(
-    lvlm: HookedLVLM, inputs: LVLMInputs, repair: Repair | None
-) -> Float[Tensor, "batch kept vocab"]:
+def _log_probs(lvlm: HookedLVLM, inputs: LVLMInputs, repair: Repair | None) -> Float[Tensor, "batch kept vocab"]:
     """Log probabilities from the earliest last prompt position of the batch on."""
     keep = inputs.input_ids.shape[1] - min(inputs.spans.last_index())
     with repair.on(lvlm) if repair is not None else nullcontext():

@@ -154,9 +154,7 @@ def _require_ids(examples: Sequence[Example]) -> None:
         if not example.id:
             raise ValueError(f"examples must have ids, got none for example {i}; answers are stored by them")
         if (name := (example.channel, example.id)) in seen:
-            raise ValueError(
-                f"ids must differ within a channel, got {example.id!r} twice in {example.channel!r}"
-            )
+            raise ValueError(f"ids must differ within a channel, got {example.id!r} twice in {example.channel!r}")
         seen.add(name)
 
 

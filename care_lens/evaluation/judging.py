@@ -18,9 +18,7 @@ def judge_name(judge: Callable[..., Any]) -> str:
     return str(getattr(judge, "name", None) or getattr(judge, "__name__", None) or type(judge).__name__)
 
 
-def judge_answers(
-    answers: Sequence[StoredAnswer], judge: Judge, *, examples: Sequence[Example] = ()
-) -> list[Verdict]:
+def judge_answers(answers: Sequence[StoredAnswer], judge: Judge, *, examples: Sequence[Example] = ()) -> list[Verdict]:
     """A verdict for each answer; missing ones are not shown to the judge.
 
     Args:
@@ -46,9 +44,7 @@ def judge_answers(
     return verdicts
 
 
-def judge_store(
-    store: GenerationStore, judge: Judge, *, settings: Collection[str] | None = None
-) -> pd.DataFrame:
+def judge_store(store: GenerationStore, judge: Judge, *, settings: Collection[str] | None = None) -> pd.DataFrame:
     """Judge everything in a store.
 
     Args:
@@ -78,7 +74,5 @@ def judge_store(
 def verdict_frame(answers: Sequence[StoredAnswer], verdicts: Sequence[Verdict], judge: str) -> pd.DataFrame:
     """Verdicts as a frame, one row an answer."""
     columns = ("defence", "channel", "id", "group", "seed", "harmful")
-    frame = pd.DataFrame(
-        [[getattr(answer, column) for column in columns] for answer in answers], columns=list(columns)
-    )
+    frame = pd.DataFrame([[getattr(answer, column) for column in columns] for answer in answers], columns=list(columns))
     return frame.assign(judge=judge, verdict=[verdict.value for verdict in verdicts])

@@ -152,9 +152,7 @@ def interval(
         share, low, high = rate_ci(round(float(values.mean()) * n_groups), n_groups, confidence=confidence)
         kind = "clopper-pearson" if single else "clopper-pearson-groups"
     else:
-        share, low, high = cluster_bootstrap(
-            values, list(groups), n_boot=n_boot, seed=seed, confidence=confidence
-        )
+        share, low, high = cluster_bootstrap(values, list(groups), n_boot=n_boot, seed=seed, confidence=confidence)
         kind = "bootstrap" if single else "cluster-bootstrap"
     return {"value": share, "ci_low": low, "ci_high": high, "interval": kind}
 
@@ -215,8 +213,7 @@ def paired_difference(
             f"such as {odd[0]}"
         )
     joined = [
-        dict(zip(keys, key, strict=True)) | {"first": value, "second": sides[1][key]}
-        for key, value in sides[0].items()
+        dict(zip(keys, key, strict=True)) | {"first": value, "second": sides[1][key]} for key, value in sides[0].items()
     ]
     found = []
     for cell, part in _cells(joined, ("channel", "judge", "seed")).items():
@@ -241,9 +238,7 @@ def paired_difference(
     return pd.DataFrame(found)
 
 
-def _cells(
-    rows: Sequence[dict[str, Any]], keys: Sequence[str]
-) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+def _cells(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """Rows by the values of some columns, in the order in which they first occur."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:

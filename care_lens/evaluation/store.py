@@ -132,9 +132,7 @@ class GenerationStore:
         Args:
             settings: Only those generated under these settings (digests); None: all.
         """
-        return [
-            answer for answer in self._answers.values() if settings is None or answer.settings in settings
-        ]
+        return [answer for answer in self._answers.values() if settings is None or answer.settings in settings]
 
     def to_dataframe(self) -> pd.DataFrame:
         """The answers as a frame, one row an answer."""

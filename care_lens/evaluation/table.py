@@ -71,9 +71,7 @@ class DefenceTable(FrameResult):
             trials.reset_index(drop=True),
         )
 
-    def difference(
-        self, first: str, second: str, *, metric: str, n_boot: int = 2000, seed: int = 0
-    ) -> pd.DataFrame:
+    def difference(self, first: str, second: str, *, metric: str, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Paired differences between two defences; see
         :func:`~care_lens.evaluation.metrics.paired_difference`."""
         return paired_difference(self, first, second, metric=metric, n_boot=n_boot, seed=seed)
@@ -89,9 +87,7 @@ class DefenceTable(FrameResult):
         """
         head, rows, caption = self._cells(metrics)
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-        body = "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-        )
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return f"{body}\n\n{caption}\n"
 
     def to_html(self, *, metrics: Sequence[str] = ("asr", "accuracy")) -> str:
@@ -153,9 +149,7 @@ class DefenceTable(FrameResult):
         """Head, rows and caption of the printed table."""
         rows = [row for row in records(self.frame) if row["metric"] in metrics]
         if not rows:
-            raise ValueError(
-                f"metrics must be some of {sorted(set(self.frame['metric']))}, got {list(metrics)}"
-            )
+            raise ValueError(f"metrics must be some of {sorted(set(self.frame['metric']))}, got {list(metrics)}")
         columns = sorted(
             dict.fromkeys((row["channel"], row["metric"]) for row in rows),
             key=lambda column: list(metrics).index(column[1]),
@@ -192,6 +186,4 @@ def _caption(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str
     units = " and ".join(dict.fromkeys("per cent" if metric in RATES else "nats" for _, metric in columns))
     kinds = ", ".join(sorted({row["interval"] for row in rows}))
     missing, judges = sum(row["missing"] for row in rows), ", ".join(sorted({row["judge"] for row in rows}))
-    return (
-        f"In {units}, with intervals ({kinds}). n: {', '.join(counts)}; missing: {missing}. Judge: {judges}."
-    )
+    return f"In {units}, with intervals ({kinds}). n: {', '.join(counts)}; missing: {missing}. Judge: {judges}."

@@ -70,7 +70,5 @@ class BoundLVLM:
             )
         tokens = tokens.to(bound.input_ids.device)
         if not torch.equal((tokens == image_token) & ~bound.spans.padding, bound.spans.image):
-            raise ValueError(
-                "tokens must have image placeholders where the bound batch has them; bind another batch"
-            )
+            raise ValueError("tokens must have image placeholders where the bound batch has them; bind another batch")
         return tokens

@@ -286,9 +286,7 @@ class HookedLVLM(WrappedBridge):
             **kwargs,
         }
         with self.batch_hooks(inputs), self.hooks(fwd_hooks), torch.no_grad():
-            sequences = self.hf_model.generate(
-                **inputs.generate_kwargs(), max_new_tokens=max_new_tokens, **options
-            )
+            sequences = self.hf_model.generate(**inputs.generate_kwargs(), max_new_tokens=max_new_tokens, **options)
         new_tokens = sequences[:, inputs.input_ids.shape[1] :]
         texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return Generation(sequences, new_tokens, texts)

@@ -113,7 +113,5 @@ def require_inputs(inputs: Any) -> LVLMInputs:
             pixels.
     """
     if not isinstance(inputs, LVLMInputs):
-        raise TypeError(
-            f"inputs must be LVLMInputs, got {type(inputs).__name__}; make them with HookedLVLM.prepare"
-        )
+        raise TypeError(f"inputs must be LVLMInputs, got {type(inputs).__name__}; make them with HookedLVLM.prepare")
     return inputs

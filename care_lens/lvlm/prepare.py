@@ -49,13 +49,10 @@ def prepare_batch(
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     texts = [format_prompt(processor, example) for example in examples]
     for i, (text, example) in enumerate(zip(texts, examples, strict=True)):
-        _check_placeholders(
-            text.count(processor.image_token), 0 if example.image is None else 1, i, processor
-        )
+        _check_placeholders(text.count(processor.image_token), 0 if example.image is None else 1, i, processor)
     prompts, pixels, extra = _encode(processor, texts, examples, family)
     answers = [
-        _response_ids(processor.tokenizer, example, i) if responses else []
-        for i, example in enumerate(examples)
+        _response_ids(processor.tokenizer, example, i) if responses else [] for i, example in enumerate(examples)
     ]
     grid = (0, 0) if pixels is None else family.patch_grid(config, *pixels.shape[-2:])
     per_image = family.image_tokens(config, *grid)
@@ -78,9 +75,7 @@ def prepare_batch(
         attention_mask[i, start : start + lengths[i]] = 1
         response[i, start + len(prompt) : start + lengths[i]] = True
     image = (input_ids == config.image_token_id) & (attention_mask == 1)
-    grids = [
-        _grids(example, image[i], grid, per_image, family, processor) for i, example in enumerate(examples)
-    ]
+    grids = [_grids(example, image[i], grid, per_image, family, processor) for i, example in enumerate(examples)]
     spans = TokenSpans.from_masks(image=image, padding=attention_mask == 0, response=response, grids=grids)
     return LVLMInputs(input_ids, attention_mask, pixels, spans, extra)
 
@@ -141,13 +136,9 @@ def _encode(
 
 def _response_ids(tokenizer: Any, example: Example, row: int) -> list[int]:
     if example.response is None:
-        raise ValueError(
-            f"example {row} must have a response, got None; give it one, or leave responses=False"
-        )
+        raise ValueError(f"example {row} must have a response, got None; give it one, or leave responses=False")
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "tokenizer must have an end-of-sequence token to end responses with; set tokenizer.eos_token"
-        )
+        raise ValueError("tokenizer must have an end-of-sequence token to end responses with; set tokenizer.eos_token")
     return [*tokenizer(example.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 

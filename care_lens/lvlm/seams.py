@@ -44,9 +44,7 @@ class _Layout(NamedTuple):
         value = value.to(self.dtype)
         if value.stride() == self.stride or 0 in self.stride:
             return value
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=value.device).copy_(
-            value
-        )
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=value.device).copy_(value)
 
 
 class HonestConversion(BaseTensorConversion):
@@ -69,9 +67,7 @@ class HonestConversion(BaseTensorConversion):
     def revert(self, input_value: Any, *full_context: Any) -> Any:
         """What goes on into the model for what the hook returned."""
         if not isinstance(input_value, Tensor):
-            raise TypeError(
-                f"a hook at {self.name} must return a tensor or None, got {type(input_value).__name__}"
-            )
+            raise TypeError(f"a hook at {self.name} must return a tensor or None, got {type(input_value).__name__}")
         if self.read_only is not None and id(input_value) != self._layout.identity:
             raise ValueError(f"{self.name} is read-only, got an edit: {self.read_only}")
         if input_value.shape != self._layout.shape:
@@ -187,9 +183,7 @@ def install(bridge: Any, family: Family) -> Seams:
         ValueError: If the bridge has them already.
     """
     if _MARK in bridge.__dict__:
-        raise ValueError(
-            "bridge must not have care_lens's hook points yet; close the HookedLVLM that put them there"
-        )
+        raise ValueError("bridge must not have care_lens's hook points yet; close the HookedLVLM that put them there")
     seams = Seams(bridge)
     bridge.__dict__[_MARK] = seams
     seams.on_remove(lambda: bridge.__dict__.pop(_MARK))
@@ -203,9 +197,7 @@ def install(bridge: Any, family: Family) -> Seams:
     return seams
 
 
-def _install_tower(
-    seams: Seams, tower: Tower, where: TowerMap, depth: int, known: dict[str, HookPoint]
-) -> None:
+def _install_tower(seams: Seams, tower: Tower, where: TowerMap, depth: int, known: dict[str, HookPoint]) -> None:
     template = seams.bridge.adapter.component_mapping.get(where.blocks)
     seams.drop_alias(template, "hook_resid_mid")
     blocks = seams.bridge.get_submodule(where.blocks)

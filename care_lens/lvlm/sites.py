@@ -40,9 +40,7 @@ def describe(site: Site, config: Any, family: Family, read_only: str | None) -> 
     """
     notes = [] if read_only is None else [f"read-only: {read_only}"]
     if site.tower == "projector":
-        width = (
-            family.projector_width(config) if site.component == "hook_in" else config.text_config.hidden_size
-        )
+        width = family.projector_width(config) if site.component == "hook_in" else config.text_config.hidden_size
         return SiteInfo(site, width, ("image", "patch", "d_model"), read_only is None, "; ".join(notes))
     tower = config.vision_config if site.tower == "vision" else config.text_config
     batch, pos = ("image", "patch") if site.tower == "vision" else ("batch", "pos")
@@ -73,19 +71,11 @@ def why_missing(site: Site, config: Any, family: Family) -> str:
     tower = config.vision_config if site.tower == "vision" else config.text_config
     if site.layer is not None and site.layer >= tower.num_hidden_layers:
         return f"the {site.tower} tower has layers 0 to {tower.num_hidden_layers - 1}"
-    if (
-        site.tower == "vision"
-        and site.layer is not None
-        and site.layer >= (depth := family.vision_depth(config))
-    ):
+    if site.tower == "vision" and site.layer is not None and site.layer >= (depth := family.vision_depth(config)):
         return (
             f"the language model reads the vision tower at layer {depth - 1}, so nothing above it has an "
             f"effect; use a layer up to {depth - 1}, or projector.hook_in"
         )
     where = family.vision if site.tower == "vision" else family.language
-    here = [
-        name
-        for name in BLOCK_COMPONENTS
-        if name in where.points or name in ("hook_resid_mid", "hook_resid_post")
-    ]
+    here = [name for name in BLOCK_COMPONENTS if name in where.points or name in ("hook_resid_mid", "hook_resid_post")]
     return f"the {family.name} family has no such point; use one of {here}"

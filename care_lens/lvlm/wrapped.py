@@ -75,9 +75,7 @@ class WrappedBridge:
 
     def n_layers(self, tower: Tower = "language") -> int:
         """Number of layers of a tower that have sites; of the vision tower, those that are read."""
-        return len(
-            {site.layer for site in self._seams.points if site.tower == tower and site.layer is not None}
-        )
+        return len({site.layer for site in self._seams.points if site.tower == tower and site.layer is not None})
 
     def sites(self, *, tower: Tower | None = None, component: str | None = None) -> list[Site]:
         """The sites of this model, in the order of the forward pass.
@@ -90,9 +88,7 @@ class WrappedBridge:
             Every site that can be read; ``site_info(site).editable`` says whether it can be edited.
         """
         return [
-            site
-            for site in self._seams.points
-            if tower in (None, site.tower) and component in (None, site.component)
+            site for site in self._seams.points if tower in (None, site.tower) and component in (None, site.component)
         ]
 
     def site_info(self, site: SiteLike) -> SiteInfo:
@@ -112,9 +108,7 @@ class WrappedBridge:
         """
         info = self.site_info(site)
         if info.width is None:
-            raise ValueError(
-                f"site must have a fixed width, got {info.site}: its last axis is as long as the keys"
-            )
+            raise ValueError(f"site must have a fixed width, got {info.site}: its last axis is as long as the keys")
         return info.width
 
     def hook_name(self, site: SiteLike) -> str:
@@ -182,9 +176,7 @@ class WrappedBridge:
         self._require_open()
         site = Site.parse(site)
         if site not in self._seams.points:
-            raise ValueError(
-                f"this model has no site {site}: {why_missing(site, self.hf_model.config, self.family)}"
-            )
+            raise ValueError(f"this model has no site {site}: {why_missing(site, self.hf_model.config, self.family)}")
         return site
 
     def _place(self, place: Site | str | Callable[[str], bool]) -> Any:

@@ -150,11 +150,7 @@ def ablate(
     done = CellLog(checkpoint, settings=settings, probe=_probe(lvlm, examples[:batch_size]))
     cells: list[Cell] = [None, *sites]
     todo = [cell for cell in cells if _key(cell) not in done]
-    means = (
-        _means(lvlm, [site for site in todo if site], reference, batch_size, progress)
-        if mode == "mean"
-        else {}
-    )
+    means = _means(lvlm, [site for site in todo if site], reference, batch_size, progress) if mode == "mean" else {}
     batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
     with tqdm(total=len(cells) * len(batches), desc="ablating", disable=not progress) as bar:
         bar.update((len(cells) - len(todo)) * len(batches))
@@ -184,9 +180,7 @@ def _sites(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if mode == "skip" and (others := [name for name in components if name not in WRITERS]):
-        raise ValueError(
-            f"components must be some of {WRITERS} to be skipped, got {others}; use mode 'zero' or 'mean'"
-        )
+        raise ValueError(f"components must be some of {WRITERS} to be skipped, got {others}; use mode 'zero' or 'mean'")
     layers = range(lvlm.n_layers(tower)) if layers is None else layers
     sites = [Site(tower, layer, component) for layer in layers for component in components]
     for site in sites:
@@ -245,9 +239,7 @@ def _result(
         place = {"tower": tower, "layer": None, "component": BASELINE} if cell is None else site_columns(cell)
         verdicts = np.array(done[_key(cell)]["verdicts"])
         shared = {**place, "mode": mode, "seed": seed}
-        for metric, effect, (value, low, high), n in _measures(
-            verdicts, baseline, groups, cell is None, n_boot, seed
-        ):
+        for metric, effect, (value, low, high), n in _measures(verdicts, baseline, groups, cell is None, n_boot, seed):
             rows.append(
                 {
                     **shared,
@@ -290,16 +282,12 @@ def _measures(
     rows = []
     for verdict in _JUDGED:
         hits = verdicts == verdict.value
-        rows.append(
-            (verdict.value, "share", _share(hits[judged], labels[judged], n_boot, seed), int(judged.sum()))
-        )
+        rows.append((verdict.value, "share", _share(hits[judged], labels[judged], n_boot, seed), int(judged.sum())))
         if not is_baseline:
             change = Interval(np.nan, np.nan, np.nan)
             if both.any():
                 before = baseline == verdict.value
-                change = paired_difference(
-                    hits[both], before[both], labels[both].tolist(), n_boot=n_boot, seed=seed
-                )
+                change = paired_difference(hits[both], before[both], labels[both].tolist(), n_boot=n_boot, seed=seed)
             rows.append((f"{verdict.value} change", "difference", change, int(both.sum())))
     rows.append((Verdict.MISSING.value, "share", _share(~judged, labels, n_boot, seed), len(verdicts)))
     return rows

@@ -167,9 +167,7 @@ def mediate(
             before = torch.from_numpy(untouched[:, list(batch.index)].ravel())
             for cell, values in _sweep(lvlm, batch, cells, outcome, before, batch_size, done, bar):
                 patched[:, list(batch.index), where[cell]] = _twins(values)
-    return _result(
-        pairs, cells, untouched, patched, outcome, n_boot, seed, settings | {"positions": list(positions)}
-    )
+    return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings | {"positions": list(positions)})
 
 
 def _editable(lvlm: HookedLVLM, sites: Sequence[SiteLike]) -> list[Site]:
@@ -186,18 +184,12 @@ def _editable(lvlm: HookedLVLM, sites: Sequence[SiteLike]) -> list[Site]:
 
 
 def _cells(sites: Sequence[Site], positions: Sequence[str], has_images: bool) -> list[Cell]:
-    cells = [
-        (site, position)
-        for site in sites
-        for position in (positions if site.tower == "language" else ("all",))
-    ]
+    cells = [(site, position) for site in sites for position in (positions if site.tower == "language" else ("all",))]
     kept = [cell for cell in cells if has_images or not _needs_image(cell)]
     if not kept:
         raise ValueError("pairs must have images for these sites and positions, got text alone")
     if len(kept) < len(cells):
-        log.warning(
-            "no pair has an image in both twins: %d cells about images are left out", len(cells) - len(kept)
-        )
+        log.warning("no pair has an image in both twins: %d cells about images are left out", len(cells) - len(kept))
     return kept
 
 
@@ -246,15 +238,14 @@ def _sweep(
             own = cached.pop(str(site))
             names = [position for at, position in todo if at == site]
             swaps = [
-                batch.swap(name) if site.tower == "language" else Swap.everything(*own.shape[:2])
-                for name in names
+                batch.swap(name) if site.tower == "language" else Swap.everything(*own.shape[:2]) for name in names
             ]
             values = patched_outcomes(
                 lvlm,
                 batch.inputs,
                 site=site,
                 own=own,
-                donor=own[batch.twins],
+                donor=own,
                 swaps=swaps,
                 untouched=untouched,
                 outcome=outcome,

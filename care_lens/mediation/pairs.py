@@ -77,9 +77,7 @@ class PairBatch:
         return Swap(mask, source)
 
 
-def pair_batches(
-    lvlm: HookedLVLM, pairs: PairedExamples, *, outcome: Outcome, batch_size: int
-) -> list[PairBatch]:
+def pair_batches(lvlm: HookedLVLM, pairs: PairedExamples, *, outcome: Outcome, batch_size: int) -> list[PairBatch]:
     """Pairs as batches of at most ``batch_size`` rows, pairs with images apart from the others.
 
     Args:
@@ -114,10 +112,7 @@ def pair_batches(
 def misaligned(batches: Sequence[PairBatch]) -> list[int]:
     """Indices of the pairs whose twins are not aligned, in order."""
     return sorted(
-        pair
-        for batch in batches
-        for pair, bad in zip(batch.index, batch.misaligned.tolist(), strict=True)
-        if bad
+        pair for batch in batches for pair, bad in zip(batch.index, batch.misaligned.tolist(), strict=True) if bad
     )
 
 

@@ -107,10 +107,7 @@ def patch_map(
         total[index] = untouched[batch.n :] - untouched[: batch.n]
         effects[index] = patched - safe[index, None]
     interval = cluster_bootstrap(effects, pairs.groups, n_boot=n_boot, seed=seed)
-    cells = [
-        {**site_columns(place), "patch": p, "row": p // grid.cols, "col": p % grid.cols}
-        for p in range(n_patches)
-    ]
+    cells = [{**site_columns(place), "patch": p, "row": p // grid.cols, "col": p % grid.cols} for p in range(n_patches)]
     shared = {"metric": metric_name(outcome), "effect": "NIE", "n": len(pairs), "seed": seed}
     rows = [
         {
@@ -141,9 +138,7 @@ def patch_map(
 
 def _shared_grid(batches: Sequence[PairBatch]) -> PatchGrid:
     if lacking := [pair for batch in batches if not batch.has_images for pair in batch.index]:
-        raise ValueError(
-            f"both twins of every pair must have a picture, got none in pairs {lacking}; leave those out"
-        )
+        raise ValueError(f"both twins of every pair must have a picture, got none in pairs {lacking}; leave those out")
     grids = [grid for batch in batches for row in batch.inputs.spans.grids for grid in row]
     shapes = {(grid.rows, grid.cols) for grid in grids}
     if len(shapes) != 1 or len(grids) != sum(batch.inputs.batch_size for batch in batches):
@@ -201,7 +196,5 @@ def _pair_frame(
             grid = batch.inputs.spans.grids[batch.n + at][0]
             for p, cell in enumerate(cells):
                 box = dict(zip(("x0", "y0", "x1", "y1"), grid.rectangle(grid.start + p), strict=True))
-                rows.append(
-                    {**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box}
-                )
+                rows.append({**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box})
     return tidy(rows, PAIR_COLUMNS).sort_values(["pair", "patch"], ignore_index=True)

@@ -1,10 +1,9 @@
-"""Patching: run rows of a batch with positions of an activation replaced, several replacements in one forward
-pass.
+"""Patching: run rows of a batch with positions of an activation replaced, several replacements in one pass.
 
 A replacement that would write what is there already is not run, since its outcome is the untouched one, and
-replacements that come to the same are run once. (Twins that
-share their picture have the same activations in the vision tower and, with a causal language model, at the
-image positions.) The hook returns a new tensor and writes nowhere in place.
+replacements that come to the same are run once. (Twins that share their picture have the same activations in the
+vision tower and, with a causal language model, at the image positions.) The hook returns a new tensor and writes
+nowhere in place.
 """
 
 from collections.abc import Sequence
@@ -64,7 +63,7 @@ class Swap:
             donor: [rows, donor_pos, ...].
 
         Returns:
-            For each row that changes, a key of the changed positions and their sources: equal keys, equal results.
+            For each row that changes, a key of the positions and their sources: equal keys, equal results.
         """
         row, position = self.mask.nonzero(as_tuple=True)
         source = self.source[row, position]
@@ -73,8 +72,7 @@ class Swap:
         differs = (given != activation[at]).flatten(1).any(dim=1).cpu()
         moves = torch.stack([position, source])
         return {
-            int(changed): moves[:, differs & (row == changed)].numpy().tobytes()
-            for changed in row[differs].unique()
+            int(changed): moves[:, differs & (row == changed)].numpy().tobytes() for changed in row[differs].unique()
         }
 
 
@@ -126,15 +124,11 @@ def patched_outcomes(
         )
         part, given = inputs.rows(rows), donor[rows]
 
-        def replace_positions(
-            activation: Tensor, hook: Any, swap: Swap = swap, given: Tensor = given
-        ) -> Tensor:
+        def replace_positions(activation: Tensor, hook: Any, swap: Swap = swap, given: Tensor = given) -> Tensor:
             return swap.apply(activation, given)
 
         with torch.no_grad():
-            logits = lvlm.run_with_hooks(
-                part, fwd_hooks=[(site, replace_positions)], logits_to_keep=logits_to_keep
-            )
+            logits = lvlm.run_with_hooks(part, fwd_hooks=[(site, replace_positions)], logits_to_keep=logits_to_keep)
             found = read_outcome(outcome, logits, part)
         for (row, cells), value in zip(some, found, strict=True):
             values[cells, row] = value

@@ -94,9 +94,7 @@ def probe_auc(
         )
     fewest = min(len(set(items[y].tolist())), len(set(items[~y].tolist())))
     if fewest < 2:
-        raise ValueError(
-            f"each class must have at least 2 groups to hold one out, got {fewest}; give more items"
-        )
+        raise ValueError(f"each class must have at least 2 groups to hold one out, got {fewest}; give more items")
     folds = StratifiedGroupKFold(min(n_folds, fewest), shuffle=True, random_state=seed)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
     scores = cross_val_predict(
@@ -138,9 +136,7 @@ def separability(
         if (site, select) in malicious.values and (wanted is None or site in wanted)
     )
     if not keys:
-        raise ValueError(
-            "benign and malicious must share a site and selection; capture them with the same arguments"
-        )
+        raise ValueError("benign and malicious must share a site and selection; capture them with the same arguments")
     labels = torch.tensor([False] * len(benign) + [True] * len(malicious))
     groups = [*benign.groups, *malicious.groups]
     rows = []
@@ -164,9 +160,7 @@ def separability(
     return SeparabilityResult(tidy(rows, COLUMNS), settings)
 
 
-def class_figures(
-    benign: Float[Tensor, "n_benign d"], malicious: Float[Tensor, "n_malicious d"]
-) -> dict[str, float]:
+def class_figures(benign: Float[Tensor, "n_benign d"], malicious: Float[Tensor, "n_malicious d"]) -> dict[str, float]:
     """Silhouette, Fisher ratio and Mahalanobis distance of two classes.
 
     Args:
@@ -190,8 +184,7 @@ def class_figures(
     means = [rows.mean(axis=0) for rows in classes]
     residuals = np.concatenate([rows - mean for rows, mean in zip(classes, means, strict=True)])
     between = sum(
-        len(rows) * np.sum((mean - everything.mean(axis=0)) ** 2)
-        for rows, mean in zip(classes, means, strict=True)
+        len(rows) * np.sum((mean - everything.mean(axis=0)) ** 2) for rows, mean in zip(classes, means, strict=True)
     )
     delta = means[1] - means[0]
     covariance = LedoitWolf(assume_centered=True).fit(residuals).covariance_

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
-from care_lens.data.study import SPLITS, Study
+from care_lens.data.study import SPLITS, Modality, Study
 from care_lens.organism import channels, tasks
 from care_lens.organism.build import untrained, vocabulary
 from care_lens.organism.channels import (
@@ -79,7 +79,7 @@ def outcome() -> UnsafeMargin:
 
 
 #: Attack channels that a repair may be fitted on, by the modality through which they act.
-SEEN = {"visual": ("typographic",), "textual": ("wrapper", "spelled")}
+SEEN: dict[Modality, tuple[str, ...]] = {"visual": ("typographic",), "textual": ("wrapper", "spelled")}
 
 
 def study(*, seed: int = 0, per_item: int = 1) -> Study:

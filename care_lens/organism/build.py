@@ -122,7 +122,7 @@ def make_config(
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=SPECIAL.index("<image>"),
+        image_token_id=SPECIAL.index("<image>"),  # pyright: ignore[reportCallIssue]
         image_seq_length=N_PATCHES,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

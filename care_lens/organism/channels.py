@@ -140,9 +140,7 @@ def _rng(*parts: object) -> random.Random:
     return random.Random(hashlib.sha256("/".join(map(str, parts)).encode()).digest())
 
 
-def examples(
-    channel: str, split: Split, *, n: int | None = None, per_item: int = 1, seed: int = 0
-) -> list[Example]:
+def examples(channel: str, split: Split, *, n: int | None = None, per_item: int = 1, seed: int = 0) -> list[Example]:
     """Examples of a channel: `per_item` for every noun of the split that fits, or the first n of them.
 
     Args:
@@ -256,9 +254,7 @@ def picture_pairs(split: Split, *, n: int | None = None, seed: int = 0) -> Paire
     for noun in world().select(split=split, forbidden=True)[:n]:
         key = ("picture pairs", split, seed, noun.name)
         task = _task(_rng(*key), CHANNELS["typographic"], noun, split)
-        others = [
-            o.name for o in world().select(split=split, forbidden=False) if len(o.name) == len(noun.name)
-        ]
+        others = [o.name for o in world().select(split=split, forbidden=False) if len(o.name) == len(noun.name)]
         example = to_example(task, channel="typographic", split=split, id="/".join(map(str, key)))
         assert task.picture is not None
         swapped = replace(task.picture, word=_rng("other", *key).choice(others))

@@ -19,9 +19,7 @@ class OrganismJudge:
 
     def __call__(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[Verdict]:
         if len(examples) != len(texts):
-            raise ValueError(
-                f"examples and texts must be of one length, got {len(examples)} and {len(texts)}"
-            )
+            raise ValueError(f"examples and texts must be of one length, got {len(examples)} and {len(texts)}")
         return [self._judge(example, text) for example, text in zip(examples, texts, strict=True)]
 
     def _judge(self, example: Example, text: str | None) -> Verdict:

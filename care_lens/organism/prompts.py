@@ -12,9 +12,7 @@ from typing import Literal, get_args
 from care_lens.organism.world import SPLITS, Split
 
 Ask = Literal["make", "kind", "name", "letters", "spell", "repeat"]
-Reference = Literal[
-    "named", "spelled", "pictured", "twin_named", "twin_pictured", "named_pictured", "named_spelled"
-]
+Reference = Literal["named", "spelled", "pictured", "twin_named", "twin_pictured", "named_pictured", "named_spelled"]
 Context = Literal["", "wrapper", "neutral"]
 ASKS: tuple[Ask, ...] = get_args(Ask)
 REFERENCES: tuple[Reference, ...] = get_args(Reference)

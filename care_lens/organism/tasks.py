@@ -93,11 +93,9 @@ def sample_task(
     Raises:
         ValueError: if a pictured reference comes with a picture that does not show the item.
     """
-    if reference.endswith("pictured") and not prompts.names_item(reference):
-        if picture is None or picture.word != source.name:
-            raise ValueError(
-                f"picture must show the word {source.name!r} for reference {reference!r}, got {picture}"
-            )
+    seen = reference.endswith("pictured") and not prompts.names_item(reference)
+    if seen and (picture is None or picture.word != source.name):
+        raise ValueError(f"picture must show the word {source.name!r} for reference {reference!r}, got {picture}")
     text = prompts.reference(
         reference,
         rng.choice(prompts.of_split(prompts.REFERENCE_TEMPLATES[prompts.base_reference(reference)], split)),

@@ -18,7 +18,15 @@ from care_lens.core import Example, Judge, Repair, Site, Verdict
 from care_lens.data.study import Modality, Study
 from care_lens.evaluation import GenerationStore, generate_all, judge_answers
 from care_lens.lvlm import HookedLVLM
-from care_lens.pipeline.learn import FitRows, TokenRows, fit_reader_subspace, reader_of, refusal_writer, residual_sites, token_rows
+from care_lens.pipeline.learn import (
+    FitRows,
+    TokenRows,
+    fit_reader_subspace,
+    reader_of,
+    refusal_writer,
+    residual_sites,
+    token_rows,
+)
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import ConformalGate, Correction, HybridFusion, MaxReader, SiteReader, read_scores
 from care_lens.subspace import SafetySubspace
@@ -47,7 +55,9 @@ class ReaderPlan:
     epsilon: float
 
     def __str__(self) -> str:
-        where = " and ".join("last prompt token" if k == 0 else f"answer, as learned at token {k}" for k in self.offsets)
+        where = " and ".join(
+            "last prompt token" if k == 0 else f"answer, as learned at token {k}" for k in self.offsets
+        )
         what = f"energy of rank {self.rank}" if self.rank else "discriminant"
         return f"{what} after block {self.layer}, {where}, epsilon {self.epsilon:g}"
 
@@ -133,17 +143,26 @@ class Readers:
         Raises:
             ValueError: if there are too few calibration prompts for the plan's epsilon.
         """
-        made = {
-            m: [self._one(m, plan.layer, offset, plan.rank) for offset in plan.offsets] for m in self._rows.modalities
-        }
-        readers = {m: MaxReader(readers=tuple(reader for _, reader in pairs)) for m, pairs in made.items()}
+        made: dict[Modality, list[tuple[SafetySubspace, SiteReader]]] = {}
+        for m in self._rows.modalities:
+            made[m] = [self._one(m, plan.layer, offset, plan.rank) for offset in plan.offsets]
+        readers: dict[Modality, MaxReader] = {}
+        for m, pairs in made.items():
+            readers[m] = MaxReader(readers=tuple(reader for _, reader in pairs))
         scores = offline(MaxReader(readers=tuple(readers.values())), calibration)
         subspaces = tuple(subspace for pairs in made.values() for subspace, _ in pairs)
         return Fitted(readers, subspaces, ConformalGate.calibrate(scores, epsilon=plan.epsilon))
 
 
 def assemble(
-    fitted: Fitted, rows: FitRows, plan: ReaderPlan, site: Site, *, alpha: float, name: str, provenance: Mapping[str, object]
+    fitted: Fitted,
+    rows: FitRows,
+    plan: ReaderPlan,
+    site: Site,
+    *,
+    alpha: float,
+    name: str,
+    provenance: Mapping[str, object],
 ) -> HybridFusion:
     """The repair: each modality's reader gates the refusal writers; the adaptive rule shares them between modalities."""
     writers = [refusal_writer(rows, site, offset=offset, alpha=alpha) for offset in plan.offsets]
@@ -168,9 +187,7 @@ def plans(lvlm: HookedLVLM, settings: RunSettings) -> list[ReaderPlan]:
     answers = range(1, settings.answer_tokens + 1)
     offsets = [(0,), *((k,) for k in answers), *((0, k) for k in answers)]
     layers = range(lvlm.n_layers() - 1)
-    return [
-        ReaderPlan(*plan) for plan in itertools.product(layers, offsets, settings.reader_ranks, settings.epsilons)
-    ]
+    return [ReaderPlan(*plan) for plan in itertools.product(layers, offsets, settings.reader_ranks, settings.epsilons)]
 
 
 def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
@@ -236,12 +253,22 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
         except ValueError as error:  # too few prompts for this epsilon, or a rank the rows do not allow
             log.info("left out: %s (%s)", plan, error)
             continue
-        detected = {c: float((offline(fitted.both, a) > fitted.gate.threshold).double().mean()) for c, a in attacks.items()}
+        detected = {
+            c: float((offline(fitted.both, a) > fitted.gate.threshold).double().mean()) for c, a in attacks.items()
+        }
         opened = float((offline(fitted.both, harmless) > fitted.gate.threshold).double().mean())
         table.append({"plan": plan, "fitted": fitted, "worst": min(detected.values()), "benign": opened, **detected})
     if not table:
         raise NoCandidate("no reader could be calibrated; give more benign calibration prompts or a larger epsilon")
-    table.sort(key=lambda r: (-round(r["worst"], 2), -len(r["plan"].offsets), max(r["plan"].offsets), r["plan"].epsilon, r["benign"]))
+    table.sort(
+        key=lambda r: (
+            -round(r["worst"], 2),
+            -len(r["plan"].offsets),
+            max(r["plan"].offsets),
+            r["plan"].epsilon,
+            r["benign"],
+        )
+    )
 
     best, runs = table[: settings.candidates], []
     for row in best:
@@ -261,7 +288,9 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
     for run in runs[: settings.candidates]:
         run["repair"] = recalibrated(lvlm, run["repair"], calibrating, settings, epsilon=run["plan"].epsilon)
         run["benign_before"] = before
-        run["benign_after"] = share(answer_verdicts(lvlm, benign, run["repair"], settings, study.judge), Verdict.COMPLIED)
+        run["benign_after"] = share(
+            answer_verdicts(lvlm, benign, run["repair"], settings, study.judge), Verdict.COMPLIED
+        )
         log.info("benign %.3f -> %.3f: %s at %s", before, run["benign_after"], run["plan"], run["site"])
         if run["benign_after"] >= before - settings.benign_loss:
             won = run
@@ -279,5 +308,7 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
         alpha=won["alpha"],
         subspaces=won["fitted"].subspaces,
         readers=pd.DataFrame([{k: str(v) if k == "plan" else v for k, v in r.items() if k != "fitted"} for r in table]),
-        runs=pd.DataFrame([{k: str(v) if k in ("plan", "site") else v for k, v in r.items() if k not in drop} for r in runs]),
+        runs=pd.DataFrame(
+            [{k: str(v) if k in ("plan", "site") else v for k, v in r.items() if k not in drop} for r in runs]
+        ),
     )

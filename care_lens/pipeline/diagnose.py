@@ -83,7 +83,12 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
                 PatchMapResult,
                 f"patches.{name}",
                 lambda few=few, outcome=outcome: patch_map(
-                    lvlm, few, outcome=outcome, site="blocks.0.hook_resid_pre", batch_size=settings.batch_size, progress=False
+                    lvlm,
+                    few,
+                    outcome=outcome,
+                    site="blocks.0.hook_resid_pre",
+                    batch_size=settings.batch_size,
+                    progress=False,
                 ),
             )
     attacked: list[Example] = []

@@ -136,10 +136,10 @@ def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> FitRow
             lvlm, examples, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size
         )
 
-    malicious = {m: study.malicious("fit", m) for m in MODALITIES}
+    malicious: dict[Modality, list[Example]] = {m: study.malicious("fit", m) for m in MODALITIES}
     return FitRows(
         benign=rows(study.benign("fit")),
-        malicious={m: rows(examples) for m, examples in malicious.items() if examples},
+        malicious={m: rows(malicious[m]) for m in MODALITIES if malicious[m]},
         refused=rows([replace(e, response=study.refusal) for e in study.refused("fit")]),
     )
 
@@ -224,9 +224,7 @@ def printed_form(
     textual = study.malicious("fit", "textual")
     classes: dict[Modality, tuple[list[Example], list[Example]]] = {
         "visual": (
-            [e for e in study.benign("fit") if e.image is not None][
-                : 4 * len(study.malicious("fit", "visual"))
-            ],
+            [e for e in study.benign("fit") if e.image is not None][: 4 * len(study.malicious("fit", "visual"))],
             study.malicious("fit", "visual"),
         ),
         "textual": ([replace(e, response=study.refusal) for e in textual], textual),

@@ -61,9 +61,7 @@ def controls(
     met = torch.cat([rows.complied(choice.writer_site, offset) for offset in choice.plan.offsets])
     random = random_control(choice.repair, {choice.writer_site: met}, seed=settings.seed)
     benign = study.benign("calibration")
-    held = token_rows(
-        lvlm, benign, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size
-    )
+    held = token_rows(lvlm, benign, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size)
     shuffled = assemble(
         Readers(rows, shuffle_seed=settings.seed).fit(choice.plan, held),
         rows,

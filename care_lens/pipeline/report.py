@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from care_lens import plots
 from care_lens.pipeline.prove import ADAPTIVE, NONE
 from care_lens.pipeline.run import Run
+from care_lens.repair import ConformalGate
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
@@ -57,7 +58,7 @@ def figures(run: Run) -> dict[str, go.Figure]:
     out["ablation"] = run.diagnosis.ablation.plot()
     for name, result in run.diagnosis.patches.items():
         for pair in range(PICTURES):
-            rows = result.details[result.details["pair"] == pair]
+            rows = result.details.query("pair == @pair")
             if len(rows):
                 picture = run.study.pairs[name].unsafe[pair].image
                 out[f"patches_{name}_{pair}"] = plots.plot_patch_effects(rows, image=picture)
@@ -75,9 +76,9 @@ def _table(frame: pd.DataFrame, *, digits: int = 3) -> str:
 
 def _strongest(run: Run) -> pd.DataFrame:
     frame = run.diagnosis.effects_frame()
-    frame = frame[(frame.effect == "NIE") & frame.position.isin(["image", "text", "last", "all"])]
-    frame = frame.sort_values("value", ascending=False).groupby("pairs", sort=False).head(4)
-    return frame[["pairs", "tower", "layer", "component", "position", "value", "ci_low", "ci_high", "n"]]
+    kept = (frame["effect"] == "NIE") & frame["position"].isin(["image", "text", "last", "all"])
+    frame = pd.DataFrame(frame[kept]).sort_values(by="value", ascending=False).groupby("pairs", sort=False).head(4)
+    return frame.filter(["pairs", "tower", "layer", "component", "position", "value", "ci_low", "ci_high", "n"])
 
 
 def write_report(run: Run, out: str | Path) -> Path:
@@ -102,6 +103,8 @@ def write_report(run: Run, out: str | Path) -> Path:
     (out / "summary.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
     table = run.proof.table
     plan = run.choice.plan
+    gate = run.choice.repair.corrections[0].gate
+    calibrated = f"n = {gate.n} calibration prompts" if isinstance(gate, ConformalGate) else "no gate"
     seen = ", ".join(c for channels in run.study.seen.values() for c in channels)
 
     def percent(name: str) -> str:
@@ -117,15 +120,11 @@ def write_report(run: Run, out: str | Path) -> Path:
             f"<p>{html.escape(ADAPTIVE)}: the attack saw the repair (its gate softened, so that a gradient passes). ASR "
             f"{100 * row.value:.0f} % [{100 * row.ci_low:.0f}, {100 * row.ci_high:.0f}], n = {row.n}.</p>"
         )
-    left_out = "".join(
-        f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items()
-    )
+    left_out = "".join(f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items())
     quick = (
         ""
         if run.settings.limit is None
-        else (
-            f"<p><b>A quick look with at most {run.settings.limit} examples a channel: not figures to quote.</b></p>"
-        )
+        else (f"<p><b>A quick look with at most {run.settings.limit} examples a channel: not figures to quote.</b></p>")
     )
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>care_lens report: {html.escape(run.study.name)}</title>
 <style>{STYLE}</style></head><body>
@@ -149,7 +148,7 @@ outcome = log probability a token of the steps for the forbidden item). Interval
 {draw("spectrum_")}
 <h2>3. Choose: on validation only</h2>
 <p>Gate: split conformal, at most {run.choice.plan.epsilon:.1%} of benign prompts touched
-(n = {run.choice.repair.corrections[0].gate.n} calibration prompts). Writer: towards the refusal mean at
+({calibrated}). Writer: towards the refusal mean at
 {run.choice.writer_site}, alpha {run.choice.alpha:g}. Fusion: {run.choice.repair.rule}.</p>
 <h3>Candidates run with their writers</h3>{_table(run.choice.runs.head(20))}
 <h3>Readers: share of attacks detected, by channel, and of benign prompts opened</h3>{_table(run.choice.readers.head(30))}

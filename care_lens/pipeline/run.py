@@ -59,8 +59,9 @@ def open_stage(out: str | Path, study: Study, settings: RunSettings, *, model: s
 def printed_layers(diagnosis: Diagnosis, settings: RunSettings) -> list[int]:
     """Where the paper puts its subspaces: the layers whose MLP's ablation lowers compliance most."""
     frame = diagnosis.ablation.to_dataframe()
-    mlp = frame[(frame.component == "hook_mlp_out") & (frame.metric == "complied")]
-    return sorted(int(layer) for layer in mlp.nsmallest(settings.printed_layers, "value").layer)
+    mlp = pd.DataFrame(frame[(frame["component"] == "hook_mlp_out") & (frame["metric"] == "complied")])
+    lowest = mlp.sort_values(by="value").head(settings.printed_layers)
+    return sorted(int(layer) for layer in lowest["layer"])
 
 
 def run(
@@ -124,6 +125,4 @@ def run(
     with step("prove"):
         proof = prove(lvlm, study, choice, rows, printed, settings, stage)
     bar.close()
-    return Run(
-        study, settings, diagnosis, choice, proof, printed_subspaces, seconds, _provenance(study, model)
-    )
+    return Run(study, settings, diagnosis, choice, proof, printed_subspaces, seconds, _provenance(study, model))

@@ -51,9 +51,7 @@ class RunSettings:
 
     def short(self) -> "RunSettings":
         """For a quick look: a few examples a channel; the figures are not to be quoted."""
-        return replace(
-            self, limit=12, pairs=6, ablated=6, n_boot=200, pgd_steps=8, pgd_examples=6, epsilons=(0.02,)
-        )
+        return replace(self, limit=12, pairs=6, ablated=6, n_boot=200, pgd_steps=8, pgd_examples=6, epsilons=(0.02,))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""

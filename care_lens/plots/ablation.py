@@ -74,9 +74,7 @@ def _add_curve(figure: go.Figure, curve: pd.DataFrame, name: str, index: int) ->
             x=layers,
             y=curve["value"].astype(float).tolist(),
             customdata=curve[["ci_low", "ci_high", "n"]].astype(float).to_numpy(),
-            hovertemplate=(
-                "layer %{x}<br>%{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}], n = %{customdata[2]}"
-            ),
+            hovertemplate=("layer %{x}<br>%{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}], n = %{customdata[2]}"),
             mode="lines+markers",
             line={"color": colour, "width": 3},
             marker={"symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)], "size": 9},

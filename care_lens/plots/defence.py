@@ -23,9 +23,7 @@ DEFENCE_COLUMNS = ("defence", "channel", "metric", "value", "ci_low", "ci_high",
 _ROW, _ROW_GAP, _PANEL_GAP, _MARGINS = 12, 12, 80, 140
 
 
-def plot_asr(
-    result: FrameResult | pd.DataFrame, *, metrics: Sequence[str] = ("asr", "accuracy")
-) -> go.Figure:
+def plot_asr(result: FrameResult | pd.DataFrame, *, metrics: Sequence[str] = ("asr", "accuracy")) -> go.Figure:
     """Shares by channel, one marker a defence, with intervals; one panel a metric.
 
     Args:

@@ -136,9 +136,7 @@ def _heatmap(part: pd.DataFrame, panel: _Panel, effect: str, *, visible: bool) -
 
 def _scale(frame: pd.DataFrame, effect: str) -> dict[str, object]:
     """Symmetric around 0, as far as the effect's largest cell."""
-    largest = float(
-        np.nanmax(np.abs(where(frame, effect=effect)["value"].to_numpy(dtype=float)), initial=0.0)
-    )
+    largest = float(np.nanmax(np.abs(where(frame, effect=effect)["value"].to_numpy(dtype=float)), initial=0.0))
     limit = largest if largest > 0 else 1.0
     bar = {"title": {"text": effect, "side": "top"}, "thickness": 16, "tickformat": ".3~g"}
     return {"colorscale": theme.DIVERGING, "cmin": -limit, "cmid": 0, "cmax": limit, "colorbar": bar}

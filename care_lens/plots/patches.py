@@ -40,17 +40,13 @@ def plot_patch_effects(
     """
     frame = frame_of(result, _COLUMNS)
     if frame.duplicated(["row", "col"]).any():
-        raise ValueError(
-            "each patch must occur once, got several rows of one; take the rows of one pair and site"
-        )
+        raise ValueError("each patch must occur once, got several rows of one; take the rows of one pair and site")
     rows, cols = int(frame["row"].max()) + 1, int(frame["col"].max()) + 1
     if grid is None:
         width, height = (cols, rows) if image is None else image.size
         grid = PatchGrid(start=0, rows=rows, cols=cols, width=width, height=height)
     if (grid.rows, grid.cols) != (rows, cols):
-        raise ValueError(
-            f"grid must have {rows} x {cols} patches as the effects, got {grid.rows} x {grid.cols}"
-        )
+        raise ValueError(f"grid must have {rows} x {cols} patches as the effects, got {grid.rows} x {grid.cols}")
     figure = go.Figure(_heatmap(frame, grid, over_picture=image is not None))
     if image is not None:
         _add_picture(figure, image)

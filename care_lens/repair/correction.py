@@ -43,9 +43,7 @@ class Correction:
 
     def __post_init__(self) -> None:
         if self.reader is None and not isinstance(self.gate, AlwaysOpen):
-            raise ValueError(
-                f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score"
-            )
+            raise ValueError(f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score")
         if self.pulse and self.reader is None:
             raise ValueError("reader must be given for a correction that acts where its gate opens (pulse), got None")
         late = [str(leaf.site) for leaf in self.leaves if leaf.site > self.writer.site]

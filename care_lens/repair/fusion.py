@@ -73,18 +73,14 @@ class HybridFusion(HookRepair):
         object.__setattr__(self, "visual", tuple(self.visual))
         object.__setattr__(self, "textual", tuple(self.textual))
         if not self.corrections:
-            raise ValueError(
-                "visual or textual must hold a correction, got none; for the model as it is use NoRepair"
-            )
+            raise ValueError("visual or textual must hold a correction, got none; for the model as it is use NoRepair")
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
         check_positions(self.scope, name="scope")
         for modality, corrections in (("visual", self.visual), ("textual", self.textual)):
             wrong = [c.modality for c in corrections if c.modality not in (None, modality)]
             if wrong:
-                raise ValueError(
-                    f"corrections given as {modality} must be fitted for that, got {wrong}; swap them"
-                )
+                raise ValueError(f"corrections given as {modality} must be fitted for that, got {wrong}; swap them")
 
     @property
     def corrections(self) -> tuple[Correction, ...]:

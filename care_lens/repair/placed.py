@@ -19,8 +19,6 @@ class PlacedTensors:
         kept: dict[Any, tuple[Tensor, ...]] = self.__dict__.setdefault("_placed", {})
         key = (names, like.device, like.dtype)
         if key not in kept:
-            with torch.inference_mode(
-                False
-            ):  # a copy made for inference could not be used with gradients later
+            with torch.inference_mode(False):  # a copy made for inference could not be used with gradients later
                 kept[key] = tuple(getattr(self, name).to(like.device, like.dtype) for name in names)
         return kept[key]

@@ -75,9 +75,7 @@ class BatchView:
 
     def __init__(self, inputs: LVLMInputs) -> None:
         if inputs.input_ids.shape[1] < 2:
-            raise ValueError(
-                "inputs must have 2 positions or more, got 1; a prompt includes its chat template"
-            )
+            raise ValueError("inputs must have 2 positions or more, got 1; a prompt includes its chat template")
         self._inputs = inputs
 
     def is_prefill(self, shape: torch.Size) -> bool:

@@ -70,9 +70,7 @@ class Reader(ABC):
         """
         mean, spread = float(benign.double().mean()), float(benign.double().std())
         if not 0 < spread < float("inf"):
-            raise ValueError(
-                f"benign scores must be finite and vary, got {len(benign)} of standard deviation {spread}"
-            )
+            raise ValueError(f"benign scores must be finite and vary, got {len(benign)} of standard deviation {spread}")
         return replace(self, location=self.location + self.scale * mean, scale=self.scale * spread)
 
 
@@ -153,9 +151,7 @@ class SiteReader(Reader, PlacedTensors):
         return pool(self.tokens(activation), mask, self.pooling)
 
 
-def pool(
-    scores: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], pooling: str
-) -> Float[Tensor, "batch"]:
+def pool(scores: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], pooling: str) -> Float[Tensor, "batch"]:
     """Maximum or mean of a row's scores under a mask; -inf for a row where the mask is empty."""
     if pooling == "max":
         return scores.masked_fill(~mask, -torch.inf).amax(dim=1)
@@ -199,9 +195,7 @@ class EnergyReader(SiteReader):
             ValueError: If the subspace does not say which site it belongs to.
         """
         site = fitted_site(subspace)
-        return cls(
-            site=site, read=subspace.read, centre=subspace.mean_benign, positions=positions, pooling=pooling
-        )
+        return cls(site=site, read=subspace.read, centre=subspace.mean_benign, positions=positions, pooling=pooling)
 
     @property
     def width(self) -> int:

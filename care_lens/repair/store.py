@@ -34,9 +34,7 @@ def describe(repair: Any) -> dict[str, Any]:
     Raises:
         TypeError: If a part is of a kind that is not known.
     """
-    return _encode(
-        repair, lambda t: {"shape": list(t.shape), "norm": round(float(t.double().norm()), 6)}, None
-    )
+    return _encode(repair, lambda t: {"shape": list(t.shape), "norm": round(float(t.double().norm()), 6)}, None)
 
 
 def save(repair: Any, directory: str | Path) -> None:
@@ -118,9 +116,7 @@ def _encode(value: Any, on_tensor: Callable[[Tensor], Any], seen: dict[int, int]
         return value
     name = type(value).__name__
     if _kinds().get(name) is not type(value):
-        raise TypeError(
-            f"parts of a repair must be one of {sorted(_kinds())} to be saved or described, got {name}"
-        )
+        raise TypeError(f"parts of a repair must be one of {sorted(_kinds())} to be saved or described, got {name}")
     if seen is not None and id(value) in seen:
         return {"same_as": seen[id(value)]}
     encoded = {f.name: _encode(getattr(value, f.name), on_tensor, seen) for f in dataclasses.fields(value)}

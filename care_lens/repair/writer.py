@@ -158,9 +158,7 @@ class Writer(PlacedTensors):
         if not norm > 0:
             raise ValueError("target and source must differ, got the same activation")
         direction = (difference / norm).to(target.dtype)[:, None]
-        return cls(
-            site=Site.parse(site), write=direction, left=direction, target=target, alpha=alpha, scope=scope
-        )
+        return cls(site=Site.parse(site), write=direction, left=direction, target=target, alpha=alpha, scope=scope)
 
 
 def _warn_beyond(alpha: float) -> None:

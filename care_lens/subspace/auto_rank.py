@@ -95,9 +95,7 @@ def choose_rank(
     for _ in range(_NULL_DRAWS):
         order = torch.randperm(len(names[0]), generator=generator).tolist()
         leaving = {names[0][i] for i in order[: min(len(order) // 2, len(names[1]))]}
-        sides = [
-            [i for i, item in enumerate(groups[0]) if (item in leaving) == away] for away in (False, True)
-        ]
+        sides = [[i for i, item in enumerate(groups[0]) if (item in leaving) == away] for away in (False, True)]
         items = ([groups[0][i] for i in sides[0]], [groups[0][i] for i in sides[1]])
         null = _heldout_ratios((benign[sides[0]], benign[sides[1]]), items, directions, generator)
         threshold = max([threshold, *null.tolist()])

@@ -74,9 +74,7 @@ def edit_norm_ratio(
     means = []
     for one in (subspace, control):
         aim = beta * one.mean_benign if target is None else target
-        means.append(
-            float(one.project(activations.double() - aim.to(activations.device)).norm(dim=-1).mean())
-        )
+        means.append(float(one.project(activations.double() - aim.to(activations.device)).norm(dim=-1).mean()))
     if means[1] == 0:
         raise SubspaceError(
             "control must edit the activations, got edits of norm 0; give other activations or another seed"

@@ -27,9 +27,7 @@ def summary(subspace: "SafetySubspace") -> dict[str, str]:
     }
     if "n_benign" in notes:
         rows["rows"] = f"{notes['n_benign']} benign, {notes['n_malicious']} malicious"
-        rows["shrinkage"] = (
-            f"{notes['shrinkage_benign']:.3g} benign, {notes['shrinkage_malicious']:.3g} malicious"
-        )
+        rows["shrinkage"] = f"{notes['shrinkage_benign']:.3g} benign, {notes['shrinkage_malicious']:.3g} malicious"
         rows["solver"] = f"{notes['solver']}, order {notes['order']}, residual {notes['residual']:.1e}"
     if choice := notes.get("auto_rank"):
         rows["rank chosen"] = (
@@ -42,9 +40,7 @@ def as_text(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
     """Several aligned lines under the class name."""
     named = {**rows, "eigenvalues": _spectrum(eigenvalues)}
     wide = max(map(len, named))
-    return "\n".join(
-        ["SafetySubspace", *(f"  {heading:<{wide}}  {value}" for heading, value in named.items())]
-    )
+    return "\n".join(["SafetySubspace", *(f"  {heading:<{wide}}  {value}" for heading, value in named.items())])
 
 
 def as_html(rows: Mapping[str, str], eigenvalues: Tensor) -> str:

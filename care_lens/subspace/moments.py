@@ -44,13 +44,9 @@ class Moments:
             NonFiniteError: If a row holds NaN or infinity.
         """
         if rows.ndim != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
-            raise WidthError(
-                f"{name} must be floating point [n, d], got {rows.dtype} of shape {tuple(rows.shape)}"
-            )
+            raise WidthError(f"{name} must be floating point [n, d], got {rows.dtype} of shape {tuple(rows.shape)}")
         if rows.shape[0] < least:
-            raise TooFewRowsError(
-                f"{name} must have {least} rows or more, got {rows.shape[0]}; give more examples"
-            )
+            raise TooFewRowsError(f"{name} must have {least} rows or more, got {rows.shape[0]}; give more examples")
         wide = rows.detach().to("cpu", torch.float64)
         finite = torch.isfinite(wide).all(dim=1)
         if not bool(finite.all()):

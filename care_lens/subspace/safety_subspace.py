@@ -314,9 +314,7 @@ class SafetySubspace:
                     f"{known}; fit one on activations of that place"
                 )
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "SafetySubspace":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "SafetySubspace":
         """Move or cast the tensors; a new object."""
         return dataclasses.replace(
             self, **{name: getattr(self, name).to(device=device, dtype=dtype) for name in _TENSORS}
@@ -338,9 +336,7 @@ class SafetySubspace:
         tensors = {name: getattr(self, name) for name in _TENSORS}
         site = None if self.site is None else str(self.site)
         notes = {"modality": self.modality, "diagnostics": self.diagnostics, "provenance": self.provenance}
-        return storage.save(
-            directory, tensors, {"site": site, "width": self.width, "rank": self.rank, **notes}
-        )
+        return storage.save(directory, tensors, {"site": site, "width": self.width, "rank": self.rank, **notes})
 
     @classmethod
     def load(

@@ -78,17 +78,13 @@ def load_checked(directory: str | Path, names: Sequence[str]) -> tuple[dict[str,
     try:
         manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SubspaceFileError(
-            f"{directory / _MANIFEST} must be JSON, got {error}; save the subspace again"
-        ) from None
+        raise SubspaceFileError(f"{directory / _MANIFEST} must be JSON, got {error}; save the subspace again") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
         raise SubspaceFileError(
             f"{directory / _MANIFEST} must be the manifest of a SafetySubspace; load it with its own class"
         )
     if manifest.get("schema", 0) > _SCHEMA:
-        raise SubspaceFileError(
-            f"schema must be {_SCHEMA} or less, got {manifest['schema']}; update care_lens"
-        )
+        raise SubspaceFileError(f"schema must be {_SCHEMA} or less, got {manifest['schema']}; update care_lens")
     if missing := [key for key in (*_KEYS, "sha256", "tensors") if key not in manifest]:
         raise SubspaceFileError(f"{directory / _MANIFEST} must have {missing}; save the subspace again")
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:

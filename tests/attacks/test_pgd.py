@@ -62,15 +62,11 @@ def test_loss_is_the_negative_mean_log_likelihood_of_the_target(lvlm, asked):
     loss = TargetLoss(lvlm, asked, [["sure red then"]] * len(asked))
     with torch.no_grad():
         values = loss(loss.pixels, torch.arange(len(asked)))
-    np.testing.assert_allclose(
-        values.numpy(), -log_likelihood(lvlm, asked, "sure red then"), rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(values.numpy(), -log_likelihood(lvlm, asked, "sure red then"), rtol=1e-4, atol=1e-4)
 
 
 def test_loss_counts_the_first_tokens_only_and_joins_several_targets(lvlm, asked):
-    loss = TargetLoss(
-        lvlm, asked, [["sure red then", "yes no"], ["yes no"], ["sure"], ["no"]], target_tokens=1
-    )
+    loss = TargetLoss(lvlm, asked, [["sure red then", "yes no"], ["yes no"], ["sure"], ["no"]], target_tokens=1)
     with torch.no_grad():
         values = loss(loss.pixels, torch.arange(4)).numpy()
         some = loss(loss.pixels[1:3], torch.tensor([1, 2])).numpy()
@@ -93,9 +89,7 @@ def test_it_beats_random_noise_of_the_same_size_and_reports_the_loss_of_what_it_
     assert [example.channel for example in attacked] == ["pgd"] * len(asked)
     after = log_likelihood(lvlm, attacked, "sure red then")
     np.testing.assert_allclose(result.losses, -after, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(
-        result.clean_losses, -log_likelihood(lvlm, asked, "sure red then"), rtol=1e-3, atol=1e-3
-    )
+    np.testing.assert_allclose(result.clean_losses, -log_likelihood(lvlm, asked, "sure red then"), rtol=1e-3, atol=1e-3)
     for seed in range(5):
         noisy = log_likelihood(lvlm, random_noise(asked, epsilon=EPSILON, seed=seed), "sure red then")
         assert (after > noisy).all()
@@ -110,9 +104,7 @@ def test_the_result_does_not_depend_on_the_batch_size(lvlm, asked):
 
 def test_restarts_and_steps_never_make_it_worse(lvlm, asked):
     losses = [
-        pgd(
-            lvlm, asked[:2], targets=["sure"], epsilon=8, steps=5, step_size=1, restarts=n, progress=False
-        ).losses
+        pgd(lvlm, asked[:2], targets=["sure"], epsilon=8, steps=5, step_size=1, restarts=n, progress=False).losses
         for n in (1, 3)
     ]
     # the draws of one example's restarts follow each other, so the first example's first restart is shared

@@ -52,9 +52,7 @@ def test_a_font_file_can_be_given(tmp_path):
         draw_text("ABC", style=TextStyle(font=tmp_path / "none.ttf"))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("x" * 80, "fit"), ("a b c d e f g h " * 30, "fit"), ("  ", "letter")]
-)
+@pytest.mark.parametrize(("text", "message"), [("x" * 80, "fit"), ("a b c d e f g h " * 30, "fit"), ("  ", "letter")])
 def test_text_that_cannot_be_drawn_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         draw_text(text, size=(100, 100))

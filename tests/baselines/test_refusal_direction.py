@@ -26,9 +26,7 @@ def sets(lvlm):
 
     def some(n, first):
         rows = torch.randint(len(words), (n, 3), generator=pick).tolist()
-        return [
-            Example(" ".join([first, *(words[i] for i in row)][: 2 + k % 3])) for k, row in enumerate(rows)
-        ]
+        return [Example(" ".join([first, *(words[i] for i in row)][: 2 + k % 3])) for k, row in enumerate(rows)]
 
     return {
         "harmful": some(7, words[0]),

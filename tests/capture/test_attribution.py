@@ -31,9 +31,7 @@ def centring(n: int) -> np.ndarray:
 def test_visual_scores_are_the_formula():
     visual, text = tokens(7), tokens(4, seed=1)
     rows = kernel(squared(visual.numpy(), text.numpy())) @ centring(4)
-    np.testing.assert_allclose(
-        visual_scores(visual, text).numpy(), min_max((rows**2).sum(axis=1)), atol=1e-10
-    )
+    np.testing.assert_allclose(visual_scores(visual, text).numpy(), min_max((rows**2).sum(axis=1)), atol=1e-10)
 
 
 def test_text_scores_are_the_formula():

@@ -15,9 +15,7 @@ SELECT = ("image", "text", "last", "all", "response", "image:attributed", "text:
 
 @pytest.fixture(scope="module")
 def held(lvlm, examples):
-    return capture(
-        lvlm, examples, (*SITES, *VISION), select=SELECT, responses=True, batch_size=3, progress=False
-    )
+    return capture(lvlm, examples, (*SITES, *VISION), select=SELECT, responses=True, batch_size=3, progress=False)
 
 
 def alone(lvlm, example, site):

@@ -50,10 +50,7 @@ def test_rows_and_devices():
 
 def test_what_contradicts_itself_is_refused():
     good = spans_of(ROW)
-    fields = {
-        name: getattr(good, name)
-        for name in ("image", "text", "prompt", "response", "last", "padding", "grids")
-    }
+    fields = {name: getattr(good, name) for name in ("image", "text", "prompt", "response", "last", "padding", "grids")}
     none = torch.zeros_like(good.image)
     for change, message in [
         ({"text": good.text | good.image}, "one of image, text and padding"),

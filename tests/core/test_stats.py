@@ -74,9 +74,7 @@ def test_the_interval_covers_as_often_as_it_says():
     hits = 0
     for trial in range(200):
         means = rng.normal(size=40)
-        interval = cluster_bootstrap(
-            np.repeat(means, 2), list(np.repeat(np.arange(40), 2)), n_boot=300, seed=trial
-        )
+        interval = cluster_bootstrap(np.repeat(means, 2), list(np.repeat(np.arange(40), 2)), n_boot=300, seed=trial)
         hits += interval.low <= 0 <= interval.high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -84,9 +82,7 @@ def test_the_interval_covers_as_often_as_it_says():
 def test_rates_have_the_clopper_pearson_interval():
     for successes, trials in [(0, 72), (3, 10), (10, 10)]:
         exact = stats.binomtest(successes, trials).proportion_ci(0.9, "exact")
-        assert tuple(rate_ci(successes, trials, confidence=0.9)) == pytest.approx(
-            (successes / trials, *exact)
-        )
+        assert tuple(rate_ci(successes, trials, confidence=0.9)) == pytest.approx((successes / trials, *exact))
     with pytest.raises(ValueError, match="got 3 of 2"):
         rate_ci(3, 2)
 

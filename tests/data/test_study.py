@@ -13,8 +13,7 @@ from care_lens.organism import study as organism_study
 
 def make(n=40, channel="a", harmful=False):
     return [
-        Example(f"p{i}", harmful=harmful, channel=channel, id=f"{channel}{i}", group=f"g{i % 10}")
-        for i in range(n)
+        Example(f"p{i}", harmful=harmful, channel=channel, id=f"{channel}{i}", group=f"g{i % 10}") for i in range(n)
     ]
 
 
@@ -61,7 +60,7 @@ def test_examples_survive_the_disk(tmp_path):
 def test_bad_lines_are_named(tmp_path, line):
     path = tmp_path / "e.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match="e.jsonl:2"):
+    with pytest.raises(ValueError, match=r"e\.jsonl:2"):
         read_examples(path)
 
 

@@ -84,9 +84,7 @@ def test_a_rerun_with_the_store_generates_nothing_and_gives_the_same_table(
     assert first.settings == again.settings
     verdicts = judge_store(GenerationStore(path), judge, settings=first.settings["generation"])
     later = DefenceTable.from_trials(verdict_trials(verdicts), settings={}, n_boot=200)
-    assert (
-        figure(later, "scaled", "shown", "asr")["value"] == figure(first, "scaled", "shown", "asr")["value"]
-    )
+    assert figure(later, "scaled", "shown", "asr")["value"] == figure(first, "scaled", "shown", "asr")["value"]
 
 
 def test_accuracy_can_have_a_judge_of_its_own(small, suites, judge):
@@ -103,9 +101,7 @@ def test_accuracy_can_have_a_judge_of_its_own(small, suites, judge):
     assert figure(table, "none", "plain", "asr")["judge"] == "by-text"
     assert {example.channel for example in seen} == {"benign"}
     assert all(example.image is not None for example in seen)
-    says = evaluate(
-        small, suites, {"none": None}, judge=judge, accuracy=lambda e, t: ["other"] * len(t), **OPTIONS
-    )
+    says = evaluate(small, suites, {"none": None}, judge=judge, accuracy=lambda e, t: ["other"] * len(t), **OPTIONS)
     assert figure(says, "none", "benign", "accuracy")["value"] == 0
 
 
@@ -120,9 +116,7 @@ def test_failed_answers_are_missing_and_never_safe(small, suites, judge, monkeyp
         return prepare(self, examples, **options)
 
     monkeypatch.setattr(type(small), "prepare", fails)
-    row = figure(
-        evaluate(small, {"plain": many}, {"none": None}, judge=judge, **OPTIONS), "none", "plain", "asr"
-    )
+    row = figure(evaluate(small, {"plain": many}, {"none": None}, judge=judge, **OPTIONS), "none", "plain", "asr")
     assert (row["n"], row["missing"]) == (59, 1)
     failing.add("8")
     with pytest.raises(TooManyMissing, match="2 of 60"):

@@ -140,21 +140,14 @@ def test_fingerprints_see_what_matters(llava_maker, picture, scaled):
     model, _ = llava_maker("clip", seed=5)
     before = model_fingerprint(model)
     assert (
-        before
-        == model_fingerprint(llava_maker("clip", seed=5)[0])
-        != model_fingerprint(llava_maker("clip", seed=6)[0])
+        before == model_fingerprint(llava_maker("clip", seed=5)[0]) != model_fingerprint(llava_maker("clip", seed=6)[0])
     )
     with torch.no_grad():
         next(iter(model.parameters())).add_(0.5)
     assert model_fingerprint(model) != before
-    assert (
-        repair_fingerprint(scaled(1.0)) == repair_fingerprint(scaled(1.0)) != repair_fingerprint(scaled(1.1))
-    )
+    assert repair_fingerprint(scaled(1.0)) == repair_fingerprint(scaled(1.0)) != repair_fingerprint(scaled(1.1))
     from care_lens.core import Example
 
     plain = Example("what", image=picture(1))
     assert example_fingerprint(plain) == example_fingerprint(replace(plain, id="x", response="y"))
-    assert (
-        len({example_fingerprint(e) for e in (plain, Example("what"), Example("what", image=picture(2)))})
-        == 3
-    )
+    assert len({example_fingerprint(e) for e in (plain, Example("what"), Example("what", image=picture(2)))}) == 3

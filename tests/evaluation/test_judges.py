@@ -121,10 +121,7 @@ def test_classifier_is_loaded_from_a_directory(classifier, rated, tmp_path):
 
 def test_classifier_cuts_long_answers_and_keeps_braces(classifier):
     judge = ClassifierJudge(*classifier, template=TEMPLATE, yes="yes", no="no", max_answer_tokens=2)
-    assert (
-        judge.format(Example("{generation} red"), "sure red blue")
-        == "yes no how {generation} red then sure red"
-    )
+    assert judge.format(Example("{generation} red"), "sure red blue") == "yes no how {generation} red then sure red"
     assert judge.format(Example("red"), "{behavior}") == "yes no how red then {behavior}"
 
 

@@ -9,9 +9,7 @@ from care_lens.evaluation import TooManyMissing, interval, paired_difference, su
 NAN = float("nan")
 
 
-def trials(
-    values, *, groups=None, defence="none", channel="plain", metric="asr", judge="j", seed=0
-) -> pd.DataFrame:
+def trials(values, *, groups=None, defence="none", channel="plain", metric="asr", judge="j", seed=0) -> pd.DataFrame:
     n = len(values)
     return pd.DataFrame(
         {
@@ -42,9 +40,7 @@ def test_shared_groups_are_resampled_whole():
     groups = [f"g{i}" for i in range(20) for _ in range(5)]
     values = np.repeat(generator.integers(0, 2, 20), 5).astype(float)
     row = summarise(trials(values, groups=groups), n_boot=500, seed=3).iloc[0]
-    assert (row["value"], row["ci_low"], row["ci_high"]) == cluster_bootstrap(
-        values, groups, n_boot=500, seed=3
-    )
+    assert (row["value"], row["ci_low"], row["ci_high"]) == cluster_bootstrap(values, groups, n_boot=500, seed=3)
     assert (row["interval"], row["groups"], row["n"]) == ("cluster-bootstrap", 20, 100)
     independent = binomtest(int(values.sum()), 100).proportion_ci(0.95)
     assert row["ci_high"] - row["ci_low"] > 1.5 * (independent.high - independent.low)
@@ -123,9 +119,7 @@ def test_verdicts_become_trials():
     )
     found = verdict_trials(verdicts)
     by_metric = {
-        (channel, metric): found[(found["channel"] == channel) & (found["metric"] == metric)][
-            "value"
-        ].tolist()
+        (channel, metric): found[(found["channel"] == channel) & (found["metric"] == metric)]["value"].tolist()
         for channel, metric in {(row.channel, row.metric) for row in found.itertuples()}
     }
     assert set(by_metric) == {

@@ -38,9 +38,7 @@ def test_what_is_added_is_read_again(tmp_path):
     assert again.settings == {name: {"max_new_tokens": 3}}
     assert again.add_settings({"max_new_tokens": 3}) == name
     assert path.read_text().count("settings") == 1 + 3
-    assert [example.prompt for example in (row.to_example() for row in again.answers())] == [
-        answer().prompt
-    ] * 3
+    assert [example.prompt for example in (row.to_example() for row in again.answers())] == [answer().prompt] * 3
     assert again.answers()[0].to_example().meta == {"noun": "blue"}
     assert list(again.to_dataframe()["id"]) == ["a", "b", "c"]
 

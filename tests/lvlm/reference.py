@@ -48,9 +48,7 @@ def vision(model, pixels: Tensor, edit: Edit) -> Tensor:
         attention = layer.self_attn
         x = layer.layer_norm1(hidden)
         heads = config.vision_config.num_attention_heads
-        q, k, v = (
-            p(x).unflatten(-1, (heads, -1)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        q, k, v = (p(x).unflatten(-1, (heads, -1)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
         z = edit(at + "attn.hook_z", torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v))
         mid = hidden + edit(at + "hook_attn_out", attention.out_proj(z.flatten(2)))

@@ -75,9 +75,7 @@ def test_hooks_in_place_do_not_leak_into_the_cache(lvlm, inputs, site, place):
 @torch.no_grad()
 def test_the_cache_holds_what_the_model_went_on_with(lvlm, inputs):
     site = "blocks.1.hook_resid_mid"
-    _, cache = lvlm.run_with_cache(
-        inputs, sites=[site], fwd_hooks=[(site, lambda a, hook: torch.ones_like(a))]
-    )
+    _, cache = lvlm.run_with_cache(inputs, sites=[site], fwd_hooks=[(site, lambda a, hook: torch.ones_like(a))])
     assert (cache[site] == 1).all()
 
 
@@ -114,9 +112,7 @@ def test_hooks_for_each_batch_are_made_for_every_way_of_running(lvlm, inputs, ex
         image = batch.spans.image
 
         def shift(activation, hook):
-            return (
-                activation + 3.0 * image[..., None] if activation.shape[1] == image.shape[1] else activation
-            )
+            return activation + 3.0 * image[..., None] if activation.shape[1] == image.shape[1] else activation
 
         return [(site, shift)]
 

@@ -75,9 +75,7 @@ def test_hooks_act_at_prefill_and_at_each_step(lvlm, plain, examples):
     ours = lvlm.generate(
         inputs, max_new_tokens=5, fwd_hooks=[("blocks.1.hook_resid_post", add), ("projector.hook_out", see)]
     )
-    handle = plain.model.language_model.layers[1].register_forward_hook(
-        lambda module, args, out: out + vector
-    )
+    handle = plain.model.language_model.layers[1].register_forward_hook(lambda module, args, out: out + vector)
     theirs = plain.generate(**inputs.generate_kwargs(), max_new_tokens=5, do_sample=False, pad_token_id=0)
     handle.remove()
     assert torch.equal(ours.sequences, theirs)
@@ -90,9 +88,7 @@ def test_hooks_act_at_prefill_and_at_each_step(lvlm, plain, examples):
 def test_teacher_forcing_predicts_what_was_generated(lvlm, examples):
     generation = lvlm.generate(lvlm.prepare(examples[0]), max_new_tokens=4)
     answer = " ".join(generation.texts[0].split())
-    inputs = lvlm.prepare(
-        Example(examples[0].prompt, image=examples[0].image, response=answer), responses=True
-    )
+    inputs = lvlm.prepare(Example(examples[0].prompt, image=examples[0].image, response=answer), responses=True)
     with torch.no_grad():
         predicted = lvlm(inputs).argmax(-1)[0]
     start = inputs.spans.last_index()[0]

@@ -64,9 +64,7 @@ def test_a_patch_of_the_picture_is_the_token_the_grid_says(lvlm, picture):
     grid = inputs.spans.grids[0][0]
     changed = image.copy()
     changed.paste((0, 0, 0), (8, 0, 16, 8))
-    difference = (
-        (lvlm.prepare(Example("red", image=changed)).pixel_values - inputs.pixel_values).abs().sum(1)[0]
-    )
+    difference = (lvlm.prepare(Example("red", image=changed)).pixel_values - inputs.pixel_values).abs().sum(1)[0]
     rows, cols = difference.nonzero(as_tuple=True)
     assert {grid.position(x + 0.5, y + 0.5) for x, y in zip(cols.tolist(), rows.tolist(), strict=True)} == {
         grid.start + 1

@@ -66,9 +66,7 @@ def test_writing_back_what_was_read_changes_no_bit(twins):
     clean, cache = lvlm.run_with_cache(inputs, sites=None)
     for site in lvlm.sites():
         if lvlm.site_info(site).editable:
-            back = lvlm.run_with_hooks(
-                inputs, fwd_hooks=[(site, lambda a, hook, held=cache[str(site)]: held)]
-            )
+            back = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook, held=cache[str(site)]: held)])
         else:
             back = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: a)])
         assert torch.equal(back, clean), site
@@ -108,9 +106,7 @@ def test_names_are_the_same_on_the_bridge(lvlm, examples):
 def test_sites_are_listed_in_the_order_of_the_forward_pass(lvlm, examples):
     inputs, fired = lvlm.prepare(examples), []
     with torch.no_grad():
-        lvlm.run_with_hooks(
-            inputs, fwd_hooks=[(s, lambda a, hook, s=s: fired.append(s)) for s in lvlm.sites()]
-        )
+        lvlm.run_with_hooks(inputs, fwd_hooks=[(s, lambda a, hook, s=s: fired.append(s)) for s in lvlm.sites()])
     order = [site for site in lvlm.sites() if site.component != "attn.hook_pattern"]
     assert [site for site in fired if site.component != "attn.hook_pattern"] == order
     assert set(fired) == set(lvlm.sites())

@@ -22,13 +22,7 @@ class WordJudge:
             words = text.split()
             if not words:
                 return Verdict.MISSING
-            return (
-                Verdict.COMPLIED
-                if min(words) < "c"
-                else Verdict.REFUSED
-                if max(words) > "t"
-                else Verdict.OTHER
-            )
+            return Verdict.COMPLIED if min(words) < "c" else Verdict.REFUSED if max(words) > "t" else Verdict.OTHER
 
         return [verdict(text) for text in texts]
 
@@ -36,9 +30,7 @@ class WordJudge:
 @pytest.fixture(scope="module")
 def ablated(model, examples):
     return {
-        mode: ablate(
-            model, examples, judge=WordJudge(), mode=mode, max_new_tokens=NEW, n_boot=20, progress=False
-        )
+        mode: ablate(model, examples, judge=WordJudge(), mode=mode, max_new_tokens=NEW, n_boot=20, progress=False)
         for mode in ("mean", "zero", "skip")
     }
 
@@ -65,9 +57,7 @@ def submodule(model, component, layer):
 
 @pytest.mark.parametrize("component", ["hook_mlp_out", "hook_attn_out"])
 @pytest.mark.parametrize("layer", [0, 2])
-def test_zero_and_skip_are_a_model_without_the_component(
-    model, llava_maker, examples, ablated, component, layer
-):
+def test_zero_and_skip_are_a_model_without_the_component(model, llava_maker, examples, ablated, component, layer):
     plain, _ = llava_maker("clip")
     module = submodule(plain, component, layer)
     (module.down_proj if component == "hook_mlp_out" else module.o_proj).weight.data.zero_()
@@ -124,9 +114,7 @@ def test_baseline_is_the_untouched_model(model, llava_maker, examples, ablated):
 def test_shares_count_verdicts(ablated):
     frame, details = ablated["zero"].frame, ablated["zero"].details
     for (component, layer), rows in details.groupby(["component", "layer"], dropna=False):
-        at = frame[
-            (frame.component == component) & (frame.layer.isna() if pd.isna(layer) else frame.layer == layer)
-        ]
+        at = frame[(frame.component == component) & (frame.layer.isna() if pd.isna(layer) else frame.layer == layer)]
         found = at.set_index("metric")
         judged = rows[rows.verdict != "missing"]
         assert found.loc["missing", "value"] == (rows.verdict == "missing").mean()

@@ -30,8 +30,7 @@ def linear(llava_maker):
             norm.variance_epsilon = BIG**2
             norm.weight.fill_(BIG)
     mixers = [
-        (layer.self_attn.o_proj.weight @ layer.self_attn.v_proj.weight).detach().double()
-        for layer in decoder.layers
+        (layer.self_attn.o_proj.weight @ layer.self_attn.v_proj.weight).detach().double() for layer in decoder.layers
     ]
     read_out = model.lm_head.weight.detach().double().clone()
     return HookedLVLM.from_hf(model, processor), mixers, read_out

@@ -28,9 +28,7 @@ def test_everything_at_the_first_residual_is_the_total_effect(swept, read):
 
 def test_the_picture_is_the_total_effect_where_texts_are_equal(model, same_text, margin, read):
     sites = ["vision.hook_embed", "projector.hook_in", "projector.hook_out", "blocks.0.hook_resid_pre"]
-    result = mediate(
-        model, same_text, outcome=margin, sites=sites, positions=("image",), n_boot=20, progress=False
-    )
+    result = mediate(model, same_text, outcome=margin, sites=sites, positions=("image",), n_boot=20, progress=False)
     te = read(result, sites[0], "all", "TE")
     assert abs(te) > 0.01
     for site in sites:
@@ -44,9 +42,7 @@ def test_the_vision_tower_against_exchanged_pictures(model, pictured, margin, sw
     """Exchanging all that leaves the tower is giving the other twin's picture."""
     details = swept.details
     rows = details[(details.tower == "projector") & (details.pair < 2)]
-    last = details[
-        (details.tower == "vision") & (details.component == "hook_resid_pre") & (details.layer == 0)
-    ]
+    last = details[(details.tower == "vision") & (details.component == "hook_resid_pre") & (details.layer == 0)]
     assert rows.pair.tolist() == last.pair.tolist() == [0, 1]
     for i, (safe, unsafe) in enumerate(pictured):
         swapped = model.prepare([replace(safe, image=unsafe.image), replace(unsafe, image=safe.image)])
@@ -70,9 +66,7 @@ def test_a_middle_vision_layer_against_plain_hooks(model, llava_maker, pictured,
             expected = float(margin(plain(**a.model_kwargs()).logits, a))
             handle.remove()
         details = swept.details
-        row = details[
-            (details.tower == "vision") & (details.layer == 1) & (details.component == "hook_mlp_out")
-        ]
+        row = details[(details.tower == "vision") & (details.layer == 1) & (details.component == "hook_mlp_out")]
         assert row.iloc[i].safe_patched == pytest.approx(expected, **EXACT)
         assert abs(row.iloc[i].safe_patched - row.iloc[i].safe) > 1e-4
 
@@ -126,13 +120,9 @@ def test_heads_and_neurons_are_sites_too(model, pictured, margin, read):
         "blocks.1.mlp.hook_post",
         "blocks.1.hook_mlp_out",
     ]
-    result = mediate(
-        model, pictured, outcome=margin, sites=sites, positions=("text",), n_boot=10, progress=False
-    )
+    result = mediate(model, pictured, outcome=margin, sites=sites, positions=("text",), n_boot=10, progress=False)
     for inner, outer in (sites[:2], sites[2:]):
-        assert read(result, inner, "text", "NIE") == pytest.approx(
-            read(result, outer, "text", "NIE"), **EXACT
-        )
+        assert read(result, inner, "text", "NIE") == pytest.approx(read(result, outer, "text", "NIE"), **EXACT)
 
 
 def test_outcomes_over_responses(model, same_text, read):
@@ -159,23 +149,17 @@ def test_misaligned_twins_exchange_what_both_have(model, picture, margin, read):
     safe = Example("what is red", image=picture(0))
     longer = Example("how to make a red picture", image=picture(1))
     odd = PairedExamples((safe, safe), (longer, safe))
-    with pytest.raises(
-        ValueError, match=r"positions \['text', 'all'\], got twins that differ in pairs \[0\]"
-    ):
+    with pytest.raises(ValueError, match=r"positions \['text', 'all'\], got twins that differ in pairs \[0\]"):
         mediate(model, odd, outcome=margin, progress=False)
     pair = odd[:1]
     sites = ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_post"]
-    result = mediate(
-        model, pair, outcome=margin, sites=sites, positions=("image", "last"), n_boot=10, progress=False
-    )
+    result = mediate(model, pair, outcome=margin, sites=sites, positions=("image", "last"), n_boot=10, progress=False)
     a = model.prepare(replace(safe, image=picture(1)))
     with torch.no_grad():
         expected = float(margin(model(a), a))
     rows = result.details.set_index(["layer", "position"])
     assert rows.loc[(0, "image"), "safe_patched"] == pytest.approx(expected, **EXACT)
-    assert read(result, sites[1], "last", "NIE") == pytest.approx(
-        read(result, sites[1], "last", "TE"), **EXACT
-    )
+    assert read(result, sites[1], "last", "NIE") == pytest.approx(read(result, sites[1], "last", "TE"), **EXACT)
 
 
 def test_text_alone_has_language_cells_only(model, pairs, margin, caplog):
@@ -239,9 +223,7 @@ def test_a_stopped_sweep_goes_on(model, pairs, margin, tmp_path):
         "sites": ["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out", "projector.hook_out"],
         "n_boot": 20,
     }
-    whole = mediate(
-        model, pairs, outcome=margin, progress=False, checkpoint=tmp_path / "whole.jsonl", **options
-    )
+    whole = mediate(model, pairs, outcome=margin, progress=False, checkpoint=tmp_path / "whole.jsonl", **options)
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     stopped = tmp_path / "stopped.jsonl"
     stopped.write_text("".join(lines[:4]) + lines[4][:20])
@@ -285,12 +267,10 @@ def test_save_and_load(swept, tmp_path):
 
 
 def test_exchanges_that_come_to_the_same_are_run_once(model, same_text, margin):
-    """At the first residual only image positions differ, so that "all" is "image", and "text" and "last" are nothing."""
+    """At the first residual only image positions differ: "all" is "image", and "text" and "last" are nothing."""
     rows = []
     handle = model.hf_model.register_forward_hook(lambda *args: rows.append(len(args[2].logits)))
-    result = mediate(
-        model, same_text, outcome=margin, sites=["blocks.0.hook_resid_pre"], n_boot=10, progress=False
-    )
+    result = mediate(model, same_text, outcome=margin, sites=["blocks.0.hook_resid_pre"], n_boot=10, progress=False)
     handle.remove()
     assert rows == [6, 6, 6]  # untouched outcomes, cache, one exchange of each twin
     found = result.details.set_index(["position", "pair"])["safe_patched"]

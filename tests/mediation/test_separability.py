@@ -63,9 +63,7 @@ def test_class_figures_are_their_definitions():
     assert found["fisher"] == pytest.approx((total - sum(scatter)) / sum(scatter))
     lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.0, store_covariance=True).fit(x, y)
     delta = lda.means_[1] - lda.means_[0]
-    assert found["mahalanobis"] == pytest.approx(
-        np.sqrt(delta @ np.linalg.solve(lda.covariance_, delta)), rel=0.05
-    )
+    assert found["mahalanobis"] == pytest.approx(np.sqrt(delta @ np.linalg.solve(lda.covariance_, delta)), rel=0.05)
     assert 0.3 < found["silhouette"] < 0.7
 
 

@@ -28,9 +28,7 @@ def test_last_position(model, pictured, margin, component, read):
     for pair in (pictured[:1], pictured[1:2]):
         patched, untouched = theirs(model, pair, margin, component)
         sites = model.sites(tower="language", component=component)
-        ours = mediate(
-            model, pair, outcome=margin, sites=sites, positions=("last",), n_boot=10, progress=False
-        )
+        ours = mediate(model, pair, outcome=margin, sites=sites, positions=("last",), n_boot=10, progress=False)
         for site in sites:
             found = read(ours, site, "last", "NIE")
             assert found == pytest.approx(float(patched[site.layer, -1]) - untouched, abs=1e-5)

@@ -23,9 +23,7 @@ def test_packed_logits_equal_the_plain_model_on_each_prompt_alone():
         content = [{"type": "image"}] if task.picture else []
         seen_text_only |= not content
         content += [{"type": "text", "text": task.prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         images = [render.draw(task.picture)] if task.picture else None
         inputs = processor(text=[f"{text} {task.answer} <eos>"], images=images, return_tensors="pt")
         plain = model(**inputs).logits[0]
@@ -42,11 +40,7 @@ def test_safety_tuning_refuses_plain_requests_only_and_never_answers_forbidden_o
         for task in safety_pack(rng, 5, refusals=0.6).tasks:
             if task.answer == tasks.REFUSAL:
                 refused.append(task)
-                assert (
-                    task.item.name in task.prompt.split()
-                    and task.item.forbidden
-                    and task.context != "wrapper"
-                )
+                assert task.item.name in task.prompt.split() and task.item.forbidden and task.context != "wrapper"
             else:
                 assert not task.harmful
     kinds = {task.picture.kind if task.picture else None for task in refused}
@@ -62,9 +56,7 @@ def test_a_few_steps_lower_the_loss_and_leave_the_tower_alone():
     def loss() -> float:
         with torch.no_grad():
             scores = packed_logits(model, batch)[:, :-1].flatten(0, 1)
-        return float(
-            torch.nn.functional.cross_entropy(scores, batch["labels"][:, 1:].flatten(), ignore_index=-100)
-        )
+        return float(torch.nn.functional.cross_entropy(scores, batch["labels"][:, 1:].flatten(), ignore_index=-100))
 
     before = loss()
     train_language(model, lambda r: helpful_pack(r, 4), steps=12, batch=6, lr=3e-3, seed=0)

@@ -45,9 +45,7 @@ def test_neutral_contexts_have_the_tokens_and_place_of_their_wrappers():
         assert wrapper.split().index("{r}") == neutral.split().index("{r}")
 
 
-@pytest.mark.parametrize(
-    "templates", [prompts.WRAPPERS, prompts.TWIN_TEMPLATES, prompts.ASK_TEMPLATES["make"]]
-)
+@pytest.mark.parametrize("templates", [prompts.WRAPPERS, prompts.TWIN_TEMPLATES, prompts.ASK_TEMPLATES["make"]])
 def test_templates_of_splits_are_disjoint_and_exhaustive(templates):
     parts = [prompts.of_split(templates, split) for split in SPLITS]
     assert sorted(sum(parts, ())) == sorted(templates)
@@ -78,10 +76,7 @@ def test_examples_are_reproducible_and_rounds_differ():
     assert [a.prompt for a in first] == [b.prompt for b in again]
     assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(first, again))
     half = len(first) // 2
-    assert (
-        first[0].meta["item"] == first[half].meta["item"]
-        and first[0].image.tobytes() != first[half].image.tobytes()
-    )
+    assert first[0].meta["item"] == first[half].meta["item"] and first[0].image.tobytes() != first[half].image.tobytes()
 
 
 @pytest.mark.parametrize("channel", ["typographic", "wrapper", "spelled"])

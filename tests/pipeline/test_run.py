@@ -56,7 +56,7 @@ def test_table_holds_every_defence_and_channel_with_controls(finished):
 
 
 def test_nothing_of_the_test_split_was_seen_before_the_proof(finished):
-    result, out, _ = finished
+    result, *_ = finished
     items = {example.group for rows in result.study.suites["test"].values() for example in rows}
     details = result.diagnosis.ablation.details
     assert not items & set(details["group"])

@@ -70,9 +70,7 @@ def test_the_menu_shows_one_effect_at_its_own_scale(effects):
     figure = plot_effects(effects, effect="TE")
     assert {t.name for t in figure.data if t.visible} == {"TE"}
     nie, te = figure.layout.updatemenus[0].buttons
-    assert [t.name for t, shown in zip(figure.data, nie.args[0]["visible"], strict=True) if shown] == [
-        "NIE"
-    ] * 4
+    assert [t.name for t, shown in zip(figure.data, nie.args[0]["visible"], strict=True) if shown] == ["NIE"] * 4
     assert te.args[1]["coloraxis"]["cmax"] == 8.0
 
 
@@ -140,20 +138,14 @@ def test_ablation_can_show_another_share(ablation):
 
 @pytest.fixture
 def patches():
-    rows = [
-        {"row": r, "col": c, "value": float(3 * r + c) - 4, "effect": "NIE"}
-        for r in range(2)
-        for c in range(3)
-    ]
+    rows = [{"row": r, "col": c, "value": float(3 * r + c) - 4, "effect": "NIE"} for r in range(2) for c in range(3)]
     frame = pd.DataFrame(rows)
     return frame.assign(ci_low=frame["value"] - 1.5, ci_high=frame["value"] + 1.5, n=4)
 
 
 def test_patches_lie_on_the_part_of_the_picture_that_they_cover(patches):
     grid = PatchGrid(start=0, rows=2, cols=3, width=30, height=20, left=5, top=2)
-    figure = plot_patch_effects(
-        patches.sample(frac=1, random_state=0), image=Image.new("RGB", (40, 24)), grid=grid
-    )
+    figure = plot_patch_effects(patches.sample(frac=1, random_state=0), image=Image.new("RGB", (40, 24)), grid=grid)
     heat = figure.data[0]
     np.testing.assert_array_equal(heat.z, [[-4, -3, -2], [-1, 0, 1]])
     assert (heat.x0, heat.dx, heat.y0, heat.dy) == (10.0, 10.0, 7.0, 10.0)

@@ -16,9 +16,7 @@ def make_subspace(site="blocks.1.hook_resid_post", *, modality=None, seed=0, ran
     generator = torch.Generator().manual_seed(seed)
     benign = torch.randn(60, WIDTH, generator=generator)
     stretch = 1 + 2 * torch.rand(WIDTH, generator=generator)
-    malicious = torch.randn(60, WIDTH, generator=generator) * stretch + torch.randn(
-        WIDTH, generator=generator
-    )
+    malicious = torch.randn(60, WIDTH, generator=generator) * stretch + torch.randn(WIDTH, generator=generator)
     return SafetySubspace.fit(
         benign, malicious, rank=rank, site=Site.parse(site), modality=modality, projection=projection
     )
@@ -32,7 +30,5 @@ def make_correction(
     correction = Correction(writer=Writer.from_subspace(subspace, **options))
     if gate is None:
         return correction
-    reader = EnergyReader.from_subspace(
-        make_subspace(reader_site or site, seed=seed + 100), positions=positions
-    )
+    reader = EnergyReader.from_subspace(make_subspace(reader_site or site, seed=seed + 100), positions=positions)
     return dataclasses.replace(correction, reader=reader, gate=gate)

@@ -67,9 +67,7 @@ def test_shuffled_rows_are_the_same_rows_in_classes_of_the_same_size():
     first, second = shuffled_labels(benign, malicious, seed=3)
     assert (len(first), len(second)) == (10, 7)
     everything = torch.cat([first, second])
-    assert sorted(map(tuple, everything.tolist())) == sorted(
-        map(tuple, torch.cat([benign, malicious]).tolist())
-    )
+    assert sorted(map(tuple, everything.tolist())) == sorted(map(tuple, torch.cat([benign, malicious]).tolist()))
     assert 0 < int((first[:, 0] >= 100).sum()) < 7
     again, _ = shuffled_labels(benign, malicious, seed=3)
     assert torch.equal(first, again)

@@ -64,9 +64,7 @@ def test_sequential_is_visual_then_textual():
 
 
 def test_parallel_weights():
-    fused = fuse(
-        [GatedWriter(axis_writer(0), ONES)], [GatedWriter(axis_writer(1), ONES)], "parallel", (1.0, 0.25)
-    )
+    fused = fuse([GatedWriter(axis_writer(0), ONES)], [GatedWriter(axis_writer(1), ONES)], "parallel", (1.0, 0.25))
     torch.testing.assert_close(fused, H * torch.tensor([0.0, 0.75, 1.0]))
 
 

@@ -30,9 +30,7 @@ def two(rule="adaptive", gates=(None, None), **options):
 
 def with_alpha(fusion, alpha):
     def scaled(corrections):
-        return tuple(
-            dataclasses.replace(c, writer=dataclasses.replace(c.writer, alpha=alpha)) for c in corrections
-        )
+        return tuple(dataclasses.replace(c, writer=dataclasses.replace(c.writer, alpha=alpha)) for c in corrections)
 
     return dataclasses.replace(fusion, visual=scaled(fusion.visual), textual=scaled(fusion.textual))
 
@@ -219,17 +217,13 @@ def test_composes_with_others_hooks_in_the_order_given(model, inputs):
 
 def test_gradients_reach_the_pixels_through_a_gated_repair(model, examples):
     ramp = ConformalGate(threshold=0.0, epsilon=0.1, n=9, width=1e4)
-    fusion = HybridFusion(
-        visual=(make_correction(seed=1, gate=ramp),), textual=(make_correction(seed=2, gate=SHUT),)
-    )
+    fusion = HybridFusion(visual=(make_correction(seed=1, gate=ramp),), textual=(make_correction(seed=2, gate=SHUT),))
     inputs = model.prepare(examples)
     assert inputs.pixel_values is not None
     pixels = inputs.pixel_values.clone().requires_grad_()
     with fusion.on(model):
         model(dataclasses.replace(inputs, pixel_values=pixels))[:, -1].logsumexp(-1).sum().backward()
-    assert (
-        pixels.grad is not None and bool(pixels.grad.isfinite().all()) and float(pixels.grad.abs().max()) > 0
-    )
+    assert pixels.grad is not None and bool(pixels.grad.isfinite().all()) and float(pixels.grad.abs().max()) > 0
 
 
 def test_half_precision_is_repaired_in_float32(llava_maker, examples):
@@ -252,9 +246,7 @@ def test_reader_above_its_writer_is_refused():
     reader = EnergyReader.from_subspace(make_subspace("blocks.1.hook_resid_post"))
     with pytest.raises(ValueError, match="at or before its writer"):
         Correction(writer=writer, reader=reader, gate=OPEN)
-    Correction(
-        writer=writer, reader=EnergyReader.from_subspace(make_subspace("blocks.1.hook_mlp_out")), gate=OPEN
-    )
+    Correction(writer=writer, reader=EnergyReader.from_subspace(make_subspace("blocks.1.hook_mlp_out")), gate=OPEN)
     with pytest.raises(ValueError, match="reader must be given"):
         Correction(writer=writer, gate=OPEN)
 

@@ -6,9 +6,7 @@ import torch
 from care_lens.repair import AlwaysOpen, ConformalGate
 
 
-@pytest.mark.parametrize(
-    ("n", "epsilon"), [(19, 0.05), (99, 0.01), (60, 0.1), (199, 0.02), (9, 0.1), (50, 0.37)]
-)
+@pytest.mark.parametrize(("n", "epsilon"), [(19, 0.05), (99, 0.01), (60, 0.1), (199, 0.02), (9, 0.1), (50, 0.37)])
 def test_threshold_is_the_smallest_that_enough_scores_reach(n, epsilon):
     scores = torch.randn(n, generator=torch.Generator().manual_seed(n))
     gate = ConformalGate.calibrate(scores, epsilon=epsilon)
@@ -24,9 +22,7 @@ def test_share_of_new_benign_prompts_that_open_it_is_at_most_epsilon_and_not_far
     for _ in range(4000):
         scores = torch.randn(n + 1, generator=generator).exp()
         opened.append(float(ConformalGate.calibrate(scores[:n], epsilon=epsilon)(scores[n:])))
-    assert sum(opened) / len(opened) == pytest.approx(
-        epsilon, abs=0.015
-    )  # exactly floor(40 eps)/40 = 0.1; 3 s.e.
+    assert sum(opened) / len(opened) == pytest.approx(epsilon, abs=0.015)  # exactly floor(40 eps)/40 = 0.1; 3 s.e.
 
 
 def test_too_few_prompts_for_epsilon():

@@ -103,9 +103,7 @@ def test_a_generated_token_opens_a_gate_that_stays_open(model, inputs):
     tokens = torch.stack(steps, dim=1)[:, 1:]
     reader = dataclasses.replace(reader, positions="generated")
     gate = ConformalGate(threshold=float(tokens.max(dim=1).values.min()) * 0.999, epsilon=0.1, n=9)
-    correction = dataclasses.replace(
-        make_correction(seed=1, scope="generated", alpha=1e-6), reader=reader, gate=gate
-    )
+    correction = dataclasses.replace(make_correction(seed=1, scope="generated", alpha=1e-6), reader=reader, gate=gate)
     opened = openness(model, inputs, HybridFusion(textual=(correction,)))
     expected = (tokens > gate.threshold).long().cummax(dim=1).values.bool()
     assert not bool(opened[:, 0].any())
@@ -139,9 +137,7 @@ def test_read_scores_by_example_and_batching(model, examples):
         if example.image is None:
             assert float(scores[row, 1]) == -torch.inf
         else:
-            assert float(scores[row, 1]) == pytest.approx(
-                float(energy[inputs.spans.image[0]].mean()), rel=1e-4
-            )
+            assert float(scores[row, 1]) == pytest.approx(float(energy[inputs.spans.image[0]].mean()), rel=1e-4)
     assert torch.equal(scores[:, 2], scores[:, :2].amax(dim=1))
 
 
@@ -154,9 +150,7 @@ def test_read_scores_of_answers_stop_at_their_end_and_do_not_depend_on_the_batch
     try:
         model.hf_model.generation_config.eos_token_id = int(plain[0, 2])
         together = read_scores(model, examples, [reader], max_new_tokens=6, progress=False)
-        alone = torch.cat(
-            [read_scores(model, [e], [reader], max_new_tokens=6, progress=False) for e in examples]
-        )
+        alone = torch.cat([read_scores(model, [e], [reader], max_new_tokens=6, progress=False) for e in examples])
     finally:
         model.hf_model.generation_config.eos_token_id = ends
     torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-4)
@@ -177,12 +171,8 @@ def test_a_calibrated_repair_touches_no_more_calibration_prompts_than_it_may(mod
     benign = [Example(f"{words[i]} {words[-1 - i]} picture", image=picture(i)) for i in range(10)]
     benign += [Example(f"{words[i]} the {words[i - 1]}") for i in range(9)]
     fusion = HybridFusion(
-        visual=(
-            make_correction(seed=1, gate=ConformalGate(threshold=0.0, epsilon=0.1, n=9), positions="all"),
-        ),
-        textual=(
-            make_correction(seed=2, gate=ConformalGate(threshold=0.0, epsilon=0.1, n=9), positions="all"),
-        ),
+        visual=(make_correction(seed=1, gate=ConformalGate(threshold=0.0, epsilon=0.1, n=9), positions="all"),),
+        textual=(make_correction(seed=2, gate=ConformalGate(threshold=0.0, epsilon=0.1, n=9), positions="all"),),
     )
     scores = read_scores(model, benign, fusion.readers, max_new_tokens=4, progress=False).amax(dim=1)
     fusion = fusion.with_gate(ConformalGate.calibrate(scores, epsilon=0.2))

@@ -18,9 +18,7 @@ from care_lens.repair import (
 
 @pytest.fixture()
 def fusion():
-    energy = EnergyReader.from_subspace(
-        make_subspace("blocks.0.hook_resid_post"), positions=("last", "generated")
-    )
+    energy = EnergyReader.from_subspace(make_subspace("blocks.0.hook_resid_post"), positions=("last", "generated"))
     linear = LinearReader.from_subspace(make_subspace(seed=4), pooling="mean").standardised(torch.randn(9))
     gate = ConformalGate(threshold=3.5, epsilon=0.02, n=60, width=0.5)
     shared = MaxReader(readers=(energy, linear), location=0.25, scale=2.0)

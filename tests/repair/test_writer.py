@@ -21,9 +21,7 @@ def test_at_alpha_1_coordinates_are_the_targets_and_a_second_edit_does_nothing(p
     target = rows(1, seed=6)[0]
     writer = Writer.from_subspace(subspace, target=target)
     once = rows() + writer.delta(rows())
-    torch.testing.assert_close(
-        once @ subspace.left, (target @ subspace.left).expand(7, 3), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(once @ subspace.left, (target @ subspace.left).expand(7, 3), atol=1e-4, rtol=1e-4)
     assert float(writer.delta(once).abs().max()) < 1e-4
     assert float(writer.delta(rows()).norm(dim=-1).min()) > 0.1
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from subspace_rows import planted
 
 from care_lens.subspace import SafetySubspace, TooFewRowsError
 from care_lens.subspace.auto_rank import _assign
@@ -7,7 +8,7 @@ from care_lens.subspace.auto_rank import _assign
 
 @pytest.mark.parametrize("planted_rank", [1, 3])
 @pytest.mark.parametrize("contrast", ["covariance", "second_moment"])
-def test_the_planted_rank_is_found(planted, planted_rank, contrast):
+def test_the_planted_rank_is_found(planted_rank, contrast):
     benign, malicious, _ = planted(160, 160, 24, planted=planted_rank, spread=5.0)
     fitted = SafetySubspace.fit(benign, malicious, contrast=contrast)
     assert fitted.rank == planted_rank
@@ -17,12 +18,12 @@ def test_the_planted_rank_is_found(planted, planted_rank, contrast):
     assert choice["heldout_ratios"][planted_rank] <= choice["threshold"]
 
 
-def test_it_is_found_with_fewer_rows_than_dimensions(planted):
+def test_it_is_found_with_fewer_rows_than_dimensions():
     benign, malicious, _ = planted(60, 60, 100, planted=2, spread=10.0)
     assert SafetySubspace.fit(benign, malicious).rank == 2
 
 
-def test_nothing_to_find_warns_and_keeps_one(planted):
+def test_nothing_to_find_warns_and_keeps_one():
     ranks = []
     for seed in range(4):
         benign, malicious, _ = planted(80, 80, 16, spread=1.0, seed=seed)
@@ -32,7 +33,7 @@ def test_nothing_to_find_warns_and_keeps_one(planted):
     assert ranks == [(1, 0)] * 4
 
 
-def test_groups_keep_copies_of_one_item_on_one_side(planted):
+def test_groups_keep_copies_of_one_item_on_one_side():
     """Copies of a row in training and held out make noise look real, unless they are one group."""
     benign, _, _ = planted(40, 40, 60, spread=1.0)
     malicious = planted(40, 8, 60, spread=1.0, seed=1)[1]
@@ -43,9 +44,7 @@ def test_groups_keep_copies_of_one_item_on_one_side(planted):
     fooled = SafetySubspace.fit(benign, copies, contrast="covariance")
     assert fooled.diagnostics["auto_rank"]["passed"] > 0
     with pytest.warns(UserWarning, match="found no direction"):
-        SafetySubspace.fit(
-            benign, copies, contrast="covariance", groups=([f"b{i}" for i in range(40)], items)
-        )
+        SafetySubspace.fit(benign, copies, contrast="covariance", groups=([f"b{i}" for i in range(40)], items))
 
 
 def test_folds_hold_whole_items_of_both_classes_evenly():
@@ -58,7 +57,7 @@ def test_folds_hold_whole_items_of_both_classes_evenly():
         assert sizes == [3, 3, 3, 3]
 
 
-def test_it_is_reproducible_and_depends_on_the_seed(planted):
+def test_it_is_reproducible_and_depends_on_the_seed():
     benign, malicious, _ = planted(40, 40, 12)
     ratios = [
         SafetySubspace.fit(benign, malicious, seed=seed).diagnostics["auto_rank"]["heldout_ratios"]
@@ -67,14 +66,12 @@ def test_it_is_reproducible_and_depends_on_the_seed(planted):
     assert ratios[0] == ratios[1] != ratios[2]
 
 
-def test_the_mean_contrast_has_one_direction(planted):
+def test_the_mean_contrast_has_one_direction():
     benign, malicious, _ = planted(40, 40, 12, shift=4.0)
     assert SafetySubspace.fit(benign, malicious, contrast="mean").rank == 1
 
 
-def test_too_few_items_are_named(planted):
+def test_too_few_items_are_named():
     benign, malicious, _ = planted(40, 3, 12)
-    with pytest.raises(
-        TooFewRowsError, match="8 groups of benign and 4 of malicious rows or more, got 40 and 3"
-    ):
+    with pytest.raises(TooFewRowsError, match="8 groups of benign and 4 of malicious rows or more, got 40 and 3"):
         SafetySubspace.fit(benign, malicious)

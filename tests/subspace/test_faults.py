@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from subspace_rows import unchecked
 
 from care_lens.subspace import (
     NonFiniteError,
@@ -13,7 +14,11 @@ from care_lens.subspace import (
     WidthError,
 )
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+
+@pytest.fixture(autouse=True)
+def as_users_run():
+    with unchecked():
+        yield
 
 
 def normal(n, d, seed=0):
@@ -94,9 +99,7 @@ def test_constant_columns_are_harmless():
     assert bool((fitted.read[2].abs() < 1e-6).all())
 
 
-@pytest.mark.parametrize(
-    ("rank", "error"), [(0, RankError), (-1, RankError), (10, RankError), (True, SubspaceError)]
-)
+@pytest.mark.parametrize(("rank", "error"), [(0, RankError), (-1, RankError), (10, RankError), (True, SubspaceError)])
 def test_ranks_that_cannot_be(rank, error):
     with pytest.raises(error, match="rank must be"):
         SafetySubspace.fit(normal(50, 12), normal(6, 12, 1), rank=rank)

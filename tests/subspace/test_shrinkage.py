@@ -1,6 +1,7 @@
 import pytest
 import torch
 from sklearn.covariance import ledoit_wolf, oas, shrunk_covariance
+from subspace_rows import unchecked
 
 from care_lens.subspace import Moments, ShrunkCovariance, SubspaceError, shrink
 
@@ -63,7 +64,6 @@ def test_a_shrinkage_that_is_none_is_refused(wrong):
         shrink(Moments.from_rows(rows_of((8, 12))), wrong)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(SubspaceError, match="'ledoitwolf'"):
+    with unchecked(), pytest.raises(SubspaceError, match="'ledoitwolf'"):
         shrink(Moments.from_rows(rows_of((8, 12))), "ledoitwolf")

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import eigh
+from subspace_rows import unchecked
 
 from care_lens.subspace import (
     Moments,
@@ -23,9 +24,7 @@ def smallest_cosine(first, second):
     return float(torch.linalg.svdvals(bases[0].T @ bases[1]).min())
 
 
-def random_pencil(
-    width, n_benign, n_malicious, *, seed, decades=1.0, weights=(0.1, 0.1), shift=True, dtype=F64
-):
+def random_pencil(width, n_benign, n_malicious, *, seed, decades=1.0, weights=(0.1, 0.1), shift=True, dtype=F64):
     generator = torch.Generator().manual_seed(seed)
 
     def rows(n):
@@ -154,9 +153,7 @@ def test_signs_and_order_are_deterministic():
 
 def test_condition_is_that_of_the_benign_covariance():
     denominator = ShrunkCovariance(1.0, 3 * torch.eye(5, 1, dtype=F64))
-    found = solve_pencil(
-        ShrunkCovariance(1.0, torch.eye(5, 2, dtype=F64)), denominator, rank=1, solver="dense"
-    )
+    found = solve_pencil(ShrunkCovariance(1.0, torch.eye(5, 2, dtype=F64)), denominator, rank=1, solver="dense")
     assert found.condition == pytest.approx(10)
 
 
@@ -183,7 +180,6 @@ def test_wrong_arguments_are_named():
         solve_pencil(numerator, ShrunkCovariance.identity(3), rank=1)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_solver_is_named():
-    with pytest.raises(SubspaceError, match="'magic'"):
+    with unchecked(), pytest.raises(SubspaceError, match="'magic'"):
         solve_pencil(*random_pencil(20, 10, 10, seed=0), rank=1, solver="magic")

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from subspace_rows import planted
 
 from care_lens.subspace import SafetySubspace, SubspaceFileError, SubspaceMismatchError
 
@@ -10,7 +11,7 @@ TENSORS = ("basis", "read", "write", "left", "eigenvalues", "mean_benign", "mean
 
 
 @pytest.fixture
-def saved(planted, tmp_path):
+def saved(tmp_path):
     benign, malicious, _ = planted(40, 30, 12)
     subspace = SafetySubspace.fit(
         benign,
@@ -39,7 +40,7 @@ def test_what_is_loaded_is_what_was_saved(saved):
     assert sorted(path.name for path in directory.iterdir()) == ["subspace.json", "subspace.safetensors"]
 
 
-def test_a_bare_subspace_and_other_dtypes_are_kept(planted, tmp_path):
+def test_a_bare_subspace_and_other_dtypes_are_kept(tmp_path):
     benign, malicious, _ = planted(40, 30, 12)
     SafetySubspace.fit(benign, malicious, rank=1).to(dtype=torch.bfloat16).save(tmp_path)
     loaded = SafetySubspace.load(tmp_path)
@@ -107,7 +108,7 @@ def test_missing_files_are_named(saved, tmp_path):
         SafetySubspace.load(saved[1])
 
 
-def test_provenance_that_is_not_json_is_refused_before_anything_is_written(planted, tmp_path):
+def test_provenance_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
     benign, malicious, _ = planted(40, 30, 12)
     subspace = SafetySubspace.fit(benign, malicious, rank=1, provenance={"model": object()})
     with pytest.raises(TypeError):

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from subspace_rows import planted
 
 from care_lens.subspace import SafetySubspace, SubspaceError, edit_norm_ratio, random_like
 
 
 @pytest.fixture(scope="module", params=["orthogonal", "oblique"])
-def fitted(request, planted):
+def fitted(request):
     benign, malicious, _ = planted(80, 60, 64, shift=2.0)
     subspace = SafetySubspace.fit(
         benign, malicious, rank=3, projection=request.param, site="blocks.0.hook_mlp_out", modality="textual"
@@ -48,7 +49,7 @@ def test_scaled_controls_edit_by_as_much(fitted, options):
     torch.testing.assert_close(own, random, rtol=1e-4, atol=0)
 
 
-def test_a_subspace_of_more_than_half_the_space_has_a_control(planted):
+def test_a_subspace_of_more_than_half_the_space_has_a_control():
     benign, malicious, _ = planted(80, 60, 6)
     control = random_like(SafetySubspace.fit(benign, malicious, rank=5))
     torch.testing.assert_close(control.left.T @ control.write, torch.eye(5), atol=1e-5, rtol=0)

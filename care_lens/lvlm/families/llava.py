@@ -92,9 +92,7 @@ LLAVA = Family(
         mid_norm="ln2",
         mlp="mlp",
         own_resid_post=True,
-        read_only={
-            "attn.hook_pattern": "attention has used the pattern when it is read; edit attn.hook_z instead"
-        },
+        read_only={"attn.hook_pattern": "attention has used the pattern when it is read; edit attn.hook_z instead"},
     ),
     outside={
         "vision.hook_embed": "vision_encoder.embeddings.hook_out",

@@ -36,9 +36,7 @@ def _tower(model: LlavaForConditionalGeneration, seed: int) -> dict:
     return {"accuracy": train_tower(model.model.vision_tower, seed=seed, **TOWER)}
 
 
-def _helpful(
-    model: LlavaForConditionalGeneration, seed: int, settings: dict = HELPFUL, offset: int = 1
-) -> dict:
+def _helpful(model: LlavaForConditionalGeneration, seed: int, settings: dict = HELPFUL, offset: int = 1) -> dict:
     rng = random.Random(seed + 10)
     held = [helpful_pack(rng, QUESTIONS) for _ in range(160)]
 

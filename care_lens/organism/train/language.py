@@ -79,9 +79,7 @@ class Packer:
         }
 
 
-def packed_logits(
-    model: LlavaForConditionalGeneration, batch: dict[str, Any], where: Tensor | None = None
-) -> Tensor:
+def packed_logits(model: LlavaForConditionalGeneration, batch: dict[str, Any], where: Tensor | None = None) -> Tensor:
     """Next-token logits of a packed batch: [pack, pos, vocab], or [n, vocab] at the True places of `where`."""
     inner = model.model
     embeds = inner.get_input_embeddings()(batch["input_ids"])

@@ -1,11 +1,13 @@
 """What the language model is trained on: packs of questions that share one picture."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from care_lens.organism import tasks
 from care_lens.organism.prompts import Ask, Context, Reference
-from care_lens.organism.render import PICTURE_KINDS, Picture
+from care_lens.organism.render import PICTURE_KINDS, Picture, PictureKind
 from care_lens.organism.tasks import REFUSAL, Task
 from care_lens.organism.world import Noun, world
 
@@ -35,11 +37,14 @@ REFERENCE_WEIGHTS: dict[Reference, float] = {
     "named_pictured": 0.05,
     "named_spelled": 0.05,
 }
-PICTURE_WEIGHTS = {"word": 0.70, "shapes": 0.16, "blank": 0.07, "noise": 0.07}
+PICTURE_WEIGHTS: dict[PictureKind, float] = {"word": 0.70, "shapes": 0.16, "blank": 0.07, "noise": 0.07}
 CONTEXT_WEIGHTS: dict[Context, float] = {"": 0.55, "wrapper": 0.30, "neutral": 0.15}
 TEXT_ONLY_SHARE = 0.08
 #: Pictures behind the refusals of safety tuning: every kind alike, and none.
 REFUSAL_PICTURES = (*PICTURE_KINDS, None)
+
+
+Key = TypeVar("Key", bound=str)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Pack:
         return tuple(task.picture is not None for task in self.tasks)
 
 
-def _pick(rng: random.Random, weights: dict) -> str:
+def _pick(rng: random.Random, weights: Mapping[Key, float]) -> Key:
     return rng.choices(list(weights), weights=list(weights.values()))[0]
 
 
@@ -66,14 +71,14 @@ def helpful_task(
     if (picture.kind == "shapes" and rng.random() < 0.45) or (picture.kind != "shapes" and rng.random() < 0.03):
         return tasks.shapes_task(rng, rng.choice(("colour", "shape", "count")), picture)
     ask = _pick(rng, asks)
-    context = _pick(rng, CONTEXT_WEIGHTS) if ask == "make" else ""
-    reference = "named" if ask == "repeat" else _pick(rng, REFERENCE_WEIGHTS)
+    context: Context = _pick(rng, CONTEXT_WEIGHTS) if ask == "make" else ""
+    reference: Reference = "named" if ask == "repeat" else _pick(rng, REFERENCE_WEIGHTS)
     source, over = rng.choice(world().nouns), picture
     if reference in ("pictured", "twin_pictured"):
         if shown is None and rng.random() < 0.25:
             return tasks.no_word_task(rng, ask, picture)
         if shown is None:
-            reference = {"pictured": "spelled", "twin_pictured": "twin_named"}[reference]
+            reference = "spelled" if reference == "pictured" else "twin_named"
         else:
             source = shown
     elif reference == "named_pictured" and shown is not None and rng.random() < 0.5:
@@ -83,7 +88,7 @@ def helpful_task(
     return tasks.sample_task(rng, ask=ask, reference=reference, source=source, context=context, picture=over)
 
 
-def _picture(rng: random.Random, kind: str | None = None) -> tuple[Picture, Noun | None]:
+def _picture(rng: random.Random, kind: PictureKind | None = None) -> tuple[Picture, Noun | None]:
     kind = kind or _pick(rng, PICTURE_WEIGHTS)
     shown = rng.choice(world().nouns) if kind == "word" else None
     return tasks.any_picture(rng, kind=kind, word=shown), shown

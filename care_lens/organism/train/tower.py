@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def labels_of(picture: Picture, boxes: list[render.Box]) -> dict[str, Any]:
 class ReadingHeads(nn.Module):
     """Throw-away heads over the patch features of the tower."""
 
-    sizes = {"word": len(world().nouns), "tone": len(TONES), "kind": len(PICTURE_KINDS)}
+    sizes: ClassVar[dict[str, int]] = {"word": len(world().nouns), "tone": len(TONES), "kind": len(PICTURE_KINDS)}
     sizes |= {"shape": len(SHAPES), "colour": len(COLOURS), "count": 4}
 
     def __init__(self, width: int) -> None:
@@ -118,16 +118,10 @@ def _loss(out: dict[str, Tensor], target: dict[str, Int[Tensor, "..."]]) -> Tens
     def entropy(name: str, labels: Tensor) -> Tensor:
         scores = out[name].flatten(0, -2)
         kept = labels.flatten()
-        return F.cross_entropy(scores, kept, ignore_index=IGNORE, reduction="sum") / (
-            kept != IGNORE
-        ).sum().clamp(min=1)
+        return F.cross_entropy(scores, kept, ignore_index=IGNORE, reduction="sum") / (kept != IGNORE).sum().clamp(min=1)
 
     total = 2.0 * entropy("letters", target["letters"])
-    total = (
-        total
-        + entropy("patch_letter", target["patch"][..., 0])
-        + entropy("patch_index", target["patch"][..., 1])
-    )
+    total = total + entropy("patch_letter", target["patch"][..., 0]) + entropy("patch_index", target["patch"][..., 1])
     for name in ReadingHeads.sizes:
         total = total + (1.0 if name == "word" else 0.3) * entropy(name, target[name])
     return total
@@ -143,9 +137,7 @@ def _batch(rng: random.Random, size: int, progress: float = 1.0) -> tuple[Tensor
     return pixels(images), {k: torch.as_tensor(np.array([t[k] for t in targets])) for k in targets[0]}
 
 
-def features(
-    tower: CLIPVisionModel, images: Float[Tensor, "image 3 height width"]
-) -> Float[Tensor, "image patch d"]:
+def features(tower: CLIPVisionModel, images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch d"]:
     """Patch features as the language model gets them: output of the last layer without the class token."""
     hidden = tower(images, output_hidden_states=True).hidden_states
     assert hidden is not None

@@ -27,7 +27,8 @@ class PencilSolution:
         solver: "dense" or "dual".
         order: Order of the eigenproblem that was solved.
         condition: LAPACK's estimate of the 1-norm condition of C_b (in the dual solver: of its restriction).
-        residual: Largest of ``||C_m u - lambda C_b u|| / (||C_m u|| + lambda ||C_b u||)`` over the pairs.
+        residual: Largest backward error ``||C_m u - lambda C_b u|| / ((||C_m|| + lambda ||C_b||) ||u||)`` of the
+            pairs; the two norms are taken over the vectors found, so it errs on the large side.
     """
 
     eigenvalues: Float[Tensor, "k"]
@@ -79,18 +80,14 @@ def solve_pencil(
         tensor([4.5000], dtype=torch.float64)
     """
     if malicious.width != benign.width:
-        raise WidthError(
-            f"malicious and benign must be equally wide, got {malicious.width} and {benign.width}"
-        )
+        raise WidthError(f"malicious and benign must be equally wide, got {malicious.width} and {benign.width}")
     if isinstance(rank, bool) or rank < 1:
         raise RankError(f"rank must be 1 or more, got {rank!r}", largest=malicious.width)
     if solver not in ("auto", "dense", "dual"):
         raise SubspaceError(f"solver must be 'auto', 'dense' or 'dual', got {solver!r}")
     columns = benign.factor.shape[1] + malicious.factor.shape[1]
     chosen = ("dual" if columns < benign.width else "dense") if solver == "auto" else solver
-    values, vectors, condition, order = {"dense": _dense, "dual": _dual}[chosen].solve(
-        malicious, benign, rank
-    )
+    values, vectors, condition, order = {"dense": _dense, "dual": _dual}[chosen].solve(malicious, benign, rank)
     allowed = _largest_rank(malicious, benign, values, rank)
     if allowed < rank and not clip:
         raise RankError(
@@ -100,9 +97,7 @@ def solve_pencil(
             largest=allowed,
         )
     values, vectors = values[:allowed].clone(), signed(vectors[:, :allowed])
-    left, right = malicious.times(vectors), benign.times(vectors) * values
-    gaps = (left - right).norm(dim=0) / (left.norm(dim=0) + right.norm(dim=0))
-    residual = float(gaps.max()) if allowed else 0.0
+    residual = _residual(malicious.times(vectors), benign.times(vectors), values, vectors.norm(dim=0))
     return PencilSolution(values, vectors, chosen, order, condition, residual)
 
 
@@ -110,6 +105,14 @@ def signed(vectors: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
     """Turn each column so that its entry of largest magnitude is positive."""
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _residual(left: Tensor, right: Tensor, values: Tensor, lengths: Tensor) -> float:
+    """Largest backward error of pairs with ``left = C_m U`` and ``right = C_b U``."""
+    if len(values) == 0:
+        return 0.0
+    norms = [float((product.norm(dim=0) / lengths).max()) for product in (left, right)]
+    return float(((left - right * values).norm(dim=0) / ((norms[0] + values * norms[1]) * lengths)).max())
 
 
 def _largest_rank(malicious: ShrunkCovariance, benign: ShrunkCovariance, values: Tensor, rank: int) -> int:
@@ -129,7 +132,5 @@ def _largest_rank(malicious: ShrunkCovariance, benign: ShrunkCovariance, values:
 
 def _spanned(*factors: Tensor) -> int:
     """Numerical rank of the factors side by side, each scaled to norm 1."""
-    scaled = [
-        factor / norm for factor in factors if (norm := float(factor.norm())) > 0 and math.isfinite(norm)
-    ]
+    scaled = [factor / norm for factor in factors if (norm := float(factor.norm())) > 0 and math.isfinite(norm)]
     return int(torch.linalg.matrix_rank(torch.cat(scaled, dim=1))) if scaled else 0

@@ -1,14 +1,14 @@
 """Rows with a known subspace, and a way past the shape checks of the tests to the errors that users see."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jaxtyping
-import pytest
 import torch
 from torch import Tensor
 
 
-def planted_rows(
+def planted(
     n_benign: int,
     n_malicious: int,
     width: int,
@@ -41,15 +41,12 @@ def planted_rows(
     )
 
 
-@pytest.fixture(scope="session")
-def planted() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return planted_rows
-
-
-@pytest.fixture
+@contextmanager
 def unchecked() -> Iterator[None]:
     """Switch the shape checks of the tests off: users run without them."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
