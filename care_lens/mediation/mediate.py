@@ -245,7 +245,7 @@ def _sweep(
                 batch.inputs,
                 site=site,
                 own=own,
-                donor=own,
+                donor=own[batch.twins],
                 swaps=swaps,
                 untouched=untouched,
                 outcome=outcome,

@@ -13,7 +13,16 @@ from care_lens.pipeline.prove import NONE
 from care_lens.pipeline.report import summary
 from care_lens.repair import HybridFusion
 
-SETTINGS = replace(RunSettings().short(), reader_ranks=(0,), benign_loss=1.0, pgd_steps=2, pgd_examples=3)
+SETTINGS = replace(
+    RunSettings().short(),
+    limit=10,
+    reader_ranks=(0,),
+    candidates=1,
+    epsilons=(0.02,),
+    benign_loss=1.0,
+    pgd_steps=2,
+    pgd_examples=3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def test_everything_is_written(finished):
     result, out, page = finished
     text = page.read_text()
     assert "Plotly.newPlot" in text and "src=" not in text.replace("src=''", "")[:2000]
-    assert {"asr.html", "ablation.html", "tradeoff.html", "patches_picture.html"} <= {
+    assert {"asr.html", "ablation.html", "tradeoff.html", "patches_picture_0.html"} <= {
         p.name for p in (out / "figures").iterdir()
     }
     assert json.loads((out / "summary.json").read_text()) == summary(result)
