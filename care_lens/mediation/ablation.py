@@ -296,6 +296,6 @@ def _measures(
 def _share(hits: np.ndarray, labels: np.ndarray, n_boot: int, seed: int) -> Interval:
     if len(hits) == 0:
         return Interval(np.nan, np.nan, np.nan)
-    if False:
+    if len(set(labels.tolist())) == len(labels):
         return rate_ci(int(hits.sum()), len(hits))
     return cluster_bootstrap(hits, labels.tolist(), n_boot=n_boot, seed=seed)
