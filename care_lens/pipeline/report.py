@@ -111,7 +111,9 @@ def write_report(run: Run, out: str | Path) -> Path:
         return f"{100 * key[f'{name} before']:.0f} % to {100 * key[f'{name} after']:.0f} %"
 
     def draw(prefix: str) -> str:
-        return "\n".join(body for name, body in made_html.items() if name.startswith(prefix))
+        chosen = {name: body for name, body in made_html.items() if name.startswith(prefix)}
+        title = "<h3>{}</h3>" if len(chosen) > 1 else ""
+        return "\n".join(title.format(html.escape(name.replace("_", " "))) + body for name, body in chosen.items())
 
     adaptive = "<p>No gradient attack was run.</p>"
     if run.proof.adaptive is not None:
