@@ -31,10 +31,10 @@ class RunSettings:
 
     seed: int = 0
     limit: int | None = None
-    batch_size: int = 64
+    batch_size: int = 128
     max_new_tokens: int = 14
     n_boot: int = 2000
-    pairs: int = 12
+    pairs: int = 10
     ablated: int = 24
     epsilons: tuple[float, ...] = (0.01, 0.02)
     answer_tokens: int = 6
