@@ -33,7 +33,7 @@ class RunSettings:
     limit: int | None = None
     batch_size: int = 128
     max_new_tokens: int = 14
-    n_boot: int = 2000
+    n_boot: int = 1000
     pairs: int = 10
     ablated: int = 24
     epsilons: tuple[float, ...] = (0.01, 0.02)
