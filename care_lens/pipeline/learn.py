@@ -136,6 +136,11 @@ def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> FitRow
             lvlm, examples, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size
         )
 
+    if not study.refused("fit") or not study.benign("fit") or not any(study.malicious("fit", m) for m in MODALITIES):
+        raise ValueError(
+            f"the fit split must hold benign examples, the plain channel {study.plain!r} and a seen attack channel, got "
+            f"{sorted(study.suites.get('fit', {}))}; see study.json"
+        )
     malicious: dict[Modality, list[Example]] = {m: study.malicious("fit", m) for m in MODALITIES}
     return FitRows(
         benign=rows(study.benign("fit")),

@@ -139,7 +139,7 @@ fit: <b>{percent("worst held-out ASR")}</b>. Right answers on benign and hard be
 <p>Natural indirect effects (NIE): what changes in the safe run when one place takes its value from the unsafe twin. Unit:
 nats of the outcome. The safe twin is the request that the model refuses (for "picture": the same picture with a benign word,
 outcome = log probability a token of the steps for the forbidden item). Intervals: 95 % bootstrap over items.</p>
-{_table(_strongest(run))}
+{_table(_strongest(run)) if run.diagnosis.effects else "<p>The study has no counterfactual pairs: no mediation was run.</p>"}
 {draw("effects_")}
 <h3>MLP against attention: share complied when one block's output is replaced by its benign mean</h3>
 {draw("ablation")}
