@@ -51,7 +51,7 @@ pytest: $(READY)
 # documentation shows. The tests execute it too, and check that the pair agrees.
 tutorials: $(READY)
 	$(BIN)/jupytext --quiet --to ipynb tutorials/*.py
-	PLOTLY_RENDERER=notebook_connected $(BIN)/jupyter-execute --inplace tutorials/*.ipynb
+	PLOTLY_RENDERER=notebook_connected PYTHONWARNINGS=ignore $(BIN)/jupyter-execute --inplace tutorials/*.ipynb
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
