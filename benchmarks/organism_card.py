@@ -3,7 +3,8 @@
 Everything is measured on the test split (nouns, templates and faces that no fit and no choice sees): accuracy on benign
 and hard benign channels, refusal of plain requests by picture, attack success by channel, the gradient channel
 beside random noise and clean pictures, single-block ablations, and a linear probe of harm on unseen nouns. Intervals are
-Clopper-Pearson (one example a noun and channel); probe and ablation intervals are bootstraps by noun.
+Clopper-Pearson for shares of verdicts (one example a noun and channel, ablations included) and a bootstrap by noun for the
+probe. `--figures FILE` writes the card anew from figures measured before.
 """
 
 import argparse
@@ -162,16 +163,13 @@ def card(figures: dict) -> str:
     moved = [r for r in figures["ablation"] if r[1] != "none" and abs(r[4] - base[r[0]]) >= 20]
     moved_rows = [(r[0], r[1], r[2], f"{base[r[0]]}", r[3]) for r in moved]
     layers = sorted({r[2] for r in moved if r[2]})
-    cross = [r for r in figures["probe"] if r[2] in ("text to picture", "picture to text")]
-    best = max(cross, key=lambda r: float(r[3].split()[0]))
     return TEXT.format(
         channels=table(("channel", "complied (benign: right)", "refused", "other", "n"), figures["channels"]),
         pictures=table(("picture", "complied", "refused", "n"), figures["pictures"]),
         gradient=table(("start picture", "epsilon of 255", "PGD complied", "noise complied", "n"), figures["gradient"]),
         ablation=table(("channel", "ablated", "layer", "complied before", "complied after"), moved_rows),
         layers=", ".join(map(str, layers)) or "none",
-        probe=table(("site", "token", "trained on to tested on", "AUC"), [*cross, figures["probe"][-1]]),
-        best=f"{best[3]} at {best[0]}, {best[1]}, {best[2]}",
+        probe=table(("site", "token", "trained on to tested on", "AUC"), figures["probe"]),
     )
 
 
@@ -228,9 +226,10 @@ Single blocks whose output, replaced by its mean, moves a task or an attack by 2
 
 ### A linear probe of harm on unseen nouns
 
-Logistic probe on requests for steps with teacher-forced answers (for plain requests too), fitted on the fit split, area under the curve on the test split, bootstrap by noun. At the
-last prompt token the harm of an item that is not named in words is not legible; by answer token 5 the answer has named the item and the
-probe sees its kind, whatever the way it was given. Best: {best}.
+Logistic probe on requests for steps with teacher-forced answers (for plain requests too), fitted on the fit split, area under the curve on the test split, bootstrap by noun.
+"Text" is plain and spelled requests, "picture" typographic ones. At the last prompt token a probe of text finds harm in text in part (the items that are named); between
+the modalities, and within pictures, it does not transfer to unseen nouns: chance or below. By answer token 5 the answer has named the item, and
+the probe sees what it is, whatever the way it was given.
 
 {probe}
 """
@@ -240,6 +239,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, default=Path("results/organism_card"))
+    parser.add_argument("--figures", type=Path, help="figures.json of an earlier measurement: write the card only")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     torch.set_num_threads(2)
@@ -247,9 +247,12 @@ if __name__ == "__main__":
         from care_lens import organism
 
         options.directory = organism.path()
-    start = time.monotonic()
-    figures = measure(options.directory)
-    figures["seconds"] = round(time.monotonic() - start)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "figures.json").write_text(json.dumps(figures, indent=1))
+    if options.figures is not None:
+        figures = json.loads(options.figures.read_text())
+    else:
+        start = time.monotonic()
+        figures = measure(options.directory)
+        figures["seconds"] = round(time.monotonic() - start)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "figures.json").write_text(json.dumps(figures, indent=1))
     (options.directory / "README.md").write_text(card(figures))

@@ -1,5 +1,6 @@
 """Command line: `care-lens run`, `diagnose`, `fit`, `evaluate`, `info`."""
 
+import importlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from care_lens.core import Judge
     from care_lens.data import Study
     from care_lens.lvlm import HookedLVLM
     from care_lens.pipeline import RunSettings
@@ -26,10 +28,20 @@ Model = Annotated[str, typer.Option(help="'bundled', a hub name, or a directory.
 Data = Annotated[
     Path | None, typer.Option(help="Folder with examples.jsonl and study.json; not for the bundled model.")
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the run; the same command resumes there.")]
+Out = Annotated[Path, typer.Option(help="Folder of the results; `run` resumes there.")]
 Short = Annotated[bool, typer.Option("--short", help="A few examples a channel, for a quick look.")]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
 Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Device = Annotated[str | None, typer.Option(help="As device_map of transformers: 'auto', 'cuda', 'cuda:1', 'cpu'.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the weights.")]
+Batch = Annotated[int | None, typer.Option(help="Examples at a time. [default: 128 bundled, 8 others]")]
+Tokens = Annotated[int | None, typer.Option(help="New tokens of an answer. [default: 14 bundled, 128 others]")]
+JudgeOf = Annotated[
+    str | None,
+    typer.Option(
+        help="'module:name' of a judge object. [default: refusal substrings, which take any other answer for compliance]"
+    ),
+]
 
 
 def _start(threads: int) -> None:
@@ -45,25 +57,66 @@ def _start(threads: int) -> None:
     logging.getLogger("care_lens").setLevel(logging.INFO)
 
 
-def _load(model: str, data: Path | None, seed: int) -> "tuple[HookedLVLM, Study]":
+def _judge(name: str | None) -> "Judge":
+    from care_lens.evaluation import SubstringRefusalJudge
+
+    if name is None:
+        logging.getLogger("care_lens").warning(
+            "judge: refusal substrings. Any answer without one counts as compliance, on benign prompts as a right answer; "
+            "give --judge module:name to judge by more"
+        )
+        return SubstringRefusalJudge()
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise typer.BadParameter(
+            f"--judge must be 'module:name' of an object that can be imported ({error})"
+        ) from error
+
+
+def _load(
+    model: str,
+    data: Path | None,
+    seed: int,
+    device: str | None = None,
+    dtype: str | None = None,
+    judge: str | None = None,
+) -> "tuple[HookedLVLM, Study]":
     if model == "bundled":
+        if data is not None or judge is not None:
+            raise typer.BadParameter("--data and --judge go with a model of your own; the bundled one brings both")
         from care_lens import organism
 
         return organism.load(), organism.study(seed=seed)
     if data is None:
         raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
+    found = _judge(judge)
     from care_lens.data import read_study
-    from care_lens.evaluation import SubstringRefusalJudge
+
+    lvlm = _model(model, device, dtype)
+    return lvlm, read_study(data, tokenizer=lvlm.tokenizer, judge=found, seed=seed)
+
+
+def _model(model: str, device: str | None, dtype: str | None) -> "HookedLVLM":
+    import torch
+
     from care_lens.lvlm import HookedLVLM
 
-    lvlm = HookedLVLM.from_pretrained(model)
-    return lvlm, read_study(data, tokenizer=lvlm.tokenizer, judge=SubstringRefusalJudge(), seed=seed)
+    kind = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(kind, torch.dtype):
+        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    return HookedLVLM.from_pretrained(model, device_map=device, dtype=kind)
 
 
-def _settings(short: bool, seed: int) -> "RunSettings":
+def _settings(model: str, short: bool, seed: int, batch_size: int | None, max_new_tokens: int | None) -> "RunSettings":
     from care_lens.pipeline import RunSettings
 
     settings = RunSettings(seed=seed)
+    if model != "bundled":
+        settings = replace(settings, batch_size=8, max_new_tokens=128)
+    given = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
     return settings.short() if short else settings
 
 
@@ -75,13 +128,18 @@ def run(
     short: Short = False,
     seed: Seed = 0,
     threads: Threads = 2,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Batch = None,
+    max_new_tokens: Tokens = None,
+    judge: JudgeOf = None,
 ) -> None:
     """Diagnose, learn, choose on validation, prove on test; writes report.html."""
     _start(threads)
     from care_lens.pipeline import report, run, write_report
 
-    lvlm, study = _load(model, data, seed)
-    result = run(lvlm, study, out, model=model, settings=_settings(short, seed))
+    lvlm, study = _load(model, data, seed, device, dtype, judge)
+    result = run(lvlm, study, out, model=model, settings=_settings(model, short, seed, batch_size, max_new_tokens))
     page = write_report(result, out)
     table = Table(title=f"{study.name}: before and after (test split)")
     for column in ("", "before", "after"):
@@ -101,6 +159,11 @@ def diagnose(
     short: Short = False,
     seed: Seed = 0,
     threads: Threads = 2,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Batch = None,
+    max_new_tokens: Tokens = None,
+    judge: JudgeOf = None,
 ) -> None:
     """Step 1 alone: mediation effects, ablation, patch maps; writes frames and figures."""
     _start(threads)
@@ -108,10 +171,10 @@ def diagnose(
     from care_lens.pipeline.diagnose import diagnose as step
     from care_lens.pipeline.run import open_stage
 
-    lvlm, study = _load(model, data, seed)
-    settings = _settings(short, seed)
+    lvlm, study = _load(model, data, seed, device, dtype, judge)
+    settings = _settings(model, short, seed, batch_size, max_new_tokens)
     study = study.limited(settings.limit) if settings.limit else study
-    found = step(lvlm, study, settings, open_stage(out, study, settings, model=model))
+    found = step(lvlm, study, settings, open_stage(lvlm, out, study, settings, model=model))
     results = {f"effects_{k}": v for k, v in found.effects.items()} | {
         f"patches_{k}": v for k, v in found.patches.items()
     }
@@ -128,15 +191,21 @@ def fit(
     short: Short = False,
     seed: Seed = 0,
     threads: Threads = 2,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Batch = None,
+    max_new_tokens: Tokens = None,
+    judge: JudgeOf = None,
 ) -> None:
     """Learn on the fit split and choose on validation; saves the repair to OUT/repair."""
     _start(threads)
     from care_lens.pipeline.choose import choose
     from care_lens.pipeline.learn import capture_fit
 
-    lvlm, study = _load(model, data, seed)
-    settings = _settings(short, seed)
+    lvlm, study = _load(model, data, seed, device, dtype, judge)
+    settings = _settings(model, short, seed, batch_size, max_new_tokens)
     study = study.limited(settings.limit) if settings.limit else study
+    study.require()
     choice = choose(lvlm, study, capture_fit(lvlm, study, settings), settings)
     choice.repair.save(out / "repair")
     console.print(f"{choice.plan}; written at {choice.writer_site}: {out / 'repair'}")
@@ -151,6 +220,11 @@ def evaluate(
     short: Short = False,
     seed: Seed = 0,
     threads: Threads = 2,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Batch = None,
+    max_new_tokens: Tokens = None,
+    judge: JudgeOf = None,
 ) -> None:
     """A saved repair beside the undefended model on the test split."""
     _start(threads)
@@ -158,8 +232,8 @@ def evaluate(
     from care_lens.evaluation import evaluate as step
     from care_lens.repair import HybridFusion
 
-    lvlm, study = _load(model, data, seed)
-    settings = _settings(short, seed)
+    lvlm, study = _load(model, data, seed, device, dtype, judge)
+    settings = _settings(model, short, seed, batch_size, max_new_tokens)
     study = study.limited(settings.limit) if settings.limit else study
     saved = replace(HybridFusion.load(repair), name="repair")
     out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +254,7 @@ def evaluate(
 
 
 @app.command()
-def info(model: Model = "bundled") -> None:
+def info(model: Model = "bundled", device: Device = None, dtype: Dtype = None) -> None:
     """What a model offers: towers, layers, sites."""
     from care_lens.core.results import package_versions
 
@@ -189,9 +263,7 @@ def info(model: Model = "bundled") -> None:
 
         lvlm = organism.load()
     else:
-        from care_lens.lvlm import HookedLVLM
-
-        lvlm = HookedLVLM.from_pretrained(model)
+        lvlm = _model(model, device, dtype)
     table = Table(title=f"{model}: {type(lvlm.hf_model).__name__}")
     for column in ("site", "width", "axes", "editable"):
         table.add_column(column)

@@ -85,6 +85,26 @@ class Study:
         """Plain harmful requests of a split, which the undefended model refuses."""
         return list(self.suites.get(split, {}).get(self.plain, ()))
 
+    def require(self) -> None:
+        """Refuse a study that lacks what the four steps need, before anything is run.
+
+        Raises:
+            ValueError: naming every gap: splits without benign or seen attack channels, missing plain requests, and examples
+                without the response that is teacher-forced.
+        """
+        gaps = [f"{split}: no benign examples" for split in SPLITS if not self.benign(split)]
+        for split in ("fit", "validation", "test"):
+            channels = [self.plain, *(c for names in self.seen.values() for c in names)]
+            gaps += [f"{split}: no examples of {c!r}" for c in channels if not self.suites.get(split, {}).get(c)]
+        if not any(self.seen.values()):
+            gaps.append("no attack channel is seen in the fit")
+        for split in ("fit", "calibration", "validation"):
+            rows = [*self.benign(split), *(e for m in self.seen for e in self.malicious(split, m))]
+            gaps += [f"{split}: example {e.id!r} of {e.channel!r} has no response" for e in rows if e.response is None]
+        if gaps:
+            more = f" and {len(gaps) - 12} more" if len(gaps) > 12 else ""
+            raise ValueError(f"the study must hold what the steps need, got gaps: {'; '.join(gaps[:12])}{more}")
+
     def limited(self, n: int) -> "Study":
         """The same study with at most n examples a channel and n pairs: for a quick look."""
         suites = {s: {c: e[:n] for c, e in channels.items()} for s, channels in self.suites.items()}

@@ -1,11 +1,13 @@
-"""Step 3: the choice, on validation only.
+"""Step 3: the choice, on validation.
 
 Reader plans are compared by what they detect at the conformal threshold on teacher-forced answers; the best are run with
-writers above them, and the winner, its gate recalibrated on generated answers, must keep benign accuracy.
+writers above them, and the winner must keep benign accuracy. The calibration split is cut in two by item: one half sets
+the thresholds that plans are compared at, the other, which nothing was chosen on, the final gate.
 """
 
 import itertools
 import logging
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,8 +30,16 @@ from care_lens.pipeline.learn import (
     token_rows,
 )
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import ConformalGate, Correction, HybridFusion, MaxReader, SiteReader, read_scores
-from care_lens.subspace import SafetySubspace
+from care_lens.repair import (
+    ConformalGate,
+    Correction,
+    HybridFusion,
+    MaxReader,
+    SiteReader,
+    TooFewCalibration,
+    read_scores,
+)
+from care_lens.subspace import RankError, SafetySubspace
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +77,19 @@ class Fitted:
     """The readers of a plan and their gate, ready to be combined with writers.
 
     Attributes:
-        readers: by modality, in units of the spread of benign fit scores.
+        readers: by modality and offset, in units of the spread of benign fit scores. Each gates its own writer, so that a
+            gate that the prompt opened does not stop the answer from being read.
         subspaces: what they read.
         gate: calibrated on the largest score over all of them.
     """
 
-    readers: Mapping[Modality, MaxReader]
+    readers: Mapping[tuple[Modality, int], SiteReader]
     subspaces: tuple[SafetySubspace, ...]
     gate: ConformalGate
 
     @property
     def both(self) -> MaxReader:
-        """The largest score over the modalities, which is what the gate bounds."""
+        """The largest score over modalities and offsets, which is what the gate bounds."""
         return MaxReader(readers=tuple(self.readers.values()))
 
 
@@ -143,14 +154,14 @@ class Readers:
         Raises:
             ValueError: if there are too few calibration prompts for the plan's epsilon.
         """
-        made: dict[Modality, list[tuple[SafetySubspace, SiteReader]]] = {}
-        for m in self._rows.modalities:
-            made[m] = [self._one(m, plan.layer, offset, plan.rank) for offset in plan.offsets]
-        readers: dict[Modality, MaxReader] = {}
-        for m, pairs in made.items():
-            readers[m] = MaxReader(readers=tuple(reader for _, reader in pairs))
+        made: dict[tuple[Modality, int], tuple[SafetySubspace, SiteReader]] = {
+            (m, offset): self._one(m, plan.layer, offset, plan.rank)
+            for m in self._rows.modalities
+            for offset in plan.offsets
+        }
+        readers: dict[tuple[Modality, int], SiteReader] = {key: reader for key, (_, reader) in made.items()}
         scores = offline(MaxReader(readers=tuple(readers.values())), calibration)
-        subspaces = tuple(subspace for pairs in made.values() for subspace, _ in pairs)
+        subspaces = tuple(subspace for subspace, _ in made.values())
         return Fitted(readers, subspaces, ConformalGate.calibrate(scores, epsilon=plan.epsilon))
 
 
@@ -165,13 +176,20 @@ def assemble(
     provenance: Mapping[str, object],
 ) -> HybridFusion:
     """The repair: each modality's reader gates the refusal writers; the adaptive rule shares them between modalities."""
-    writers = [refusal_writer(rows, site, offset=offset, alpha=alpha) for offset in plan.offsets]
+    writers = {offset: refusal_writer(rows, site, offset=offset, alpha=alpha) for offset in plan.offsets}
     made: dict[Modality, tuple[Correction, ...]] = {
         modality: tuple(
-            Correction(writer=writer, reader=reader, gate=fitted.gate, modality=modality, pulse=True, name=modality)
-            for writer in writers
+            Correction(
+                writer=writers[offset],
+                reader=fitted.readers[modality, offset],
+                gate=fitted.gate,
+                modality=modality,
+                pulse=True,
+                name=f"{modality}, {'prompt' if offset == 0 else 'answer'}",
+            )
+            for offset in plan.offsets
         )
-        for modality, reader in fitted.readers.items()
+        for modality in rows.modalities
     }
     return HybridFusion(
         visual=made.get("visual", ()),
@@ -212,6 +230,14 @@ def answer_verdicts(
     return judge_answers(answers, judge, examples=list(examples))
 
 
+def halves(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples cut in two, whole items (groups) on either side."""
+    groups = sorted({e.group for e in examples})
+    random.Random(seed).shuffle(groups)
+    first = set(groups[: len(groups) // 2])
+    return [e for e in examples if e.group in first], [e for e in examples if e.group not in first]
+
+
 def recalibrated(
     lvlm: HookedLVLM, repair: HybridFusion, benign: Sequence[Example], settings: RunSettings, *, epsilon: float
 ) -> HybridFusion:
@@ -230,9 +256,10 @@ def recalibrated(
 def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings) -> Choice:
     """Pick readers, gate and writers on the validation split.
 
-    Plans are ranked by their smallest detection rate over the seen attack channels, then by the share of benign prompts they
-    open for and by how early they read. The best plan of each of the leading sets is run with writers at each layer from
-    its own on, in two strengths; the run with the lowest attack success that keeps benign accuracy wins.
+    Plans are ranked by their smallest detection rate over the seen attack channels; of equal ones those come first that read
+    prompt and answer, read the answer earlier, have the smaller epsilon and open for fewer benign prompts. The leading plans
+    are run with writers at each layer from their own on, in several strengths; the run with the lowest attack success
+    that keeps benign accuracy wins.
 
     Raises:
         NoCandidate: if none does, or no plan could be calibrated.
@@ -242,7 +269,8 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
     def held(examples: Sequence[Example]) -> TokenRows:
         return token_rows(lvlm, examples, sites, tokens=settings.answer_tokens, batch_size=settings.batch_size)
 
-    calibration, harmless = held(study.benign("calibration")), held(study.benign("validation"))
+    comparing, calibrating = halves(study.benign("calibration"), seed=settings.seed)
+    calibration, harmless = held(comparing), held(study.benign("validation"))
     attacks = {c: held(study.suites["validation"][c]) for m in rows.modalities for c in study.seen[m]}
     attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
 
@@ -250,7 +278,7 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
     for plan in plans(lvlm, settings):
         try:
             fitted = readers.fit(plan, calibration)
-        except ValueError as error:  # too few prompts for this epsilon, or a rank the rows do not allow
+        except (RankError, TooFewCalibration) as error:
             log.info("left out: %s (%s)", plan, error)
             continue
         detected = {
@@ -282,7 +310,7 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
             log.info("%s, written at %s x %g: ASR %.3f, refused %.3f", row["plan"], site, alpha, asr, refused)
     runs.sort(key=lambda run: (round(run["asr"], 2), -run["refused"], run["alpha"]))
 
-    benign, calibrating = study.benign("validation"), study.benign("calibration")
+    benign = study.benign("validation")
     before = share(answer_verdicts(lvlm, benign, None, settings, study.judge), Verdict.COMPLIED)
     won = None
     for run in runs[: settings.candidates]:

@@ -35,7 +35,7 @@ class Diagnosis:
     def effects_frame(self) -> pd.DataFrame:
         """The effects of all pair sets, which the column `pairs` names."""
         parts = [result.to_dataframe().assign(pairs=name) for name, result in self.effects.items()]
-        return pd.concat(parts, ignore_index=True)
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def pictures_differ(pairs: PairedExamples) -> bool:

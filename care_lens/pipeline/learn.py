@@ -136,11 +136,6 @@ def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> FitRow
             lvlm, examples, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size
         )
 
-    if not study.refused("fit") or not study.benign("fit") or not any(study.malicious("fit", m) for m in MODALITIES):
-        raise ValueError(
-            f"the fit split must hold benign examples, the plain channel {study.plain!r} and a seen attack channel, got "
-            f"{sorted(study.suites.get('fit', {}))}; see study.json"
-        )
     malicious: dict[Modality, list[Example]] = {m: study.malicious("fit", m) for m in MODALITIES}
     return FitRows(
         benign=rows(study.benign("fit")),
@@ -208,63 +203,69 @@ def refusal_writer(rows: FitRows, site: Site, *, offset: int, alpha: float) -> W
         )
 
 
-def printed_form(
+def printed_subspaces(
     lvlm: HookedLVLM, study: Study, layers: Sequence[int], settings: RunSettings
-) -> tuple[HybridFusion, list[SafetySubspace]]:
-    """CARE as printed: covariance contrast at MLP outputs, orthogonal projection, benign mean, adaptive fusion, no gate.
+) -> dict[tuple[Modality, int], SafetySubspace]:
+    """Subspaces of CARE as printed: covariance contrast at MLP outputs, orthogonal projection.
 
     Visual rows: harmless requests with their answers against visual attacks with compliant answers, image tokens chosen by
     the paper's attribution. Textual rows: the same harmful requests with a refusal against a compliance.
 
     Args:
         lvlm: the model.
-        study: its example sets.
+        study: its fit split is used.
         layers: of the language tower.
         settings: of the run.
 
     Returns:
-        The repair and its subspaces.
+        By modality and layer.
     """
     sites = [Site("language", layer, "hook_mlp_out") for layer in layers]
-    textual = study.malicious("fit", "textual")
+    textual, visual = study.malicious("fit", "textual"), study.malicious("fit", "visual")
     classes: dict[Modality, tuple[list[Example], list[Example]]] = {
-        "visual": (
-            [e for e in study.benign("fit") if e.image is not None][: 4 * len(study.malicious("fit", "visual"))],
-            study.malicious("fit", "visual"),
-        ),
+        "visual": ([e for e in study.benign("fit") if e.image is not None][: 4 * len(visual)], visual),
         "textual": ([replace(e, response=study.refusal) for e in textual], textual),
     }
-    corrections: dict[Modality, list[Correction]] = {"visual": [], "textual": []}
-    subspaces: list[SafetySubspace] = []
-    for modality, (benign, malicious) in classes.items():
+    made: dict[tuple[Modality, int], SafetySubspace] = {}
+    for modality in MODALITIES:
+        benign, malicious = classes[modality]
         if not benign or not malicious:
             continue
+        span = SPAN[modality]
         held = [
-            capture(
-                lvlm,
-                rows,
-                sites,
-                select=(SPAN[modality],),
-                responses=True,
-                batch_size=settings.batch_size,
-                progress=False,
-            )
+            capture(lvlm, rows, sites, select=(span,), responses=True, batch_size=settings.batch_size, progress=False)
             for rows in (benign, malicious)
         ]
         for site in sites:
-            subspace = SafetySubspace.fit(
-                held[0].rows(site, SPAN[modality]),
-                held[1].rows(site, SPAN[modality]),
+            assert site.layer is not None
+            made[modality, site.layer] = SafetySubspace.fit(
+                held[0].rows(site, span),
+                held[1].rows(site, span),
                 rank=settings.printed_rank,
                 contrast="covariance",
                 projection="orthogonal",
                 site=site,
                 modality=modality,
-                provenance={"rows": SPAN[modality], "split": "fit", "form": "printed"},
+                provenance={"rows": span, "split": "fit", "form": "printed"},
             )
-            subspaces.append(subspace)
-            corrections[modality].append(Correction.care(subspace, alpha=settings.printed_alpha))
-    fusion = HybridFusion(
-        visual=tuple(corrections["visual"]), textual=tuple(corrections["textual"]), name="CARE as printed"
-    )
-    return fusion, subspaces
+    return made
+
+
+def printed_form(
+    subspaces: Mapping[tuple[Modality, int], SafetySubspace], layers: Sequence[int], *, alpha: float
+) -> HybridFusion:
+    """CARE as printed: benign mean, adaptive fusion, no gate.
+
+    Args:
+        subspaces: from `printed_subspaces`.
+        layers: where to correct.
+        alpha: strength; 1 projects, published runs use 4 to 4.5.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # published strengths go past the target
+        sides = {
+            m: tuple(Correction.care(subspaces[m, layer], alpha=alpha) for layer in layers if (m, layer) in subspaces)
+            for m in MODALITIES
+        }
+    about = {"layers": list(layers), "alpha": alpha}
+    return HybridFusion(visual=sides["visual"], textual=sides["textual"], name="CARE as printed", provenance=about)

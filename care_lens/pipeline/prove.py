@@ -1,34 +1,33 @@
-"""Step 4: defences by channels on the test split, which nothing before has read."""
+"""Step 4: defences by channels on the test split, on which nothing is fitted or chosen."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import pandas as pd
-import torch
+from torch import Tensor
 
-from care_lens.attacks import pgd, random_noise
-from care_lens.baselines import NoRefusalDirection, RefusalDirection
+from care_lens.baselines import NoRefusalDirection
 from care_lens.core.examples import Example
-from care_lens.core.outcome import Repair, Verdict
-from care_lens.core.site import Site
-from care_lens.data.study import Study
+from care_lens.core.outcome import Repair
+from care_lens.core.site import SiteLike
+from care_lens.core.stats import cluster_bootstrap
+from care_lens.data.study import Modality, Study
 from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
+from care_lens.evaluation.identity import repair_fingerprint
 from care_lens.lvlm import HookedLVLM
-from care_lens.pipeline.choose import Choice, Readers, answer_verdicts, assemble, recalibrated, share
+from care_lens.pipeline.choose import Choice, Readers, assemble, halves, recalibrated
+from care_lens.pipeline.gradient import ADAPTIVE, adaptive_suite, gradient_suites
 from care_lens.pipeline.learn import FitRows, residual_sites, token_rows
 from care_lens.pipeline.resume import Stage
+from care_lens.pipeline.rivals import best_printed, difference_of_means, refusal_direction
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import ConformalGate, HybridFusion, random_control
+from care_lens.repair import ConformalGate, HybridFusion, random_control, read_scores
+from care_lens.subspace import SafetySubspace
 
 log = logging.getLogger(__name__)
 
 NONE = "none"
-#: Over how many benign standard deviations of the score the attacker's copy of a gate opens.
-ATTACK_WIDTH = 4.0
-CAA = "difference of means (CAA)"
 RANDOM, SHUFFLED = "control: random writer", "control: shuffled labels"
-CLEAN, NOISE, PGD, ADAPTIVE = "gradient: clean", "gradient: noise", "gradient: PGD", "gradient: PGD, adaptive"
 
 
 @dataclass(frozen=True)
@@ -36,32 +35,47 @@ class Proof:
     """What step 4 measured.
 
     Attributes:
-        table: defences by channels.
-        adaptive: the gradient attack that sees the repair, on the repair; None if no gradient attack was run.
-        left_out: defences that could not be made, and why.
+        table: defences by channels; its settings name the defences that could not be made ("left_out").
+        random: the random-writer control, one row a draw, on the seen attack channels.
+        adaptive: the gradient attack that sees the repair, on the repair and on the undefended model; None if there is none.
     """
 
     table: DefenceTable
+    random: DefenceTable
     adaptive: DefenceTable | None
-    left_out: Mapping[str, str]
+
+    @property
+    def opened(self) -> Mapping[str, float]:
+        """Share of benign test prompts for which a gate opens: value, ci_low, ci_high, n."""
+        return self.table.settings["opened"]
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Defences that could not be made, and why."""
+        return self.table.settings.get("left_out", {})
 
 
-def controls(
+def random_writers(choice: Choice, rows: FitRows, settings: RunSettings) -> dict[str, HybridFusion]:
+    """The chosen repair with random writers of equal rank and edit norm, several draws; norms are matched at the tokens each writer edits."""
+    site = choice.writer_site
+    met: dict[SiteLike | tuple[SiteLike, str], Tensor] = {
+        (site, "generated" if k else "last"): rows.complied(site, k) for k in choice.plan.offsets
+    }
+    draws = {}
+    for seed in range(settings.random_seeds):
+        name = RANDOM if seed == 0 else f"{RANDOM} {seed}"
+        draws[name] = replace(random_control(choice.repair, met, seed=settings.seed + seed), name=name)
+    return draws
+
+
+def shuffled_control(
     lvlm: HookedLVLM, study: Study, choice: Choice, rows: FitRows, settings: RunSettings
-) -> dict[str, HybridFusion]:
-    """The chosen repair with random writers of equal rank and edit norm, and refitted on shuffled labels.
-
-    Args:
-        lvlm: the model.
-        study: its calibration split sets the gate of the refitted control.
-        choice: the repair that won.
-        rows: of the fit split.
-        settings: of the run.
-    """
-    met = torch.cat([rows.complied(choice.writer_site, offset) for offset in choice.plan.offsets])
-    random = random_control(choice.repair, {choice.writer_site: met}, seed=settings.seed)
-    benign = study.benign("calibration")
-    held = token_rows(lvlm, benign, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size)
+) -> HybridFusion:
+    """The chosen plan with readers fitted on shuffled labels, its gate calibrated as the repair's."""
+    comparing, calibrating = halves(study.benign("calibration"), seed=settings.seed)
+    held = token_rows(
+        lvlm, comparing, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size
+    )
     shuffled = assemble(
         Readers(rows, shuffle_seed=settings.seed).fit(choice.plan, held),
         rows,
@@ -71,104 +85,24 @@ def controls(
         name=SHUFFLED,
         provenance={"control": "readers fitted on shuffled labels, gate recalibrated"},
     )
-    return {
-        RANDOM: replace(random, name=RANDOM),
-        SHUFFLED: recalibrated(lvlm, shuffled, benign, settings, epsilon=choice.plan.epsilon),
-    }
+    return recalibrated(lvlm, shuffled, calibrating, settings, epsilon=choice.plan.epsilon)
 
 
-def spread(examples: Sequence[Example], n: int) -> list[Example]:
-    """n examples taken at even distances, so that every channel has its share."""
-    return [examples[i * len(examples) // n] for i in range(min(n, len(examples)))] if n else []
-
-
-def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> RefusalDirection:
-    """The baseline of Arditi et al. as a defence: plain requests against harmless ones, selected on validation.
-
-    Raises:
-        NoRefusalDirection: if no candidate passes its filters.
-    """
-    return RefusalDirection.fit(
+def opening_rate(lvlm: HookedLVLM, study: Study, repair: HybridFusion, settings: RunSettings) -> dict[str, float]:
+    """Share of benign test prompts for which a gate opens, with an interval by item: what the nominal bound came to."""
+    gate, benign = repair.corrections[0].gate, study.benign("test")
+    assert isinstance(gate, ConformalGate)
+    scores = read_scores(
         lvlm,
-        harmful=study.refused("fit")[:128],
-        harmless=spread(study.benign("fit"), 128),
-        harmful_validation=study.refused("validation")[:32],
-        harmless_validation=spread(study.benign("validation"), 32),
-        refusal_tokens=study.outcome.refuse,
+        benign,
+        repair.readers,
         batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
         progress=False,
     )
-
-
-def difference_of_means(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings) -> RefusalDirection:
-    """CAA: c (mean of refused - mean of complied requests) added at the input of one block, everywhere and always.
-
-    Block and c are those with the largest sum of attacks stopped and benign prompts answered rightly on validation.
-
-    Args:
-        lvlm: the model.
-        study: its validation split is used.
-        rows: of the fit split; last prompt tokens.
-        settings: of the run.
-    """
-    attacked = [e for m in rows.modalities for e in study.malicious("validation", m)]
-    benign = spread(study.benign("validation"), 64)
-    found: list[tuple[float, RefusalDirection]] = []
-    for layer in range(1, lvlm.n_layers()):
-        site = Site("language", layer - 1, "hook_resid_post")
-        direction = rows.refused.at(site, 0).mean(0) - rows.complied(site, 0).mean(0)
-        one = pd.DataFrame([{"layer": layer, "position": -1, "kept": True}])
-        for c in (0.5, 1.0):
-            steering = RefusalDirection(
-                direction=direction, layer=layer, position=-1, candidates=one, coefficient=c, name=CAA
-            )
-            stopped = 1 - share(answer_verdicts(lvlm, attacked, steering, settings, study.judge), Verdict.COMPLIED)
-            kept = share(answer_verdicts(lvlm, benign, steering, settings, study.judge), Verdict.COMPLIED)
-            found.append((stopped + kept, steering))
-    return max(found, key=lambda pair: pair[0])[1]
-
-
-def gradient_suites(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> dict[str, list[Example]]:
-    """Refused requests over clean pictures, under noise of the attack's size, and under PGD against the undefended model."""
-    base = list(study.gradient[: settings.pgd_examples])
-    if not base:
-        return {}
-    return {
-        CLEAN: named(base, CLEAN),
-        NOISE: named(random_noise(base, epsilon=settings.pgd_epsilon, seed=settings.seed), NOISE),
-        PGD: attacked(lvlm, study, settings, repair=None, channel=PGD),
-    }
-
-
-def named(examples: Sequence[Example], channel: str) -> list[Example]:
-    """The examples as those of another channel."""
-    return [replace(e, channel=channel, id=f"{e.id}/{channel}") for e in examples]
-
-
-def attacked(
-    lvlm: HookedLVLM, study: Study, settings: RunSettings, *, repair: Repair | None, channel: str
-) -> list[Example]:
-    """PGD for the opening of the compliant answer; through a defence, if one is given, for the whole answer, since a
-    defence may act on any token of it."""
-    base = list(study.gradient[: settings.pgd_examples])
-    result = pgd(
-        lvlm,
-        base,
-        epsilon=settings.pgd_epsilon,
-        steps=settings.pgd_steps,
-        target_tokens=1 if repair is None else None,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        repair=repair,
-        progress=False,
-    )
-    return named(result.apply(base), channel)
-
-
-def softened(repair: HybridFusion) -> HybridFusion:
-    """The repair as an attacker sees it: its gates open linearly, so that the gradient tells how to close them."""
-    gate = repair.corrections[0].gate
-    return repair.with_gate(replace(gate, width=ATTACK_WIDTH)) if isinstance(gate, ConformalGate) else repair
+    opened = (scores.amax(1) > gate.threshold).double().numpy()
+    ci = cluster_bootstrap(opened, [e.group for e in benign], n_boot=settings.n_boot, seed=settings.seed)
+    return {"value": ci.estimate, "ci_low": ci.low, "ci_high": ci.high, "n": len(benign)}
 
 
 def prove(
@@ -176,37 +110,28 @@ def prove(
     study: Study,
     choice: Choice,
     rows: FitRows,
-    printed: HybridFusion,
+    printed: dict[tuple[Modality, int], SafetySubspace],
     settings: RunSettings,
     stage: Stage,
 ) -> Proof:
     """Run every defence, its controls and baselines on every channel of the test split.
 
+    Rivals are tuned on validation here; of the test split only answers are taken. Tables of the same repair resume.
+
     Args:
         lvlm: the model.
-        study: only its test split is used here, but for the fit of the baseline and the calibration of a control.
+        study: its example sets.
         choice: the repair that won on validation.
         rows: activations of the fit split.
-        printed: the paper's printed form.
+        printed: subspaces of the paper's printed form.
         settings: of the run.
-        stage: where answers and tables are kept; generation resumes.
+        stage: where answers and tables are kept.
     """
-    left_out: dict[str, str] = {}
-    defences: dict[str, Repair | None] = {NONE: None}
-    try:
-        defences["refusal direction"] = refusal_direction(lvlm, study, settings)
-    except NoRefusalDirection as error:
-        left_out["refusal direction"] = str(error)
-    defences[CAA] = difference_of_means(lvlm, study, rows, settings)
-    defences[printed.name] = printed
-    defences[choice.repair.name] = choice.repair
-    defences |= controls(lvlm, study, choice, rows, settings)
-    suites: dict[str, Sequence[Example]] = {c: list(e) for c, e in study.suites["test"].items()}
-    suites |= gradient_suites(lvlm, study, settings)
     store = GenerationStore(stage.directory / "answers.jsonl")
+    key = repair_fingerprint(choice.repair)[:8]
 
     def table(
-        suites: Mapping[str, Sequence[Example]], defences: Mapping[str, Repair | None], fidelity: bool
+        suites: Mapping[str, Sequence[Example]], defences: Mapping[str, Repair | None], *, fidelity: bool
     ) -> DefenceTable:
         return evaluate(
             lvlm,
@@ -222,13 +147,40 @@ def prove(
             progress=False,
         )
 
-    main = stage.result(DefenceTable, "defences", lambda: table(suites, defences, True))
-    adaptive = None
-    if study.gradient and settings.pgd_examples:
+    draws = random_writers(choice, rows, settings)
 
-        def attack_repair() -> DefenceTable:
-            found = attacked(lvlm, study, settings, repair=softened(choice.repair), channel=ADAPTIVE)
-            return table({ADAPTIVE: found}, {choice.repair.name: choice.repair}, False)
+    def everything() -> DefenceTable:
+        left_out: dict[str, str] = {}
+        defences: dict[str, Repair | None] = {NONE: None}
+        try:
+            defences["refusal direction"] = refusal_direction(lvlm, study, settings)
+        except NoRefusalDirection as error:
+            left_out["refusal direction"] = str(error)
+        for rival in (
+            difference_of_means(lvlm, study, rows, settings),
+            best_printed(lvlm, study, printed, settings, rows.modalities),
+            choice.repair,
+            draws[RANDOM],
+            shuffled_control(lvlm, study, choice, rows, settings),
+        ):
+            defences[rival.name] = rival
+        suites: dict[str, Sequence[Example]] = {c: list(e) for c, e in study.suites["test"].items()}
+        found = table({**suites, **gradient_suites(lvlm, study, settings)}, defences, fidelity=True)
+        opened = opening_rate(lvlm, study, choice.repair, settings)
+        return replace(found, settings={**found.settings, "left_out": left_out, "opened": opened})
 
-        adaptive = stage.result(DefenceTable, "adaptive", attack_repair)
-    return Proof(main, adaptive, left_out)
+    def several_draws() -> DefenceTable:
+        seen = {c: list(study.suites["test"][c]) for m in rows.modalities for c in study.seen[m]}
+        return table(seen, draws, fidelity=False)
+
+    def attack_repair() -> DefenceTable:
+        found = adaptive_suite(lvlm, study, choice.repair, settings)
+        return table({ADAPTIVE: found}, {NONE: None, choice.repair.name: choice.repair}, fidelity=False)
+
+    return Proof(
+        table=stage.result(DefenceTable, f"defences.{key}", everything),
+        random=stage.result(DefenceTable, f"random.{key}", several_draws),
+        adaptive=stage.result(DefenceTable, f"adaptive.{key}", attack_repair)
+        if study.gradient and settings.pgd_examples
+        else None,
+    )

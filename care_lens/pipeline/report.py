@@ -3,14 +3,15 @@
 import datetime
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from care_lens import plots
-from care_lens.pipeline.prove import ADAPTIVE, NONE
+from care_lens.pipeline.gradient import ADAPTIVE, ANSWER, OPENING
+from care_lens.pipeline.prove import NONE
 from care_lens.pipeline.run import Run
 from care_lens.repair import ConformalGate
 
@@ -35,20 +36,27 @@ def rates(run: Run, defence: str, metric: str, channels: Sequence[str]) -> pd.Da
 
 
 def summary(run: Run) -> dict[str, float]:
-    """The figures that the page opens with: worst ASR on seen and held-out channels, mean benign accuracy, before and after."""
+    """The figures that the page opens with, before and after: worst ASR on seen and held-out channels (gradient attacks, those that see
+    the repair among them, are held out), the share of stopped attacks that is refused, benign accuracy, benign prompts touched."""
     seen = [c for channels in run.study.seen.values() for c in channels]
-    attacks = [c for c in run.study.channels("test", harmful=True) if c != run.study.plain]
-    held = [c for c in attacks if c not in seen]
+    attacks = [c for c in run.study.channels("test", harmful=True) if c not in (run.study.plain, *seen)]
+    attacks += [OPENING, ANSWER]
     benign = list(run.study.channels("test", harmful=False))
     out: dict[str, float] = {}
     for label, defence in (("before", NONE), ("after", run.choice.repair.name)):
-        out[f"worst seen ASR {label}"] = float(rates(run, defence, "asr", seen).value.max())
-        out[f"worst held-out ASR {label}"] = (
-            float(rates(run, defence, "asr", held).value.max()) if held else float("nan")
+        out[f"worst seen ASR {label}"] = float(rates(run, defence, "asr", seen)["value"].max())
+        held = list(rates(run, defence, "asr", attacks)["value"])
+        if run.proof.adaptive is not None:
+            frame = run.proof.adaptive.to_dataframe()
+            held += list(frame[(frame["metric"] == "asr") & (frame["defence"] == defence)]["value"])
+        out[f"worst held-out ASR {label}"] = float(max(held)) if held else float("nan")
+        refused = rates(run, defence, "refusal", seen)
+        out[f"attacks of seen channels refused {label}"] = float(
+            (refused["value"] * refused["n"]).sum() / refused["n"].sum()
         )
         accuracy = rates(run, defence, "accuracy", benign)
-        out[f"benign accuracy {label}"] = float((accuracy.value * accuracy.n).sum() / accuracy.n.sum())
-        out[f"lowest benign accuracy {label}"] = float(accuracy.value.min())
+        out[f"benign accuracy {label}"] = float((accuracy["value"] * accuracy["n"]).sum() / accuracy["n"].sum())
+        out[f"lowest benign accuracy {label}"] = float(accuracy["value"].min())
     return out
 
 
@@ -72,6 +80,10 @@ def figures(run: Run) -> dict[str, go.Figure]:
 
 def _table(frame: pd.DataFrame, *, digits: int = 3) -> str:
     return frame.to_html(index=False, border=0, float_format=lambda x: f"{x:.{digits}f}", na_rep="-")
+
+
+def _interval(figure: Mapping[str, float]) -> str:
+    return f"{100 * figure['value']:.1f} % [{100 * figure['ci_low']:.1f}, {100 * figure['ci_high']:.1f}]"
 
 
 def _strongest(run: Run) -> pd.DataFrame:
@@ -117,10 +129,10 @@ def write_report(run: Run, out: str | Path) -> Path:
 
     adaptive = "<p>No gradient attack was run.</p>"
     if run.proof.adaptive is not None:
-        row = run.proof.adaptive.to_dataframe().query("metric == 'asr'").iloc[0]
         adaptive = (
-            f"<p>{html.escape(ADAPTIVE)}: the attack saw the repair (its gate softened, so that a gradient passes). ASR "
-            f"{100 * row.value:.0f} % [{100 * row.ci_low:.0f}, {100 * row.ci_high:.0f}], n = {row.n}.</p>"
+            f"<p>{html.escape(ADAPTIVE)}: {run.settings.restarts} restarts of each loss (opening word, whole answer), through a copy of the repair "
+            "whose gates rise over the whole range of scores; the worst picture found for each request. A lower bound on what an "
+            f"attacker reaches.</p>{run.proof.adaptive.to_html(metrics=('asr', 'refusal'))}"
         )
     left_out = "".join(f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items())
     quick = (
@@ -134,7 +146,9 @@ def write_report(run: Run, out: str | Path) -> Path:
 <p>{html.escape(run.study.about)}</p>{quick}
 <p class="key">Worst attack success on channels seen in the fit: <b>{percent("worst seen ASR")}</b>. Worst on channels held out of the
 fit: <b>{percent("worst held-out ASR")}</b>. Right answers on benign and hard benign prompts: <b>{percent("benign accuracy")}</b>
-(lowest channel {percent("lowest benign accuracy")}). Test split; settings chosen on validation; intervals below.</p>
+(lowest channel {percent("lowest benign accuracy")}). Attacks of seen channels answered with a refusal:
+<b>{percent("attacks of seen channels refused")}</b>; the other stopped ones are broken off or miss the point. Test split; settings
+chosen on validation; intervals below; judge: {html.escape(str(run.provenance.get("judge", "")))}.</p>
 <h2>1. Diagnose: where the unsafe answer comes from</h2>
 <p>Natural indirect effects (NIE): what changes in the safe run when one place takes its value from the unsafe twin. Unit:
 nats of the outcome. The safe twin is the request that the model refuses (for "picture": the same picture with a benign word,
@@ -149,9 +163,10 @@ outcome = log probability a token of the steps for the forbidden item). Interval
 <p>Generalised eigenvalues of malicious against benign activations. The repair reads, one reader a modality: {html.escape(str(plan))}.</p>
 {draw("spectrum_")}
 <h2>3. Choose: on validation only</h2>
-<p>Gate: split conformal, at most {run.choice.plan.epsilon:.1%} of benign prompts touched
+<p>Gate: split conformal, nominally at most {run.choice.plan.epsilon:.1%} of benign prompts touched
 ({calibrated}). Writer: towards the refusal mean at
-{run.choice.writer_site}, alpha {run.choice.alpha:g}. Fusion: {run.choice.repair.rule}.</p>
+{run.choice.writer_site}, alpha {run.choice.alpha:g}. Fusion: {run.choice.repair.rule}. Observed on the test
+split: a gate opened for {_interval(run.proof.opened)} of {run.proof.opened["n"]:.0f} benign prompts.</p>
 <h3>Candidates run with their writers</h3>{_table(run.choice.runs.head(20))}
 <h3>Readers: share of attacks detected, by channel, and of benign prompts opened</h3>{_table(run.choice.readers.head(30))}
 <h2>4. Prove: defences by channels, test split</h2>
@@ -159,6 +174,8 @@ outcome = log probability a token of the steps for the forbidden item). Interval
 attack channels; right answers in per cent on the others.</p>
 {table.to_html(metrics=("asr",))}{table.to_html(metrics=("accuracy",))}
 {draw("asr")}{draw("tradeoff")}
+<h3>Random writers: {run.settings.random_seeds} draws of equal rank and edit norm behind the same gates</h3>
+{run.proof.random.to_html(metrics=("asr",))}
 <h3>Gradient attack that sees the repair</h3>{adaptive}
 <h3>Semantic fidelity</h3>{table.to_html(metrics=("agreement", "kl"))}
 <h3>Over-refusal: benign prompts refused</h3>{table.to_html(metrics=("refusal",))}{left_out}

@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
+from care_lens.evaluation import judge_name
+from care_lens.evaluation.identity import digest, example_fingerprint, model_fingerprint
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, choose
 from care_lens.pipeline.diagnose import Diagnosis, diagnose
-from care_lens.pipeline.learn import capture_fit, printed_form
+from care_lens.pipeline.learn import capture_fit, printed_subspaces
 from care_lens.pipeline.prove import Proof, prove
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
@@ -32,9 +34,9 @@ class Run:
     Attributes:
         study, settings: what it worked on and how.
         diagnosis, choice, proof: the steps' results.
-        printed_subspaces: those of the paper's printed form.
+        printed_subspaces: those of the paper's printed form, at every layer.
         seconds: by step.
-        provenance: model, versions, study.
+        provenance: model, weights, study, data, judge, versions.
     """
 
     study: Study
@@ -47,21 +49,35 @@ class Run:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def _provenance(study: Study, model: str) -> dict[str, Any]:
-    return {"model": model, "study": study.name, "versions": package_versions()}
+def study_digest(study: Study) -> str:
+    """A digest of everything a run takes from a study: examples with their responses and splits, pairs, judge."""
+    content = {
+        split: [
+            [e.id, e.channel, e.group, e.harmful, e.response, example_fingerprint(e)]
+            for examples in channels.values()
+            for e in examples
+        ]
+        for split, channels in study.suites.items()
+    }
+    pairs = {name: [[example_fingerprint(e) for e in pair] for pair in pairs] for name, pairs in study.pairs.items()}
+    rest = [example_fingerprint(e) for e in study.gradient]
+    return digest([content, pairs, rest, judge_name(study.judge), dict(study.seen), study.refusal, study.plain])
 
 
-def open_stage(out: str | Path, study: Study, settings: RunSettings, *, model: str) -> Stage:
-    """The folder of frames of a run; refuses one that holds a run of other settings."""
-    return Stage(Path(out) / "frames", {"settings": settings.to_dict(), **_provenance(study, model)})
+def _provenance(lvlm: HookedLVLM, study: Study, model: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "weights": model_fingerprint(lvlm.hf_model),
+        "study": study.name,
+        "data": study_digest(study),
+        "judge": judge_name(study.judge),
+        "versions": package_versions(),
+    }
 
 
-def printed_layers(diagnosis: Diagnosis, settings: RunSettings) -> list[int]:
-    """Where the paper puts its subspaces: the layers whose MLP's ablation lowers compliance most."""
-    frame = diagnosis.ablation.to_dataframe()
-    mlp = pd.DataFrame(frame[(frame["component"] == "hook_mlp_out") & (frame["metric"] == "complied")])
-    lowest = mlp.sort_values(by="value").head(settings.printed_layers)
-    return sorted(int(layer) for layer in lowest["layer"])
+def open_stage(lvlm: HookedLVLM, out: str | Path, study: Study, settings: RunSettings, *, model: str) -> Stage:
+    """The folder of frames of a run; refuses one that holds a run of other settings, weights or data."""
+    return Stage(Path(out) / "frames", {"settings": settings.to_dict(), **_provenance(lvlm, study, model)})
 
 
 def run(
@@ -87,12 +103,13 @@ def run(
         All results; `care_lens.pipeline.write_report` makes the report of them.
 
     Raises:
-        ValueError: if `out` holds a run of other settings, or a split that a step needs is empty.
+        ValueError: if `out` holds a run of other settings, weights or data, or the study lacks what a step needs.
         NoCandidate: if no repair keeps benign accuracy on validation.
     """
     settings = settings or RunSettings()
     study = study.limited(settings.limit) if settings.limit else study
-    stage = open_stage(out, study, settings, model=model)
+    study.require()
+    stage = open_stage(lvlm, out, study, settings, model=model)
     seconds: dict[str, float] = {}
     bar = tqdm(total=4, desc="diagnose", disable=not progress)
 
@@ -109,11 +126,11 @@ def run(
         diagnosis = diagnose(lvlm, study, settings, stage)
     with step("learn"):
         rows = capture_fit(lvlm, study, settings)
-        printed, printed_subspaces = printed_form(lvlm, study, printed_layers(diagnosis, settings), settings)
+        printed = printed_subspaces(lvlm, study, range(lvlm.n_layers()), settings)
     with step("choose"):
         choice = choose(lvlm, study, rows, settings)
         choice.repair.save(Path(out) / "repair")
-        for subspace in (*choice.subspaces, *printed_subspaces):
+        for subspace in (*choice.subspaces, *printed.values()):
             form = subspace.provenance["form" if "form" in subspace.provenance else "rows"].replace(" ", "_")
             subspace.save(Path(out) / "subspaces" / f"{subspace.site}.{subspace.modality}.{form}")
         tables: dict[str, pd.DataFrame] = {
@@ -125,4 +142,5 @@ def run(
     with step("prove"):
         proof = prove(lvlm, study, choice, rows, printed, settings, stage)
     bar.close()
-    return Run(study, settings, diagnosis, choice, proof, printed_subspaces, seconds, _provenance(study, model))
+    provenance = _provenance(lvlm, study, model)
+    return Run(study, settings, diagnosis, choice, proof, list(printed.values()), seconds, provenance)

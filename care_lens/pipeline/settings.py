@@ -24,8 +24,11 @@ class RunSettings:
         candidates: reader plans that are run with writers, and runs that are checked on benign prompts.
         reader_ranks: ranks of the energy readers tried; 0 stands for the linear (discriminant) reader.
         benign_loss: most that accuracy on benign validation prompts may fall, as a share, for a repair to be chosen.
-        printed_layers: how many layers the paper's printed form is put on.
-        printed_rank, printed_alpha: its rank, and its strength (1: projection; published runs use 4 to 4.5).
+        printed_layers: on how many neighbouring layers the paper's printed form is put; every window is tried.
+        printed_rank, printed_alphas: its rank, and its strengths tried (1: projection; published runs use 4 to 4.5).
+        steering: strengths of the difference of means tried.
+        random_seeds: draws of the random-writer control.
+        restarts: of the gradient attack that sees the repair, for each of its two losses.
         pgd_epsilon, pgd_steps, pgd_examples: the gradient attack, of 255; 0 examples: none.
     """
 
@@ -44,14 +47,27 @@ class RunSettings:
     benign_loss: float = 0.03
     printed_layers: int = 3
     printed_rank: int = 8
-    printed_alpha: float = 1.0
+    printed_alphas: tuple[float, ...] = (1.0, 2.0, 4.5)
+    steering: tuple[float, ...] = (0.25, 0.5, 1.0)
+    random_seeds: int = 5
+    restarts: int = 2
     pgd_epsilon: int = 64
     pgd_steps: int = 40
     pgd_examples: int = 24
 
     def short(self) -> "RunSettings":
         """For a quick look: a few examples a channel; the figures are not to be quoted."""
-        return replace(self, limit=12, pairs=6, ablated=6, n_boot=200, pgd_steps=8, pgd_examples=6, epsilons=(0.02,))
+        few = {"limit": 12, "pairs": 6, "ablated": 6, "n_boot": 200, "pgd_steps": 8, "pgd_examples": 6}
+        return replace(
+            self,
+            **few,
+            epsilons=(0.02,),
+            candidates=2,
+            random_seeds=2,
+            restarts=1,
+            printed_alphas=(1.0, 4.5),
+            steering=(0.5,),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""

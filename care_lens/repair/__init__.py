@@ -4,7 +4,7 @@ from care_lens.repair.base import HookPair, HookRepair, NoRepair
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate
+from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
 from care_lens.repair.positions import Positions
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
 from care_lens.repair.reading import read_scores
@@ -25,6 +25,7 @@ __all__ = [
     "Positions",
     "Reader",
     "SiteReader",
+    "TooFewCalibration",
     "Writer",
     "random_control",
     "read_scores",

@@ -20,18 +20,22 @@ from care_lens.repair.writer import Writer
 
 
 def random_control(
-    fusion: HybridFusion, activations: Mapping[SiteLike, Float[Tensor, "n d"]], *, seed: int = 0
+    fusion: HybridFusion,
+    activations: Mapping[SiteLike | tuple[SiteLike, str], Float[Tensor, "n d"]],
+    *,
+    seed: int = 0,
 ) -> HybridFusion:
     """The same repair with random subspaces in its writers.
 
     Each writer's pair W, L is carried by a random isometry from its own span to a random subspace, so rank,
     obliqueness and lengths stay; then alpha is scaled so that its mean edit norm on the given activations is
-    the original's. Norms are matched writer by writer, before fusion.
+    the original's. Norms are matched writer by writer. A writer that several corrections share stays shared, so
+    that modalities that agree in the repair agree in the control, and the fused edits have equal norms too.
 
     Args:
         fusion: The repair.
-        activations: For each site written, [n, d] activations such as those the repair meets there (benign
-            and malicious).
+        activations: For each site written, or each (site, scope) of its writers, [n, d] activations such as those
+            the writer edits: take them at the tokens that it acts on.
         seed: Seed of the generator.
 
     Returns:
@@ -41,10 +45,17 @@ def random_control(
         ValueError: If a site's activations are missing.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = {Site.parse(site): tensor for site, tensor in activations.items()}
+    rows: dict[tuple[Site, object], Tensor] = {
+        (Site.parse(key[0]), key[1]) if isinstance(key, tuple) else (Site.parse(key), None): tensor
+        for key, tensor in activations.items()
+    }
+    made: dict[int, Writer] = {}
 
     def randomised(correction: Correction) -> Correction:
-        return dataclasses.replace(correction, writer=_random_writer(correction.writer, rows, generator))
+        writer = correction.writer
+        if id(writer) not in made:
+            made[id(writer)] = _random_writer(writer, rows, generator)
+        return dataclasses.replace(correction, writer=made[id(writer)])
 
     return dataclasses.replace(
         fusion,
@@ -55,9 +66,11 @@ def random_control(
     )
 
 
-def _random_writer(writer: Writer, rows: Mapping[Site, Tensor], generator: torch.Generator) -> Writer:
-    if writer.site not in rows:
-        raise ValueError(f"activations must hold the site {writer.site}, got {[str(site) for site in rows]}")
+def _random_writer(writer: Writer, rows: Mapping[tuple[Site, object], Tensor], generator: torch.Generator) -> Writer:
+    here = rows.get((writer.site, writer.scope), rows.get((writer.site, None)))
+    if here is None:
+        known = [str(site) if scope is None else f"{site} {scope}" for site, scope in rows]
+        raise ValueError(f"activations must hold the site {writer.site} (scope {writer.scope}), got {known}")
     write, left = writer.write.double().cpu(), writer.left.double().cpu()
     span = torch.linalg.qr(torch.cat([write, left], dim=1)).Q
     gaussian = torch.randn(span.shape, generator=generator, dtype=torch.float64)
@@ -67,7 +80,7 @@ def _random_writer(writer: Writer, rows: Mapping[Site, Tensor], generator: torch
         write=(image @ (span.T @ write)).to(writer.write),
         left=(image @ (span.T @ left)).to(writer.left),
     )
-    here = rows[writer.site].to(writer.target)
+    here = here.to(writer.target)
     original, random = (w.delta(here).norm(dim=-1).double().mean() for w in (writer, moved))
     return dataclasses.replace(moved, alpha=writer.alpha * float(original / random))
 

@@ -18,7 +18,8 @@ class Correction:
 
     g is decided for each row at prefill, from activations before this repair's edits at the reader's own site
     (edits below it are seen), and holds for the row from then on; generated tokens that the reader reads can
-    open it further.
+    open it further. With ``pulse`` it acts only where it opens, once: a correction whose edit does not take is not repeated,
+    so give readings that should act independently corrections of their own.
 
     Attributes:
         writer: What is done.
@@ -44,8 +45,8 @@ class Correction:
     def __post_init__(self) -> None:
         if self.reader is None and not isinstance(self.gate, AlwaysOpen):
             raise ValueError(f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score")
-        if self.pulse and self.reader is None:
-            raise ValueError("reader must be given for a correction that acts where its gate opens (pulse), got None")
+        if self.pulse and (self.reader is None or isinstance(self.gate, AlwaysOpen)):
+            raise ValueError("pulse needs a reader and a gate that can open, got none; it acts where the gate opens")
         late = [str(leaf.site) for leaf in self.leaves if leaf.site > self.writer.site]
         if late:
             raise ValueError(

@@ -20,6 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+class TooFewCalibration(ValueError):
+    """There are too few benign scores for the epsilon asked for."""
+
+
 @runtime_checkable
 class Gate(Protocol):
     """How far a correction opens.
@@ -106,7 +110,7 @@ class ConformalGate:
         above = math.floor((n + 1) * epsilon + 1e-9)
         if above < 1:
             needed = math.ceil(1 / epsilon - 1 - 1e-9)
-            raise ValueError(
+            raise TooFewCalibration(
                 f"scores must be at least {needed} for epsilon={epsilon}, got {n}; give more benign prompts "
                 "or a larger epsilon"
             )

@@ -1,6 +1,7 @@
 """Studies: items in one split only; reading and writing examples."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -83,6 +84,34 @@ def test_a_study_in_a_folder(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="refuse"):
         read_study(tmp_path, tokenizer=tokenizer, judge=OrganismJudge())
+
+
+def test_pairs_and_gradient_requests_are_named_by_id(tmp_path):
+    rows = [
+        replace(e, meta={"split": s}, id=f"{s}/{e.id}", group=f"{s}{e.group}") for s in ("fit", "test") for e in make(6)
+    ]
+    write_examples(rows, tmp_path / "examples.jsonl")
+    settings = {"name": "s", "refusal": "sorry", "comply": ["sure"], "refuse": ["sorry"], "seen": {}}
+    settings |= {"pairs": {"word": [["fit/a0", "fit/a1"], ["fit/a2", "fit/a3"]]}, "gradient": ["test/a5"]}
+    (tmp_path / "study.json").write_text(json.dumps(settings))
+    tokenizer = build.make_processor().tokenizer
+    study = read_study(tmp_path, tokenizer=tokenizer, judge=OrganismJudge())
+    assert [(a.id, b.id) for a, b in study.pairs["word"]] == [("fit/a0", "fit/a1"), ("fit/a2", "fit/a3")]
+    assert [e.id for e in study.gradient] == ["test/a5"]
+    settings["pairs"]["word"][0][1] = "test/a1"
+    (tmp_path / "study.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"fit split.*test/a1"):
+        read_study(tmp_path, tokenizer=tokenizer, judge=OrganismJudge())
+
+
+def test_a_study_with_gaps_names_them_all():
+    study = organism_study()
+    suites = {**study.suites, "calibration": {}, "fit": {**study.suites["fit"]}}
+    channel = study.seen["visual"][0]
+    suites["fit"][channel] = tuple(replace(e, response=None) for e in suites["fit"][channel][:1])
+    with pytest.raises(ValueError, match=r"calibration: no benign.*has no response"):
+        replace(study, suites=suites).require()
+    study.require()
 
 
 def test_the_bundled_study_keeps_items_apart_and_limits():

@@ -6,6 +6,7 @@ from fitted import make_correction, make_subspace
 
 from care_lens.core import Site
 from care_lens.repair import ConformalGate, Correction, HybridFusion, Writer, random_control, shuffled_labels
+from care_lens.repair.fuse import GatedWriter, fused_edit
 
 SITE, BELOW = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
 GATE = ConformalGate(threshold=1.0, epsilon=0.1, n=9)
@@ -86,3 +87,18 @@ def test_shuffling_by_groups_keeps_them_together():
     assert mixed
     with pytest.raises(ValueError, match="as long as the rows"):
         shuffled_labels(benign, malicious, groups=(groups[0][:-1], groups[1]))
+
+
+def test_a_shared_writer_stays_shared_and_fused_edits_have_equal_norms():
+    rows = torch.randn(200, 32, generator=torch.Generator().manual_seed(5))
+    base = make_correction(seed=1)
+    fusion = HybridFusion(visual=(base,), textual=(base,), rule="adaptive")
+    control = random_control(fusion, {(base.writer.site, base.writer.scope): rows}, seed=3)
+    assert control.visual[0].writer is control.textual[0].writer
+
+    def norm(repair):
+        open_ = torch.ones(1, len(rows))
+        sides = [[GatedWriter(c.writer, open_) for c in part] for part in (repair.visual, repair.textual)]
+        return fused_edit(rows[None], *sides, rule="adaptive", weights=(0.5, 0.5)).norm(dim=-1).mean()
+
+    torch.testing.assert_close(norm(control), norm(fusion), rtol=1e-4, atol=1e-4)

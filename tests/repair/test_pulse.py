@@ -6,7 +6,7 @@ import pytest
 import torch
 from fitted import make_correction
 
-from care_lens.repair import ConformalGate, Correction, HybridFusion
+from care_lens.repair import AlwaysOpen, ConformalGate, Correction, HybridFusion
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -72,3 +72,5 @@ def test_a_pulse_needs_a_reader():
     writer = make_correction().writer
     with pytest.raises(ValueError, match="pulse"):
         Correction(writer=writer, pulse=True)
+    with pytest.raises(ValueError, match="pulse"):
+        dataclasses.replace(pulsed(1.0, "last").textual[0], gate=AlwaysOpen())

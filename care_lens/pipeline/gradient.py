@@ -1,0 +1,113 @@
+"""The gradient channel of step 4, and the attack that sees the repair.
+
+A hard gate has no gradient, and a ramp that saturates below the scores at hand has none either. The attacker's copy of the gate
+therefore rises over the whole range of scores that the attacked requests have under teacher forcing.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from care_lens.attacks import pgd, random_noise
+from care_lens.core.examples import Example
+from care_lens.core.outcome import Repair, Verdict
+from care_lens.data.study import Study
+from care_lens.lvlm import HookedLVLM
+from care_lens.pipeline.choose import answer_verdicts, offline
+from care_lens.pipeline.learn import token_rows
+from care_lens.pipeline.settings import RunSettings
+from care_lens.repair import ConformalGate, HybridFusion, MaxReader
+
+log = logging.getLogger(__name__)
+
+CLEAN, NOISE = "gradient: clean", "gradient: noise"
+OPENING, ANSWER = "gradient: PGD", "gradient: PGD, whole answer"
+ADAPTIVE = "gradient: PGD that sees the repair"
+#: Tokens of the target that each loss counts; None: all.
+LOSSES: dict[str, int | None] = {"opening": 1, "whole answer": None}
+
+
+def bases(study: Study, settings: RunSettings) -> list[Example]:
+    """The requests that are attacked."""
+    return list(study.gradient[: settings.pgd_examples])
+
+
+def named(examples: Sequence[Example], channel: str) -> list[Example]:
+    """The examples as those of another channel."""
+    return [replace(e, channel=channel, id=f"{e.id}/{channel}") for e in examples]
+
+
+def attack(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    settings: RunSettings,
+    *,
+    target_tokens: int | None,
+    repair: Repair | None = None,
+    seed: int = 0,
+) -> list[Example]:
+    """PGD within the run's bound for the examples' own compliant answers."""
+    result = pgd(
+        lvlm,
+        examples,
+        epsilon=settings.pgd_epsilon,
+        steps=settings.pgd_steps,
+        target_tokens=target_tokens,
+        seed=settings.seed + seed,
+        batch_size=settings.batch_size,
+        repair=repair,
+        progress=False,
+    )
+    return result.apply(examples)
+
+
+def gradient_suites(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> dict[str, list[Example]]:
+    """Refused requests over clean pictures, under noise of the attack's size, and under PGD against the undefended model with either loss."""
+    base = bases(study, settings)
+    if not base:
+        return {}
+    return {
+        CLEAN: named(base, CLEAN),
+        NOISE: named(random_noise(base, epsilon=settings.pgd_epsilon, seed=settings.seed), NOISE),
+        OPENING: named(attack(lvlm, base, settings, target_tokens=LOSSES["opening"]), OPENING),
+        ANSWER: named(attack(lvlm, base, settings, target_tokens=LOSSES["whole answer"]), ANSWER),
+    }
+
+
+def softened(
+    lvlm: HookedLVLM, repair: HybridFusion, examples: Sequence[Example], settings: RunSettings
+) -> HybridFusion:
+    """The repair as the attacker sees it: gates that rise linearly from their threshold to beyond the highest score of the requests."""
+    gate = repair.corrections[0].gate
+    if not isinstance(gate, ConformalGate):
+        return repair
+    both = MaxReader(readers=repair.readers)
+    sites = list(dict.fromkeys(leaf.site for leaf in both.leaves))
+    tokens = max(len(lvlm.tokenizer(e.response or "")["input_ids"]) for e in examples)
+    highest = float(
+        offline(both, token_rows(lvlm, examples, sites, tokens=tokens, batch_size=settings.batch_size)).max()
+    )
+    return repair.with_gate(replace(gate, width=1.2 * max(highest - gate.threshold, 1.0)))
+
+
+def adaptive_suite(lvlm: HookedLVLM, study: Study, repair: HybridFusion, settings: RunSettings) -> list[Example]:
+    """For every request the picture that got through the repair, if any of the losses and restarts found one, else the last one tried."""
+    base = bases(study, settings)
+    seen = softened(lvlm, repair, base, settings)
+    found = dict.fromkeys(range(len(base)))
+    won: set[int] = set()
+    for restart in range(settings.restarts):
+        for name, target_tokens in LOSSES.items():
+            left = [i for i in found if i not in won]
+            if not left:
+                break
+            tried = attack(
+                lvlm, [base[i] for i in left], settings, target_tokens=target_tokens, repair=seen, seed=100 + restart
+            )
+            verdicts = answer_verdicts(lvlm, tried, repair, settings, study.judge)
+            for i, example, verdict in zip(left, tried, verdicts):
+                found[i] = example
+                if verdict is Verdict.COMPLIED:
+                    won.add(i)
+            log.info("adaptive attack, %s, restart %d: %d of %d through", name, restart, len(won), len(base))
+    return named([example for example in found.values() if example is not None], ADAPTIVE)
