@@ -29,7 +29,7 @@ from care_lens.core.outcome import ResponseLogProb
 from care_lens.evaluation import evaluate
 from care_lens.mediation import mediate, patch_map, probe_auc
 from care_lens.pipeline import RunSettings
-from care_lens.pipeline.choose import ReaderPlan, Readers, assemble, recalibrated
+from care_lens.pipeline.choose import ReaderPlan, Readers, assemble, halves, recalibrated
 from care_lens.pipeline.learn import capture_fit, fit_reader_subspace, residual_sites, token_rows
 from care_lens.plots import plot_patch_effects
 from care_lens.repair import random_control
@@ -139,11 +139,11 @@ spectrum.plot()
 
 # %%
 plan = ReaderPlan(layer=2, offsets=(0, 5), rank=0, epsilon=0.01)
-calibration = study.benign("calibration")
-held = token_rows(lvlm, calibration, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=64)
+comparing, calibrating = halves(study.benign("calibration"), seed=0)  # whole items on either side
+held = token_rows(lvlm, comparing, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=64)
 fitted = Readers(rows).fit(plan, held)
 repair = assemble(fitted, rows, plan, layer, alpha=1.5, name="care_lens", provenance={"notebook": "quickstart"})
-repair = recalibrated(lvlm, repair, calibration, settings, epsilon=plan.epsilon)
+repair = recalibrated(lvlm, repair, calibrating, settings, epsilon=plan.epsilon)
 with repair.on(lvlm):
     for example in (*typographic, *organism.examples("benign typographic", "test", n=4)):
         answer = lvlm.generate(lvlm.prepare(example), max_new_tokens=14).texts[0]
@@ -155,11 +155,11 @@ with repair.on(lvlm):
 # ## 4. Prove
 #
 # Test items, wordings and type faces that neither the fit nor the calibration saw, the same settings for safety and utility, and a
-# control: the same gate with random writers of equal rank and edit norm.
+# control: the same readers and gate with random writers of equal rank and, token by token scope, equal edit norm. One draw here; `care-lens run` takes five.
 
 # %%
-met = torch.cat([rows.complied(layer, offset) for offset in plan.offsets])
-control = random_control(repair, {layer: met}, seed=0)
+met = {(layer, "generated" if k else "last"): rows.complied(layer, k) for k in plan.offsets}
+control = random_control(repair, met, seed=0)
 channels = ("typographic", "wrapper", "indirect", "benign typographic", "hard read", "hard over forbidden")
 table = evaluate(
     lvlm,
@@ -176,6 +176,6 @@ table.plot()
 table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_high", "n"]]
 
 # %% [markdown]
-# `care-lens run` chooses on validation and adds baselines, the paper's printed form, the shuffled-label control, the gradient attack and fidelity; see its
+# `care-lens run` chooses on validation and adds baselines tuned by the same rule, the paper's printed form, the shuffled-label control, gradient attacks (one sees the repair) and fidelity; see its
 # report. A caution: this world is small, and what a reader finds here at the fifth answer token is close to the verb that the model is about
 # to say. In a large model harm may be legible earlier, later, or less cleanly: the figure of section 2 is what to draw first.

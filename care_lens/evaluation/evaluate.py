@@ -33,7 +33,7 @@ def evaluate(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     generation: Mapping[str, Any] | None = None,
-    fidelity: bool = True,
+    fidelity: bool | int = True,
     n_boot: int = 2000,
     max_missing: int | float = 0.02,
     seed: int = 0,
@@ -56,7 +56,8 @@ def evaluate(
         max_new_tokens: Most tokens of an answer.
         batch_size: Examples at a time.
         generation: Further options of Hugging Face's ``generate``.
-        fidelity: Whether to measure fidelity in benign suites; one defence must then be None.
+        fidelity: Whether to measure fidelity in benign suites; a number: on at most so many examples a suite, at even
+            distances. One defence must then be None.
         n_boot: Resamples of bootstrapped intervals.
         max_missing: Largest share of missing answers in a cell.
         seed: Seed of generation (where it samples) and of the bootstrap.
@@ -95,7 +96,7 @@ def evaluate(
         run.judge(name)
     trials = [run.trials()]
     if fidelity and benign and base is not None:
-        keep = [i for i, example in enumerate(examples) if example.channel in benign]
+        keep = _measured(examples, benign, fidelity)
         trials.append(
             fidelity_trials(
                 lvlm,
@@ -127,6 +128,16 @@ def evaluate(
         seed=seed,
         max_missing=max_missing,
     )
+
+
+def _measured(examples: Sequence[Example], benign: Sequence[str], fidelity: bool | int) -> list[int]:
+    """Indices of the examples whose fidelity is measured."""
+    keep = []
+    for channel in benign:
+        here = [i for i, example in enumerate(examples) if example.channel == channel]
+        n = len(here) if fidelity is True else min(int(fidelity), len(here))
+        keep += [here[k * len(here) // n] for k in range(n)]
+    return keep
 
 
 class _Judged:

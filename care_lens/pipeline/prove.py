@@ -50,6 +50,11 @@ class Proof:
         return self.table.settings["opened"]
 
     @property
+    def tuned(self) -> Mapping[str, Mapping[str, object]]:
+        """Settings of the rivals, chosen on validation, and what they reached there."""
+        return self.table.settings.get("tuned", {})
+
+    @property
     def left_out(self) -> Mapping[str, str]:
         """Defences that could not be made, and why."""
         return self.table.settings.get("left_out", {})
@@ -131,7 +136,7 @@ def prove(
     key = repair_fingerprint(choice.repair)[:8]
 
     def table(
-        suites: Mapping[str, Sequence[Example]], defences: Mapping[str, Repair | None], *, fidelity: bool
+        suites: Mapping[str, Sequence[Example]], defences: Mapping[str, Repair | None], *, fidelity: bool | int
     ) -> DefenceTable:
         return evaluate(
             lvlm,
@@ -156,18 +161,18 @@ def prove(
             defences["refusal direction"] = refusal_direction(lvlm, study, settings)
         except NoRefusalDirection as error:
             left_out["refusal direction"] = str(error)
-        for rival in (
+        tuned = (
             difference_of_means(lvlm, study, rows, settings),
             best_printed(lvlm, study, printed, settings, rows.modalities),
-            choice.repair,
-            draws[RANDOM],
-            shuffled_control(lvlm, study, choice, rows, settings),
-        ):
-            defences[rival.name] = rival
+        )
+        shuffled = shuffled_control(lvlm, study, choice, rows, settings)
+        for defence in (*(rival for rival, _ in tuned), choice.repair, draws[RANDOM], shuffled):
+            defences[defence.name] = defence
         suites: dict[str, Sequence[Example]] = {c: list(e) for c, e in study.suites["test"].items()}
-        found = table({**suites, **gradient_suites(lvlm, study, settings)}, defences, fidelity=True)
+        found = table({**suites, **gradient_suites(lvlm, study, settings)}, defences, fidelity=settings.fidelity)
         opened = opening_rate(lvlm, study, choice.repair, settings)
-        return replace(found, settings={**found.settings, "left_out": left_out, "opened": opened})
+        about = {rival.name: chosen for rival, chosen in tuned}
+        return replace(found, settings={**found.settings, "left_out": left_out, "opened": opened, "tuned": about})
 
     def several_draws() -> DefenceTable:
         seen = {c: list(study.suites["test"][c]) for m in rows.modalities for c in study.seen[m]}

@@ -134,6 +134,10 @@ def write_report(run: Run, out: str | Path) -> Path:
             "whose gates rise over the whole range of scores; the worst picture found for each request. A lower bound on what an "
             f"attacker reaches.</p>{run.proof.adaptive.to_html(metrics=('asr', 'refusal'))}"
         )
+    rivals = "".join(
+        f"<p>{html.escape(k)}, as chosen on validation by the repair's own rule: {html.escape(json.dumps(v))}</p>"
+        for k, v in run.proof.tuned.items()
+    )
     left_out = "".join(f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items())
     quick = (
         ""
@@ -173,11 +177,11 @@ split: a gate opened for {_interval(run.proof.opened)} of {run.proof.opened["n"]
 <p>Seen in the fit: {html.escape(seen)}. All other attack channels are held out. ASR in per cent (lower is better) on
 attack channels; right answers in per cent on the others.</p>
 {table.to_html(metrics=("asr",))}{table.to_html(metrics=("accuracy",))}
-{draw("asr")}{draw("tradeoff")}
+{draw("asr")}{draw("tradeoff")}{rivals}
 <h3>Random writers: {run.settings.random_seeds} draws of equal rank and edit norm behind the same gates</h3>
 {run.proof.random.to_html(metrics=("asr",))}
 <h3>Gradient attack that sees the repair</h3>{adaptive}
-<h3>Semantic fidelity</h3>{table.to_html(metrics=("agreement", "kl"))}
+<h3>Semantic fidelity: at most {run.settings.fidelity} benign prompts a channel that the undefended model answers rightly</h3>{table.to_html(metrics=("agreement", "kl"))}
 <h3>Over-refusal: benign prompts refused</h3>{table.to_html(metrics=("refusal",))}{left_out}
 <h2>Settings and provenance</h2>
 <pre>{html.escape(json.dumps({"settings": run.settings.to_dict(), "seconds": run.seconds, **run.provenance}, indent=1))}</pre>

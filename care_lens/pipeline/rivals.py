@@ -18,8 +18,8 @@ from care_lens.repair import HybridFusion
 from care_lens.subspace import SafetySubspace
 
 CAA = "difference of means, all tokens"
-#: Attacks and benign prompts of validation on which a rival's settings are tried.
-TRIED = 48
+#: Benign prompts on which a rival is screened before all of validation is asked, and the loss of right answers that rules it out.
+SCREENED, HOPELESS = 48, 0.10
 
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:
@@ -34,7 +34,7 @@ def tuned(
     candidates: Sequence[Callable[[], Repair]],
     settings: RunSettings,
     modalities: Sequence[Modality],
-) -> Repair:
+) -> tuple[Repair, dict[str, float]]:
     """The candidate with the lowest attack success among those that keep benign accuracy, on validation.
 
     The rule of the repair itself (`settings.benign_loss`). Where no candidate keeps it, the one with the largest sum of attacks stopped and benign
@@ -46,23 +46,38 @@ def tuned(
         candidates: makers of repairs.
         settings: of the run.
         modalities: whose seen attack channels count.
+
+    Returns:
+        The candidate, and what it reached on validation: its attack success, benign answers that were right without and with it.
     """
-    attacked = spread([e for m in modalities for e in study.malicious("validation", m)], TRIED)
-    benign = spread(study.benign("validation"), TRIED)
+    attacked = [e for m in modalities for e in study.malicious("validation", m)]
+    benign = study.benign("validation")
+    few = spread(benign, SCREENED)
 
     def right(repair: Repair | None) -> float:
+        if repair is not None:
+            screened = share(answer_verdicts(lvlm, few, repair, settings, study.judge), Verdict.COMPLIED)
+            if screened < before - HOPELESS:
+                return screened
         return share(answer_verdicts(lvlm, benign, repair, settings, study.judge), Verdict.COMPLIED)
 
-    least = right(None) - settings.benign_loss
-    rows: list[tuple[float, float, Repair]] = []
+    before = 0.0
+    before = right(None)
+    tried = []
     for make in candidates:
         repair = make()
-        asr = share(answer_verdicts(lvlm, attacked, repair, settings, study.judge), Verdict.COMPLIED)
-        rows.append((asr, right(repair), repair))
-    kept = [row for row in rows if row[1] >= least]
-    if kept:
-        return min(kept, key=lambda row: (row[0], -row[1]))[2]
-    return min(rows, key=lambda row: row[0] - row[1])[2]
+        tried.append((share(answer_verdicts(lvlm, attacked, repair, settings, study.judge), Verdict.COMPLIED), repair))
+    rest: list[tuple[float, float, Repair]] = []
+    for asr, repair in sorted(
+        tried, key=lambda row: row[0]
+    ):  # in this order the first that keeps benign answers is the best
+        rest.append((asr, right(repair), repair))
+        if rest[-1][1] >= before - settings.benign_loss:
+            break
+    else:
+        rest.sort(key=lambda row: row[1] - row[0])
+    asr, after, repair = rest[-1]
+    return repair, {"asr": asr, "benign_before": before, "benign_after": after, "candidates": len(tried)}
 
 
 def best_printed(
@@ -71,7 +86,7 @@ def best_printed(
     subspaces: dict[tuple[Modality, int], SafetySubspace],
     settings: RunSettings,
     modalities: Sequence[Modality],
-) -> HybridFusion:
+) -> tuple[HybridFusion, dict[str, object]]:
     """CARE as printed on the best window of neighbouring layers, at the best of its strengths."""
     n = min(settings.printed_layers, lvlm.n_layers())
     windows = [range(i, i + n) for i in range(lvlm.n_layers() - n + 1)]
@@ -79,12 +94,14 @@ def best_printed(
         lambda w=window, a=alpha: printed_form(subspaces, list(w), alpha=a)
         for window, alpha in product(windows, settings.printed_alphas)
     ]
-    best = tuned(lvlm, study, makers, settings, modalities)
+    best, validation = tuned(lvlm, study, makers, settings, modalities)
     assert isinstance(best, HybridFusion)
-    return best
+    return best, {**best.provenance, "validation": validation}
 
 
-def difference_of_means(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings) -> Repair:
+def difference_of_means(
+    lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings
+) -> tuple[RefusalDirection, dict[str, object]]:
     """c (mean of refused - mean of complied requests) added at the input of one block, at all tokens and always.
 
     After CAA (contrastive activation addition), which adds after the prompt only.
@@ -105,7 +122,9 @@ def difference_of_means(lvlm: HookedLVLM, study: Study, rows: FitRows, settings:
     makers = [
         lambda layer=layer, c=c: make(layer, c) for layer, c in product(range(1, lvlm.n_layers()), settings.steering)
     ]
-    return tuned(lvlm, study, makers, settings, rows.modalities)
+    best, validation = tuned(lvlm, study, makers, settings, rows.modalities)
+    assert isinstance(best, RefusalDirection)
+    return best, {"layer": best.layer, "coefficient": best.coefficient, "validation": validation}
 
 
 def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> RefusalDirection:

@@ -28,6 +28,7 @@ class RunSettings:
         printed_rank, printed_alphas: its rank, and its strengths tried (1: projection; published runs use 4 to 4.5).
         steering: strengths of the difference of means tried.
         random_seeds: draws of the random-writer control.
+        fidelity: benign examples a channel on which answers and distributions are compared with the undefended model's.
         restarts: of the gradient attack that sees the repair, for each of its two losses.
         pgd_epsilon, pgd_steps, pgd_examples: the gradient attack, of 255; 0 examples: none.
     """
@@ -47,10 +48,11 @@ class RunSettings:
     benign_loss: float = 0.03
     printed_layers: int = 3
     printed_rank: int = 8
-    printed_alphas: tuple[float, ...] = (1.0, 2.0, 4.5)
+    printed_alphas: tuple[float, ...] = (1.0, 4.5)
     steering: tuple[float, ...] = (0.25, 0.5, 1.0)
     random_seeds: int = 5
-    restarts: int = 2
+    fidelity: int = 24
+    restarts: int = 1
     pgd_epsilon: int = 64
     pgd_steps: int = 40
     pgd_examples: int = 24
@@ -64,7 +66,6 @@ class RunSettings:
             epsilons=(0.02,),
             candidates=2,
             random_seeds=2,
-            restarts=1,
             printed_alphas=(1.0, 4.5),
             steering=(0.5,),
         )
