@@ -21,6 +21,10 @@ class Example:
         id: Identity of the example in stores and results.
         group: The item the request is about (a noun, a behaviour): intervals are clustered by it.
         meta: Anything else about it, as strings.
+        more_images: Further pictures, after the first. Attacks and patch maps work on the first alone.
+
+    Raises:
+        ValueError: If there are further pictures and no first one.
     """
 
     prompt: str
@@ -31,6 +35,16 @@ class Example:
     id: str = ""
     group: str = ""
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+    more_images: tuple[Image.Image, ...] = field(default=(), hash=False)
+
+    def __post_init__(self) -> None:
+        if self.more_images and self.image is None:
+            raise ValueError("an example with more_images must have a first image, got None")
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """All its pictures, in order; none for a request in words alone."""
+        return () if self.image is None else (self.image, *self.more_images)
 
 
 @dataclass(frozen=True)

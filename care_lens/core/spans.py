@@ -18,10 +18,13 @@ SPAN_NAMES: tuple[str, ...] = ("all", "image", "text", "prompt", "response", "ge
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Where an image's tokens are in its row, and what part of the picture each one covers.
+    """A rectangle of image tokens: where they are in their row, and what part of the picture each one covers.
+
+    An image that the model sees as a whole has one grid; one that is cut in tiles has one a tile, and one for the
+    overview. Newline tokens belong to the image and to no grid.
 
     Attributes:
-        start: Position of the image's first token in the (padded) row; the others follow in row-major order.
+        start: Position of the first token in the (padded) row.
         rows: Number of patch rows.
         cols: Number of patch columns.
         width: Width in pixels of the picture's own region that the grid covers.
@@ -29,6 +32,8 @@ class PatchGrid:
         left: Left edge of the region in the picture's pixels; above 0 where the processor crops, below 0
             where it pads.
         top: Upper edge of the region.
+        stride: Positions from the start of a row of patches to the start of the next; None: ``cols``.
+        image: Which of the row's images it belongs to.
     """
 
     start: int
@@ -38,21 +43,32 @@ class PatchGrid:
     height: float | int
     left: float | int = 0.0
     top: float | int = 0.0
+    stride: int | None = None
+    image: int = 0
+
+    @property
+    def step(self) -> int:
+        """Positions from one row of patches to the next."""
+        return self.cols if self.stride is None else self.stride
 
     @property
     def stop(self) -> int:
-        """One past the position of the image's last token."""
-        return self.start + self.rows * self.cols
+        """One past the position of the grid's last token."""
+        return self.start + (self.rows - 1) * self.step + self.cols
+
+    def positions(self) -> list[int]:
+        """Positions of the tokens, in raster order."""
+        return [self.start + row * self.step + col for row in range(self.rows) for col in range(self.cols)]
 
     def rectangle(self, position: int) -> tuple[float, float, float, float]:
         """Pixels ``(x0, y0, x1, y1)`` of the picture that the token at ``position`` covers.
 
         Raises:
-            ValueError: If the position is not one of this image's tokens.
+            ValueError: If the position is not one of this grid's tokens.
         """
-        if not self.start <= position < self.stop:
-            raise ValueError(f"position must be in [{self.start}, {self.stop}), got {position}")
-        row, col = divmod(position - self.start, self.cols)
+        row, col = divmod(position - self.start, self.step)
+        if not (self.start <= position < self.stop and col < self.cols):
+            raise ValueError(f"position must be a token of the grid in [{self.start}, {self.stop}), got {position}")
         w, h = self.width / self.cols, self.height / self.rows
         x0, y0 = self.left + col * w, self.top + row * h
         return float(x0), float(y0), float(x0 + w), float(y0 + h)
@@ -71,7 +87,7 @@ class PatchGrid:
                 f"[{self.top}, {self.top + self.height}), got ({x}, {y}): the model does not see "
                 "the rest of the picture"
             )
-        return self.start + row * self.cols + col
+        return self.start + row * self.step + col
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ class TokenSpans:
         last: [batch, pos] the last token of the prompt, one a row: its logits predict the first token of the
             answer.
         padding: [batch, pos] padding.
-        grids: For each row, one patch grid an image, in order of position.
+        grids: For each row its patch grids, in order of position.
 
     Raises:
         ValueError: If a row has not exactly one last position, or if the masks overlap where they must not.
@@ -125,7 +141,7 @@ class TokenSpans:
             image: [batch, pos] image tokens.
             padding: [batch, pos] padding.
             response: [batch, pos] response tokens.
-            grids: For each row, one patch grid an image.
+            grids: For each row its patch grids.
 
         Returns:
             The spans, on the masks' device.

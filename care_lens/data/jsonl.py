@@ -1,6 +1,6 @@
 """Examples on disk: one JSON object a line, pictures beside it.
 
-Keys: prompt (required), image (path relative to the file), response, harmful (bool), channel, id, group, meta (object of
+Keys: prompt (required), image (path relative to the file, or a list of paths), response, harmful (bool), channel, id, group, meta (object of
 strings). Readers bring their own data; care_lens ships none that is harmful.
 """
 
@@ -35,14 +35,16 @@ def read_examples(path: str | Path) -> list[Example]:
             raise ValueError(f"{path.name}:{number} must have a 'prompt' that is a string")
         if unknown := set(row) - _KEYS:
             raise ValueError(f"{path.name}:{number} has unknown keys {sorted(unknown)}; keys are {sorted(_KEYS)}")
-        image = None
-        if row.get("image"):
-            with Image.open(path.parent / row["image"]) as opened:
-                image = opened.convert("RGB")
+        named = row.get("image") or []
+        images = []
+        for name in [named] if isinstance(named, str) else named:
+            with Image.open(path.parent / name) as opened:
+                images.append(opened.convert("RGB"))
         out.append(
             Example(
                 prompt=row["prompt"],
-                image=image,
+                image=images[0] if images else None,
+                more_images=tuple(images[1:]),
                 response=row.get("response"),
                 harmful=bool(row.get("harmful", False)),
                 channel=row.get("channel", ""),
@@ -68,10 +70,13 @@ def write_examples(examples: Iterable[Example], path: str | Path) -> Path:
         }
         if example.response is not None:
             row["response"] = example.response
-        if example.image is not None:
+        names = [f"{index}.png", *(f"{index}_{n}.png" for n in range(1, len(example.images)))]
+        for name, image in zip(names, example.images):
             folder.mkdir(parents=True, exist_ok=True)
-            example.image.save(folder / f"{index}.png")
-            row["image"] = f"{folder.name}/{index}.png"
+            image.save(folder / name)
+        if example.images:
+            paths = [f"{folder.name}/{name}" for name in names]
+            row["image"] = paths if example.more_images else paths[0]
         lines.append(json.dumps(row, ensure_ascii=False))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -26,10 +26,10 @@ def digest(value: Any) -> str:
 
 
 def example_fingerprint(example: Example) -> str:
-    """A digest of what the model is given: the prompt and the picture's pixels."""
+    """A digest of what the model is given: the prompt and the pictures' pixels."""
     content = hashlib.sha256(json.dumps(example.prompt).encode())
-    if example.image is not None:
-        image = example.image.convert("RGB")
+    for picture in example.images:
+        image = picture.convert("RGB")
         content.update(f"{image.size}".encode() + image.tobytes())
     return content.hexdigest()[:_LENGTH]
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_from_module,
@@ -27,6 +28,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 
 from care_lens.core.examples import Example
 from care_lens.core.site import SiteLike
+from care_lens.lvlm.attention import NAME as ATTENTION
 from care_lens.lvlm.bound import BoundLVLM
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
@@ -97,9 +99,14 @@ class HookedLVLM(WrappedBridge):
         Raises:
             ValueError: If the model's family is not known, or the processor belongs to another model.
         """
-        family_of(model)
+        family = family_of(model)
+        architecture = type(model).__name__
+        for cls_name in [c.__name__ for c in type(model).__mro__ if c.__name__ in family.adapters]:
+            architecture = f"CareLens{cls_name}"
+            ArchitectureAdapterFactory.register_adapter(architecture, family.adapters[cls_name])
+            break
         model.set_attn_implementation("eager")  # type: ignore[operator]
-        bridge = build_bridge_from_module(model.eval(), type(model).__name__, hf_config=model.config)
+        bridge = build_bridge_from_module(model.eval(), architecture, hf_config=model.config)
         bridge.tokenizer = processor.tokenizer
         bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(
             processor.tokenizer
@@ -126,7 +133,7 @@ class HookedLVLM(WrappedBridge):
         """
         config = bridge.original_model.config
         for tower in (config.text_config, config.vision_config):
-            if tower._attn_implementation != "eager":
+            if tower._attn_implementation not in ("eager", ATTENTION):
                 raise ValueError(
                     f"attention must be eager, got {tower._attn_implementation!r}; call "
                     "model.set_attn_implementation('eager') before the bridge is made"

@@ -21,17 +21,25 @@ class LVLMInputs:
     Attributes:
         input_ids: [batch, pos] token ids, image placeholders expanded.
         attention_mask: [batch, pos] 1 for tokens, 0 for padding.
-        pixel_values: [image, channel, height, width] of the rows that have an image, in order of row; None if
-            none has.
+        pixel_values: The pictures as the model takes them, in order of row; in most families
+            [image, channel, height, width]. None if no row has one.
         spans: What each position is.
-        extra: Other tensors the model takes, one entry an image.
+        extra: Other tensors about the images that the model takes.
+        token_inputs: Other tensors [batch, pos] about the tokens that the model takes.
+        entries: For each row, the entries (images or tiles) that it has in vision activations; None: one a patch grid.
+        counts: For ``pixel_values`` and each extra tensor, how long each row's part of its first axis is; None: ``entries``.
+        own_positions: Whether the model counts positions itself (rotary embeddings in several dimensions).
     """
 
     input_ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
-    pixel_values: Float[Tensor, "image channel height width"] | None
+    pixel_values: Float[Tensor, "image *pixels"] | None
     spans: TokenSpans
     extra: dict[str, Tensor] = field(default_factory=dict)
+    token_inputs: dict[str, Tensor] = field(default_factory=dict)
+    entries: tuple[int, ...] | None = None
+    counts: dict[str, tuple[int, ...]] | None = None
+    own_positions: bool = False
 
     @property
     def batch_size(self) -> int:
@@ -40,8 +48,8 @@ class LVLMInputs:
 
     @property
     def image_rows(self) -> tuple[int, ...]:
-        """The row of each image, i.e. of each entry of ``pixel_values`` and of vision activations."""
-        return tuple(row for row, grids in enumerate(self.spans.grids) for _ in grids)
+        """The row of each entry (image or tile) of vision activations."""
+        return tuple(row for row, n in enumerate(self._entries()) for _ in range(n))
 
     @property
     def position_ids(self) -> Int[Tensor, "batch pos"]:
@@ -50,36 +58,62 @@ class LVLMInputs:
 
     def model_kwargs(self) -> dict[str, Tensor]:
         """The keyword arguments of the Hugging Face model's forward."""
-        return {**self.generate_kwargs(), "position_ids": self.position_ids}
+        kwargs = self.generate_kwargs()
+        return kwargs if self.own_positions else {**kwargs, "position_ids": self.position_ids}
 
     def generate_kwargs(self) -> dict[str, Tensor]:
         """The keyword arguments of the Hugging Face model's generate, which counts positions itself."""
-        kwargs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.extra}
+        kwargs = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            **self.token_inputs,
+            **self.extra,
+        }
         return kwargs if self.pixel_values is None else {**kwargs, "pixel_values": self.pixel_values}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LVLMInputs":
         """The same batch on another device, with its pixels in another dtype if one is given."""
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device, dtype)
-        return LVLMInputs(
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
-            pixel_values=pixels,
+            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device, dtype),
             spans=self.spans.to(device),
             extra={name: tensor.to(device) for name, tensor in self.extra.items()},
+            token_inputs={name: tensor.to(device) for name, tensor in self.token_inputs.items()},
         )
 
     def rows(self, index: Sequence[int]) -> "LVLMInputs":
         """The rows ``index`` as a batch of their own, in that order, with their images; padding stays."""
         rows = list(index)
-        images = [image for row in rows for image, owner in enumerate(self.image_rows) if owner == row]
+        entries = self._entries()
+        kept = tuple(entries[row] for row in rows)
+        counts = {name: self._counts(name) for name in ("pixel_values", *self.extra)}
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            starts = [sum(counts[name][:row]) for row in range(len(entries))]
+            return torch.cat([tensor[starts[row] : starts[row] + counts[name][row]] for row in rows])
+
+        pictured = any(kept)
         return replace(
             self,
             input_ids=self.input_ids[rows],
             attention_mask=self.attention_mask[rows],
-            pixel_values=self.pixel_values[images] if self.pixel_values is not None and images else None,
+            pixel_values=part("pixel_values", self.pixel_values)
+            if self.pixel_values is not None and pictured
+            else None,
             spans=self.spans.rows(rows),
-            extra={name: tensor[images] for name, tensor in self.extra.items()} if images else {},
+            extra={name: part(name, tensor) for name, tensor in self.extra.items()} if pictured else {},
+            token_inputs={name: tensor[rows] for name, tensor in self.token_inputs.items()},
+            entries=kept,
+            counts={name: tuple(lengths[row] for row in rows) for name, lengths in counts.items()},
         )
+
+    def _entries(self) -> tuple[int, ...]:
+        return tuple(len(grids) for grids in self.spans.grids) if self.entries is None else self.entries
+
+    def _counts(self, name: str) -> tuple[int, ...]:
+        return self._entries() if self.counts is None else self.counts[name]
 
     def fingerprint(self) -> str:
         """A digest of tokens, mask and pixels: two batches with the same one are the same batch."""

@@ -1,21 +1,29 @@
 """From examples to a batch: chat template, image placeholders, teacher-forced responses, padding, spans.
 
-Each prompt is put through the processor's chat template as one user turn, image first, and tokenised by the
+Each prompt is put through the processor's chat template as one user turn, images first, and tokenised by the
 processor. A response is tokenised on its own and its ids are appended, followed by the end-of-sequence id, so
 that the prompt's tokens are the same with and without it and the response mask is exact. Which positions are
 image tokens is read off the ids.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from care_lens.core.examples import Example
 from care_lens.core.spans import PatchGrid, TokenSpans
-from care_lens.lvlm.families import Family
+from care_lens.lvlm.families import Family, ImageLayout, Pictured
 from care_lens.lvlm.inputs import LVLMInputs
+
+
+class _Row(NamedTuple):
+    """One example as the processor sees it: prompt ids, tensors about its images, and about its tokens."""
+
+    ids: list[int]
+    images: dict[str, Tensor]
+    tokens: dict[str, list[int]]
 
 
 def prepare_batch(
@@ -47,58 +55,89 @@ def prepare_batch(
         raise ValueError("examples must hold at least one example, got none")
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-    texts = [format_prompt(processor, example) for example in examples]
+    texts = [format_prompt(processor, example, family) for example in examples]
+    placeholder = family.image_text(processor)
     for i, (text, example) in enumerate(zip(texts, examples, strict=True)):
-        _check_placeholders(text.count(processor.image_token), 0 if example.image is None else 1, i, processor)
-    prompts, pixels, extra = _encode(processor, texts, examples, family)
+        _check_placeholders(text.count(placeholder), len(example.images), i, placeholder)
+    rows = _encode(processor, texts, examples, family)
     answers = [
         _response_ids(processor.tokenizer, example, i) if responses else [] for i, example in enumerate(examples)
     ]
-    grid = (0, 0) if pixels is None else family.patch_grid(config, *pixels.shape[-2:])
-    per_image = family.image_tokens(config, *grid)
-    for i, (ids, example) in enumerate(zip(prompts, examples, strict=True)):
-        expected = 0 if example.image is None else per_image
-        if (found := ids.count(config.image_token_id)) != expected:
+    abouts = [
+        Pictured(config, processor, [image.size for image in example.images], row.images)
+        for row, example in zip(rows, examples, strict=True)
+    ]
+    layouts = [list(family.layout(about)) if about.sizes else [] for about in abouts]
+    for i, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
+        expected = sum(image.tokens for image in layout)
+        if (found := row.ids.count(config.image_token_id)) != expected:
             raise ValueError(
-                f"example {i} must have {expected} image tokens, got {found}; the processor's patch_size, "
-                "num_additional_image_tokens and vision_feature_select_strategy must be those of the model"
+                f"example {i} must have {expected} image tokens, got {found}; the processor's settings (patch_size, "
+                "num_additional_image_tokens, vision_feature_select_strategy, ...) must be those of the model"
             )
-    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    lengths = [len(row.ids) + len(answer) for row, answer in zip(rows, answers, strict=True)]
     width, n = max(lengths), len(examples)
     pad = processor.tokenizer.pad_token_id
     input_ids = torch.full((n, width), processor.tokenizer.eos_token_id or 0 if pad is None else pad)
     attention_mask = torch.zeros((n, width), dtype=torch.long)
     response = torch.zeros((n, width), dtype=torch.bool)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    token_inputs = {name: torch.zeros((n, width), dtype=torch.long) for name in family.token_inputs}
+    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         start = width - lengths[i] if padding_side == "left" else 0
-        input_ids[i, start : start + lengths[i]] = torch.tensor(prompt + answer)
-        attention_mask[i, start : start + lengths[i]] = 1
-        response[i, start + len(prompt) : start + lengths[i]] = True
+        here = slice(start, start + lengths[i])
+        input_ids[i, here] = torch.tensor(row.ids + answer)
+        attention_mask[i, here] = 1
+        response[i, start + len(row.ids) : start + lengths[i]] = True
+        for name, value in family.token_inputs.items():
+            token_inputs[name][i, here] = torch.tensor(row.tokens[name] + [value] * len(answer))
     image = (input_ids == config.image_token_id) & (attention_mask == 1)
-    grids = [_grids(example, image[i], grid, per_image, family, processor) for i, example in enumerate(examples)]
+    grids = [_grids(layout, image[i].nonzero()[:, 0].tolist()) for i, layout in enumerate(layouts)]
     spans = TokenSpans.from_masks(image=image, padding=attention_mask == 0, response=response, grids=grids)
-    return LVLMInputs(input_ids, attention_mask, pixels, spans, extra)
+    entries = tuple(family.entries(about) if about.sizes else 0 for about in abouts)
+    return LVLMInputs(
+        input_ids, attention_mask, spans=spans, token_inputs=token_inputs, entries=entries,
+        own_positions=family.own_positions, **_collate(rows, family),
+    )  # fmt: skip
 
 
-def format_prompt(processor: Any, example: Example) -> str:
-    """The example's prompt in the processor's chat template: one user turn, image first.
+def _collate(rows: Sequence[_Row], family: Family) -> dict[str, Any]:
+    """Pixels and what else is about images, rows after one another; smaller ones are padded with zeros at their end."""
+    names = [name for name in ("pixel_values", *family.extra_inputs) if any(name in row.images for row in rows)]
+    made: dict[str, Tensor] = {}
+    for name in names:
+        parts = [row.images[name] for row in rows if name in row.images]
+        size = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim)]
+        made[name] = torch.cat([_padded(part, size) for part in parts])
+    counts = {name: tuple(len(row.images[name]) if name in row.images else 0 for row in rows) for name in names}
+    return {"pixel_values": made.pop("pixel_values", None), "extra": made, "counts": counts}
+
+
+def _padded(tensor: Tensor, size: Sequence[int]) -> Tensor:
+    if list(tensor.shape[1:]) == list(size):
+        return tensor
+    out = tensor.new_zeros(len(tensor), *size)
+    out[(slice(None), *(slice(n) for n in tensor.shape[1:]))] = tensor
+    return out
+
+
+def format_prompt(processor: Any, example: Example, family: Family) -> str:
+    """The example's prompt in the processor's chat template: one user turn, images first.
 
     Raises:
-        ValueError: If the processor has no chat template.
+        ValueError: If the processor has no chat template, and the family needs one.
     """
+    if family.prompt is not None:
+        return family.prompt(processor, example.prompt, len(example.images))
     if not processor.chat_template:
         raise ValueError("processor must have a chat template, got none; set processor.chat_template")
-    content = [{"type": "text", "text": example.prompt}]
-    if example.image is not None:
-        content.insert(0, {"type": "image"})
+    content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.prompt}]
     turns = [{"role": "user", "content": content}]
     return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
-def _check_placeholders(found: int, images: int, row: int, processor: Any) -> None:
+def _check_placeholders(found: int, images: int, row: int, token: str) -> None:
     if found == images:
         return
-    token = processor.image_token
     if images == 0:
         raise ValueError(
             f"example {row} has {found} image placeholders ({token}) and no image; give it an image, or take "
@@ -115,23 +154,40 @@ def _check_placeholders(found: int, images: int, row: int, processor: Any) -> No
     )
 
 
-def _encode(
-    processor: Any, texts: list[str], examples: Sequence[Example], family: Family
-) -> tuple[list[list[int]], Tensor | None, dict[str, Tensor]]:
+def _encode(processor: Any, texts: list[str], examples: Sequence[Example], family: Family) -> list[_Row]:
     bos = processor.tokenizer.bos_token
-    kwargs: dict[str, Any] = {
-        "text": texts,
-        "add_special_tokens": bos is None or not texts[0].startswith(bos),
-    }
+    special = bos is None or not texts[0].startswith(bos)
+    if family.batched and all(len(example.images) <= 1 for example in examples):
+        return _encode_together(processor, texts, examples, special)
+    rows = []
+    for text, example in zip(texts, examples, strict=True):
+        kwargs: dict[str, Any] = {"text": [text], "add_special_tokens": special, "return_tensors": "pt"}
+        if example.images:
+            kwargs["images"] = [list(example.images)] if family.nested_images else list(example.images)
+        encoded = processor(**kwargs)
+        ids = encoded["input_ids"][0].tolist()
+        tokens = {
+            name: encoded[name][0].tolist() if name in encoded else [0] * len(ids) for name in family.token_inputs
+        }
+        rows.append(_Row(ids, _image_tensors(encoded, family) if example.images else {}, tokens))
+    return rows
+
+
+def _image_tensors(encoded: Mapping[str, Any], family: Family) -> dict[str, Tensor]:
+    names = [name for name in ("pixel_values", *family.extra_inputs) if name in encoded]
+    return {name: torch.as_tensor(encoded[name]) for name in names}
+
+
+def _encode_together(processor: Any, texts: list[str], examples: Sequence[Example], special: bool) -> list[_Row]:
+    """One call of the processor for all rows; each picture is one tensor of the same size."""
     images = [example.image for example in examples if example.image is not None]
-    if images:
-        kwargs["images"] = images
-    encoded = processor(**kwargs, padding=False)
-    if not images:
-        return encoded["input_ids"], None, {}
-    pixels = torch.stack([torch.as_tensor(pixel) for pixel in encoded["pixel_values"]])
-    extra = {name: torch.as_tensor(encoded[name]) for name in family.extra_inputs}
-    return encoded["input_ids"], pixels, extra
+    kwargs: dict[str, Any] = {"images": images} if images else {}
+    encoded = processor(text=texts, add_special_tokens=special, padding=False, **kwargs)
+    pixels = iter([torch.as_tensor(pixel) for pixel in encoded["pixel_values"]] if images else [])
+    return [
+        _Row(ids, {} if example.image is None else {"pixel_values": next(pixels)[None]}, {})
+        for ids, example in zip(encoded["input_ids"], examples, strict=True)
+    ]
 
 
 def _response_ids(tokenizer: Any, example: Example, row: int) -> list[int]:
@@ -142,12 +198,13 @@ def _response_ids(tokenizer: Any, example: Example, row: int) -> list[int]:
     return [*tokenizer(example.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def _grids(
-    example: Example, image: Tensor, grid: tuple[int, int], per_image: int, family: Family, processor: Any
-) -> list[PatchGrid]:
-    if example.image is None:
-        return []
-    rows, cols = grid
-    start = int(image.int().argmax()) + per_image - rows * cols
-    region = family.picture_region(processor.image_processor, *example.image.size)
-    return [PatchGrid(start, rows, cols, region.width, region.height, region.left, region.top)]
+def _grids(layout: Sequence[ImageLayout], positions: Sequence[int]) -> list[PatchGrid]:
+    """Patch grids of a row, from the layout of its images and the positions of their tokens."""
+    grids, first = [], 0
+    for index, image in enumerate(layout):
+        for tile in image.tiles:
+            left, top, width, height = tile.region
+            start = positions[first + tile.offset]
+            grids.append(PatchGrid(start, tile.rows, tile.cols, width, height, left, top, tile.stride, index))
+        first += image.tokens
+    return grids

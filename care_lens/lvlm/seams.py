@@ -7,8 +7,13 @@ does not, a hook point of our own is made:
   MLP but not the residual stream. Ours sits at the same place and, when the tensor it returns is another one,
   the block's output is computed again as ``edited + mlp_out``, so that both see the edit. The sum is the
   block's own, so writing back what was read changes nothing, to the bit.
+- ``attn.hook_pattern`` is made inside eager attention where TransformerLens shows a pattern that was used already.
+- Where a block scales its branches (InternVL), ``hook_attn_out`` and ``hook_mlp_out`` are made after the scale.
 - ``hook_resid_post`` of a vision tower is made inside the wrapped block, before transformers records the
   hidden states that the projector reads.
+
+Towers that lay the patches of all images in one row, in an order of their own, are shown as [image, patch, ...] in raster
+order, and edits go back the same way.
 
 Every listed point checks what a hook returns (the shape must stay, read-only points refuse edits) and gives
 it the activation's dtype and memory layout, so that float32 hooks work on a half-precision model and writing
@@ -26,7 +31,9 @@ from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion i
 from transformer_lens.hook_points import HookPoint
 
 from care_lens.core.site import Site, Tower
+from care_lens.lvlm import attention
 from care_lens.lvlm.families.base import Family, TowerMap
+from care_lens.lvlm.packing import Packing
 
 _MARK = "_care_lens_seams"
 
@@ -39,6 +46,11 @@ class _Layout(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, value: Tensor) -> "_Layout":
+        """That of a tensor."""
+        return cls(id(value), value.shape, value.stride(), value.dtype)
+
     def like(self, value: Tensor) -> Tensor:
         """The value in this dtype and, where it can be, in this memory layout."""
         value = value.to(self.dtype)
@@ -48,20 +60,44 @@ class _Layout(NamedTuple):
 
 
 class HonestConversion(BaseTensorConversion):
-    """Checks and casts what hooks return at a point, around the conversion TransformerLens has there."""
+    """Checks and casts what hooks return at a point, around the conversion TransformerLens has there.
 
-    def __init__(self, name: str, inner: BaseTensorConversion | None, read_only: str | None) -> None:
+    Args:
+        name: Of the site, for messages.
+        inner: TransformerLens's own conversion, or None.
+        read_only: Why edits are refused, or None.
+        packing: Gives the packing of the forward pass under way, where the tower lays all images in one row.
+        heads: Number of heads to split the last axis into where the point itself has it in one piece; None: as it is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inner: BaseTensorConversion | None,
+        read_only: str | None,
+        packing: Callable[[], Packing] | None = None,
+        heads: int | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.inner = inner
         self.read_only = read_only
         self.splits_attention_heads = getattr(inner, "splits_attention_heads", False)
+        self._packing, self._heads = packing, heads
         self._layout = _Layout(0, torch.Size(), (), torch.float32)
+        self._native = self._layout
+        self._split = False
 
     def handle_conversion(self, input_value: Any, *full_context: Any) -> Any:
         """What the hook gets to see; its layout is remembered for :meth:`revert`."""
         seen = input_value if self.inner is None else self.inner.convert(input_value)
-        self._layout = _Layout(id(seen), seen.shape, seen.stride(), seen.dtype)
+        self._native = _Layout.of(seen)
+        if self._packing is not None:
+            seen = self._packing().unpack(seen)
+        self._split = self._heads is not None and seen.ndim == 3
+        if self._split:
+            seen = seen.unflatten(-1, (self._heads, -1))
+        self._layout = _Layout.of(seen)
         return seen
 
     def revert(self, input_value: Any, *full_context: Any) -> Any:
@@ -76,38 +112,84 @@ class HonestConversion(BaseTensorConversion):
                 f"{tuple(input_value.shape)}"
             )
         value = self._layout.like(input_value)
+        if self._split:
+            value = value.flatten(-2)
+        if self._packing is not None:
+            value = self._packing().pack(value, self._native.shape)
+        value = self._native.like(value)
         return value if self.inner is None else self.inner.revert(value)
 
 
 class _BlockSeam:
-    """The hook points of our own in one block: ``mid`` and, where asked for, ``post``."""
+    """The hook points of our own in one block: ``mid`` and, where asked for, ``post`` and, behind scales, the branches.
 
-    def __init__(self, block: nn.Module, tower: TowerMap, mid: HookPoint, post: HookPoint | None) -> None:
-        self.mid, self.post = mid, post
+    Args:
+        block: The bridge's block.
+        tower: Where its parts are.
+        mid: Between attention and MLP.
+        post: At the block's end, or None.
+        branches: At the scaled outputs of attention and MLP, or None.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        tower: TowerMap,
+        mid: HookPoint,
+        post: HookPoint | None,
+        branches: tuple[HookPoint, HookPoint] | None,
+    ) -> None:
+        self.mid, self.post, self.branches = mid, post, branches
+        self._stream: Tensor | None = None
+        self._attn: Tensor | None = None
         self._edited: Tensor | None = None
+        self._mid: Tensor | None = None
         self._mlp_out: Tensor | None = None
+        self._mlp_edited = False
         wrapped = block.get_submodule("_original_component")
-        self.handles: tuple[RemovableHandle, ...] = (
+        self._scales = tuple(getattr(wrapped, name) for name in tower.scales or ())
+        handles = [
             block.get_submodule(tower.mid_norm).register_forward_pre_hook(self._at_norm, prepend=True),
             block.get_submodule(tower.mlp).register_forward_hook(self._after_mlp),
             wrapped.register_forward_hook(self._after_block, prepend=True),
-        )
+        ]
+        if branches is not None:
+            handles.append(wrapped.register_forward_pre_hook(self._before_block, with_kwargs=True))
+            handles.append(block.get_submodule(tower.attn).register_forward_hook(self._after_attn))
+        self.handles: tuple[RemovableHandle, ...] = tuple(handles)
+
+    def _before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stream, self._attn = (args[0] if args else kwargs["hidden_states"]), None
+
+    def _after_attn(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        assert self.branches is not None
+        scaled = self._scales[0] * (output[0] if isinstance(output, tuple) else output)
+        returned = self.branches[0](scaled)
+        self._attn = None if returned is scaled else returned
 
     def _at_norm(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen = args[0]
+        if self._attn is not None and self._stream is not None:
+            seen = self._attn + self._stream
         returned = self.mid(seen)
-        self._edited, self._mlp_out = (None if returned is seen else returned), None
-        return None if returned is seen else (returned, *args[1:])
+        self._mid, self._mlp_out, self._mlp_edited = returned, None, False
+        self._edited = None if returned is args[0] else returned
+        self._stream = self._attn = None
+        return None if returned is args[0] else (returned, *args[1:])
 
     def _after_mlp(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._edited is not None:
+        if self.branches is not None:
+            scaled = self._scales[1] * output
+            self._mlp_out = self.branches[1](scaled)
+            self._mlp_edited = self._mlp_out is not scaled
+        elif self._edited is not None:
             self._mlp_out = output
 
     def _after_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        if self._edited is not None and self._mlp_out is not None:
-            hidden = self._edited + self._mlp_out
-            self._edited, self._mlp_out = None, None
+        if (self._edited is not None or self._mlp_edited) and self._mlp_out is not None and self._mid is not None:
+            hidden = self._mid + self._mlp_out
+        self._edited = self._mlp_out = self._mid = None
         if self.post is not None:
             hidden = self.post(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -125,25 +207,44 @@ class Seams:
     bridge: Any
     points: dict[Site, HookPoint] = field(default_factory=dict)
     read_only: dict[Site, str] = field(default_factory=dict)
+    packings: dict[str, Packing] = field(default_factory=dict)
     _undo: list[Callable[[], Any]] = field(default_factory=list)
 
-    def add(self, site: Site, point: HookPoint, read_only: str | None = None) -> None:
-        """List a hook point under the site's name."""
+    def add(
+        self,
+        site: Site,
+        point: HookPoint,
+        read_only: str | None = None,
+        *,
+        packing: str | None = None,
+        heads: int | None = None,
+    ) -> None:
+        """List a hook point under the site's name.
+
+        Args:
+            site: The site.
+            point: Its hook point.
+            read_only: Why it cannot be edited, or None.
+            packing: Key of the packing of its activations, or None.
+            heads: Number of heads where the point has them in one piece, or None.
+        """
         registry, name, conversion = self.bridge._hook_registry, str(site), point.hook_conversion
         before = registry.get(name)
         registry[name] = point
         self._undo.append(lambda: registry.pop(name) if before is None else registry.update({name: before}))
-        point.hook_conversion = HonestConversion(name, conversion, read_only)
+        point.hook_conversion = HonestConversion(
+            name, conversion, read_only, None if packing is None else lambda: self.packings[packing], heads
+        )
         self._undo.append(lambda: setattr(point, "hook_conversion", conversion))
         self.points[site] = point
         if read_only is not None:
             self.read_only[site] = read_only
 
-    def make(self, site: Site, block: nn.Module) -> HookPoint:
+    def make(self, site: Site, block: nn.Module, *, packing: str | None = None) -> HookPoint:
         """A hook point of our own under the site's name, in place of any alias of that name."""
         point = HookPoint()
         point.name = str(site)
-        self.add(site, point)
+        self.add(site, point, packing=packing)
         before = getattr(block, site.component, None)
         if isinstance(before, HookPoint):
             object.__setattr__(block, site.component, point)
@@ -187,27 +288,70 @@ def install(bridge: Any, family: Family) -> Seams:
     seams = Seams(bridge)
     bridge.__dict__[_MARK] = seams
     seams.on_remove(lambda: bridge.__dict__.pop(_MARK))
-    config = bridge.original_model.config
+    model = bridge.original_model
     known = bridge.hook_dict
     for name, target in family.outside.items():
-        seams.add(Site.parse(name), known[target])
-    _install_tower(seams, "vision", family.vision, family.vision_depth(config), known)
+        seams.add(Site.parse(name), known[target], packing=family.outside_packing.get(name))
+    _install_tower(seams, "vision", family.vision, family.vision_depth(model.config), known)
     _install_tower(seams, "language", family.language, bridge.cfg.n_layers, known)
     seams.points = dict(sorted(seams.points.items()))
+    _watch_packing(seams, family)
     return seams
+
+
+def _watch_packing(seams: Seams, family: Family) -> None:
+    """Have the packings of each forward pass of the vision tower ready before its hooks run."""
+    if (packings := family.packings) is None:
+        return
+    model = seams.bridge.original_model
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seams.packings.update(packings(model, args, kwargs))
+
+    tower = model.get_submodule(family.tower_module)
+    seams.on_remove(tower.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
 
 
 def _install_tower(seams: Seams, tower: Tower, where: TowerMap, depth: int, known: dict[str, HookPoint]) -> None:
     template = seams.bridge.adapter.component_mapping.get(where.blocks)
     seams.drop_alias(template, "hook_resid_mid")
     blocks = seams.bridge.get_submodule(where.blocks)
+    dims = where.dims(seams.bridge.original_model.config)
     for layer in range(depth):
         block = blocks[layer]
         seams.drop_alias(block, "hook_resid_mid")
         for component, path in where.points.items():
             point = known[f"{where.blocks}.{layer}.{path}"]
-            seams.add(Site(tower, layer, component), point, where.read_only.get(component))
-        mid = seams.make(Site(tower, layer, "hook_resid_mid"), block)
-        post = seams.make(Site(tower, layer, "hook_resid_post"), block) if where.own_resid_post else None
-        for handle in _BlockSeam(block, where, mid, post).handles:
+            heads = dims.heads if component == "attn.hook_z" else None
+            site, lock = Site(tower, layer, component), where.read_only.get(component)
+            seams.add(site, point, lock, packing=where.packing, heads=heads)
+        own = {
+            component: seams.make(Site(tower, layer, component), block, packing=where.packing)
+            for component in (
+                "hook_resid_mid",
+                *(["hook_resid_post"] if where.own_resid_post else []),
+                *(["hook_attn_out", "hook_mlp_out"] if where.scales else []),
+            )
+        }
+        branches = (own["hook_attn_out"], own["hook_mlp_out"]) if where.scales else None
+        seam = _BlockSeam(block, where, own["hook_resid_mid"], own.get("hook_resid_post"), branches)
+        for handle in seam.handles:
             seams.on_remove(handle.remove)
+        if where.own_pattern:
+            _install_pattern(seams, Site(tower, layer, "attn.hook_pattern"), block, where)
+
+
+def _install_pattern(seams: Seams, site: Site, block: nn.Module, where: TowerMap) -> None:
+    """Put a hook point into the eager attention of a block."""
+    module = block.get_submodule(where.attn)
+    module = getattr(module, "original_component", None) or module
+    point = HookPoint()
+    point.name = str(site)
+    seams.add(site, point)
+    config: Any = module.config
+    before = config._attn_implementation
+    module.__dict__[attention.POINT], module.__dict__[attention.EAGER] = point, where.eager
+    config._attn_implementation = attention.NAME
+    seams.on_remove(lambda: point.remove_hooks("both", including_permanent=True))
+    seams.on_remove(lambda: setattr(config, "_attn_implementation", before))
+    seams.on_remove(lambda: [module.__dict__.pop(name) for name in (attention.POINT, attention.EAGER)])

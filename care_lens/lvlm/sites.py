@@ -39,21 +39,22 @@ def describe(site: Site, config: Any, family: Family, read_only: str | None) -> 
         The facts.
     """
     notes = [] if read_only is None else [f"read-only: {read_only}"]
+    about = str(site) if site.layer is None else f"{site.tower}.{site.component}"
+    notes += [family.notes[about]] if about in family.notes else []
     if site.tower == "projector":
-        width = family.projector_width(config) if site.component == "hook_in" else config.text_config.hidden_size
+        width = family.projector_width(config) if site.component == "hook_in" else family.language.dims(config).width
         return SiteInfo(site, width, ("image", "patch", "d_model"), read_only is None, "; ".join(notes))
-    tower = config.vision_config if site.tower == "vision" else config.text_config
+    dims = (family.vision if site.tower == "vision" else family.language).dims(config)
     batch, pos = ("image", "patch") if site.tower == "vision" else ("batch", "pos")
     if site.tower == "vision" and family.class_tokens(config):
         notes.append("patch 0 is the CLS token")
-    axes, width = (batch, pos, "d_model"), tower.hidden_size
+    axes, width = (batch, pos, "d_model"), dims.width
     if site.component == "attn.hook_pattern":
         axes, width = (batch, "head", "query", "key"), None
     elif site.component == "attn.hook_z":
-        d_head = getattr(tower, "head_dim", None) or tower.hidden_size // tower.num_attention_heads
-        axes, width = (batch, pos, "head", "d_head"), d_head
+        axes, width = (batch, pos, "head", "d_head"), dims.d_head
     elif site.component == "mlp.hook_post":
-        axes, width = (batch, pos, "d_mlp"), tower.intermediate_size
+        axes, width = (batch, pos, "d_mlp"), dims.d_mlp
     return SiteInfo(site, width, axes, read_only is None, "; ".join(notes))
 
 
@@ -68,14 +69,16 @@ def why_missing(site: Site, config: Any, family: Family) -> str:
     Returns:
         The explanation, a clause without a subject.
     """
-    tower = config.vision_config if site.tower == "vision" else config.text_config
-    if site.layer is not None and site.layer >= tower.num_hidden_layers:
-        return f"the {site.tower} tower has layers 0 to {tower.num_hidden_layers - 1}"
+    where = family.vision if site.tower == "vision" else family.language
+    layers = where.dims(config).layers
+    if site.layer is not None and site.layer >= layers:
+        return f"the {site.tower} tower has layers 0 to {layers - 1}"
     if site.tower == "vision" and site.layer is not None and site.layer >= (depth := family.vision_depth(config)):
         return (
             f"the language model reads the vision tower at layer {depth - 1}, so nothing above it has an "
             f"effect; use a layer up to {depth - 1}, or projector.hook_in"
         )
-    where = family.vision if site.tower == "vision" else family.language
-    here = [name for name in BLOCK_COMPONENTS if name in where.points or name in ("hook_resid_mid", "hook_resid_post")]
+    if site.component in where.absent:
+        return where.absent[site.component]
+    here = [name for name in BLOCK_COMPONENTS if name not in where.absent]
     return f"the {family.name} family has no such point; use one of {here}"

@@ -50,7 +50,8 @@ def vision(model, pixels: Tensor, edit: Edit) -> Tensor:
         heads = config.vision_config.num_attention_heads
         q, k, v = (p(x).unflatten(-1, (heads, -1)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        z = edit(at + "attn.hook_z", torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v))
+        pattern = edit(at + "attn.hook_pattern", scores.softmax(-1))
+        z = edit(at + "attn.hook_z", torch.einsum("bhqk,bkhd->bqhd", pattern, v))
         mid = hidden + edit(at + "hook_attn_out", attention.out_proj(z.flatten(2)))
         mid = edit(at + "hook_resid_mid", mid)
         post = edit(at + "mlp.hook_post", layer.mlp.activation_fn(layer.mlp.fc1(layer.layer_norm2(mid))))

@@ -1,11 +1,14 @@
 """Every listed site does what its name says, against a forward pass that is written out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import Edit, forward
 
 from care_lens.core import Site
 from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm.families import LLAVA, registry
 
 VARIANTS = {
     "clip": ("clip", -2),
@@ -126,12 +129,20 @@ def test_site_info_tells_the_shape(lvlm, examples):
     assert ("CLS" in lvlm.site_info("vision.blocks.0.hook_mlp_out").note) == is_clip
 
 
-def test_read_only_sites_refuse_edits_and_wrong_shapes_are_refused(lvlm, examples):
+def test_read_only_sites_refuse_edits(llava_maker, examples, monkeypatch):
+    locked = replace(LLAVA.vision, read_only={"attn.hook_z": "for the test; edit hook_attn_out instead"})
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    registry.register_family(replace(LLAVA, vision=locked))
+    with HookedLVLM.from_hf(*llava_maker("clip")) as lvlm:
+        inputs, site = lvlm.prepare(examples), "vision.blocks.0.attn.hook_z"
+        assert not lvlm.site_info(site).editable
+        with pytest.raises(ValueError, match=r"read-only.*hook_attn_out"):
+            lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: a * 0)])
+        assert torch.equal(lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: None)]), lvlm(inputs))
+
+
+def test_wrong_shapes_are_refused(lvlm, examples):
     inputs = lvlm.prepare(examples)
-    site = "vision.blocks.0.attn.hook_pattern"
-    assert not lvlm.site_info(site).editable
-    with pytest.raises(ValueError, match=r"read-only.*attn\.hook_z"):
-        lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: a * 0)])
     with pytest.raises(ValueError, match="must return the shape it was given"):
         lvlm.run_with_hooks(inputs, fwd_hooks=[("blocks.1.hook_mlp_out", lambda a, hook: a[:, :1])])
     with pytest.raises(TypeError, match="tensor or None, got float"):

@@ -1,12 +1,16 @@
 """What has to be said about a family of models so that its sites can be named, read and edited.
 
-A :class:`Family` maps care_lens's uniform site names to TransformerLens's hook points of one architecture.
-Everything in it is a statement about the architecture; nothing in it runs the model.
+A :class:`Family` maps care_lens's uniform site names to TransformerLens's hook points of one architecture, and says how its
+processor's output becomes a batch. Everything in it is a statement about the architecture; nothing in it runs the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from care_lens.lvlm.packing import Packing
 
 
 class PictureRegion(NamedTuple):
@@ -18,29 +22,110 @@ class PictureRegion(NamedTuple):
     height: float
 
 
+class Dims(NamedTuple):
+    """Sizes of a tower.
+
+    Attributes:
+        layers: Number of blocks.
+        width: Of the residual stream.
+        heads: Of attention.
+        d_head: Width of a head.
+        d_mlp: Number of neurons of an MLP.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    d_head: int
+    d_mlp: int
+
+
+def common_dims(config: Any) -> Dims:
+    """Sizes under the names that most towers' configs have."""
+    heads = config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Dims(config.num_hidden_layers, config.hidden_size, heads, d_head, config.intermediate_size)
+
+
+class Tile(NamedTuple):
+    """A rectangle of image tokens.
+
+    Attributes:
+        offset: Its first token, counted among the image's own tokens.
+        rows: Rows of tokens.
+        cols: Tokens a row.
+        region: What it shows of the picture.
+        stride: Tokens from the start of a row to the start of the next, newline tokens included; None: ``cols``.
+    """
+
+    offset: int
+    rows: int
+    cols: int
+    region: PictureRegion
+    stride: int | None = None
+
+
+class ImageLayout(NamedTuple):
+    """The tokens of one image: how many, and which rectangles of the picture they show."""
+
+    tokens: int
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """What is known of the images of one example when its tokens are laid out.
+
+    Attributes:
+        config: The model's config.
+        processor: The processor.
+        sizes: Width and height of each picture in pixels.
+        outputs: What the processor made of this example alone: tensors by name, first axes as the processor gives them.
+    """
+
+    config: Any
+    processor: Any
+    sizes: Sequence[tuple[int, int]]
+    outputs: Mapping[str, Tensor]
+
+
 @dataclass(frozen=True)
 class TowerMap:
     """Where a tower's components are on a TransformerBridge.
 
     Attributes:
         blocks: Name of the list of blocks on the bridge.
-        points: Component name to TransformerLens's hook point inside a block. Only points at which a returned
-            edit does what the component's name says belong here, or in ``read_only``.
-        mid_norm: Submodule of a block whose input is the residual stream between attention and MLP. A hook
-            point ``hook_resid_mid`` is made there, whose edit reaches the MLP and the residual stream alike.
+        points: Component name to TransformerLens's hook point inside a block. Only points at which a returned edit does
+            what the component's name says belong here, or in ``read_only``.
+        mid_norm: Submodule of a block whose input is the residual stream between attention and MLP. A hook point
+            ``hook_resid_mid`` is made there, whose edit reaches the MLP and the residual stream alike.
         mlp: Submodule of a block whose output is added to that stream.
-        own_resid_post: Whether ``hook_resid_post`` is made inside the wrapped Hugging Face block rather than
-            taken from TransformerLens. True for a vision tower whose features are recorded there, before
-            TransformerLens's point.
+        attn: Submodule of a block that is attention.
+        own_resid_post: Whether ``hook_resid_post`` is made inside the wrapped Hugging Face block rather than taken from
+            TransformerLens. True for a vision tower whose features are recorded there, before TransformerLens's point.
+        own_pattern: Whether ``attn.hook_pattern`` is made inside eager attention, so that edits act.
+        eager: Name of the eager attention function in the model's file.
+        scales: Parameters of the wrapped block that multiply the outputs of attention and MLP before they are added to the
+            stream, if there are any; ``hook_attn_out`` and ``hook_mlp_out`` are then made after them.
         read_only: Components at which activations can be read but not edited, with the reason.
+        absent: Components that this tower does not have, with the reason.
+        packing: Key of the packing (see :attr:`Family.packings`) of this tower's activations, if all images share one row.
+        dims: The model's config to the tower's sizes.
     """
 
     blocks: str
     points: Mapping[str, str]
     mid_norm: str
     mlp: str
+    dims: Callable[[Any], Dims]
+    attn: str = "attn"
     own_resid_post: bool = False
+    own_pattern: bool = False
+    eager: str = "eager_attention_forward"
+    scales: tuple[str, str] | None = None
     read_only: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    packing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +139,24 @@ class Family:
         vision: The vision tower.
         outside: Sites outside the blocks to TransformerLens's hook points.
         vision_depth: Config to the number of vision blocks whose output reaches the language model.
-        class_tokens: Config to the number of tokens before the patches in the vision tower (a CLS token).
         projector_width: Config to the width of the projector's input.
-        patch_grid: Config, height and width of the pixel tensor to (rows, cols) of image tokens.
-        image_tokens: Config, rows and cols to the number of placeholders of one image.
-        picture_region: Image processor, width and height of a picture to the part of it that the model sees.
-        extra_inputs: Other outputs of the processor that the model takes, one entry an image.
+        layout: The images of one example to the layout of their tokens, one each.
+        class_tokens: Config to the number of tokens before the patches in the vision tower (a CLS token).
+        entries: The images of one example to the number of entries (images or tiles) of the vision tower's activations.
+        outside_packing: Sites outside the blocks to keys of packings.
+        packings: Model, arguments and keyword arguments of the vision tower's forward pass to packings by key; None where
+            activations are [image or tile, patch, d] in raster order already.
+        tower_module: Path of the Hugging Face module whose forward pass ``packings`` looks at.
+        image_text: The processor to the text that stands for an image in a formatted prompt.
+        prompt: Processor, text and number of images to the formatted prompt; None: the processor's chat template.
+        nested_images: Whether the processor wants images as one list an example.
+        batched: Whether one call of the processor can take rows with and without images, each with one image at most, and
+            gives one pixel tensor of one size an image.
+        extra_inputs: Other outputs of the processor about images that the model takes.
+        token_inputs: Outputs of the processor about tokens that the model takes, with their value at response tokens.
+        own_positions: Whether positions are counted by the model itself (rotary embeddings in several dimensions).
+        adapters: Architectures to TransformerLens adapters that stand in for TransformerLens's own (or for none).
+        notes: Site components of a tower ("vision.hook_resid_post") to what else to know about them.
     """
 
     name: str
@@ -68,9 +165,19 @@ class Family:
     vision: TowerMap
     outside: Mapping[str, str]
     vision_depth: Callable[[Any], int]
-    class_tokens: Callable[[Any], int]
     projector_width: Callable[[Any], int]
-    patch_grid: Callable[[Any, int, int], tuple[int, int]]
-    image_tokens: Callable[[Any, int, int], int]
-    picture_region: Callable[[Any, int, int], PictureRegion]
+    layout: Callable[[Pictured], Sequence[ImageLayout]]
+    class_tokens: Callable[[Any], int] = lambda config: 0
+    entries: Callable[[Pictured], int] = lambda about: len(about.sizes)
+    outside_packing: Mapping[str, str] = field(default_factory=dict)
+    packings: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Mapping[str, Packing]] | None = None
+    tower_module: str = ""
+    image_text: Callable[[Any], str] = lambda processor: processor.image_token
+    prompt: Callable[[Any, str, int], str] | None = None
+    nested_images: bool = False
+    batched: bool = False
     extra_inputs: tuple[str, ...] = ()
+    token_inputs: Mapping[str, int] = field(default_factory=dict)
+    own_positions: bool = False
+    adapters: Mapping[str, type] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)

@@ -7,44 +7,71 @@ edits are therefore lost at the layer that is read: care_lens makes its own ``ho
 recorded.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from care_lens.lvlm.families.base import Family, PictureRegion, TowerMap
+from care_lens.lvlm.families.base import (
+    Dims,
+    Family,
+    ImageLayout,
+    Pictured,
+    PictureRegion,
+    Tile,
+    TowerMap,
+    common_dims,
+)
 
 _DECODER = {
     "hook_resid_pre": "hook_in",
     "hook_attn_out": "attn.hook_out",
     "attn.hook_z": "attn.o.hook_in",
-    "attn.hook_pattern": "attn.hook_pattern",
     "mlp.hook_post": "mlp.out.hook_in",
     "hook_mlp_out": "mlp.hook_out",
 }
 
 
-def _vision_depth(config: Any) -> int:
+def text_dims(config: Any) -> Dims:
+    """Sizes of the language tower."""
+    return common_dims(config.text_config)
+
+
+def vision_dims(config: Any) -> Dims:
+    """Sizes of the vision tower."""
+    return common_dims(config.vision_config)
+
+
+def vision_depth(config: Any) -> int:
+    """Number of vision blocks up to the highest layer that the projector reads."""
     layers = config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else layers
     states = config.vision_config.num_hidden_layers + 1
     return max(layer % states for layer in layers)
 
 
-def _class_tokens(config: Any) -> int:
+def class_tokens(config: Any) -> int:
+    """One CLS token in CLIP's tower, none in SigLIP's."""
     return 1 if config.vision_config.model_type == "clip_vision_model" else 0
 
 
-def _projector_width(config: Any) -> int:
+def projector_width(config: Any) -> int:
+    """Width of the features, of all layers that are read."""
     layers = config.vision_feature_layer
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
-def _patch_grid(config: Any, height: int, width: int) -> tuple[int, int]:
+def _layout(about: Pictured) -> Sequence[ImageLayout]:
+    config = about.config
+    height, width = about.outputs["pixel_values"].shape[-2:]
     patch = config.vision_config.patch_size
-    return height // patch, width // patch
-
-
-def _image_tokens(config: Any, rows: int, cols: int) -> int:
-    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-    return rows * cols + _class_tokens(config) - dropped
+    rows, cols = height // patch, width // patch
+    before = class_tokens(config) - (1 if config.vision_feature_select_strategy == "default" else 0)
+    return [
+        ImageLayout(
+            rows * cols + before,
+            (Tile(before, rows, cols, picture_region(about.processor.image_processor, *size)),),
+        )
+        for size in about.sizes
+    ]
 
 
 def picture_region(image_processor: Any, width: int, height: int) -> PictureRegion:
@@ -77,33 +104,52 @@ def picture_region(image_processor: Any, width: int, height: int) -> PictureRegi
     return PictureRegion(left, top, w, h)
 
 
+DECODER = TowerMap(
+    blocks="blocks",
+    points={**_DECODER, "attn.hook_pattern": "attn.hook_pattern", "hook_resid_post": "hook_out"},
+    mid_norm="ln2",
+    mlp="mlp",
+    dims=text_dims,
+)
+"""A decoder whose attention TransformerLens computes itself."""
+
+NATIVE_DECODER = TowerMap(
+    blocks="blocks",
+    points={**_DECODER, "hook_resid_post": "hook_out"},
+    mid_norm="ln2",
+    mlp="mlp",
+    dims=text_dims,
+    own_pattern=True,
+)
+"""A decoder whose attention is left to Hugging Face."""
+
+ENCODER = TowerMap(
+    blocks="vision_encoder.encoder_layers",
+    points=_DECODER,
+    mid_norm="ln2",
+    mlp="mlp",
+    dims=vision_dims,
+    own_resid_post=True,
+    own_pattern=True,
+)
+"""A CLIP or SigLIP tower, hidden states of which may be recorded at any layer."""
+
+OUTSIDE = {
+    "vision.hook_embed": "vision_encoder.embeddings.hook_out",
+    "projector.hook_in": "vision_projector.hook_in",
+    "projector.hook_out": "vision_projector.hook_out",
+}
+
 LLAVA = Family(
     name="llava",
     architectures=("LlavaForConditionalGeneration",),
-    language=TowerMap(
-        blocks="blocks",
-        points={**_DECODER, "hook_resid_post": "hook_out"},
-        mid_norm="ln2",
-        mlp="mlp",
-    ),
-    vision=TowerMap(
-        blocks="vision_encoder.encoder_layers",
-        points=_DECODER,
-        mid_norm="ln2",
-        mlp="mlp",
-        own_resid_post=True,
-        read_only={"attn.hook_pattern": "attention has used the pattern when it is read; edit attn.hook_z instead"},
-    ),
-    outside={
-        "vision.hook_embed": "vision_encoder.embeddings.hook_out",
-        "projector.hook_in": "vision_projector.hook_in",
-        "projector.hook_out": "vision_projector.hook_out",
-    },
-    vision_depth=_vision_depth,
-    class_tokens=_class_tokens,
-    projector_width=_projector_width,
-    patch_grid=_patch_grid,
-    image_tokens=_image_tokens,
-    picture_region=picture_region,
+    language=DECODER,
+    vision=ENCODER,
+    outside=OUTSIDE,
+    vision_depth=vision_depth,
+    projector_width=projector_width,
+    layout=_layout,
+    class_tokens=class_tokens,
+    batched=True,
 )
 """The LLaVA family."""

@@ -1,0 +1,208 @@
+"""Every family: the numbers of plain Hugging Face, and every site against plain torch hooks."""
+
+import importlib
+import pkgutil
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+from zoo.plain import Plain
+
+from care_lens.core import Example
+from care_lens.lvlm import HookedLVLM
+
+SPECIMENS = {
+    specimen.name: specimen
+    for module in pkgutil.iter_modules(zoo.__path__)
+    for specimen in getattr(importlib.import_module(f"zoo.{module.name}"), "SPECIMENS", [])
+}
+
+
+def bump(activation):
+    generator = torch.Generator().manual_seed(activation.numel())
+    return 0.7 * activation + 0.5 * torch.randn(activation.shape, generator=generator).to(activation)
+
+
+@pytest.fixture(scope="module", params=SPECIMENS)
+def specimen(request):
+    return SPECIMENS[request.param]
+
+
+@pytest.fixture(scope="module")
+def twins(specimen):
+    """A HookedLVLM and a plain model of the same weights."""
+    model, processor = specimen.make()
+    plain, _ = specimen.make()
+    plain.set_attn_implementation("eager")
+    return HookedLVLM.from_hf(model, processor), plain
+
+
+@pytest.fixture(scope="module")
+def rows(picture):
+    return [
+        Example("what is in the picture", image=picture(0, (32, 32)), response="sure red"),
+        Example("how to make a blue", response="sorry i cannot help"),
+        Example("red", image=picture(1, (56, 28)), response="no"),
+    ]
+
+
+def padding_free(inputs):
+    return inputs.attention_mask.bool()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("responses", [False, True])
+def test_logits_equal_plain_hugging_face(twins, rows, side, responses):
+    lvlm, plain = twins
+    inputs = lvlm.prepare(rows, padding_side=side, responses=responses)
+    assert torch.equal(lvlm(inputs), plain(**inputs.model_kwargs()).logits)
+
+
+@torch.no_grad()
+def test_one_row_equals_what_the_processor_alone_would_give(twins, rows):
+    lvlm, plain = twins
+    for example in rows[:2]:
+        inputs = lvlm.prepare(example)
+        text = lvlm.family.prompt(lvlm.processor, example.prompt, len(example.images)) if lvlm.family.prompt else None
+        if text is None:
+            content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.prompt}]
+            turns = [{"role": "user", "content": content}]
+            text = lvlm.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        kwargs = {"images": list(example.images)} if example.images else {}
+        bos = lvlm.tokenizer.bos_token
+        special = bos is None or not text.startswith(bos)
+        raw = lvlm.processor(text=[text], add_special_tokens=special, return_tensors="pt", **kwargs)
+        assert torch.equal(raw["input_ids"], inputs.input_ids)
+        torch.testing.assert_close(plain(**raw).logits, lvlm(inputs), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_row_is_the_same_alone_and_in_a_batch(twins, rows):
+    lvlm, _ = twins
+    for side in ("left", "right"):
+        inputs = lvlm.prepare(rows, padding_side=side)
+        batch = lvlm(inputs)
+        for row, example in enumerate(rows):
+            alone = lvlm(lvlm.prepare(example))[0]
+            torch.testing.assert_close(batch[row][~inputs.spans.padding[row]], alone, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_are_a_batch(twins, rows):
+    lvlm, _ = twins
+    inputs = lvlm.prepare(rows)
+    logits = lvlm(inputs)
+    for index in ([2, 0], [1], [0, 0, 2]):
+        part = inputs.rows(index)
+        keep = ~part.spans.padding
+        torch.testing.assert_close(lvlm(part)[keep], logits[index][keep], rtol=1e-3, atol=1e-3)
+    entries = len(inputs.image_rows)
+    if entries:
+        _, cache = lvlm.run_with_cache(inputs, sites=["vision.blocks.0.hook_resid_pre"])
+        assert cache["vision.blocks.0.hook_resid_pre"].shape[0] == entries
+
+
+@pytest.mark.parametrize("rows_of", [[0], [1], [0, 1, 2]], ids=["image", "text", "mixed"])
+def test_generation_equals_plain_hugging_face(twins, rows, rows_of):
+    lvlm, plain = twins
+    inputs = lvlm.prepare([rows[row] for row in rows_of])
+    ours = lvlm.generate(inputs, max_new_tokens=6)
+    pad = lvlm.tokenizer.pad_token_id
+    theirs = plain.generate(**inputs.generate_kwargs(), max_new_tokens=6, do_sample=False, pad_token_id=pad)
+    assert torch.equal(ours.sequences, theirs)
+
+
+@torch.no_grad()
+def test_every_site_acts_as_its_name_says(specimen, twins, rows):
+    lvlm, plain = twins
+    inputs = lvlm.prepare(rows)
+    clean, cache = lvlm.run_with_cache(inputs, sites=None)
+    reference, real = Plain(specimen, plain, inputs), padding_free(inputs)
+    torch.testing.assert_close(reference.logits(), clean)
+    assert {site.layer for site in lvlm.sites(tower="vision")} - {None} == set(range(specimen.depth))
+    for site in lvlm.sites():
+        expected = reference.logits(site, bump)
+        seen, held = reference.seen, cache[str(site)]
+        assert seen is not None, f"{site}: the reference never came there"
+        if site.tower == "language":
+            shown = (
+                (seen.transpose(1, 2)[real], held.transpose(1, 2)[real])
+                if site.component == "attn.hook_pattern"
+                else (seen[real].flatten(1), held[real].flatten(1))
+            )
+        else:
+            shown = (seen, held)
+        torch.testing.assert_close(*shown[::-1], rtol=1e-3, atol=1e-4, msg=lambda m, s=site: f"{s} reads wrong: {m}")
+        if not lvlm.site_info(site).editable:
+            continue
+        edited = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: bump(a))])
+        torch.testing.assert_close(
+            edited[real], expected[real], rtol=1e-3, atol=1e-3, msg=lambda m, s=site: f"{s} edits wrong: {m}"
+        )
+        assert (edited - clean)[real].abs().max() > 1e-3, f"{site}: the edit does nothing"
+
+
+@torch.no_grad()
+def test_writing_back_what_was_read_changes_no_bit(twins, rows):
+    lvlm, _ = twins
+    inputs = lvlm.prepare(rows)
+    clean, cache = lvlm.run_with_cache(inputs, sites=None)
+    for site in lvlm.sites():
+        if lvlm.site_info(site).editable:
+            back = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook, held=cache[str(site)]: held)])
+            assert torch.equal(back, clean), site
+
+
+@torch.no_grad()
+def test_site_info_tells_the_shape_and_the_bridge_knows_the_names(twins, rows):
+    lvlm, _ = twins
+    inputs = lvlm.prepare(rows)
+    _, cache = lvlm.run_with_cache(inputs, sites=None)
+    names = lvlm.bridge.hook_dict
+    for site in lvlm.sites():
+        info, shape = lvlm.site_info(site), cache[str(site)].shape
+        assert len(info.axes) == len(shape) and str(site) in names, site
+        assert info.width in (None, shape[-1]), site
+
+
+@torch.no_grad()
+def test_patch_grids_hold_the_image_tokens(twins, rows):
+    lvlm, _ = twins
+    inputs = lvlm.prepare(rows)
+    for row, grids in enumerate(inputs.spans.grids):
+        tokens = set(inputs.spans.image[row].nonzero()[:, 0].tolist())
+        positions = [p for grid in grids for p in grid.positions()]
+        assert len(positions) == len(set(positions)) and set(positions) <= tokens
+        assert bool(tokens) == bool(rows[row].images)
+        for grid in grids:
+            width, height = rows[row].images[grid.image].size
+            x0, y0, *_ = grid.rectangle(grid.positions()[0])
+            *_, x1, y1 = grid.rectangle(grid.positions()[-1])
+            assert x0 < x1 and y0 < y1 and x1 > 0 and y1 > 0 and x0 < width and y0 < height
+
+
+@torch.no_grad()
+def test_pictures_without_their_placeholders_are_refused(twins, rows, picture):
+    lvlm, _ = twins
+    text = lvlm.family.image_text(lvlm.processor)
+    with pytest.raises(ValueError, match="placeholder"):
+        lvlm.prepare(Example(f"what is in {text} the picture"))
+    with pytest.raises(ValueError, match="placeholder"):
+        lvlm.prepare(replace(rows[0], prompt=f"what is in {text} the picture"))
+
+
+@torch.no_grad()
+def test_bfloat16_equals_hugging_face_and_takes_float32_hooks(specimen, rows):
+    model, processor = specimen.make()
+    plain, _ = specimen.make()
+    plain.set_attn_implementation("eager")
+    lvlm, plain = HookedLVLM.from_hf(model.to(torch.bfloat16), processor), plain.to(torch.bfloat16)
+    inputs = lvlm.prepare(rows)
+    clean = lvlm(inputs)
+    assert torch.equal(clean, plain(**inputs.model_kwargs()).logits)
+    for site in lvlm.sites():
+        if lvlm.site_info(site).editable and site.layer in (None, 1):
+            same = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: a.float())])
+            assert torch.equal(same, clean), site
