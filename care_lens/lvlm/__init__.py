@@ -1,9 +1,10 @@
 """The model: HookedLVLM, its inputs, and how families of models are described."""
 
 from care_lens.lvlm.bound import BoundLVLM
+from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.hooked import HookedLVLM
 from care_lens.lvlm.inputs import Generation, LVLMInputs
 from care_lens.lvlm.sites import SiteInfo
 from care_lens.lvlm.wrapped import FwdHooks, HookFn
 
-__all__ = ["BoundLVLM", "FwdHooks", "Generation", "HookFn", "HookedLVLM", "LVLMInputs", "SiteInfo"]
+__all__ = ["BoundLVLM", "FwdHooks", "Generation", "HookFn", "HookedLVLM", "LVLMCache", "LVLMInputs", "SiteInfo"]

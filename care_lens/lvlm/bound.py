@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens import ActivationCache
 
+from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.inputs import LVLMInputs
 
 if TYPE_CHECKING:
@@ -43,9 +45,12 @@ class BoundLVLM:
             return self._lvlm.bridge.run_with_hooks(tokens, **self._fixed, **kwargs)
 
     def run_with_cache(self, input: Int[Tensor, "batch pos"], **kwargs: Any) -> Any:
-        """``TransformerBridge.run_with_cache`` with the bound images."""
+        """``TransformerBridge.run_with_cache`` with the bound images; the cache is an :class:`LVLMCache`."""
         with self._batch(input) as tokens:
-            return self._lvlm.bridge.run_with_cache(tokens, **self._fixed, **kwargs)
+            logits, cache = self._lvlm.bridge.run_with_cache(tokens, **self._fixed, **kwargs)
+        if isinstance(cache, ActivationCache):
+            cache = LVLMCache(cache.cache_dict, self._lvlm.bridge, has_batch_dim=cache.has_batch_dim)
+        return logits, cache
 
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """``TransformerBridge.to_tokens``: words alone, without a chat template."""

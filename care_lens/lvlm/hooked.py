@@ -12,13 +12,12 @@ memory. Dtypes: what a hook returns is cast to the activation's dtype, so float3
 half-precision model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens import ActivationCache
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources._bridge_builder import (
@@ -30,10 +29,18 @@ from care_lens.core.examples import Example
 from care_lens.core.site import SiteLike
 from care_lens.lvlm.attention import NAME as ATTENTION
 from care_lens.lvlm.bound import BoundLVLM
+from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
+from care_lens.lvlm.loading import load_processor, require_known
 from care_lens.lvlm.prepare import prepare_batch
+from care_lens.lvlm.recorder import Recorder
 from care_lens.lvlm.wrapped import FwdHooks, HookFn, WrappedBridge
+
+REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "prefill_chunk_size")
+"""Ways of decoding that are refused, by the names of their options."""
+
+COPIES = "num_return_sequences"
 
 
 class HookedLVLM(WrappedBridge):
@@ -58,6 +65,7 @@ class HookedLVLM(WrappedBridge):
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        quantization_config: Any = None,
     ) -> "HookedLVLM":
         """Load a model and its processor from a hub name or a directory.
 
@@ -67,20 +75,27 @@ class HookedLVLM(WrappedBridge):
             dtype: As in transformers; None: the dtype of the weights.
             revision: Branch, tag or commit on the hub.
             trust_remote_code: Whether to run code that comes with the weights.
+            quantization_config: As in transformers, for instance a ``BitsAndBytesConfig``; None: what the weights say.
 
         Returns:
             The model, in evaluation mode, with eager attention.
 
         Raises:
-            ValueError: If the model's family is not known.
+            ValueError: If the model's family is not known; said before any weights are read.
+            ImportError: If a package is missing that the processor needs (often torchvision).
+            OSError: If there is no such model, or it has no processor.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        require_known(AutoConfig.from_pretrained(name_or_dir, **common))
+        processor = load_processor(name_or_dir, **common)
+        if quantization_config is not None:
+            common["quantization_config"] = quantization_config
         model = AutoModelForImageTextToText.from_pretrained(
             name_or_dir, device_map=device_map, dtype=dtype or "auto", attn_implementation="eager", **common
         )
-        return cls.from_hf(model, AutoProcessor.from_pretrained(name_or_dir, **common))
+        return cls.from_hf(model, processor)
 
     @classmethod
     def from_hf(cls, model: nn.Module, processor: Any) -> "HookedLVLM":
@@ -216,7 +231,7 @@ class HookedLVLM(WrappedBridge):
         sites: Sequence[SiteLike] | None,
         fwd_hooks: FwdHooks = (),
         logits_to_keep: int = 0,
-    ) -> tuple[Float[Tensor, "batch kept vocab"], ActivationCache]:
+    ) -> tuple[Float[Tensor, "batch kept vocab"], LVLMCache]:
         """Logits of a batch, and its activations at some sites.
 
         Args:
@@ -251,7 +266,7 @@ class HookedLVLM(WrappedBridge):
             fwd_hooks=[*fwd_hooks, *((site, saver(str(site))) for site in dict.fromkeys(wanted))],
             logits_to_keep=logits_to_keep,
         )
-        return logits, ActivationCache(store, self.bridge)
+        return logits, LVLMCache(store, self.bridge)
 
     def generate(
         self,
@@ -260,25 +275,33 @@ class HookedLVLM(WrappedBridge):
         max_new_tokens: int = 32,
         do_sample: bool = False,
         fwd_hooks: FwdHooks = (),
+        sites: Sequence[SiteLike] = (),
         **kwargs: Any,
     ) -> Generation:
         """Answer a batch, by the Hugging Face model's own ``generate`` with the hooks on.
 
         Language hooks see [batch, pos, d] at the first step and [batch, 1, d] at each of the others; vision
-        hooks run once.
+        hooks run once. With ``num_return_sequences`` the batch is expanded first: each row stands as many times in it, one
+        after the other, and every hook sees that batch and its spans. With beams transformers expands the batch after the
+        vision tower.
 
         Args:
             inputs: The batch, padded on the left, without responses.
             max_new_tokens: Most tokens of an answer.
             do_sample: Whether to sample; else the likeliest token is taken.
             fwd_hooks: Pairs of a place and a function.
+            sites: Sites whose activations are kept, at the prompt and at every generated token that the model was given
+                (all but the last); see ``Generation.activations``.
             **kwargs: Passed to ``generate``.
 
         Returns:
             The answers.
 
         Raises:
-            ValueError: If the batch is padded on the right, or holds responses.
+            ValueError: If the batch is padded on the right or holds responses; for ways of decoding under which hooks do not
+                see each token once (assisted decoding, prompt lookup, chunked prefill); for beams with sites or with hooks
+                that are made for each batch (beams change places, and state kept for a row would be another's); or if a
+                pattern is to be kept, whose axes grow with each token.
         """
         spans = require_inputs(inputs).spans
         if bool(spans.response.any()) or not bool(spans.last[:, -1].all()):
@@ -286,17 +309,39 @@ class HookedLVLM(WrappedBridge):
                 "inputs must end with the prompt in every row; prepare them with responses=False and "
                 "padding_side='left'"
             )
+        copies = self._copies(kwargs, stateful=bool(sites) or bool(self._makers))
+        if copies > 1:
+            inputs = inputs.rows([row for row in range(inputs.batch_size) for _ in range(copies)])
+            kwargs[COPIES] = 1
+        recorder = Recorder([self._require(site) for site in sites])
         pad = self.tokenizer.pad_token_id
         options = {
             "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
             "do_sample": do_sample,
             **kwargs,
         }
-        with self.batch_hooks(inputs), self.hooks(fwd_hooks), torch.no_grad():
+        with self.batch_hooks(inputs), self.hooks([*fwd_hooks, *recorder.hooks()]), torch.no_grad():
             sequences = self.hf_model.generate(**inputs.generate_kwargs(), max_new_tokens=max_new_tokens, **options)
         new_tokens = sequences[:, inputs.input_ids.shape[1] :]
         texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        return Generation(sequences, new_tokens, texts)
+        return Generation(sequences, new_tokens, texts, recorder.activations())
+
+    def _copies(self, kwargs: Mapping[str, Any], *, stateful: bool) -> int:
+        """How many times each row is to stand in the batch before it is generated from."""
+        config = kwargs.get("generation_config") or self.hf_model.generation_config
+        given = {name: kwargs.get(name, getattr(config, name, None)) for name in (*REFUSED, "num_beams", COPIES)}
+        if refused := [name for name in REFUSED if given[name]]:
+            raise ValueError(
+                f"generation must show each token to the hooks once, got {refused}: assisted decoding, prompt lookup and "
+                "chunked prefill are not defined here"
+            )
+        beams = given["num_beams"] or 1
+        if beams > 1 and stateful:
+            raise ValueError(
+                f"num_beams must be 1 where activations are kept or a repair is on, got {beams}: beams change places, and "
+                "what is known of a row would be another beam's"
+            )
+        return 1 if beams > 1 else given[COPIES] or 1
 
     def bind(self, inputs: LVLMInputs) -> BoundLVLM:
         """The model with this batch's images fixed, which TransformerLens's own tools take as their model.

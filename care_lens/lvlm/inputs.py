@@ -132,11 +132,14 @@ class Generation:
         sequences: [batch, pos + new] prompt and answer.
         new_tokens: [batch, new] the answer, padded on the right after its end.
         texts: The answers as text, without special tokens.
+        activations: By site name, if any were asked for: [batch, pos + new - 1, ...] in the language tower, since the
+            model is never given the last token; [image, patch, ...] in the vision tower.
     """
 
     sequences: Int[Tensor, "batch total"]
     new_tokens: Int[Tensor, "batch new"]
     texts: list[str]
+    activations: dict[str, Tensor] = field(default_factory=dict)
 
 
 def require_inputs(inputs: Any) -> LVLMInputs:

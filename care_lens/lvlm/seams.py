@@ -296,7 +296,26 @@ def install(bridge: Any, family: Family) -> Seams:
     _install_tower(seams, "language", family.language, bridge.cfg.n_layers, known)
     seams.points = dict(sorted(seams.points.items()))
     _watch_packing(seams, family)
+    _guard_placeholders(seams)
     return seams
+
+
+def _guard_placeholders(seams: Seams) -> None:
+    """Refuse tokens with image placeholders and no pixels, which the model would take for words without a word."""
+    model = seams.bridge.original_model
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids, past = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
+        seen = 0 if past is None else past.get_seq_length()
+        if ids is None or seen or kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
+            return
+        if bool((ids == model.config.image_token_id).any()):
+            raise ValueError(
+                "tokens must come with the pixels of their images, got image placeholders alone; prepare the batch and run "
+                "it through HookedLVLM, or bind(inputs) for TransformerLens's tools"
+            )
+
+    seams.on_remove(model.register_forward_pre_hook(before, with_kwargs=True).remove)
 
 
 def _watch_packing(seams: Seams, family: Family) -> None:

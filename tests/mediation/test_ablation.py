@@ -188,7 +188,6 @@ def test_save_and_load(ablated, tmp_path):
     [
         ({"mode": "skip", "components": ("hook_resid_post",)}, "to be skipped"),
         ({"layers": (7,)}, "no site"),
-        ({"tower": "vision", "components": ("attn.hook_pattern",)}, "must be editable"),
     ],
 )
 def test_refusals(model, examples, options, message):

@@ -1,0 +1,102 @@
+"""TransformerLens's own tools on every family, with images."""
+
+import pytest
+import torch
+from test_every_family import SPECIMENS
+from transformer_lens import patching
+from transformer_lens.tools import analysis
+
+from care_lens.core import Example
+from care_lens.lvlm import HookedLVLM
+
+
+@pytest.fixture(scope="module", params=SPECIMENS)
+def bound(request, picture):
+    """The bound clean and corrupted batch of a model, their images apart."""
+    lvlm = HookedLVLM.from_hf(*SPECIMENS[request.param].make())
+    clean, corrupted = (lvlm.prepare(Example("what is in the picture", image=picture(i, (32, 32)))) for i in (0, 1))
+    return lvlm, lvlm.bind(clean), lvlm.bind(corrupted)
+
+
+def metric(logits):
+    return logits[0, -1, 5] - logits[0, -1, 6]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resid_pre", "attn_out", "mlp_out"])
+def test_patching(bound, name):
+    lvlm, clean, corrupted = bound
+    _, cache = clean.run_with_cache(clean.inputs.input_ids)
+    function = getattr(patching, f"get_act_patch_{name}")
+    result = function(corrupted, corrupted.inputs.input_ids, cache, metric)
+    last = corrupted.inputs.input_ids.shape[1] - 1
+    image = int(corrupted.inputs.spans.image[0].nonzero()[0])
+    for layer, position in [(0, image), (1, image), (2, last)]:
+
+        def patch(activation, hook, layer=layer, position=position):
+            new = activation.clone()
+            new[:, position] = cache[f"blocks.{layer}.hook_{name}"][:, position]
+            return new
+
+        logits = lvlm.run_with_hooks(corrupted.inputs, fwd_hooks=[(f"blocks.{layer}.hook_{name}", patch)])
+        torch.testing.assert_close(result[layer, position], metric(logits), rtol=1e-4, atol=1e-5)
+    assert result.std() > 0
+
+
+@torch.no_grad()
+def test_the_residual_stream_adds_up_at_every_position(bound):
+    lvlm, clean, _ = bound
+    _, cache = clean.run_with_cache(clean.inputs.input_ids)
+    _, ours = lvlm.run_with_cache(clean.inputs, sites=lvlm.sites(tower="language"))
+    for held in (cache, ours):
+        components, labels = held.decompose_resid(return_labels=True)
+        assert len(components) == len(labels)
+        final = held[f"blocks.{lvlm.n_layers() - 1}.hook_resid_post"]
+        torch.testing.assert_close(components.sum(0), final, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_logit_lens_ends_at_the_models_own_logits(bound):
+    lvlm, clean, _ = bound
+    _, cache = clean.run_with_cache(clean.inputs.input_ids)
+    lens = analysis.logit_lens(clean, cache=cache, positions=None)
+    torch.testing.assert_close(lens.values[-1], lvlm(clean.inputs), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_interchange_over_rows_of_a_batch(bound, picture):
+    lvlm, *_ = bound
+    rows = lvlm.prepare([Example("what is in the picture", image=picture(i, (32, 32))) for i in range(3)])
+    width = lvlm.width("blocks.1.hook_resid_pre")
+
+    def answers(index):
+        return lvlm(rows.rows(index.tolist()), logits_to_keep=1)[:, -1, 5:8]
+
+    index, last = torch.arange(3), torch.full((3,), rows.input_ids.shape[1] - 1)
+    site = "blocks.1.hook_resid_pre"
+    source = analysis.collect_activations(lvlm.bridge, site, index, answers, positions=last)
+    everything = analysis.SubspaceInterchange(torch.eye(width))
+    swapped = analysis.run_with_intervention(
+        lvlm.bridge, site, everything, index, source.roll(1, 0), answers, positions=last
+    )
+    held = lvlm.run_with_cache(rows, sites=[site])[1][site]
+    torch.testing.assert_close(source, held[:, -1], rtol=1e-4, atol=1e-5)
+
+    def by_hand(activation, hook):
+        new = activation.clone()
+        new[:, -1] = activation[:, -1].roll(1, 0)
+        return new
+
+    expected = lvlm.run_with_hooks(rows, fwd_hooks=[(site, by_hand)], logits_to_keep=1)[:, -1, 5:8]
+    torch.testing.assert_close(swapped, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sparse_probes_take_its_activations(bound, picture):
+    lvlm, *_ = bound
+    rows = lvlm.prepare(
+        [Example(word, image=picture(i, (32, 32))) for i in range(6) for word in ("red", "what is blue")]
+    )
+    _, cache = lvlm.run_with_cache(rows, sites=["blocks.1.mlp.hook_post"])
+    features, labels = cache["blocks.1.mlp.hook_post"][:, -1], torch.arange(12) % 2
+    assert analysis.fit_sparse_probe(features, labels, k=2).metrics is not None
