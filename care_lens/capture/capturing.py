@@ -122,6 +122,26 @@ def pool(
     return (sums / counts[:, None]).cpu(), (counts > 0).cpu()
 
 
+def pool_images(
+    activation: Float[Tensor, "image patch d"], mask: Bool[Tensor, "image patch"], inputs: LVLMInputs
+) -> tuple[Float[Tensor, "batch d"], Bool[Tensor, " batch"]]:
+    """The mean over the patches of each row's images (or tiles), each patch counting once.
+
+    Args:
+        activation: [image, patch, d].
+        mask: [image, patch] what to pool over.
+        inputs: The batch.
+
+    Returns:
+        [batch, d] float32 on the CPU, NaN where a row has no image; [batch] where it has.
+    """
+    owner = torch.tensor(inputs.image_rows, device=activation.device)
+    sums = activation.detach().float().masked_fill(~mask[..., None], 0.0).sum(dim=1)
+    total = torch.zeros(inputs.batch_size, sums.shape[1], device=activation.device).index_add_(0, owner, sums)
+    counts = torch.zeros(inputs.batch_size, device=activation.device).index_add_(0, owner, mask.sum(dim=1).float())
+    return (total / counts[:, None]).cpu(), (counts > 0).cpu()
+
+
 def _selections_at(lvlm: HookedLVLM, site: Site, select: Sequence[str]) -> tuple[str, ...]:
     axes = lvlm.site_info(site).axes
     if len(axes) != 3:
@@ -149,15 +169,8 @@ def _reader(
             if site.tower == "language":
                 rows, present = pool(activation, _mask(activation, inputs, name, attribution))
             else:
-                skipped = (
-                    lvlm.family.class_tokens(lvlm.hf_model.config) if site.tower == "vision" and name == "image" else 0
-                )
-                images = activation[:, skipped:]
-                means, _ = pool(images, torch.ones(images.shape[:2], dtype=torch.bool))
-                present = torch.zeros(inputs.batch_size, dtype=torch.bool)
-                present[list(inputs.image_rows)] = True
-                rows = torch.full((inputs.batch_size, means.shape[1]), torch.nan)
-                rows[list(inputs.image_rows)] = means
+                mask = lvlm.patch_mask(site, activation, class_tokens=name == "all")
+                rows, present = pool_images(activation, mask, inputs)
             pooled[site, name] = rows, present
 
     return read

@@ -29,6 +29,7 @@ class LVLMInputs:
         entries: For each row, the entries (images or tiles) that it has in vision activations; None: one a patch grid.
         counts: For ``pixel_values`` and each extra tensor, how long each row's part of its first axis is; None: ``entries``.
         own_positions: Whether the model counts positions itself (rotary embeddings in several dimensions).
+        first_position: Position of a row's first token, where it does not.
     """
 
     input_ids: Int[Tensor, "batch pos"]
@@ -40,6 +41,7 @@ class LVLMInputs:
     entries: tuple[int, ...] | None = None
     counts: dict[str, tuple[int, ...]] | None = None
     own_positions: bool = False
+    first_position: int = 0
 
     @property
     def batch_size(self) -> int:
@@ -54,7 +56,7 @@ class LVLMInputs:
     @property
     def position_ids(self) -> Int[Tensor, "batch pos"]:
         """[batch, pos] positions counted without the padding, as ``generate`` counts them."""
-        return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0) + self.first_position
 
     def model_kwargs(self) -> dict[str, Tensor]:
         """The keyword arguments of the Hugging Face model's forward."""
@@ -113,7 +115,7 @@ class LVLMInputs:
         return tuple(len(grids) for grids in self.spans.grids) if self.entries is None else self.entries
 
     def _counts(self, name: str) -> tuple[int, ...]:
-        return self._entries() if self.counts is None else self.counts[name]
+        return self._entries() if self.counts is None else self.counts.get(name, (0,) * self.batch_size)
 
     def fingerprint(self) -> str:
         """A digest of tokens, mask and pixels: two batches with the same one are the same batch."""

@@ -6,6 +6,8 @@ from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from care_lens.core.site import Site, SiteLike, Tower
 from care_lens.lvlm.families import family_of
@@ -35,10 +37,12 @@ class WrappedBridge:
     def __init__(self, bridge: Any, processor: Any) -> None:
         model = bridge.original_model
         self.family = family_of(model)
-        if processor.image_token_id != model.config.image_token_id:
+        # Gemma3's ``image_token_id`` is the one that starts an image; the plural has those that its tokens become.
+        tokens = getattr(processor, "image_token_ids", None) or [processor.image_token_id]
+        if model.config.image_token_id not in tokens:
             raise ValueError(
-                f"processor must be the model's own: its image token is {processor.image_token_id}, the "
-                f"model's is {model.config.image_token_id}"
+                f"processor must be the model's own: its image token is {tokens[0]}, the model's is "
+                f"{model.config.image_token_id}"
             )
         self.bridge = bridge
         self.processor = processor
@@ -118,6 +122,33 @@ class WrappedBridge:
             ValueError: If this model has no such site; the message says why.
         """
         return str(self._require(site))
+
+    def patch_mask(
+        self, site: SiteLike, activation: Tensor, *, class_tokens: bool = False
+    ) -> Bool[Tensor, "image patch"]:
+        """Which entries of a vision or projector activation are patches of the picture, not padding.
+
+        To be asked inside a hook, of the forward pass under way: where images of different sizes share one row, their
+        uniform form is padded.
+
+        Args:
+            site: A site of the vision tower or the projector.
+            activation: What the hook there was given, [image, patch, ...].
+            class_tokens: Whether class tokens count too.
+
+        Raises:
+            ValueError: If the site is of the language tower, whose positions ``inputs.spans`` tells apart.
+        """
+        site = self._require(site)
+        if site.tower == "language":
+            raise ValueError(f"site must be of the vision tower or the projector, got {site}; see inputs.spans")
+        key = self.family.outside_packing.get(str(site)) if site.layer is None else self.family.vision.packing
+        if key is not None:
+            return self._seams.packings[key].mask.to(activation.device)
+        mask = torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
+        if site.tower == "vision" and not class_tokens:
+            mask[:, : self.family.class_tokens(self.hf_model.config)] = False
+        return mask
 
     @contextmanager
     def hooks(self: Wrapped, fwd_hooks: FwdHooks = ()) -> Iterator[Wrapped]:

@@ -167,13 +167,23 @@ def test_same_hooks_may_be_used_again_on_their_batch(model, inputs):
 
 def test_beams_and_runs_without_a_cache_are_refused(model, inputs):
     with two().on(model):
-        for options in (
-            {"num_beams": 2},
-            {"num_return_sequences": 2, "do_sample": True},
-            {"use_cache": False},
-        ):
-            with pytest.raises(ValueError, match="Beams, several returned sequences"):
-                model.generate(inputs, max_new_tokens=3, **options)
+        with pytest.raises(ValueError, match="num_beams must be 1"):
+            model.generate(inputs, max_new_tokens=3, num_beams=2)
+        with pytest.raises(ValueError, match="generation without the key-value"):
+            model.generate(inputs, max_new_tokens=3, use_cache=False)
+    several = {"num_return_sequences": 2, "do_sample": True}
+    with pytest.raises(ValueError, match="several returned sequences"):
+        model.generate(inputs, max_new_tokens=3, fwd_hooks=two().fwd_hooks(inputs), **several)
+
+
+def test_several_returned_sequences_are_repaired_as_copies_of_the_row(model, examples):
+    inputs, copies = model.prepare(examples), model.prepare([e for e in examples for _ in range(2)])
+    with two(gates=(OPEN, OPEN)).on(model):
+        torch.manual_seed(0)
+        several = model.generate(inputs, max_new_tokens=4, do_sample=True, num_return_sequences=2)
+        torch.manual_seed(0)
+        by_hand = model.generate(copies, max_new_tokens=4, do_sample=True)
+    assert torch.equal(several.sequences, by_hand.sequences)
 
 
 def test_hooks_are_gone_after_the_block_and_after_an_exception(model, inputs):
@@ -182,7 +192,7 @@ def test_hooks_are_gone_after_the_block_and_after_an_exception(model, inputs):
     with pytest.raises(RuntimeError, match="inside"), two().on(model):
         assert not torch.equal(run(model, NoRepair(), inputs), plain)
         raise RuntimeError("inside")
-    with pytest.raises(ValueError, match="Beams"), two().on(model):
+    with pytest.raises(ValueError, match="beams"), two().on(model):
         model.generate(inputs, num_beams=2)
     with torch.no_grad():
         assert torch.equal(model(inputs), plain)
