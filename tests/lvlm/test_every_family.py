@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import zoo
 from zoo.plain import Plain
 
 from care_lens.core import Example
+from care_lens.core.site import BLOCK_COMPONENTS
 from care_lens.lvlm import HookedLVLM
 
 SPECIMENS = {
@@ -73,7 +75,10 @@ def test_one_row_equals_what_the_processor_alone_would_give(twins, rows):
         kwargs = {"images": list(example.images)} if example.images else {}
         bos = lvlm.tokenizer.bos_token
         special = bos is None or not text.startswith(bos)
-        raw = lvlm.processor(text=[text], add_special_tokens=special, return_tensors="pt", **kwargs)
+        encode = lvlm.processor
+        if lvlm.family.needs_images and not example.images:
+            encode, kwargs = lvlm.tokenizer, {"return_token_type_ids": True}
+        raw = encode(text=[text], add_special_tokens=special, return_tensors="pt", **kwargs)
         assert torch.equal(raw["input_ids"], inputs.input_ids)
         torch.testing.assert_close(plain(**raw).logits, lvlm(inputs), rtol=1e-4, atol=1e-4)
 
@@ -206,3 +211,38 @@ def test_bfloat16_equals_hugging_face_and_takes_float32_hooks(specimen, rows):
         if lvlm.site_info(site).editable and site.layer in (None, 1):
             same = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: a.float())])
             assert torch.equal(same, clean), site
+
+
+TABLE = Path(__file__).parents[2] / "docs" / "reference" / "site_table.md"
+
+
+def mark(lvlm, tower, component):
+    """What a component of a tower is: editable, read, or absent; "some" if only some layers have it."""
+    sites = lvlm.sites(tower=tower, component=component)
+    if not sites:
+        return "absent"
+    if not all(lvlm.site_info(site).editable for site in sites):
+        return "read"
+    layers = lvlm.n_layers(tower) if sites[0].layer is not None else 1
+    return "editable" if len(sites) == layers else "some layers"
+
+
+def test_the_table_of_sites_in_the_documentation_is_what_was_tested():
+    rows = []
+    for name, specimen in sorted(SPECIMENS.items()):
+        with HookedLVLM.from_hf(*specimen.make()) as lvlm:
+            cells = [mark(lvlm, "language", c) for c in BLOCK_COMPONENTS]
+            cells += [mark(lvlm, "vision", c) for c in BLOCK_COMPONENTS]
+            cells += [mark(lvlm, "vision", "hook_embed"), mark(lvlm, "projector", "hook_in")]
+            cells += [mark(lvlm, "projector", "hook_out")]
+            rows.append((name, cells))
+    columns = [*BLOCK_COMPONENTS, *(f"vision {c}" for c in BLOCK_COMPONENTS)]
+    columns += ["vision.hook_embed", "projector.hook_in", "projector.hook_out"]
+    lines = ["| site | " + " | ".join(name for name, _ in rows) + " |", "| --- " * (len(rows) + 1) + "|"]
+    lines += [f"| `{c}` | " + " | ".join(cells[i] for _, cells in rows) + " |" for i, c in enumerate(columns)]
+    text = "\n".join(lines) + "\n"
+    if not TABLE.exists() or TABLE.read_text() != text:
+        TABLE.write_text(text)
+        pytest.fail(
+            f"{TABLE.name} was out of date and has been written anew from the models at hand; look at it, commit it"
+        )
