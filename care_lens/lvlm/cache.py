@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+_START = "blocks.0.hook_resid_pre"
+
 
 class LVLMCache(ActivationCache):
     """Activations of a vision-language model, with all of TransformerLens's methods.
@@ -17,10 +19,14 @@ class LVLMCache(ActivationCache):
     """
 
     def __init__(self, cache_dict: dict[str, Tensor], model: Any, *, has_batch_dim: bool = True) -> None:
-        cache_dict = dict(cache_dict)
-        if (start := cache_dict.get("blocks.0.hook_resid_pre")) is not None:
-            cache_dict["hook_embed"] = start
         super().__init__(cache_dict, model, has_batch_dim)
+        self.has_embed = self.has_embed or _START in cache_dict
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """As in TransformerLens; ``"hook_embed"`` and ``"embed"`` are what enters the first block, if it is here."""
+        if key in ("hook_embed", "embed") and _START in self.cache_dict:
+            return self.cache_dict[_START]
+        return super().__getitem__(key)
 
     def added_between(self, layer: int) -> Float[Tensor, "..."] | None:
         """What is added to the stream between a block and the next: DeepStack features, or None.

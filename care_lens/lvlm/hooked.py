@@ -174,7 +174,8 @@ class HookedLVLM(WrappedBridge):
             padding_side: Where shorter rows are padded; generation needs "left".
 
         Returns:
-            The batch, on the model's device; pixels stay float32.
+            The batch, on the model's device; pixels stay as the processor made them, unless the model takes them in its
+            own dtype only.
 
         Raises:
             ValueError: If image placeholders and images do not match, or a response is missing.
@@ -187,7 +188,7 @@ class HookedLVLM(WrappedBridge):
             responses=responses,
             padding_side=padding_side,
         )
-        return batch.to(self.device)
+        return batch.to(self.device, self.hf_model.dtype if self.family.pixels_in_dtype else None)
 
     def __call__(self, inputs: LVLMInputs, *, logits_to_keep: int = 0) -> Float[Tensor, "batch kept vocab"]:
         """Logits of a batch.

@@ -25,7 +25,7 @@ class Packing:
     mask: Bool[Tensor, "image patch"]
 
     @classmethod
-    def of(cls, orders: Sequence[Int[Tensor, "patches"]]) -> "Packing":
+    def of(cls, orders: Sequence[Int[Tensor, "_patches"]]) -> "Packing":
         """Make one of the images' rows.
 
         Args:

@@ -96,7 +96,7 @@ def prepare_batch(
     entries = tuple(family.entries(about) if about.sizes else 0 for about in abouts)
     return LVLMInputs(
         input_ids, attention_mask, spans=spans, token_inputs=token_inputs, entries=entries,
-        own_positions=family.own_positions, **_collate(rows, family),
+        own_positions=family.own_positions, first_position=family.first_position, **_collate(rows, family),
     )  # fmt: skip
 
 
@@ -156,15 +156,16 @@ def _check_placeholders(found: int, images: int, row: int, token: str) -> None:
 
 def _encode(processor: Any, texts: list[str], examples: Sequence[Example], family: Family) -> list[_Row]:
     bos = processor.tokenizer.bos_token
-    special = bos is None or not texts[0].startswith(bos)
+    special = [bos is None or not text.startswith(bos) for text in texts]
     if family.batched and all(len(example.images) <= 1 for example in examples):
-        return _encode_together(processor, texts, examples, special)
+        return _encode_together(processor, texts, examples, special[0])
     rows = []
-    for text, example in zip(texts, examples, strict=True):
-        kwargs: dict[str, Any] = {"text": [text], "add_special_tokens": special, "return_tensors": "pt"}
+    for text, example, add in zip(texts, examples, special, strict=True):
+        kwargs: dict[str, Any] = {"text": [text], "add_special_tokens": add, "return_tensors": "pt"}
         if example.images:
             kwargs["images"] = [list(example.images)] if family.nested_images else list(example.images)
-        encoded = processor(**kwargs)
+        alone = family.needs_images and not example.images
+        encoded = processor.tokenizer(**kwargs) if alone else processor(**kwargs)
         ids = encoded["input_ids"][0].tolist()
         tokens = {
             name: encoded[name][0].tolist() if name in encoded else [0] * len(ids) for name in family.token_inputs

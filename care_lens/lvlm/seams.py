@@ -183,7 +183,8 @@ class _BlockSeam:
             self._mlp_out = self.branches[1](scaled)
             self._mlp_edited = self._mlp_out is not scaled
         elif self._edited is not None:
-            self._mlp_out = output
+            # A layer of experts returns its tokens in one row, with the router's scores.
+            self._mlp_out = (output[0] if isinstance(output, tuple) else output).reshape(self._edited.shape)
 
     def _after_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -333,14 +334,21 @@ def _watch_packing(seams: Seams, family: Family) -> None:
 
 def _install_tower(seams: Seams, tower: Tower, where: TowerMap, depth: int, known: dict[str, HookPoint]) -> None:
     template = seams.bridge.adapter.component_mapping.get(where.blocks)
-    seams.drop_alias(template, "hook_resid_mid")
+    # Names of points of our own that are TransformerLens's aliases of points whose edits do something else.
+    taken = ("hook_resid_mid", *(("hook_attn_out", "hook_mlp_out") if where.scales else ()))
+    for alias in taken:
+        seams.drop_alias(template, alias)
     blocks = seams.bridge.get_submodule(where.blocks)
     dims = where.dims(seams.bridge.original_model.config)
     for layer in range(depth):
         block = blocks[layer]
-        seams.drop_alias(block, "hook_resid_mid")
+        for alias in taken:
+            seams.drop_alias(block, alias)
         for component, path in where.points.items():
-            point = known[f"{where.blocks}.{layer}.{path}"]
+            name = f"{where.blocks}.{layer}.{path}"
+            if name not in known and component in where.absent:
+                continue  # this layer is one of those that do not have it
+            point = known[name]
             heads = dims.heads if component == "attn.hook_z" else None
             site, lock = Site(tower, layer, component), where.read_only.get(component)
             seams.add(site, point, lock, packing=where.packing, heads=heads)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from care_lens.core.site import BLOCK_COMPONENTS, Site
-from care_lens.lvlm.families import Family
+from care_lens.lvlm.families import Family, TowerMap
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,18 @@ def describe(site: Site, config: Any, family: Family, read_only: str | None) -> 
     notes = [] if read_only is None else [f"read-only: {read_only}"]
     about = str(site) if site.layer is None else f"{site.tower}.{site.component}"
     notes += [family.notes[about]] if about in family.notes else []
+    packing = family.outside_packing.get(about) if site.layer is None else _tower(site, family).packing
+    if packing is not None:
+        notes.append("images with fewer entries than the largest are filled up with zeros at their end")
     if site.tower == "projector":
         width = family.projector_width(config) if site.component == "hook_in" else family.language.dims(config).width
         return SiteInfo(site, width, ("image", "patch", "d_model"), read_only is None, "; ".join(notes))
-    dims = (family.vision if site.tower == "vision" else family.language).dims(config)
+    dims = _tower(site, family).dims(config)
     batch, pos = ("image", "patch") if site.tower == "vision" else ("batch", "pos")
     if site.tower == "vision" and family.class_tokens(config):
         notes.append("patch 0 is the CLS token")
+    if site.tower == "vision" and family.closing_tokens(config):
+        notes.append("the last patch is the CLS token")
     axes, width = (batch, pos, "d_model"), dims.width
     if site.component == "attn.hook_pattern":
         axes, width = (batch, "head", "query", "key"), None
@@ -69,7 +74,7 @@ def why_missing(site: Site, config: Any, family: Family) -> str:
     Returns:
         The explanation, a clause without a subject.
     """
-    where = family.vision if site.tower == "vision" else family.language
+    where = _tower(site, family)
     layers = where.dims(config).layers
     if site.layer is not None and site.layer >= layers:
         return f"the {site.tower} tower has layers 0 to {layers - 1}"
@@ -82,3 +87,7 @@ def why_missing(site: Site, config: Any, family: Family) -> str:
         return where.absent[site.component]
     here = [name for name in BLOCK_COMPONENTS if name not in where.absent]
     return f"the {family.name} family has no such point; use one of {here}"
+
+
+def _tower(site: Site, family: Family) -> TowerMap:
+    return family.vision if site.tower == "vision" else family.language

@@ -37,8 +37,7 @@ class WrappedBridge:
     def __init__(self, bridge: Any, processor: Any) -> None:
         model = bridge.original_model
         self.family = family_of(model)
-        # Gemma3's ``image_token_id`` is the one that starts an image; the plural has those that its tokens become.
-        tokens = getattr(processor, "image_token_ids", None) or [processor.image_token_id]
+        tokens = self.family.image_ids(processor)
         if model.config.image_token_id not in tokens:
             raise ValueError(
                 f"processor must be the model's own: its image token is {tokens[0]}, the model's is "
@@ -143,11 +142,13 @@ class WrappedBridge:
         if site.tower == "language":
             raise ValueError(f"site must be of the vision tower or the projector, got {site}; see inputs.spans")
         key = self.family.outside_packing.get(str(site)) if site.layer is None else self.family.vision.packing
-        if key is not None:
-            return self._seams.packings[key].mask.to(activation.device)
         mask = torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
+        if key is not None:
+            mask = self._seams.packings[key].mask.to(activation.device, copy=True)
         if site.tower == "vision" and not class_tokens:
-            mask[:, : self.family.class_tokens(self.hf_model.config)] = False
+            config = self.hf_model.config
+            mask[:, : self.family.class_tokens(config)] = False
+            mask[:, mask.shape[1] - self.family.closing_tokens(config) :] = False
         return mask
 
     @contextmanager

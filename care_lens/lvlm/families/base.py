@@ -108,7 +108,7 @@ class TowerMap:
         scales: Parameters of the wrapped block that multiply the outputs of attention and MLP before they are added to the
             stream, if there are any; ``hook_attn_out`` and ``hook_mlp_out`` are then made after them.
         read_only: Components at which activations can be read but not edited, with the reason.
-        absent: Components that this tower does not have, with the reason.
+        absent: Components that this tower, or some of its layers, do not have, with the reason.
         packing: Key of the packing (see :attr:`Family.packings`) of this tower's activations, if all images share one row.
         dims: The model's config to the tower's sizes.
     """
@@ -128,6 +128,11 @@ class TowerMap:
     packing: str | None = None
 
 
+def _image_ids(processor: Any) -> Sequence[int]:
+    # Gemma3's ``image_token_id`` is the one that starts an image; the plural has those that its tokens become.
+    return getattr(processor, "image_token_ids", None) or [processor.image_token_id]
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of vision-language models.
@@ -142,12 +147,14 @@ class Family:
         projector_width: Config to the width of the projector's input.
         layout: The images of one example to the layout of their tokens, one each.
         class_tokens: Config to the number of tokens before the patches in the vision tower (a CLS token).
+        closing_tokens: Config to the number of tokens after them (Llama 4 has its CLS token there).
         entries: The images of one example to the number of entries (images or tiles) of the vision tower's activations.
         outside_packing: Sites outside the blocks to keys of packings.
         packings: Model, arguments and keyword arguments of the vision tower's forward pass to packings by key; None where
             activations are [image or tile, patch, d] in raster order already.
         tower_module: Path of the Hugging Face module whose forward pass ``packings`` looks at.
         image_text: The processor to the text that stands for an image in a formatted prompt.
+        image_ids: The processor to the ids among which that of the model's image tokens must be.
         prompt: Processor, text and number of images to the formatted prompt; None: the processor's chat template.
         nested_images: Whether the processor wants images as one list an example.
         batched: Whether one call of the processor can take rows with and without images, each with one image at most, and
@@ -155,6 +162,10 @@ class Family:
         extra_inputs: Other outputs of the processor about images that the model takes.
         token_inputs: Outputs of the processor about tokens that the model takes, with their value at response tokens.
         own_positions: Whether positions are counted by the model itself (rotary embeddings in several dimensions).
+        pixels_in_dtype: Whether pixels must come in the model's dtype because the model does not cast them itself.
+        first_position: Position of a row's first token, where they are not.
+        needs_images: Whether the processor refuses text without images, which the tokenizer alone then encodes.
+        variant: Config to the family of models with that config, where it depends on more than the architecture's name.
         adapters: Architectures to TransformerLens adapters that stand in for TransformerLens's own (or for none).
         notes: Site components of a tower ("vision.hook_resid_post") to what else to know about them.
     """
@@ -168,16 +179,22 @@ class Family:
     projector_width: Callable[[Any], int]
     layout: Callable[[Pictured], Sequence[ImageLayout]]
     class_tokens: Callable[[Any], int] = lambda config: 0
+    closing_tokens: Callable[[Any], int] = lambda config: 0
     entries: Callable[[Pictured], int] = lambda about: len(about.sizes)
     outside_packing: Mapping[str, str] = field(default_factory=dict)
     packings: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Mapping[str, Packing]] | None = None
     tower_module: str = ""
     image_text: Callable[[Any], str] = lambda processor: processor.image_token
+    image_ids: Callable[[Any], Sequence[int]] = _image_ids
     prompt: Callable[[Any, str, int], str] | None = None
     nested_images: bool = False
     batched: bool = False
     extra_inputs: tuple[str, ...] = ()
     token_inputs: Mapping[str, int] = field(default_factory=dict)
     own_positions: bool = False
+    pixels_in_dtype: bool = False
+    first_position: int = 0
+    needs_images: bool = False
+    variant: "Callable[[Any], Family] | None" = None
     adapters: Mapping[str, type] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)

@@ -40,7 +40,8 @@ def family_of(model: nn.Module) -> Family:
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _FAMILIES:
-            return _FAMILIES[cls.__name__]
+            family = _FAMILIES[cls.__name__]
+            return family if family.variant is None else family.variant(model.config)
     raise ValueError(
         f"model must be one of {sorted(_FAMILIES)}, got {type(model).__name__}; describe its "
         "family in a Family object and pass it to care_lens.lvlm.families.register_family"

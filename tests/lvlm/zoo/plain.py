@@ -92,10 +92,11 @@ class Plain:
         finally:
             handle.remove()
 
-    def _scale(self, key: str, layer: str, component: str) -> Tensor | None:
-        if key != "vision" or self.specimen.vision_scales is None or component not in ("hook_attn_out", "hook_mlp_out"):
+    def _scale(self, key: str, layer: str, component: str) -> Tensor | float | None:
+        scales = self.specimen.vision_scales if key == "vision" else self.specimen.language_scales
+        if scales is None or component not in ("hook_attn_out", "hook_mlp_out"):
             return None
-        name = self.specimen.vision_scales[0 if component == "hook_attn_out" else 1]
+        name = scales[0 if component == "hook_attn_out" else 1]
         return getattr(self.model.get_submodule(layer), name)
 
     def _heads(self, layer: str) -> int:
@@ -142,8 +143,8 @@ class Plain:
         inside = set(target.modules())
         eager = getattr(home, name)
 
-        def edited(module, query, key, value, mask, **kwargs):
-            out, pattern = eager(module, query, key, value, mask, **kwargs)
+        def edited(module, query, key, value, attention_mask, **kwargs):
+            out, pattern = eager(module, query, key, value, attention_mask, **kwargs)
             if module not in inside:
                 return out, pattern
             self.seen = pattern.clone()

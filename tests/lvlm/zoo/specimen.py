@@ -30,6 +30,7 @@ class Specimen:
         orders: "vision", "projector.hook_in", "projector.hook_out" to a function from the prepared batch to a list: for each image the
             rows (in the tower's own flat order) of its patches in raster order. Missing: the native tensor is [image or tile, patch, d] already.
         vision_scales: Parameters of a vision layer that multiply attention's and the MLP's output; None: none.
+        language_scales: The same of a language layer.
         heads: of the vision tower, to flatten a uniform [..., head, d_head] where the native tensor has them in one piece.
         depth: How many vision layers are sites.
     """
@@ -47,4 +48,5 @@ class Specimen:
     vision_eager: tuple[str, str] | None = None
     orders: Mapping[str, Callable[[Any], list[Tensor]]] = field(default_factory=dict)
     vision_scales: tuple[str, str] | None = None
+    language_scales: tuple[str, str] | None = None
     depth: int = 3
