@@ -165,7 +165,8 @@ class _BlockSeam:
         assert self.branches is not None
         scaled = self._scales[0] * (output[0] if isinstance(output, tuple) else output)
         returned = self.branches[0](scaled)
-        self._attn = None if returned is scaled else returned
+        # With gradients on, the stream goes through what the hook saw, so that gradients reach it; the sum is the same.
+        self._attn = None if returned is scaled and not scaled.requires_grad else returned
 
     def _at_norm(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen = args[0]
@@ -181,7 +182,7 @@ class _BlockSeam:
         if self.branches is not None:
             scaled = self._scales[1] * output
             self._mlp_out = self.branches[1](scaled)
-            self._mlp_edited = self._mlp_out is not scaled
+            self._mlp_edited = self._mlp_out is not scaled or scaled.requires_grad
         elif self._edited is not None:
             # A layer of experts returns its tokens in one row, with the router's scores.
             self._mlp_out = (output[0] if isinstance(output, tuple) else output).reshape(self._edited.shape)

@@ -246,3 +246,23 @@ def test_the_table_of_sites_in_the_documentation_is_what_was_tested():
         pytest.fail(
             f"{TABLE.name} was out of date and has been written anew from the models at hand; look at it, commit it"
         )
+
+
+def test_gradients_reach_every_site_from_the_logits(twins, rows):
+    lvlm, _ = twins
+    inputs, kept = lvlm.prepare(rows), {}
+
+    def keeper(site):
+        def keep(activation, hook):
+            activation.requires_grad_() if activation.is_leaf else activation.retain_grad()
+            kept[site] = activation
+            return activation
+
+        return keep
+
+    sites = [site for site in lvlm.sites() if site.layer in (None, 1) and lvlm.site_info(site).editable]
+    with torch.enable_grad():
+        logits = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, keeper(site)) for site in sites])
+        logits[inputs.attention_mask.bool()].square().sum().backward()
+    blind = [str(s) for s in sites if kept[s].grad is None or not kept[s].grad.abs().sum() > 0]
+    assert not blind

@@ -2,7 +2,8 @@
 
 A picture is stretched to a whole number of square tiles, in raster order, each announced by a token with its row and column;
 the whole picture follows as a last tile. Rows of a batch with fewer tiles are filled up with empty ones, which the model drops
-before its vision tower: they are no entries of vision activations.
+before its vision tower: they are no entries of vision activations. It knows them by pixels that are all zero, and fails on a
+batch whose own pixels were replaced by zeros: blank a picture with another value.
 """
 
 import math
@@ -21,9 +22,8 @@ def _layout(about: Pictured) -> Sequence[ImageLayout]:
     side = about.outputs["pixel_values"].shape[-1]
     patch = about.config.vision_config.patch_size
     grid = side // patch // about.config.scale_factor
-    seen = (
-        side // patch * patch / side
-    )  # where patches do not fill a tile, the model does not see its right and lower edge
+    # Where patches do not fill a tile, the model does not see its right and lower edge.
+    seen = side // patch * patch / side
     images = []
     for width, height in about.sizes:
         down, across = _tiling(about.processor, width, height)
@@ -44,7 +44,8 @@ def _tiling(processor: Any, width: int, height: int) -> tuple[int, int]:
     from transformers.models.idefics3.image_processing_idefics3 import get_resize_output_image_size
 
     names = ("do_image_splitting", "do_resize", "size", "max_image_size")
-    settings = {name: processor.images_kwargs.get(name, getattr(processor.image_processor, name)) for name in names}
+    given = getattr(processor, "images_kwargs", {})
+    settings = {name: given.get(name, getattr(processor.image_processor, name)) for name in names}
     if not settings["do_image_splitting"]:
         return 1, 1
     if settings["do_resize"]:
@@ -76,6 +77,8 @@ IDEFICS3 = Family(
     nested_images=True,
     extra_inputs=("pixel_attention_mask",),
     notes={
+        "vision.hook_embed": "the tiles of all images, without those that fill up a row; pixels that are all zero are taken for "
+        "such a tile, so blank a picture with another value",
         "projector.hook_in": "patches of the vision tower, which the projector itself merges: it gives one token for each "
         "square of scale_factor x scale_factor of them",
     },
