@@ -3,13 +3,18 @@
 from care_lens.capture.activations import Activations
 from care_lens.capture.attribution import TokenAttribution, select_tokens, text_scores, visual_scores
 from care_lens.capture.capturing import SELECTIONS, capture
+from care_lens.capture.gradients import token_gradients
+from care_lens.capture.token_scores import TokenScores, score_tokens
 
 __all__ = [
     "SELECTIONS",
     "Activations",
     "TokenAttribution",
+    "TokenScores",
     "capture",
+    "score_tokens",
     "select_tokens",
     "text_scores",
+    "token_gradients",
     "visual_scores",
 ]

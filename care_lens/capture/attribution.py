@@ -1,7 +1,8 @@
-"""Token attribution with a Gaussian kernel: which tokens of a sample stand for its modality.
+"""Token attribution: which tokens of a sample stand for its modality.
 
-With D the squared Euclidean distances between two sets of tokens, ``K = exp(-D / (2 sigma^2))`` and
-``sigma = sqrt(0.5 median(D > 0))``, so that ``2 sigma^2`` is that median. ``H = I - 1 1^T / n`` centres.
+The paper's scores (method "kernel" with the Gaussian kernel). With D the squared Euclidean distances between two sets
+of tokens, ``K = exp(-D / (2 sigma^2))`` and ``sigma = sqrt(0.5 median(D > 0))``, so that ``2 sigma^2`` is that median.
+``H = I - 1 1^T / n`` centres.
 
 - Visual tokens are scored against the text: ``s_i = ||row i of K H||^2``, large for a patch that is near to
   some text tokens and far from others.
@@ -10,43 +11,137 @@ With D the squared Euclidean distances between two sets of tokens, ``K = exp(-D 
   with the square of the activations' size and the second never exceeds 1, so that the first decides unless
   activations are small. These are the weights of the code published with the paper.
 
-Scores are min-max normalised to [0, 1] within the sample, and the best tokens are kept. Everything is
-computed in float64. Memory: ``n_visual x n_text`` or ``n_text^2`` numbers a sample.
+So that the choice can be compared, K may be another kernel (``Kernel``), and the method another: "gradient",
+``|sum_d gradient x activation|`` of an outcome, to first order what the outcome would change by without the token;
+"last", the last token of each kind; "all", every token.
+
+Scores are min-max normalised to [0, 1] within the sample and kind, and the best tokens are kept. Everything is
+computed in float64 on the tokens' device, for many samples and layers at once. Memory: ``n_visual x n_text`` or
+``n_text^2`` numbers a sample, for as many samples at a time as fit in about 1 GB.
 
 Source: Fu et al. 2026 (arXiv:2603.27240), section on token attribution, and its published code.
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+Method = Literal["kernel", "gradient", "last", "all"]
+Kernel = Literal["gaussian", "laplace", "cosine", "linear"]
+"""``exp(-D / median)``, ``exp(-sqrt(D) / median)``, the cosine of the tokens about the text's mean, and their scalar
+product about it. With the linear kernel ``diag(H K H)`` is the squared distance from the mean."""
+
 _SAME = 1e-10
 """Squared distances below this share of the tokens' squared norms are rounding, and count as 0."""
+
+_PAIRS = 2**24
+"""Pairs of tokens that are looked at together."""
 
 
 @dataclass(frozen=True)
 class TokenAttribution:
-    """How many tokens of a sample are kept.
+    """How the tokens of a sample are scored, and how many are kept.
 
     Attributes:
         visual: Image tokens kept: a count (int) or a share (float) of the sample's.
         text: Text tokens kept, likewise; the published code keeps half.
+        method: How tokens are scored; "all" and "last" keep those, whatever the numbers above.
+        kernel: Of method "kernel"; the paper's is "gaussian".
+        distance_weight: Weight of the mean squared distance in the text score of method "kernel".
 
     Raises:
-        ValueError: If a count is below 1 or a share not in (0, 1].
+        ValueError: If a count is below 1 or a share not in (0, 1], or an option is not known.
     """
 
     visual: int | float = 0.5
     text: int | float = 0.5
+    method: Method = "kernel"
+    kernel: Kernel = "gaussian"
+    distance_weight: float = 0.7
 
     def __post_init__(self) -> None:
         for name, keep in (("visual", self.visual), ("text", self.text)):
             valid = keep >= 1 if isinstance(keep, int) else 0 < keep <= 1
             if not valid:
                 raise ValueError(f"{name} must be a count of 1 or more or a share in (0, 1], got {keep!r}")
+        for name, value, options in (("method", self.method, Method), ("kernel", self.kernel, Kernel)):
+            if value not in get_args(options):
+                raise ValueError(f"{name} must be one of {get_args(options)}, got {value!r}")
+        _check_weight(self.distance_weight)
+
+    def scores(
+        self,
+        tokens: Float[Tensor, "*layers batch pos d"],
+        *,
+        image: Bool[Tensor, "batch pos"],
+        text: Bool[Tensor, "batch pos"],
+        gradient: Float[Tensor, "*layers batch pos d"] | None = None,
+    ) -> Float[Tensor, "*layers batch pos"]:
+        """Scores of all tokens of a batch, at one site or at several of one width.
+
+        Args:
+            tokens: [..., batch, pos, d] activations; leading axes are layers.
+            image: [batch, pos] image tokens.
+            text: [batch, pos] text tokens.
+            gradient: [..., batch, pos, d] of an outcome in the tokens, for method "gradient"
+                (``care_lens.capture.token_gradients``).
+
+        Returns:
+            [..., batch, pos] float64: scores in [0, 1] of image and of text tokens, each kind normalised by itself;
+            NaN at all other positions.
+
+        Raises:
+            ValueError: If a row has image tokens to score and no text, or the method needs a gradient and has none.
+        """
+        flat = tokens.detach().reshape(-1, *tokens.shape[-2:])
+        repeats = len(flat) // len(image) if len(image) else 0
+        kinds = {"image": image.to(flat.device), "text": text.to(flat.device)}
+        masks = {name: mask.repeat(repeats, 1) for name, mask in kinds.items()}
+        found = torch.full(flat.shape[:2], torch.nan, dtype=torch.float64, device=_device(flat))
+        if self.method == "kernel":
+            self._kernel_scores(flat, masks, found)
+        else:
+            for mask in masks.values():
+                raw = self._plain_scores(flat, mask, gradient)
+                where = mask.to(found.device)
+                found = torch.where(where, _min_max(raw, where) if self.method == "gradient" else raw, found)
+        return found.reshape(tokens.shape[:-1])
+
+    def keep(
+        self,
+        tokens: Float[Tensor, "*layers batch pos d"],
+        *,
+        image: Bool[Tensor, "batch pos"],
+        text: Bool[Tensor, "batch pos"],
+        gradient: Float[Tensor, "*layers batch pos d"] | None = None,
+    ) -> Bool[Tensor, "*layers batch pos"]:
+        """Which tokens of a batch are kept; arguments and errors as for :meth:`scores`.
+
+        Returns:
+            [..., batch, pos] True where kept, of both kinds; ``& image`` are the visual ones.
+        """
+        scores = self.scores(tokens, image=image, text=text, gradient=gradient)
+        return self.keep_scored(scores, image=image, text=text)
+
+    def keep_scored(
+        self,
+        scores: Float[Tensor, "*layers batch pos"],
+        *,
+        image: Bool[Tensor, "batch pos"],
+        text: Bool[Tensor, "batch pos"],
+    ) -> Bool[Tensor, "*layers batch pos"]:
+        """Which tokens scores that :meth:`scores` gave would keep."""
+        kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+        for mask, amount in ((image, self.visual), (text, self.text)):
+            where = mask.to(scores.device).expand(scores.shape)
+            if self.method in ("all", "last"):
+                kept |= where & (scores > 0)
+            else:
+                kept |= _best(scores, where, amount)
+        return kept
 
     def keep_visual(
         self, visual: Float[Tensor, "n_visual d"], text: Float[Tensor, "n_text d"]
@@ -59,8 +154,13 @@ class TokenAttribution:
 
         Returns:
             [n_visual] True where kept.
+
+        Raises:
+            ValueError: If there are no tokens of either kind, or the method needs a gradient.
         """
-        return _keep(visual_scores(visual, text), self.visual)
+        _require_tokens(visual=visual, text=text)
+        image = torch.arange(len(visual) + len(text), device=visual.device)[None] < len(visual)
+        return self.keep(torch.cat([visual, text])[None], image=image, text=~image)[0, : len(visual)]
 
     def keep_text(self, text: Float[Tensor, "n_text d"]) -> Bool[Tensor, " n_text"]:
         """Which text tokens of a sample are kept.
@@ -70,16 +170,60 @@ class TokenAttribution:
 
         Returns:
             [n_text] True where kept.
+
+        Raises:
+            ValueError: If there are no tokens, or the method needs a gradient.
         """
-        return _keep(text_scores(text), self.text)
+        _require_tokens(text=text)
+        everything = torch.ones(1, len(text), dtype=torch.bool, device=text.device)
+        return self.keep(text[None], image=~everything, text=everything)[0]
+
+    def _kernel_scores(self, tokens: Tensor, masks: dict[str, Tensor], found: Tensor) -> None:
+        """Into ``found``, for as many rows at a time as memory allows."""
+        bare = (masks["image"].any(dim=1) & ~masks["text"].any(dim=1)).nonzero()[:, 0].tolist()
+        if bare:
+            raise ValueError(
+                f"every row with image tokens must have text tokens to score them against, got none in row {bare[0]} "
+                f"({len(bare)} such rows)"
+            )
+        n_text = int(masks["text"].sum(dim=1).max()) if len(tokens) else 0
+        n_image = int(masks["image"].sum(dim=1).max()) if len(tokens) else 0
+        if n_text == 0:
+            return
+        step = max(1, _PAIRS // (n_text * max(n_text, n_image)))
+        for start in range(0, len(tokens), step):
+            rows = slice(start, start + step)
+            words, word, word_at = _packed(tokens[rows], masks["text"][rows])
+            _put(found[rows], word_at, word, _text_scores(words, word, self.kernel, self.distance_weight))
+            if bool(masks["image"][rows].any()):
+                patches, patch, patch_at = _packed(tokens[rows], masks["image"][rows])
+                _put(found[rows], patch_at, patch, _visual_scores(patches, patch, words, word, self.kernel))
+
+    def _plain_scores(self, tokens: Tensor, mask: Tensor, gradient: Tensor | None) -> Tensor:
+        """[rows, pos], meaningful where the mask is True."""
+        if self.method == "gradient":
+            if gradient is None:
+                raise ValueError(
+                    "gradient must be given for method 'gradient', got none; take it with capture.token_gradients and "
+                    "pass it to scores or keep (capture runs without gradients: choose another method there)"
+                )
+            slopes = _wide(gradient).reshape(tokens.shape)
+            return (_wide(tokens) * slopes).sum(dim=-1).abs()
+        ones = mask.to(_device(tokens), torch.float64)
+        if self.method == "all":
+            return ones
+        return (ones.cumsum(dim=1) == ones.sum(dim=1, keepdim=True)).double() * ones
 
 
-def visual_scores(visual: Float[Tensor, "n_visual d"], text: Float[Tensor, "n_text d"]) -> Float[Tensor, " n_visual"]:
+def visual_scores(
+    visual: Float[Tensor, "n_visual d"], text: Float[Tensor, "n_text d"], *, kernel: Kernel = "gaussian"
+) -> Float[Tensor, " n_visual"]:
     """Scores of a sample's image tokens: the squared norms of the rows of the centred kernel with its text.
 
     Args:
         visual: [n_visual, d] image tokens.
         text: [n_text, d] text tokens of the same sample and site.
+        kernel: Which kernel; the paper's is "gaussian".
 
     Returns:
         [n_visual] scores in [0, 1], float64; all 0 where the tokens cannot be told apart.
@@ -96,17 +240,19 @@ def visual_scores(visual: Float[Tensor, "n_visual d"], text: Float[Tensor, "n_te
         [1.0, 0.0]
     """
     _require_tokens(visual=visual, text=text)
-    kernel = _gaussian(_squared_distances(visual, text))
-    centred = kernel - kernel.mean(dim=1, keepdim=True)
-    return _min_max(centred.square().sum(dim=1))
+    every = [torch.ones(1, len(part), dtype=torch.bool, device=_device(part)) for part in (visual, text)]
+    return _visual_scores(_wide(visual)[None], every[0], _wide(text)[None], every[1], kernel)[0]
 
 
-def text_scores(text: Float[Tensor, "n_text d"], *, distance_weight: float = 0.7) -> Float[Tensor, " n_text"]:
+def text_scores(
+    text: Float[Tensor, "n_text d"], *, distance_weight: float = 0.7, kernel: Kernel = "gaussian"
+) -> Float[Tensor, " n_text"]:
     """Scores of a sample's text tokens: how much each differs from the others.
 
     Args:
         text: [n_text, d] text tokens.
         distance_weight: Weight of the mean squared distance; the centred kernel's diagonal has the rest.
+        kernel: Which kernel; the paper's is "gaussian".
 
     Returns:
         [n_text] scores in [0, 1], float64; all 0 where the tokens cannot be told apart.
@@ -119,14 +265,9 @@ def text_scores(text: Float[Tensor, "n_text d"], *, distance_weight: float = 0.7
         min-max normalised.
     """
     _require_tokens(text=text)
-    if not 0 <= distance_weight <= 1:
-        raise ValueError(f"distance_weight must be in [0, 1], got {distance_weight}")
-    distances = _squared_distances(text, text)
-    distances.fill_diagonal_(0)
-    kernel = _gaussian(distances)
-    row_means = kernel.mean(dim=1)
-    diagonal = kernel.diagonal() - 2 * row_means + row_means.mean()
-    return _min_max(distance_weight * distances.mean(dim=1) + (1 - distance_weight) * diagonal.abs())
+    _check_weight(distance_weight)
+    every = torch.ones(1, len(text), dtype=torch.bool, device=_device(text))
+    return _text_scores(_wide(text)[None], every, kernel, distance_weight)[0]
 
 
 def select_tokens(
@@ -155,14 +296,95 @@ def select_tokens(
         raise ValueError(f"k must be 1 or more, got {k}")
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
-    count = k if k is not None else max(1, int(len(scores) * (ratio or 0)))
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[scores.argsort(descending=True, stable=True)[:count]] = True
-    return kept
+    amount = k if k is not None else float(ratio or 0)
+    return _best(scores, torch.ones_like(scores, dtype=torch.bool), amount)
 
 
-def _keep(scores: Tensor, keep: int | float) -> Tensor:
-    return select_tokens(scores, k=keep) if isinstance(keep, int) else select_tokens(scores, ratio=keep)
+def _best(scores: Tensor, where: Tensor, amount: int | float) -> Tensor:
+    """[..., n] the best of the positions of each row, of equal ones the earlier."""
+    counts = where.sum(dim=-1, keepdim=True)
+    wanted = torch.full_like(counts, amount) if isinstance(amount, int) else (counts * amount).long().clamp(min=1)
+    order = scores.masked_fill(~where, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    rank = torch.empty_like(order).scatter_(-1, order, places)
+    return where & (rank < wanted)
+
+
+def _visual_scores(visual: Tensor, patch: Tensor, text: Tensor, word: Tensor, kernel: Kernel) -> Tensor:
+    """[rows, n] from padded [rows, n, d] and [rows, m, d] with their masks."""
+    values = _kernel_matrix(visual, patch, text, word, kernel)[0]
+    centred = (values - _mean(values, word)[..., None]).masked_fill(~word[:, None], 0.0)
+    return _min_max(centred.square().sum(dim=-1), patch)
+
+
+def _text_scores(text: Tensor, word: Tensor, kernel: Kernel, distance_weight: float) -> Tensor:
+    """[rows, n] from padded [rows, n, d] with its mask."""
+    values, distances = _kernel_matrix(text, word, text, word, kernel)
+    row_means = _mean(values, word)
+    diagonal = values.diagonal(dim1=1, dim2=2) - 2 * row_means + _mean(row_means[:, None], word)
+    return _min_max(distance_weight * _mean(distances, word) + (1 - distance_weight) * diagonal.abs(), word)
+
+
+def _kernel_matrix(a: Tensor, a_there: Tensor, b: Tensor, b_there: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """[rows, n, m] kernel and squared distances of padded tokens, about the mean of b."""
+    centre = (b * b_there[..., None]).sum(dim=1, keepdim=True) / b_there.sum(dim=1)[:, None, None].clamp(min=1)
+    same = a is b
+    a, b = a - centre, b - centre
+    squares = a.square().sum(dim=2)[..., None] + b.square().sum(dim=2)[:, None]
+    products = a @ b.mT
+    distances = squares - 2 * products
+    distances = torch.where(distances > _SAME * squares, distances, 0.0)
+    if same:
+        distances.diagonal(dim1=1, dim2=2).zero_()
+    pairs = a_there[..., None] & b_there[:, None]
+    if kernel == "gaussian":
+        return torch.exp(-distances / _median_of_positive(distances, pairs)), distances
+    if kernel == "laplace":
+        lengths = distances.sqrt()
+        return torch.exp(-lengths / _median_of_positive(lengths, pairs)), distances
+    if kernel == "linear":
+        return products, distances
+    norms = a.norm(dim=2)[..., None] * b.norm(dim=2)[:, None]
+    return torch.where(norms > 0, products / norms.clamp(min=1e-300), 0.0), distances
+
+
+def _median_of_positive(values: Tensor, pairs: Tensor) -> Tensor:
+    """[rows, 1, 1] median of what is above 0 (the mean of the two in the middle); 1 where nothing is."""
+    taken = pairs & (values > 0)
+    ordered = values.masked_fill(~taken, torch.inf).flatten(1).sort(dim=1).values
+    counts = taken.flatten(1).sum(dim=1, keepdim=True)
+    middle = [ordered.gather(1, index) for index in (((counts - 1) // 2).clamp(min=0), counts // 2)]
+    median = (middle[0] + middle[1]) / 2
+    return torch.where(counts > 0, median, 1.0)[..., None]
+
+
+def _packed(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The masked tokens of each row moved to the front: [rows, n, d] float64, [rows, n] which are there, positions."""
+    count = max(int(mask.sum(dim=1).max()), 1)
+    positions = (~mask).long().argsort(dim=1, stable=True)[:, :count]
+    there = mask.gather(1, positions)
+    taken = _wide(tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[2])))
+    there = there.to(taken.device)
+    # A padded place may hold NaN, which 0 x NaN would spread.
+    return taken.masked_fill(~there[..., None], 0.0), there, positions.to(taken.device)
+
+
+def _put(found: Tensor, positions: Tensor, there: Tensor, scores: Tensor) -> None:
+    """Scores back to their positions, in place; places that hold no token keep what they have."""
+    found.scatter_(1, positions, torch.where(there, scores, found.gather(1, positions)))
+
+
+def _mean(values: Tensor, there: Tensor) -> Tensor:
+    """Mean over the last axis of [rows, n, m], where [rows, m] is True."""
+    total = values.masked_fill(~there[:, None], 0.0).sum(dim=-1)
+    return total / there.sum(dim=1)[:, None].clamp(min=1)
+
+
+def _min_max(scores: Tensor, there: Tensor) -> Tensor:
+    """Each row to [0, 1] over the places that count; 0 where they do not differ."""
+    low = scores.masked_fill(~there, torch.inf).amin(dim=1, keepdim=True)
+    high = scores.masked_fill(~there, -torch.inf).amax(dim=1, keepdim=True)
+    return torch.where(high > low, (scores - low) / (high - low), 0.0)
 
 
 def _require_tokens(**sets: Tensor) -> None:
@@ -171,32 +393,15 @@ def _require_tokens(**sets: Tensor) -> None:
             raise ValueError(f"{name} must hold at least one token, got none")
 
 
+def _check_weight(weight: float) -> None:
+    if not 0 <= weight <= 1:
+        raise ValueError(f"distance_weight must be in [0, 1], got {weight}")
+
+
+def _device(tokens: Tensor) -> torch.device:
+    """The tokens' device, or the CPU where that has no float64."""
+    return torch.device("cpu") if tokens.device.type == "mps" else tokens.device
+
+
 def _wide(tokens: Tensor) -> Tensor:
-    """In float64, on the CPU where the device has no float64."""
-    tokens = tokens.detach()
-    return tokens.to("cpu" if tokens.device.type == "mps" else tokens.device, torch.float64)
-
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[n_a, n_b], with what is rounding set to 0 so that equal tokens are at distance 0."""
-    a, b = _wide(a), _wide(b)
-    centre = b.mean(dim=0)
-    a, b = a - centre, b - centre
-    norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
-    distances = norms - 2 * a @ b.T
-    return torch.where(distances > _SAME * norms, distances, 0.0)
-
-
-def _gaussian(distances: Tensor) -> Tensor:
-    """The kernel, with the median heuristic; all 1 if no two tokens differ."""
-    positive = distances[distances > 0]
-    if len(positive) == 0:
-        return torch.ones_like(distances)
-    return torch.exp(-distances / float(np.median(positive.cpu().numpy())))
-
-
-def _min_max(scores: Tensor) -> Tensor:
-    low, high = scores.aminmax()
-    if not bool(high > low):
-        return torch.zeros_like(scores)
-    return (scores - low) / (high - low)
+    return tokens.detach().to(_device(tokens), torch.float64)

@@ -13,6 +13,7 @@ from care_lens.plots.separability import plot_separability
 from care_lens.plots.spectrum import plot_spectrum
 from care_lens.plots.theme import ExportError, save_figure
 from care_lens.plots.tradeoff import plot_tradeoff
+from care_lens.plots.uncertainty import plot_uncertainty
 
 __all__ = [
     "ExportError",
@@ -23,5 +24,6 @@ __all__ = [
     "plot_separability",
     "plot_spectrum",
     "plot_tradeoff",
+    "plot_uncertainty",
     "save_figure",
 ]

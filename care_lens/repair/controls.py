@@ -17,6 +17,7 @@ from care_lens.core.site import Site, SiteLike
 from care_lens.repair.correction import Correction
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.writer import Writer
+from care_lens.subspace import random_isometry
 
 
 def random_control(
@@ -71,15 +72,9 @@ def _random_writer(writer: Writer, rows: Mapping[tuple[Site, object], Tensor], g
     if here is None:
         known = [str(site) if scope is None else f"{site} {scope}" for site, scope in rows]
         raise ValueError(f"activations must hold the site {writer.site} (scope {writer.scope}), got {known}")
-    write, left = writer.write.double().cpu(), writer.left.double().cpu()
-    span = torch.linalg.qr(torch.cat([write, left], dim=1)).Q
-    gaussian = torch.randn(span.shape, generator=generator, dtype=torch.float64)
-    image = torch.linalg.qr(gaussian).Q
-    moved = dataclasses.replace(
-        writer,
-        write=(image @ (span.T @ write)).to(writer.write),
-        left=(image @ (span.T @ left)).to(writer.left),
-    )
+    pair = (writer.write, writer.left)
+    write, left = random_isometry(pair, span=pair, generator=generator)
+    moved = dataclasses.replace(writer, write=write, left=left)
     here = here.to(writer.target)
     original, random = (w.delta(here).norm(dim=-1).double().mean() for w in (writer, moved))
     return dataclasses.replace(moved, alpha=writer.alpha * float(original / random))

@@ -104,13 +104,24 @@ def choose_rank(
     return RankChoice(rank, tuple(ratios.tolist()), threshold, _FOLDS, _NULL_DRAWS)
 
 
-def _heldout_ratios(
+def heldout_energies(
     rows: tuple[Tensor, Tensor],
     groups: tuple[Sequence[str], Sequence[str]],
     directions: Directions,
     generator: torch.Generator,
-) -> Tensor:
-    """[k] ratio of malicious to benign mean energy, each over all held-out rows."""
+) -> tuple[Tensor, Tensor]:
+    """Energy of every row along directions that were fitted without its item.
+
+    Args:
+        rows: [n_b, d] benign and [n_m, d] malicious rows, float64.
+        groups: The item of each; rows of one item are held out together.
+        directions: The fit.
+        generator: Of the folds.
+
+    Returns:
+        [n_b, k] benign and [n_m, k] malicious squared coordinates about the training means, in the order of the
+        rows; k is the least number of directions that a fold's fit determined.
+    """
     fold_of = _assign(groups, generator)
     folded = [torch.tensor([fold_of[item] for item in items]) for items in groups]
     energies: list[list[Tensor]] = [[], []]
@@ -120,8 +131,24 @@ def _heldout_ratios(
         for side, (part, index, centre) in enumerate(zip(rows, folded, centres, strict=True)):
             energies[side].append(((part[index == fold] - centre) @ found).square())
     shared = min(energy.shape[1] for energy in energies[0])
-    benign, malicious = (torch.cat([energy[:, :shared] for energy in side]).mean(dim=0) for side in energies)
-    return malicious / benign
+    joined = []
+    for side, index in zip(energies, folded, strict=True):
+        # Folds come one after the other; put the rows back in their places.
+        places = torch.cat([(index == fold).nonzero()[:, 0] for fold in range(_FOLDS)])
+        ordered = torch.cat([energy[:, :shared] for energy in side])
+        joined.append(torch.empty_like(ordered).index_copy_(0, places, ordered))
+    return joined[0], joined[1]
+
+
+def _heldout_ratios(
+    rows: tuple[Tensor, Tensor],
+    groups: tuple[Sequence[str], Sequence[str]],
+    directions: Directions,
+    generator: torch.Generator,
+) -> Tensor:
+    """[k] ratio of malicious to benign mean energy, each over all held-out rows."""
+    benign, malicious = heldout_energies(rows, groups, directions, generator)
+    return malicious.mean(dim=0) / benign.mean(dim=0)
 
 
 def _assign(groups: tuple[Sequence[str], Sequence[str]], generator: torch.Generator) -> dict[str, int]:

@@ -5,6 +5,7 @@ control.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,32 @@ from torch import Tensor
 
 from care_lens.subspace.errors import SubspaceError
 from care_lens.subspace.safety_subspace import SafetySubspace
+
+_MOVED = ("basis", "read", "write", "left")
+
+
+def random_isometry(
+    matrices: Sequence[Float[Tensor, "d _"]],
+    *,
+    span: Sequence[Float[Tensor, "d _"]],
+    generator: torch.Generator,
+) -> list[Float[Tensor, "d _"]]:
+    """Carry matrices from a span to a uniformly random one, with all lengths and angles among their columns.
+
+    The construction behind every random control: what it leaves alone (rank, obliqueness, lengths) cannot be what
+    tells the repair from its control.
+
+    Args:
+        matrices: [d, ...] each, with columns in the span; what lies outside of it is dropped.
+        span: [d, ...] matrices whose columns span what is carried; side by side they have m columns or fewer.
+        generator: Of the image; min(m, d) Gaussian columns of length d are drawn.
+
+    Returns:
+        The images, of the dtype and on the device of the matrices; computed in float64.
+    """
+    own = torch.linalg.qr(torch.cat([matrix.double().cpu() for matrix in span], dim=1)).Q
+    image = torch.linalg.qr(torch.randn(own.shape, generator=generator, dtype=torch.float64)).Q
+    return [(image @ (own.T @ matrix.double().cpu())).to(matrix) for matrix in matrices]
 
 
 def random_like(subspace: SafetySubspace, seed: int = 0) -> SafetySubspace:
@@ -38,11 +65,10 @@ def random_like(subspace: SafetySubspace, seed: int = 0) -> SafetySubspace:
         >>> bool(alpha > 0)
         True
     """
-    own = {name: getattr(subspace, name).double().cpu() for name in ("basis", "read", "write", "left")}
-    span = torch.linalg.qr(torch.cat([own["basis"], own["write"]], dim=1)).Q
-    gaussian = torch.randn(span.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    image = torch.linalg.qr(gaussian).Q
-    moved = {name: (image @ (span.T @ matrix)).to(getattr(subspace, name)) for name, matrix in own.items()}
+    own = [getattr(subspace, name) for name in _MOVED]
+    generator = torch.Generator().manual_seed(seed)
+    found = random_isometry(own, span=(subspace.basis, subspace.write), generator=generator)
+    moved = dict(zip(_MOVED, found, strict=True))
     notes = {**subspace.diagnostics, "control": "random subspace", "control_seed": seed}
     return dataclasses.replace(subspace, **moved, diagnostics=notes)
 

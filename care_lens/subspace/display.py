@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from html import escape
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -20,7 +21,11 @@ def summary(subspace: "SafetySubspace") -> dict[str, str]:
     rows = {
         "site": "" if subspace.site is None else str(subspace.site),
         "modality": subspace.modality or "",
+        "model": ""
+        if subspace.model is None
+        else " ".join(filter(None, (subspace.model.name, subspace.model.revision))),
         "rank": f"{subspace.rank} of width {subspace.width}",
+        "made by": str(notes.get("operation", "")),
         "control": str(notes.get("control", "")),
         "contrast": str(notes.get("contrast", "")),
         "projection": str(notes.get("projection", "")),
@@ -33,19 +38,26 @@ def summary(subspace: "SafetySubspace") -> dict[str, str]:
         rows["rank chosen"] = (
             f"{choice['passed']} directions above {choice['threshold']:.3g} held out (benign against benign)"
         )
+    if rule := notes.get("rank_rule"):
+        rows["rank chosen"] = f"{rule['passed']} directions by {rule['rule']}"
+    if measured := notes.get("uncertainty"):
+        value, low, high = measured["heldout_ratio"]
+        rows["held out"] = f"{value:.3g} [{low:.3g}, {high:.3g}] malicious/benign energy"
+        value, low, high = measured["largest_angle_between_halves"]
+        rows["halves apart"] = f"{value:.2g} [{low:.2g}, {high:.2g}] radians at the largest angle"
     return {heading: value for heading, value in rows.items() if value}
 
 
 def as_text(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
     """Several aligned lines under the class name."""
-    named = {**rows, "eigenvalues": _spectrum(eigenvalues)}
+    named = {**rows, "eigenvalues": spectrum(eigenvalues)}
     wide = max(map(len, named))
     return "\n".join(["SafetySubspace", *(f"  {heading:<{wide}}  {value}" for heading, value in named.items())])
 
 
 def as_html(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
     """A two-column table."""
-    named = {**rows, "eigenvalues": _spectrum(eigenvalues)}
+    named = {**rows, "eigenvalues": spectrum(eigenvalues)}
     cells = "".join(
         f"<tr><th {_LEFT}>{escape(heading)}</th><td {_LEFT}>{escape(value)}</td></tr>"
         for heading, value in named.items()
@@ -53,9 +65,11 @@ def as_html(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
     return f"<table><caption {_LEFT}><b>SafetySubspace</b></caption><tbody>{cells}</tbody></table>"
 
 
-def _spectrum(eigenvalues: Tensor) -> str:
+def spectrum(eigenvalues: Tensor) -> str:
     """First to last, and bars on a linear scale from 0."""
     values = eigenvalues.detach().double().cpu().tolist()
+    if not all(map(isfinite, values)):
+        return "not known"
     top = max(values[0], 1e-300)
     heights = [min(int(len(_BARS) * max(value, 0) / top), len(_BARS) - 1) for value in values[:_MOST_BARS]]
     bars = "".join(_BARS[height] for height in heights)

@@ -33,6 +33,14 @@ class RankError(SubspaceError):
         self.largest = largest
 
 
+class RowsNeededError(SubspaceError):
+    """Rows were asked of moments that keep only sums: permutations and row bootstraps cannot be made from those."""
+
+
+class ConvergenceError(SubspaceError):
+    """An iterative eigensolver stopped before its pairs were accurate."""
+
+
 class SubspaceMismatchError(SubspaceError):
     """A subspace was about to be used at another site, modality or model width than it was fitted for."""
 

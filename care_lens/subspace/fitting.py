@@ -1,4 +1,4 @@
-"""From rows to the tensors of a safety subspace. Everything here is float64 on the CPU."""
+"""From rows, or their moments, to the tensors of a safety subspace. Everything here is float64 on the CPU."""
 
 import logging
 import warnings
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from care_lens.subspace.auto_rank import RankChoice, choose_rank
-from care_lens.subspace.contrast import Contrast, Metric, class_moments, pencil
+from care_lens.subspace.contrast import Contrast, Metric, check_classes, class_moments, pencil
 from care_lens.subspace.errors import SubspaceError
+from care_lens.subspace.memory import plan_fit
 from care_lens.subspace.moments import Moments
-from care_lens.subspace.shrinkage import Shrinkage, ShrunkCovariance
+from care_lens.subspace.shrinkage import Shrinkage, ShrunkCovariance, Target
 from care_lens.subspace.solvers import PencilSolution, Solver, solve_pencil
 
 Projection = Literal["orthogonal", "oblique"]
@@ -43,21 +44,12 @@ def fit_tensors(
         raise SubspaceError(f"rank must be 'auto' or a number, got {rank!r}")
     moments = class_moments(benign, malicious, contrast, metric)
 
-    def solve(
-        of: tuple[Moments, Moments], rank: int, clip: bool
-    ) -> tuple[PencilSolution, ShrunkCovariance, ShrunkCovariance]:
-        numerator, denominator = pencil(*of, contrast=contrast, metric=metric, shrinkage=shrinkage)
-        return (
-            solve_pencil(numerator, denominator, rank=rank, solver=solver, clip=clip),
-            numerator,
-            denominator,
-        )
-
     def directions(held_in: Tensor, against: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of = class_moments(held_in, against, contrast, metric)
         most = min(_LARGEST_AUTO_RANK, of[0].width)
         centre = of[1].mean if contrast == "covariance" else of[0].mean
-        return solve(of, most, True)[0].vectors, of[0].mean, centre
+        both = pencil(*of, contrast=contrast, metric=metric, shrinkage=shrinkage)
+        return solve_pencil(*both, rank=most, solver=solver, clip=True).vectors, of[0].mean, centre
 
     counts = [of.count for of in moments]
     if groups is None:
@@ -73,26 +65,79 @@ def fit_tensors(
     elif rank == "auto":
         choice = _auto_rank(moments, directions, groups, seed)
         rank = max(choice.rank, 1)
-    solution, numerator, denominator = solve(moments, rank, False)
+    tensors, diagnostics = fit_moments(
+        *moments,
+        rank=rank,
+        contrast=contrast,
+        shrinkage=shrinkage,
+        projection=projection,
+        solver=solver,
+        metric=metric,
+    )
+    return tensors, {**diagnostics, "auto_rank": None if choice is None else choice.to_dict(), "seed": seed}
+
+
+def fit_moments(
+    benign: Moments,
+    malicious: Moments,
+    *,
+    rank: int,
+    contrast: Contrast,
+    shrinkage: Shrinkage,
+    projection: Projection,
+    solver: Solver,
+    metric: Metric,
+    target: Target = "identity",
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a subspace and the diagnostics of its fit, from the moments of the classes in either form.
+
+    Args:
+        benign: Moments of the benign rows.
+        malicious: Of the malicious ones.
+        rank: Number of directions; choosing one needs rows.
+        contrast: As for ``SafetySubspace.fit``; likewise shrinkage, projection, solver and metric.
+        target: What both covariances are shrunk towards, see ``care_lens.subspace.shrink``.
+
+    Returns:
+        The float32 tensors, and JSON-able diagnostics.
+
+    Raises:
+        SubspaceError: As for ``SafetySubspace.fit``.
+    """
+    if projection not in get_args(Projection):
+        raise SubspaceError(f"projection must be one of {get_args(Projection)}, got {projection!r}")
+    check_classes(benign, malicious, contrast, metric)
+    plan = plan_fit(benign, malicious, rank=rank, solver=solver, low_rank=contrast == "mean")
+    logger.info("%s", plan)
+    numerator, denominator = pencil(
+        benign, malicious, contrast=contrast, metric=metric, shrinkage=shrinkage, target=target
+    )
+    solution = solve_pencil(numerator, denominator, rank=rank, solver=solver)
     diagnostics = {
         "contrast": contrast,
         "metric": metric,
         "projection": projection,
-        "n_benign": moments[0].count,
-        "n_malicious": moments[1].count,
+        "n_benign": benign.count,
+        "n_malicious": malicious.count,
         "shrinkage": shrinkage,
+        "shrinkage_target": "diagonal" if shrinkage == "diagonal" else target,
         "shrinkage_benign": denominator.weight,
         "shrinkage_malicious": numerator.weight,
-        "noise_eigenvalue": numerator.ridge / denominator.ridge if denominator.ridge > 0 else None,
+        "noise_eigenvalue": floor_of(numerator, denominator),
         "solver": solution.solver,
         "order": solution.order,
         "condition": solution.condition,
         "residual": solution.residual,
-        "auto_rank": None if choice is None else choice.to_dict(),
-        "seed": seed,
     }
-    logger.debug("fitted a subspace of rank %d at width %d: %s", rank, moments[0].width, diagnostics)
-    return _tensors(solution, denominator, moments, projection), diagnostics
+    logger.debug("fitted a subspace of rank %d at width %d: %s", rank, benign.width, diagnostics)
+    return _tensors(solution, denominator, (benign, malicious), projection), diagnostics
+
+
+def floor_of(malicious: ShrunkCovariance, benign: ShrunkCovariance) -> float | None:
+    """The eigenvalue of directions that no row speaks of; None where there is no single one."""
+    if benign.ridge <= 0 or malicious.diagonal is not None or benign.diagonal is not None:
+        return None
+    return malicious.ridge / benign.ridge
 
 
 def _auto_rank(moments: tuple[Moments, Moments], directions: Any, groups: Groups, seed: int) -> RankChoice:

@@ -5,28 +5,47 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.core.site import Site, SiteLike
-from care_lens.subspace import display, storage
+from care_lens.subspace import display, hub, set_operations, storage
+from care_lens.subspace.calibration import ConformalScores
 from care_lens.subspace.comparison import SubspaceComparison, compare_bases
 from care_lens.subspace.contrast import Contrast, Metric
 from care_lens.subspace.errors import RankError, SubspaceError, SubspaceMismatchError
-from care_lens.subspace.fitting import Projection, fit_tensors
-from care_lens.subspace.shrinkage import Shrinkage
+from care_lens.subspace.fitting import Projection, fit_moments, fit_tensors
+from care_lens.subspace.linear_map import LinearMap
+from care_lens.subspace.model_identity import Match, ModelIdentity
+from care_lens.subspace.moments import Moments
+from care_lens.subspace.overlap import DirectionOverlap, overlap_with_directions
+from care_lens.subspace.rank_rules import (
+    EnergyRank,
+    PermutationRank,
+    RankRule,
+    SpectrumRank,
+    rank_by_energy,
+    rank_of_rule,
+)
+from care_lens.subspace.recipe import Recipe
+from care_lens.subspace.shrinkage import Shrinkage, Target
 from care_lens.subspace.solvers import Solver
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from care_lens.subspace.uncertainty import SubspaceUncertainty
+
 Modality = Literal["visual", "textual"]
+Score = Literal["energy", "mahalanobis"]
+RankName = Literal["auto", "energy", "permutation"]
 
 _TENSORS = ("basis", "read", "write", "left", "eigenvalues", "mean_benign", "mean_malicious")
 _BY_COLUMN = ("basis", "read", "write", "left")
+_RULES: dict[str, RankRule] = {"energy": EnergyRank(), "permutation": PermutationRank()}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -43,11 +62,13 @@ class SafetySubspace:
             the malicious mean is on the positive side of each.
         write: [d, k] what the projector writes along.
         left: [d, k] the coordinates it removes; ``left.T @ write = I``.
-        eigenvalues: [k] malicious over benign energy along each column of ``read``, descending.
+        eigenvalues: [k] malicious over benign energy along each column of ``read``, descending; NaN where it
+            is not known (unions and intersections).
         mean_benign: [d].
         mean_malicious: [d].
         site: Where the activations were taken, or None.
         modality: "visual", "textual" or None.
+        model: The model they were taken from, or None.
         diagnostics: How the fit went, JSON-able: row counts, shrinkage weights, solver, condition, residual,
             rank choice.
         provenance: What the caller says of the rows, JSON-able.
@@ -62,6 +83,7 @@ class SafetySubspace:
     mean_malicious: Float[Tensor, "d"]
     site: Site | None = None
     modality: Modality | None = None
+    model: ModelIdentity | None = None
     diagnostics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -71,7 +93,7 @@ class SafetySubspace:
         benign: Float[Tensor, "n_b d"],
         malicious: Float[Tensor, "n_m d"],
         *,
-        rank: int | Literal["auto"] = "auto",
+        rank: int | RankName | RankRule = "auto",
         contrast: Contrast = "second_moment",
         shrinkage: Shrinkage = "ledoit-wolf",
         projection: Projection = "oblique",
@@ -79,6 +101,7 @@ class SafetySubspace:
         metric: Metric = "benign",
         site: SiteLike | None = None,
         modality: Modality | None = None,
+        model: ModelIdentity | None = None,
         provenance: Mapping[str, Any] | None = None,
         groups: tuple[Sequence[str], Sequence[str]] | None = None,
         seed: int = 0,
@@ -91,7 +114,9 @@ class SafetySubspace:
             malicious: [n_m, d].
             rank: Number of directions, or "auto": the leading ones whose held-out malicious/benign energy
                 ratio is above what benign rows against benign rows give (``care_lens.subspace.auto_rank``;
-                about 80 fits, 64 directions at most). With contrast="mean" it is 1.
+                about 80 fits, 64 directions at most); "energy" or an ``EnergyRank``: those with a share of the
+                fit's excess energy; "permutation" or a ``PermutationRank``: those whose eigenvalues permuted labels
+                do not reach (20 fits). With contrast="mean" it is 1.
             contrast: "second_moment": malicious second moment about the benign mean, which also sees a shift
                 of the mean; "covariance": malicious covariance about its own mean, as in the paper; "mean":
                 the difference of the means alone.
@@ -104,10 +129,12 @@ class SafetySubspace:
                 contrast="mean" the direction is then the difference of the means itself.
             site: Where the rows were taken.
             modality: Which modality's tokens they are.
-            provenance: JSON-able notes: model, data, selection.
+            model: The model they are of.
+            provenance: JSON-able notes: data, selection.
             groups: The item of each benign and of each malicious row, so that rows of one item never sit on
-                both sides of the splits of rank="auto". None: every row is an item by itself.
-            seed: Of those splits.
+                both sides of the splits of rank="auto", and are relabelled together by a permutation. None: every
+                row is an item by itself.
+            seed: Of those splits and permutations.
 
         Returns:
             The subspace, on the device of ``benign``.
@@ -121,7 +148,7 @@ class SafetySubspace:
             SubspaceError: If an option is unknown; the base of all of these.
 
         Warns:
-            UserWarning: If rank="auto" finds no direction; rank 1 is kept.
+            UserWarning: If a rule for the rank finds no direction; rank 1 is kept.
 
         Notes:
             Solves ``C_m u = lambda C_b u`` for the largest lambda, with ``C' = (1 - s) C + s tr(C)/d I`` and
@@ -145,10 +172,19 @@ class SafetySubspace:
             >>> bool(subspace.energy(repaired).max() < 1e-6)
             True
         """
+        number, chosen = rank, {}
+        rule = _RULES.get(rank) if isinstance(rank, str) else rank
+        if isinstance(rule, (EnergyRank, PermutationRank)):
+            number = 1
+            if contrast != "mean":
+                recipe = Recipe(contrast, metric, shrinkage, solver)
+                choice = rank_of_rule(benign, malicious, rule=rule, recipe=recipe, groups=groups, seed=seed)
+                number, chosen = max(choice.rank, 1), {"rank_rule": choice.to_dict()}
+                _warn_if_none(choice)
         tensors, diagnostics = fit_tensors(
             benign,
             malicious,
-            rank=rank,
+            rank=number,  # pyright: ignore[reportArgumentType]  # a rule or "auto"; anything else is refused there
             contrast=contrast,
             shrinkage=shrinkage,
             projection=projection,
@@ -161,7 +197,96 @@ class SafetySubspace:
             **{name: tensor.to(benign.device) for name, tensor in tensors.items()},
             site=None if site is None else Site.parse(site),
             modality=modality,
-            diagnostics=diagnostics,
+            model=model,
+            diagnostics={**diagnostics, **chosen},
+            provenance=dict(provenance or {}),
+        )
+
+    @classmethod
+    def from_moments(
+        cls,
+        benign: Moments,
+        malicious: Moments,
+        *,
+        rank: int | Literal["energy"] | EnergyRank,
+        contrast: Contrast = "second_moment",
+        shrinkage: Shrinkage = "ledoit-wolf",
+        projection: Projection = "oblique",
+        solver: Solver = "auto",
+        metric: Metric = "benign",
+        target: Target = "identity",
+        site: SiteLike | None = None,
+        modality: Modality | None = None,
+        model: ModelIdentity | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "SafetySubspace":
+        """The fit of streamed moments, which never held all rows at once.
+
+        Args:
+            benign: Moments of the benign rows, in either form.
+            malicious: Of the malicious ones.
+            rank: Number of directions, or a share of the energy. What looks at rows (held-out ratios, permutations) needs
+                :meth:`fit`.
+            contrast: As for :meth:`fit`; likewise shrinkage, projection, solver, metric, site, modality, model and
+                provenance.
+            shrinkage: See :meth:`fit`.
+            projection: See :meth:`fit`.
+            solver: See :meth:`fit`.
+            metric: See :meth:`fit`.
+            target: What both covariances are shrunk towards, see ``care_lens.subspace.shrink``.
+            site: See :meth:`fit`.
+            modality: See :meth:`fit`.
+            model: See :meth:`fit`.
+            provenance: See :meth:`fit`.
+
+        Returns:
+            The subspace, on the CPU; that of :meth:`fit` on the same rows.
+
+        Raises:
+            SubspaceError: As for :meth:`fit`, and if the rank is a rule that needs rows.
+
+        Warns:
+            UserWarning: If the energy rule finds no direction; rank 1 is kept.
+
+        Example:
+            >>> import torch
+            >>> from care_lens.subspace import Moments, SafetySubspace
+            >>> rows = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+            >>> streamed = [Moments.from_rows(part[:30]).without_rows().update(part[30:]) for part in rows]
+            >>> SafetySubspace.from_moments(*streamed, rank=2).equals(SafetySubspace.fit(*rows, rank=2))
+            True
+        """
+        number, chosen = rank, {}
+        rule = _RULES.get(rank) if isinstance(rank, str) else rank
+        if isinstance(rule, EnergyRank):
+            number = 1
+            if contrast != "mean":
+                recipe = Recipe(contrast, metric, shrinkage, solver, target)
+                choice = rank_by_energy(benign, malicious, rule=rule, recipe=recipe)
+                number, chosen = max(choice.rank, 1), {"rank_rule": choice.to_dict()}
+                _warn_if_none(choice)
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise SubspaceError(
+                f"rank must be a number, 'energy' or an EnergyRank for moments, got {rank!r}; other rules look at rows: use "
+                "SafetySubspace.fit"
+            )
+        tensors, diagnostics = fit_moments(
+            benign,
+            malicious,
+            rank=number,
+            contrast=contrast,
+            shrinkage=shrinkage,
+            projection=projection,
+            solver=solver,
+            metric=metric,
+            target=target,
+        )
+        return cls(
+            **tensors,
+            site=None if site is None else Site.parse(site),
+            modality=modality,
+            model=model,
+            diagnostics={**diagnostics, **chosen},
             provenance=dict(provenance or {}),
         )
 
@@ -178,6 +303,31 @@ class SafetySubspace:
     def projector(self) -> Float[Tensor, "d d"]:
         """The [d, d] projector ``P = write @ left.T``; ``P P = P``, and its rank is k."""
         return self.write @ self.left.T
+
+    def projection(self) -> LinearMap:
+        """P as a small linear map: ``P P = P``, its trace is k, and ``read^T P = read^T``."""
+        return LinearMap(scale=0.0, write=self.write, left=self.left)
+
+    def removal(self, alpha: float = 1.0) -> LinearMap:
+        """``I - alpha P``, the linear part of :meth:`correction`.
+
+        At alpha = 1 it is the complementary projector; in general its eigenvalues are 1 - alpha, k times, and 1.
+        What it takes from benign activations, on average over their distribution as shrunk and in its metric,
+        ``E ||alpha P (h - mean_benign)||^2`` in ``C_b^-1``, is ``alpha^2 k`` for an oblique P, the least of all
+        projectors that remove these coordinates; in Euclidean length it is ``alpha^2 ||write||_F^2`` for an oblique
+        P and ``alpha^2 tr(basis^T C_b basis)``, the least, for an orthogonal one.
+        """
+        return LinearMap(scale=1.0, write=-alpha * self.write, left=self.left)
+
+    def correction(
+        self, *, alpha: float = 1.0, beta: float = 1.0, target: Float[Tensor, "d"] | None = None
+    ) -> LinearMap:
+        """What :meth:`apply` does, as a map about its target; arguments, errors and warnings are those of it."""
+        self._check_strengths(alpha, beta)
+        if target is not None:
+            self.check(width=target.shape[-1])
+        aim = beta * self.mean_benign if target is None else target.to(self.mean_benign)
+        return dataclasses.replace(self.removal(alpha), centre=aim)
 
     def project(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """P h, without forming P: O(d k) a row.
@@ -219,6 +369,57 @@ class SafetySubspace:
         """
         return self.coordinates(h, centre=centre).square().sum(dim=-1)
 
+    def mahalanobis(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """Mahalanobis distance from the benign mean within the subspace: the square root of :meth:`energy`.
+
+        Among all activations with the same coordinates it is the distance of the nearest one, in the benign metric
+        of the fit (as shrunk).
+
+        Args, Returns ([...]) and Raises are those of :meth:`coordinates`, and:
+
+        Raises:
+            SubspaceError: If the fit or the operation that made it knows no benign metric.
+        """
+        if self.diagnostics.get("metric", "benign") != "benign":
+            raise SubspaceError("metric must be 'benign' for a Mahalanobis distance, got 'identity'; use energy()")
+        return self.energy(h).sqrt()
+
+    def score(self, h: Float[Tensor, "*batch d"], kind: Score = "mahalanobis") -> Float[Tensor, "*batch"]:
+        """:meth:`mahalanobis` or :meth:`energy`, by name; larger is less benign."""
+        if kind not in get_args(Score):
+            raise SubspaceError(f"score must be one of {get_args(Score)}, got {kind!r}")
+        return self.mahalanobis(h) if kind == "mahalanobis" else self.energy(h)
+
+    def calibrate(
+        self, benign: Float[Tensor, "n d"], *, groups: Sequence[str] | None = None, score: Score = "mahalanobis"
+    ) -> ConformalScores:
+        """Scores of benign rows that the fit did not see, for p-values.
+
+        Args:
+            benign: [n, d] rows held out of the fit.
+            groups: The item of each; an item counts with its largest score. None: every row is an item.
+            score: Which score; p-values do not depend on it, since one is a function of the other.
+
+        Returns:
+            The calibration: ``calibrated.p_values(subspace.score(h))``. See ``care_lens.subspace.calibration``.
+
+        Raises:
+            SubspaceMismatchError: If the rows are of another width.
+            TooFewRowsError: If there are none.
+            NonFiniteError: If a row holds NaN or infinity.
+
+        Example:
+            >>> import torch
+            >>> from care_lens.subspace import SafetySubspace
+            >>> rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+            >>> malicious = rows[200:] * torch.tensor([9.0] + [1.0] * 7)
+            >>> subspace = SafetySubspace.fit(rows[:100], malicious, rank=1)
+            >>> calibrated = subspace.calibrate(rows[100:200])
+            >>> float(calibrated.p_values(subspace.score(1e3 * malicious[:1]))[0]) == 1 / 101
+            True
+        """
+        return ConformalScores.from_scores(self.score(benign, score), groups=groups)
+
     def apply(
         self,
         h: Float[Tensor, "*batch d"],
@@ -250,20 +451,12 @@ class SafetySubspace:
             At alpha = 1 this is the paper's ``P_safe h + beta (I - P_safe) mean_benign`` with
             ``P_safe = I - P``.
         """
-        if not 0 <= alpha < float("inf"):
-            raise SubspaceError(f"alpha must be 0 or more, got {alpha!r}")
-        if not 0 <= beta <= 1:
-            raise SubspaceError(f"beta must be in [0, 1], got {beta!r}; give a target to aim elsewhere")
         self.check(width=h.shape[-1])
+        self._check_strengths(alpha, beta)
         if target is not None:
             self.check(width=target.shape[-1])
         if alpha == 0:
             return h
-        if alpha > 1:
-            warnings.warn(
-                f"alpha={alpha} is above 1: coordinates are reflected through the target, not removed",
-                stacklevel=2,
-            )
         wide, (aim,) = self._wide(h, beta * self.mean_benign if target is None else target)
         return (wide - alpha * self.project(wide - aim)).to(h.dtype)
 
@@ -273,6 +466,11 @@ class SafetySubspace:
         Raises:
             RankError: If rank is not between 1 and this subspace's.
         """
+        if not bool(self.eigenvalues.isfinite().all()):
+            raise SubspaceError(
+                "a subspace must have eigenvalues to be truncated, got one made by "
+                f"{self.diagnostics.get('operation', 'hand')}, whose directions are in no order; truncate what it was made of"
+            )
         if not 1 <= rank <= self.rank:
             raise RankError(
                 f"rank must be between 1 and {self.rank}, got {rank}; fit again for more", largest=self.rank
@@ -295,14 +493,120 @@ class SafetySubspace:
         self.check(width=other.width)
         return compare_bases(self.basis, other.basis.to(self.basis))
 
+    def overlap(self, directions: Float[Tensor, "n d"], *, names: Sequence[str] | None = None) -> DirectionOverlap:
+        """How much of given directions (refusal direction, SAE features, unembedding rows) lies in the subspace.
+
+        Args, Returns and Raises are those of ``care_lens.subspace.overlap_with_directions``.
+        """
+        return overlap_with_directions(self.basis, directions, names=names)
+
+    def equals(self, other: "SafetySubspace", *, tolerance: float = 1e-4) -> bool:
+        """Whether the two do the same: place, projector, energy and means, whatever the basis of the span.
+
+        Args:
+            other: Of any site, modality and width.
+            tolerance: Relative difference allowed, in Frobenius norm, of P, of ``read read^T`` (which decides the
+                energy) and of the two means.
+
+        Returns:
+            True if site, modality, width, rank and all of these agree. Signs, order and rotations of columns,
+            eigenvalues, model and notes do not count. The relation is not transitive, for which reason it is no
+            ``==``.
+        """
+        return set_operations.equal(self, other, tolerance)
+
+    def union(self, other: "SafetySubspace") -> "SafetySubspace":
+        """The subspace of everything in either: its span is that of all directions of both.
+
+        Two oblique fits on the same benign rows (attack families against one reference) give an oblique union in
+        their common benign metric. Otherwise (visual and textual, orthogonal fits) no common metric is known: the
+        union projects orthogonally, and ``read`` is the basis, so that energy is in the activations' own units.
+
+        Args:
+            other: Of the same width and site.
+
+        Returns:
+            The union. The benign mean is this subspace's where the two have one, else, as the
+            malicious one, the average; modality and
+            model are kept where they agree; eigenvalues are NaN, not known.
+
+        Raises:
+            SubspaceMismatchError: If width or site differ.
+        """
+        return set_operations.union(self, other)
+
+    def intersect(self, other: "SafetySubspace", *, least_cosine: float = 0.9) -> "SafetySubspace":
+        """The directions that the two nearly share, as midpoints of their principal vectors.
+
+        Args:
+            other: Of the same width and site.
+            least_cosine: Pairs of principal vectors with this cosine or more are shared. 0.9 is 26 degrees;
+                compare with what fits on resampled rows give (``uncertainty``).
+
+        Returns:
+            The intersection; metric, means and eigenvalues as for :meth:`union`.
+
+        Raises:
+            SubspaceMismatchError: If width or site differ.
+            RankError: If no direction is shared.
+            SubspaceError: If ``least_cosine`` is not in (0, 1].
+        """
+        return set_operations.intersect(self, other, least_cosine)
+
+    def uncertainty(
+        self,
+        benign: Float[Tensor, "n_b d"],
+        malicious: Float[Tensor, "n_m d"],
+        *,
+        groups: tuple[Sequence[str], Sequence[str]] | None = None,
+        n_boot: int = 200,
+        n_halves: int = 50,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> "SubspaceUncertainty":
+        """Intervals of the eigenvalues, stability of the span and energy on held-out rows, from repeated fits.
+
+        Args, Returns and Raises are those of ``care_lens.subspace.measure_uncertainty``; the rows are those of the fit.
+        """
+        from care_lens.subspace.uncertainty import measure_uncertainty
+
+        return measure_uncertainty(
+            self,
+            benign,
+            malicious,
+            groups=groups,
+            n_boot=n_boot,
+            n_halves=n_halves,
+            confidence=confidence,
+            seed=seed,
+        )
+
+    def with_uncertainty(self, measured: "SubspaceUncertainty") -> "SafetySubspace":
+        """The same subspace with the summary of what was measured in its diagnostics, table, files and card."""
+        return dataclasses.replace(self, diagnostics={**self.diagnostics, "uncertainty": measured.summary()})
+
     def check(
-        self, *, site: SiteLike | None = None, modality: Modality | None = None, width: int | None = None
+        self,
+        *,
+        site: SiteLike | None = None,
+        modality: Modality | None = None,
+        width: int | None = None,
+        model: ModelIdentity | None = None,
+        match: Match = "exact",
     ) -> None:
         """Refuse to be used where it does not belong; what is not given is not checked.
 
+        Args:
+            site: The site it is about to be used at; likewise modality and width, which must be those of the fit at
+                every level of ``match``.
+            modality: See above.
+            width: See above.
+            model: The model it is about to be used on.
+            match: How much of the model must agree: "exact" (name, revision, architecture), "architecture", or
+                "width" (nothing but the width, if given).
+
         Raises:
-            SubspaceMismatchError: If the site, modality or width is not that of the fit, or the fit named
-                none.
+            SubspaceMismatchError: If one is not that of the fit, or the fit named none.
         """
         wanted = {"site": None if site is None else Site.parse(site), "modality": modality, "width": width}
         for name, value in wanted.items():
@@ -313,6 +617,15 @@ class SafetySubspace:
                     f"{name} must be the one the subspace was fitted for, got {value} for a subspace "
                     f"{known}; fit one on activations of that place"
                 )
+        if match not in get_args(Match):
+            raise SubspaceError(f"match must be one of {get_args(Match)}, got {match!r}")
+        if model is not None and match != "width":
+            if self.model is None:
+                raise SubspaceMismatchError(
+                    f"model must be the one the subspace was fitted for, got {model.name} for a subspace fitted without a "
+                    "model; fit with model=ModelIdentity(...), or use match='width' if you know that it carries over"
+                )
+            self.model.require(model, match)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "SafetySubspace":
         """Move or cast the tensors; a new object."""
@@ -335,7 +648,13 @@ class SafetySubspace:
         """
         tensors = {name: getattr(self, name) for name in _TENSORS}
         site = None if self.site is None else str(self.site)
-        notes = {"modality": self.modality, "diagnostics": self.diagnostics, "provenance": self.provenance}
+        model = None if self.model is None else self.model.to_dict()
+        notes = {
+            "model": model,
+            "modality": self.modality,
+            "diagnostics": self.diagnostics,
+            "provenance": self.provenance,
+        }
         return storage.save(directory, tensors, {"site": site, "width": self.width, "rank": self.rank, **notes})
 
     @classmethod
@@ -346,12 +665,18 @@ class SafetySubspace:
         site: SiteLike | None = None,
         modality: Modality | None = None,
         width: int | None = None,
+        model: ModelIdentity | None = None,
+        match: Match = "exact",
     ) -> "SafetySubspace":
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, in this version or an older one.
 
         Args:
             directory: Where.
-            site: The site it will be used at; likewise modality and width. What is not given is not checked.
+            site: The site it will be used at; likewise modality, width and model. What is not given is not checked.
+            modality: See above.
+            width: See above.
+            model: See above.
+            match: How much of the model must agree, see :meth:`check`.
 
         Returns:
             The subspace, on the CPU.
@@ -359,18 +684,99 @@ class SafetySubspace:
         Raises:
             FileNotFoundError: If a file is not there.
             SubspaceFileError: If the files are damaged or of a newer schema.
-            SubspaceMismatchError: If it was fitted for another site, modality or width.
+            SubspaceMismatchError: If it was fitted for another site, modality, width or model.
         """
         tensors, manifest = storage.load_checked(directory, _TENSORS)
         subspace = cls(
             **tensors,
             site=None if manifest["site"] is None else Site.parse(manifest["site"]),
             modality=manifest["modality"],
+            model=None if manifest["model"] is None else ModelIdentity(**manifest["model"]),
             diagnostics=manifest["diagnostics"],
             provenance=manifest["provenance"],
         )
-        subspace.check(site=site, modality=modality, width=width)
+        subspace.check(site=site, modality=modality, width=width, model=model, match=match)
         return subspace
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        message: str | None = None,
+        license: str | None = None,
+        description: str = "",
+    ) -> str:
+        """Upload to the Hugging Face hub, with a generated card; the repository is made if it does not exist.
+
+        Args:
+            repo_id: "owner/name".
+            subfolder: Folder within the repository, such as "blocks.12/visual", for several in one.
+            private: Whether a new repository is private.
+            revision: Branch to commit to; None: the main one.
+            message: Of the commit.
+            license: Hub identifier of the license you give it; None: not stated.
+            description: What it is for, for the card.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: If the hub refuses; log in with ``hf auth login``.
+        """
+        return hub.push(
+            self,
+            repo_id,
+            subfolder=subfolder,
+            private=private,
+            revision=revision,
+            message=message,
+            license=license,
+            description=description,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        site: SiteLike | None = None,
+        modality: Modality | None = None,
+        width: int | None = None,
+        model: ModelIdentity | None = None,
+        match: Match = "exact",
+    ) -> "SafetySubspace":
+        """Load from the Hugging Face hub, or from a directory.
+
+        Args:
+            name_or_dir: "owner/name" on the hub, or a directory (which goes first).
+            subfolder: Folder within it.
+            revision: Branch, tag or commit on the hub; a commit is the only one that never changes.
+            site: What it will be used for; likewise modality, width, model and match. See :meth:`load`.
+            modality: See :meth:`load`.
+            width: See :meth:`load`.
+            model: See :meth:`load`.
+            match: See :meth:`load`.
+
+        Returns:
+            The subspace, on the CPU.
+
+        Raises:
+            SubspaceFileError: If there is no subspace, or it is damaged or of a newer schema.
+            SubspaceMismatchError: If it was fitted for another site, modality, width or model.
+        """
+        directory = hub.fetch(name_or_dir, subfolder=subfolder, revision=revision)
+        return cls.load(directory, site=site, modality=modality, width=width, model=model, match=match)
+
+    def card(self, *, repo_id: str | None = None, license: str | None = None, description: str = "") -> str:
+        """The README that :meth:`push_to_hub` writes beside the files; markdown."""
+        from care_lens.subspace.card import make_card
+
+        return make_card(self, repo_id=repo_id, license=license, description=description)
 
     def plot(self) -> "go.Figure":
         """The spectrum as a plotly figure; it is returned and never shows itself."""
@@ -393,3 +799,23 @@ class SafetySubspace:
         self.check(width=h.shape[-1])
         dtype = torch.promote_types(h.dtype, torch.float32)
         return h.to(dtype), [tensor.to(device=h.device, dtype=dtype) for tensor in own]
+
+    @staticmethod
+    def _check_strengths(alpha: float, beta: float) -> None:
+        if not 0 <= alpha < float("inf"):
+            raise SubspaceError(f"alpha must be 0 or more, got {alpha!r}")
+        if not 0 <= beta <= 1:
+            raise SubspaceError(f"beta must be in [0, 1], got {beta!r}; give a target to aim elsewhere")
+        if alpha > 1:
+            warnings.warn(
+                f"alpha={alpha} is above 1: coordinates are reflected through the target, not removed",
+                stacklevel=3,
+            )
+
+
+def _warn_if_none(choice: SpectrumRank) -> None:
+    if choice.rank == 0:
+        warnings.warn(
+            f"the {choice.rule} rule found no direction above its threshold; rank 1 is kept, expect nothing of it",
+            stacklevel=3,
+        )

@@ -4,10 +4,10 @@ import pytest
 import torch
 from scipy.linalg import eigh
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from subspace_rows import planted
+from subspace_rows import planted, unchecked
 
 from care_lens.core import Site
-from care_lens.subspace import RankError, SafetySubspace, SubspaceError, SubspaceMismatchError
+from care_lens.subspace import EnergyRank, Moments, RankError, SafetySubspace, SubspaceError, SubspaceMismatchError
 
 PROJECTIONS = ["orthogonal", "oblique"]
 
@@ -284,3 +284,34 @@ def test_representations_say_what_it_is(subspace):
             assert word in text
     assert len(repr(subspace)) < 700
     assert subspace._repr_html_().startswith("<table>")
+
+
+@pytest.mark.parametrize("contrast", ["covariance", "second_moment", "mean"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("keep", ["rows", "sums"])
+def test_streamed_moments_give_the_fit_of_their_rows(rows, contrast, projection, keep):
+    streamed = []
+    for part in rows:
+        start = Moments.from_rows(part[:20])
+        start = start if keep == "rows" else start.without_rows()
+        streamed.append(start.update(part[20:31]).update(part[31:]))
+    options = {
+        "rank": 1 if contrast == "mean" else 3,
+        "contrast": contrast,
+        "projection": projection,
+        "site": "blocks.1.hook_mlp_out",
+        "modality": "visual",
+    }
+    found, expected = SafetySubspace.from_moments(*streamed, **options), SafetySubspace.fit(*rows, **options)
+    assert found.equals(expected)
+    torch.testing.assert_close(found.eigenvalues, expected.eigenvalues)
+    assert found.diagnostics["shrinkage_benign"] == pytest.approx(expected.diagnostics["shrinkage_benign"])
+
+
+def test_moments_know_the_energy_rank_but_no_rule_that_needs_rows(rows):
+    moments = [Moments.from_rows(part).without_rows() for part in rows]
+    found = SafetySubspace.from_moments(*moments, rank=EnergyRank(0.5))
+    assert found.equals(SafetySubspace.fit(*rows, rank=EnergyRank(0.5)))
+    for rank in ("auto", "permutation", True):
+        with unchecked(), pytest.raises(SubspaceError, match=r"use SafetySubspace\.fit"):
+            SafetySubspace.from_moments(*moments, rank=rank)

@@ -67,3 +67,52 @@ def test_a_shrinkage_that_is_none_is_refused(wrong):
 def test_an_unknown_rule_is_refused():
     with unchecked(), pytest.raises(SubspaceError, match="'ledoitwolf'"):
         shrink(Moments.from_rows(rows_of((8, 12))), "ledoitwolf")
+
+
+def off_diagonal_weight(rows):
+    """Schaefer and Strimmer's weight from its definition, with 1/N: variances of the entries over their squares."""
+    centred = rows - rows.mean(0)
+    products = centred[:, :, None] * centred[:, None, :]
+    entries = products.mean(0)
+    variances = (products - entries).square().mean(0) / len(rows)
+    off = ~torch.eye(rows.shape[1], dtype=torch.bool)
+    return float(min(variances[off].sum() / entries[off].square().sum(), torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (30, 6), (6, 30), (50, 49)])
+def test_the_diagonal_target_has_the_weight_of_its_definition(shape):
+    rows = rows_of(shape)
+    for moments in (Moments.from_rows(rows), Moments.from_rows(rows).without_rows()):
+        shrunk = shrink(moments, "diagonal")
+        weight = off_diagonal_weight(rows)
+        assert shrunk.weight == pytest.approx(weight, abs=1e-9)
+        assert shrink(moments, "ledoit-wolf", target="diagonal").weight == shrunk.weight
+        covariance = torch.cov(rows.T, correction=0)
+        expected = (1 - weight) * covariance + weight * torch.diag(covariance.diagonal())
+        torch.testing.assert_close(shrunk.dense(), expected)
+        torch.testing.assert_close(shrunk.times(rows.T), expected @ rows.T)
+        assert shrunk.trace == pytest.approx(float(expected.trace()))
+
+
+def test_a_massive_activation_raises_the_floor_of_the_identity_target_only():
+    rows = rows_of((40, 10), seed=1) / torch.logspace(-2, 2, 10, dtype=torch.float64)
+    rows[:, 3] *= 1000
+    quiet = [i for i in range(10) if i != 3]
+    own = torch.cov(rows.T, correction=0).diagonal()
+    for target, raised in (("identity", True), ("diagonal", False)):
+        found = shrink(Moments.from_rows(rows), 0.1, target=target).dense().diagonal()
+        assert bool((found[quiet] > 100 * own[quiet]).all()) == raised
+
+
+def test_a_fixed_weight_of_one_leaves_the_target_alone():
+    moments = Moments.from_rows(rows_of((8, 12)))
+    shrunk = shrink(moments, 1, target="diagonal")
+    torch.testing.assert_close(shrunk.dense(), torch.diag(moments.variances))
+
+
+def test_targets_that_do_not_exist_are_refused():
+    moments = Moments.from_rows(rows_of((8, 12)))
+    with pytest.raises(SubspaceError, match="must not be 'oas' with target='diagonal'"):
+        shrink(moments, "oas", target="diagonal")
+    with unchecked(), pytest.raises(SubspaceError, match="target must be 'identity' or 'diagonal'"):
+        shrink(moments, 0.1, target="nothing")

@@ -1,0 +1,82 @@
+"""Which model a subspace belongs to, and how nearly another one is it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from care_lens.subspace.errors import SubspaceError, SubspaceMismatchError
+
+Match = Literal["exact", "architecture", "width"]
+"""How much of a model must agree: name, revision and architecture; architecture; nothing but the width."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """A model, as far as a subspace depends on it.
+
+    Attributes:
+        name: Hub name, or what the model is called.
+        revision: Commit of its weights, or None where it is not known.
+        architecture: Class of the model, such as "LlavaForConditionalGeneration", or None.
+
+    Example:
+        >>> fitted = ModelIdentity("org/model", "abc", "LlavaForConditionalGeneration")
+        >>> fitted.require(ModelIdentity("org/tuned", "def", "LlavaForConditionalGeneration"), "architecture")
+    """
+
+    name: str
+    revision: str | None = None
+    architecture: str | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ModelIdentity":
+        """Of a Hugging Face model, from its ``config``: name, commit and first architecture as loading noted them.
+
+        Args:
+            config: A ``PretrainedConfig``, or anything with its attributes.
+
+        Returns:
+            The identity.
+
+        Raises:
+            SubspaceError: If the config has neither a name nor an architecture.
+        """
+        architectures = getattr(config, "architectures", None) or ()
+        architecture = str(architectures[0]) if architectures else None
+        name = str(getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", "") or architecture or "")
+        if not name:
+            raise SubspaceError("config must have a name or an architecture, got neither; give a ModelIdentity by hand")
+        revision = getattr(config, "_commit_hash", None)
+        return cls(name, None if revision is None else str(revision), architecture)
+
+    def require(self, other: "ModelIdentity", match: Match = "exact") -> None:
+        """Refuse another model.
+
+        Args:
+            other: The model it is about to be used on.
+            match: "exact": name, revision and architecture must be equal, and known; "architecture": the
+                architecture alone; "width": nothing here (the width is checked by the subspace).
+
+        Raises:
+            SubspaceMismatchError: If they are not.
+            SubspaceError: If the level is not known.
+        """
+        if match not in get_args(Match):
+            raise SubspaceError(f"match must be one of {get_args(Match)}, got {match!r}")
+        wanted = {"exact": ("name", "revision", "architecture"), "architecture": ("architecture",), "width": ()}[match]
+        for what in wanted:
+            own, theirs = getattr(self, what), getattr(other, what)
+            if own is None or own != theirs:
+                looser = "architecture" if what in ("name", "revision") else "width"
+                wrong = (
+                    f"known, but the fit did not note it (give it model=ModelIdentity(...)), got {theirs}"
+                    if own is None
+                    else f"{own} as in the fit, got {theirs}"
+                )
+                raise SubspaceMismatchError(
+                    f"the model's {what} must be {wrong}; fit on this model, or load with match={looser!r} if you know "
+                    "that the subspace carries over"
+                )
+
+    def to_dict(self) -> dict[str, str | None]:
+        """As JSON-able values."""
+        return asdict(self)

@@ -1,0 +1,289 @@
+"""Moments by fold of groups, class and modality, so that any fold can be left out without going back to the rows.
+
+A group (all paraphrases of one prompt, say) is in one fold, which its name decides: a stream can be dealt out before its
+end is known, and two machines deal alike. Tables of different shards are merged; every total is exact.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from care_lens.core.results import package_versions
+from care_lens.subspace.errors import SubspaceError, SubspaceFileError, TooFewRowsError, WidthError
+from care_lens.subspace.memory import Keep, MemoryPlan, form_of, plan_memory
+from care_lens.subspace.moments import Moments, Sums
+
+_SCHEMA = 1
+_KIND = "care_lens.MomentsTable"
+_TENSORS, _MANIFEST = "moments.safetensors", "moments.json"
+_SUMS = ("scatter", "third", "cubes", "quartics")
+
+logger = logging.getLogger(__name__)
+
+
+class MomentsKey(NamedTuple):
+    """Whose moments they are.
+
+    Attributes:
+        fold: Number of the fold, from 0.
+        label: The class, e.g. "benign", or a family of attacks.
+        modality: "visual" or "textual".
+    """
+
+    fold: int
+    label: str
+    modality: str
+
+
+def fold_of_group(group: str, folds: int, *, seed: int = 0) -> int:
+    """The fold of a group, from its name alone: the same on every machine and in every order.
+
+    Args:
+        group: Its name.
+        folds: How many there are, 1 or more.
+        seed: Another seed deals otherwise.
+
+    Raises:
+        SubspaceError: If there is not at least one fold.
+    """
+    if folds < 1:
+        raise SubspaceError(f"folds must be 1 or more, got {folds!r}")
+    return int.from_bytes(hashlib.sha256(f"{seed}\x00{group}".encode()).digest()[:8], "big") % folds
+
+
+class MomentsTable:
+    """Moments of a stream of rows, kept apart by fold, class and modality.
+
+    Args:
+        width: d.
+        folds: Number of folds.
+        keep: "auto" keeps the rows of an entry while they are fewer than d, then their sums; "rows" and "sums" keep
+            one form throughout.
+        seed: Of the folds.
+
+    Raises:
+        SubspaceError: If an option is out of its range.
+
+    Example:
+        >>> import torch
+        >>> table = MomentsTable(3, folds=2)
+        >>> table.update(torch.eye(3), label="benign", modality="visual", groups=["a", "b", "c"])
+        >>> table.total("benign", "visual").count
+        3
+    """
+
+    def __init__(self, width: int, *, folds: int = 4, keep: Keep = "auto", seed: int = 0) -> None:
+        if width < 1 or folds < 1:
+            raise SubspaceError(f"width and folds must be 1 or more, got {width!r} and {folds!r}")
+        form_of(0, width, keep)
+        self.width, self.folds, self.seed = width, folds, seed
+        self.keep: Keep = keep
+        self._entries: dict[MomentsKey, Moments] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[MomentsKey]:
+        return iter(sorted(self._entries))
+
+    def __getitem__(self, key: MomentsKey) -> Moments:
+        return self._entries[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def plan(self, counts: Mapping[str, int], *, sites: int = 1) -> MemoryPlan:
+        """What a stream will take: ``counts`` is the number of rows of each class and modality, over all folds.
+
+        The plan is logged; folds are taken to be even.
+        """
+        each = {
+            f"{name} fold {fold}": -(-count // self.folds)
+            for name, count in counts.items()
+            for fold in range(self.folds)
+        }
+        plan = plan_memory(self.width, each, sites=sites, keep=self.keep)
+        logger.info("%s", plan)
+        return plan
+
+    def update(self, rows: Float[Tensor, "n d"], *, label: str, modality: str, groups: Sequence[str]) -> None:
+        """Add rows to the folds of their groups.
+
+        Args:
+            rows: [n, d] of any floating dtype on any device.
+            label: Their class.
+            modality: Their modality.
+            groups: The group of each row.
+
+        Raises:
+            WidthError: If the rows are not [n, d] of this table's width.
+            NonFiniteError: If one holds NaN or infinity.
+            SubspaceError: If there is not one group a row. Nothing is added in any of these cases.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.width:
+            raise WidthError(f"rows must be [n, {self.width}], got {tuple(rows.shape)}; give this table's site's")
+        if len(groups) != len(rows):
+            raise SubspaceError(f"groups must be as many as the rows, {len(rows)}, got {len(groups)}")
+        if not len(rows):
+            return
+        Moments.from_rows(rows, name=label, least=1)  # all rows are sound, or none is added
+        folds = torch.tensor([fold_of_group(group, self.folds, seed=self.seed) for group in groups])
+        for fold in folds.unique().tolist():
+            picked = rows[(folds == fold).to(rows.device)]
+            self._add(MomentsKey(fold, label, modality), Moments.from_rows(picked, name=label, least=1))
+
+    def merge(self, other: "MomentsTable") -> "MomentsTable":
+        """A table of the rows of both; both stay as they are.
+
+        Raises:
+            SubspaceError: If they differ in width, folds or seed.
+        """
+        if (self.width, self.folds, self.seed) != (other.width, other.folds, other.seed):
+            raise SubspaceError(
+                f"tables to merge must have one width, number of folds and seed, got {self.width, self.folds, self.seed}"
+                f" and {other.width, other.folds, other.seed}; fill both alike"
+            )
+        merged = MomentsTable(self.width, folds=self.folds, keep=self.keep, seed=self.seed)
+        for table in (self, other):
+            for key in table:
+                merged._add(key, table[key])
+        return merged
+
+    def total(self, label: str, modality: str, *, without: Collection[int] = (), only: Collection[int] = ()) -> Moments:
+        """The moments of a class and modality over folds.
+
+        Args:
+            label: The class.
+            modality: The modality.
+            without: Folds to leave out.
+            only: Folds to take; none given: all.
+
+        Returns:
+            Their moments, merged; in the form of rows if every part is.
+
+        Raises:
+            TooFewRowsError: If there are none.
+        """
+        parts = [
+            self._entries[key]
+            for key in self
+            if (key.label, key.modality) == (label, modality)
+            and key.fold not in without
+            and (not only or key.fold in only)
+        ]
+        if not parts:
+            known = sorted({(key.label, key.modality) for key in self})
+            raise TooFewRowsError(
+                f"{label} must have rows of modality {modality} in the folds asked for, got none; there are {known}"
+            )
+        return merge_all(parts)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``moments.safetensors`` and ``moments.json`` (schema, versions, counts, checksum) into a directory."""
+        tensors: dict[str, Tensor] = {}
+        entries: list[dict[str, Any]] = []
+        for number, key in enumerate(self):
+            entry = self._entries[key]
+            tensors[f"{number}.mean"] = entry.mean
+            note = {**key._asdict(), "count": entry.count, "form": "sums" if entry.rows is None else "rows"}
+            if entry.rows is not None:
+                tensors[f"{number}.rows"] = entry.rows
+            else:
+                tensors |= {f"{number}.{name}": getattr(entry.sums, name) for name in _SUMS}
+                note["fourth"] = entry.sums.fourth
+            entries.append(note)
+        data = to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
+        manifest = {
+            "schema": _SCHEMA,
+            "kind": _KIND,
+            "versions": package_versions(),
+            "width": self.width,
+            "folds": self.folds,
+            "keep": self.keep,
+            "seed": self.seed,
+            "entries": entries,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in ((_TENSORS, data), (_MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())):
+            part = directory / f"{name}.part"
+            part.write_bytes(content)
+            os.replace(part, directory / name)
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "MomentsTable":
+        """Read what :meth:`save` wrote; nothing is executed.
+
+        Raises:
+            FileNotFoundError: If a file is not there.
+            SubspaceFileError: If a file is damaged, of another kind, or of a newer schema.
+        """
+        directory = Path(directory)
+        data = (directory / _TENSORS).read_bytes()
+        try:
+            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SubspaceFileError(f"{directory / _MANIFEST} must be JSON, got {error}; save it again") from None
+        if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
+            raise SubspaceFileError(f"{directory / _MANIFEST} must be the manifest of a MomentsTable")
+        if manifest.get("schema", 0) > _SCHEMA:
+            raise SubspaceFileError(f"schema must be {_SCHEMA} or less, got {manifest['schema']}; update care_lens")
+        if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
+            raise SubspaceFileError(
+                f"{directory / _TENSORS} must be the file its manifest describes, but its checksum differs; copy "
+                "both files again"
+            )
+        try:
+            tensors = load(data)
+            table = cls(manifest["width"], folds=manifest["folds"], keep=manifest["keep"], seed=manifest["seed"])
+            for number, note in enumerate(manifest["entries"]):
+                key = MomentsKey(note["fold"], note["label"], note["modality"])
+                table._entries[key] = _entry(tensors, number, note, table.width)
+        except (SafetensorError, KeyError, TypeError, SubspaceError) as error:
+            raise SubspaceFileError(
+                f"{directory} must hold a whole MomentsTable, got {error!r}; save it again"
+            ) from None
+        return table
+
+    def _add(self, key: MomentsKey, moments: Moments) -> None:
+        if key in self._entries:
+            moments = self._entries[key].merge(moments)
+        keeps_rows = form_of(moments.count, self.width, self.keep) == "rows"
+        self._entries[key] = moments if keeps_rows else moments.without_rows()
+
+
+def merge_all(parts: Sequence[Moments]) -> Moments:
+    """The moments of all rows of some sets, at least one; see :meth:`Moments.merge`."""
+    if not parts:
+        raise TooFewRowsError("parts must be one set of moments or more, got none; give some")
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.merge(part)
+    return total
+
+
+def _entry(tensors: Mapping[str, Tensor], number: int, note: Mapping[str, Any], width: int) -> Moments:
+    mean = tensors[f"{number}.mean"]
+    if note["form"] == "rows":
+        moments = Moments(mean, tensors[f"{number}.rows"])
+    else:
+        held = {name: tensors[f"{number}.{name}"] for name in _SUMS}
+        moments = Moments(mean, None, Sums(count=note["count"], fourth=note["fourth"], **held))
+    if moments.count != note["count"] or moments.width != width:
+        raise SubspaceError(f"entry {number} must have {note['count']} rows of width {width}")
+    return moments
