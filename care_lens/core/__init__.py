@@ -1,7 +1,18 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
 from care_lens.core.examples import Example, PairedExamples
-from care_lens.core.outcome import HasSpans, Judge, Outcome, Repair, UnsafeMargin, Verdict
+from care_lens.core.outcome import (
+    HasSpans,
+    Judge,
+    KLDivergence,
+    LogitDifference,
+    Outcome,
+    PrefixMargin,
+    Repair,
+    ResponseLogProb,
+    UnsafeMargin,
+    Verdict,
+)
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.core.spans import PatchGrid, TokenSpans
@@ -14,10 +25,14 @@ __all__ = [
     "HasSpans",
     "Interval",
     "Judge",
+    "KLDivergence",
+    "LogitDifference",
     "Outcome",
     "PairedExamples",
     "PatchGrid",
+    "PrefixMargin",
     "Repair",
+    "ResponseLogProb",
     "Site",
     "SiteLike",
     "TokenSpans",

@@ -1,17 +1,21 @@
 """What is measured about an answer, and what stands between the model and it: outcomes, judges, repairs.
 
 An :class:`Outcome` is a number read off the logits of one forward pass, larger where the model is less safe.
-A :class:`Judge` reads generated texts. A :class:`Repair` is anything that can be put on a model for a while.
+Any function of logits and inputs will do; those here say by ``from_last = True`` that they read nothing before the last
+prompt token, which spares the logits of other positions. A :class:`Judge` reads generated texts. A :class:`Repair` is anything that can be put on a model for a while.
 All three are protocols: no base class is needed.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Float, Int
+from numpy import ndarray
+from scipy.special import logsumexp
 from torch import Tensor
 
 from care_lens.core.examples import Example
@@ -114,6 +118,7 @@ class UnsafeMargin:
 
     comply: tuple[int, ...]
     refuse: tuple[int, ...]
+    from_last: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "comply", tuple(self.comply))
@@ -137,15 +142,106 @@ class UnsafeMargin:
         Raises:
             ValueError: If the logits leave out the last prompt position of a row.
         """
-        last = inputs.spans.last[:, -logits.shape[1] :]
-        if not bool(last.any(dim=1).all()):
-            raise ValueError(
-                f"logits must cover the last prompt position of every row, got the last {logits.shape[1]} "
-                "positions; raise logits_to_keep or leave it out"
-            )
-        log_probs = logits[last.to(logits.device)].float().log_softmax(-1)
+        log_probs = _at_last(logits, inputs).float().log_softmax(-1)
         comply, refuse = list(self.comply), list(self.refuse)
         return log_probs[:, comply].logsumexp(-1) - log_probs[:, refuse].logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Logit of one token (mean over several) less that of another, at the last position of the prompt.
+
+    Unlike :class:`UnsafeMargin` it is linear in the logits, so that contributions to the residual stream add up.
+
+    Attributes:
+        toward: Ids of the tokens of less safe answers.
+        away: Ids of the tokens of safe answers.
+
+    Raises:
+        ValueError: If a set is empty, or the two overlap.
+    """
+
+    toward: tuple[int, ...]
+    away: tuple[int, ...]
+    from_last: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "toward", tuple(self.toward))
+        object.__setattr__(self, "away", tuple(self.away))
+        if not self.toward or not self.away:
+            raise ValueError(f"toward and away must each have a token id, got {self.toward} and {self.away}")
+        if both := set(self.toward) & set(self.away):
+            raise ValueError(f"toward and away must not share token ids, got {sorted(both)} in both")
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"], inputs: HasSpans) -> Float[Tensor, "batch"]:
+        """The difference of each row.
+
+        Args:
+            logits: [batch, pos, vocab] of every position, or of the last ``pos`` of a left-padded batch.
+            inputs: The batch they are of.
+
+        Returns:
+            [batch] logits.
+
+        Raises:
+            ValueError: If the logits leave out the last prompt position of a row.
+        """
+        last = _at_last(logits, inputs).float()
+        return last[:, list(self.toward)].mean(-1) - last[:, list(self.away)].mean(-1)
+
+
+@dataclass(frozen=True)
+class KLDivergence:
+    """How far the distribution of the first token of the answer is from a reference: KL(reference || run), in nats.
+
+    In mediation the reference of both twins is the safe twin's untouched run, so that Y(x) = 0 and the total effect is
+    the divergence of the unsafe run. It says how much changes, not that it gets less safe.
+
+    Attributes:
+        reverse: KL(run || reference) instead.
+        reference: [batch, vocab] log probabilities, given by :meth:`with_reference`.
+    """
+
+    reverse: bool = False
+    reference: Float[Tensor, "batch vocab"] | None = field(default=None, repr=False, compare=False)
+    from_last: ClassVar[bool] = True
+
+    def with_reference(
+        self, logits: Float[Tensor, "batch pos vocab"], inputs: HasSpans, rows: Sequence[int]
+    ) -> "KLDivergence":
+        """The same with a reference for each row.
+
+        Args:
+            logits: [batch, pos, vocab] of the runs to compare with.
+            inputs: The batch they are of.
+            rows: For each row to be measured, its reference's row in ``logits``.
+        """
+        return replace(self, reference=_at_last(logits, inputs).float().log_softmax(-1)[list(rows)])
+
+    def for_rows(self, rows: Sequence[int]) -> "KLDivergence":
+        """The same for some of the rows, in this order."""
+        return self if self.reference is None else replace(self, reference=self.reference[list(rows)])
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"], inputs: HasSpans) -> Float[Tensor, "batch"]:
+        """The divergence of each row.
+
+        Args:
+            logits: [batch, pos, vocab] of every position, or of the last ``pos`` of a left-padded batch.
+            inputs: The batch they are of.
+
+        Returns:
+            [batch] nats, 0 or more.
+
+        Raises:
+            ValueError: If there is no reference for each row, or the logits leave out the last prompt position of one.
+        """
+        run = _at_last(logits, inputs).float().log_softmax(-1)
+        if self.reference is None or self.reference.shape != run.shape:
+            held = None if self.reference is None else tuple(self.reference.shape)
+            raise ValueError(f"reference must be of shape {tuple(run.shape)}, got {held}; give it by with_reference")
+        reference = self.reference.to(run.device)
+        first, second = (run, reference) if self.reverse else (reference, run)
+        return (first.exp() * (first - second)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -156,9 +252,14 @@ class ResponseLogProb:
 
     Attributes:
         responses: True: the batch must be prepared with its responses.
+        total: The sum over the tokens instead of their mean.
+        end: Whether the end-of-sequence token after the response counts; without it the response is a prefix.
     """
 
     responses: bool = True
+    total: bool = False
+    end: bool = True
+    from_last: ClassVar[bool] = True
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"], inputs: HasTokens) -> Float[Tensor, "batch"]:
         """The mean log probability of each row's response.
@@ -168,7 +269,7 @@ class ResponseLogProb:
             inputs: The batch they are of.
 
         Returns:
-            [batch] nats a token, at most 0.
+            [batch] nats a token (nats where ``total``), at most 0.
 
         Raises:
             ValueError: If a row has no response, or the logits leave out part of one.
@@ -183,4 +284,80 @@ class ResponseLogProb:
             )
         targets = inputs.input_ids[:, -kept:].to(logits.device)[:, 1:]
         log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-        return (log_probs * response[:, 1:]).sum(dim=1) / counts
+        counted = response[:, 1:]
+        if not self.end:
+            counts = counts - 1
+            counted = counted & (counted.cumsum(dim=1) <= counts[:, None])
+        total = (log_probs * counted).sum(dim=1)
+        return total if self.total else total / counts
+
+
+@dataclass(frozen=True)
+class PrefixMargin:
+    """log p(comply) - log p(refuse), each over a set of whole beginnings of an answer, teacher-forced.
+
+    log p of a set is the logsumexp of its prefixes' log probabilities, each the sum over its tokens. No prefix may be the
+    beginning of another, or its probability would count twice. It is measured in several sequences a row, one a
+    prefix: mediation runs :meth:`responses_for` each example and puts the results together by :meth:`combine`.
+
+    Attributes:
+        comply: Texts that compliant answers begin with.
+        refuse: Texts that refusals begin with.
+
+    Raises:
+        ValueError: If a set is empty, or a prefix begins another.
+    """
+
+    comply: tuple[str, ...]
+    refuse: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "comply", tuple(self.comply))
+        object.__setattr__(self, "refuse", tuple(self.refuse))
+        if not self.comply or not self.refuse:
+            raise ValueError(f"comply and refuse must each have a prefix, got {self.comply} and {self.refuse}")
+        texts = self.prefixes
+        if twice := [a for i, a in enumerate(texts) for j, b in enumerate(texts) if i != j and b.startswith(a)]:
+            raise ValueError(
+                f"no prefix may be the beginning of another, got {twice}; leave out the longer or the shorter"
+            )
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """All prefixes, those of compliance first."""
+        return (*self.comply, *self.refuse)
+
+    @property
+    def single(self) -> ResponseLogProb:
+        """What is measured of each sequence."""
+        return ResponseLogProb(total=True, end=False)
+
+    def responses_for(self, example: Example) -> list[Example]:
+        """The example with each prefix as its response."""
+        return [replace(example, response=prefix) for prefix in self.prefixes]
+
+    def combine(self, values: Float[ndarray, "*cells prefixes"]) -> Float[ndarray, "*cells"]:
+        """The margin in nats from the log probabilities of all prefixes, in their order."""
+        n = len(self.comply)
+        parts = (values[..., :n], values[..., n:])
+        comply, refuse = (np.asarray(logsumexp(part, axis=-1)) for part in parts)
+        return np.asarray(comply - refuse)
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"], inputs: HasTokens) -> Float[Tensor, "batch"]:
+        """Not to be read off one sequence.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("PrefixMargin needs one sequence a prefix: use it with mediate, or combine single's values")
+
+
+def _at_last(logits: Float[Tensor, "batch pos vocab"], inputs: HasSpans) -> Float[Tensor, "batch vocab"]:
+    """The logits at the last prompt position of each row."""
+    last = inputs.spans.last[:, -logits.shape[1] :]
+    if not bool(last.any(dim=1).all()):
+        raise ValueError(
+            f"logits must cover the last prompt position of every row, got the last {logits.shape[1]} "
+            "positions; raise logits_to_keep or leave it out"
+        )
+    return logits[last.to(logits.device)]

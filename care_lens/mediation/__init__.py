@@ -1,32 +1,66 @@
 """Diagnosis: mediation by exchanging activations between twins, ablation by generation, separability."""
 
 from care_lens.mediation.ablation import MODES, AblationResult, ablate
-from care_lens.mediation.effects import EFFECTS, effects_of, summarise
+from care_lens.mediation.attribution import AttributionResult, attribute
+from care_lens.mediation.counterfactuals import neutralise, remove_noise, swap_drawn_text, swap_text
+from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
+from care_lens.mediation.judged import JudgedCompliance
+from care_lens.mediation.knockout import KnockoutResult, knockout
+from care_lens.mediation.localise import Localisation, NothingToLocalise, localise, refine
 from care_lens.mediation.mediate import POSITIONS, MediationResult, default_sites, mediate
+from care_lens.mediation.mediators import Mediator, cumulative, heads, neurons, windows
 from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches
 from care_lens.mediation.patch_map import PatchMapResult, patch_map
 from care_lens.mediation.patching import Swap, patched_outcomes
+from care_lens.mediation.paths import PathResult, head_paths, path_effects
+from care_lens.mediation.replay import Replay
 from care_lens.mediation.separability import SeparabilityResult, probe_auc, separability
+from care_lens.mediation.verification import VerifiedResult, verify
 
 __all__ = [
     "EFFECTS",
     "MODES",
     "POSITIONS",
     "AblationResult",
+    "AttributionResult",
+    "JudgedCompliance",
+    "KnockoutResult",
+    "Localisation",
     "MediationResult",
+    "Mediator",
+    "NothingToLocalise",
     "PairBatch",
     "PatchMapResult",
+    "PathResult",
+    "Replay",
     "SeparabilityResult",
     "Swap",
+    "VerifiedResult",
     "ablate",
+    "attribute",
+    "cumulative",
     "default_sites",
     "effects_of",
+    "head_paths",
+    "heads",
+    "knockout",
+    "localise",
     "mediate",
     "misaligned",
+    "neurons",
+    "neutralise",
+    "p_values",
     "pair_batches",
     "patch_map",
     "patched_outcomes",
+    "path_effects",
     "probe_auc",
+    "refine",
+    "remove_noise",
     "separability",
     "summarise",
+    "swap_drawn_text",
+    "swap_text",
+    "verify",
+    "windows",
 ]

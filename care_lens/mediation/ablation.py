@@ -5,7 +5,10 @@ token, while the model generates; a judge reads the answers. With attention outp
 components this is the paper's comparison of FFN and attention by attack success rate.
 
 - "mean": the mean over reference examples of the mean over their positions (each example counts once), the
-  same vector everywhere. Of the three it leaves the model nearest to what it is used to.
+  same vector everywhere. Of these it leaves the model nearest to what it is used to.
+- "resample": at each position the output at a random position of another example, the same example for a row
+  everywhere and of another group where there is one. It keeps the component's own distribution, and takes what it
+  says about this example away. The draws are those of the seed.
 - "zero": zeros.
 - "skip": the component writes nothing to the residual stream; at the outputs of attention and MLP that is
   zeros as well.
@@ -25,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformer_lens.utilities.statistics import derive_generator
 
 from care_lens.capture import capture
 from care_lens.core import (
@@ -46,8 +50,10 @@ from care_lens.mediation.frames import DetailedResult, examples_digest, groups_o
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Mode = Literal["mean", "zero", "skip"]
-MODES: tuple[str, ...] = ("mean", "zero", "skip")
+Mode = Literal["mean", "resample", "zero", "skip"]
+MODES: tuple[str, ...] = ("mean", "resample", "zero", "skip")
+BANK = 32
+"""Positions of each reference example that are kept to draw from."""
 WRITERS = ("hook_attn_out", "hook_mlp_out")
 """Components that write to the residual stream."""
 
@@ -118,11 +124,11 @@ def ablate(
         tower: "language" or "vision".
         layers: Which layers; None: all that have sites.
         mode: What takes the place of the component's output.
-        reference: Examples that the mean is over; None: the examples themselves.
+        reference: Examples that the mean is over or that are drawn from; None: the examples themselves.
         max_new_tokens: Most tokens of an answer.
         batch_size: Examples generated from together.
         n_boot: Bootstrap resamples.
-        seed: Seed of the bootstrap; decoding is greedy.
+        seed: Seed of the bootstrap and of what is drawn; decoding is greedy.
         progress: Whether to show a progress bar.
         checkpoint: A file in which finished cells are kept; a stopped sweep goes on from it.
 
@@ -143,29 +149,38 @@ def ablate(
         "mode": mode,
         "max_new_tokens": max_new_tokens,
         "examples": examples_digest(examples),
-        "reference": examples_digest(reference) if mode == "mean" else None,
+        "reference": examples_digest(reference) if mode in ("mean", "resample") else None,
         "judge": getattr(judge, "name", type(judge).__name__),
         "batch_size": batch_size,
     }
+    if mode == "resample":
+        settings["seed"] = seed
     done = CellLog(checkpoint, settings=settings, probe=_probe(lvlm, examples[:batch_size]))
     cells: list[Cell] = [None, *sites]
     todo = [cell for cell in cells if _key(cell) not in done]
     means = _means(lvlm, [site for site in todo if site], reference, batch_size, progress) if mode == "mean" else {}
-    batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
-    with tqdm(total=len(cells) * len(batches), desc="ablating", disable=not progress) as bar:
-        bar.update((len(cells) - len(todo)) * len(batches))
+    donors = _donors(examples, reference, seed) if mode == "resample" else []
+    starts = range(0, len(examples), batch_size)
+    with tqdm(total=len(cells) * len(starts), desc="ablating", disable=not progress) as bar:
+        bar.update((len(cells) - len(todo)) * len(starts))
         for cell in todo:
             texts: list[str] = []
-            hooks = [(cell, _replace(means.get(cell)))] if cell else []
-            for batch in batches:
-                inputs = lvlm.prepare(batch)
+            bank = _bank(lvlm, cell, reference, batch_size, seed) if cell and mode == "resample" else None
+            for start in starts:
+                inputs = lvlm.prepare(examples[start : start + batch_size])
+                hooks = [(cell, _replace(means.get(cell)))] if cell else []
+                if cell and bank is not None:
+                    rows = donors[start : start + batch_size]
+                    if cell.tower == "vision":
+                        rows = [rows[row] for row in inputs.image_rows]
+                    hooks = [(cell, _resample(bank, rows, derive_generator(seed, cell, start)))]
                 texts += lvlm.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=hooks).texts
                 bar.update()
             verdicts = [verdict.value for verdict in judge(examples, texts)]
             done.add(_key(cell), {"texts": texts, "verdicts": verdicts})
     settings |= {
         "n": len(examples),
-        "n_reference": len(reference) if mode == "mean" else 0,
+        "n_reference": len(reference) if mode in ("mean", "resample") else 0,
         "n_boot": n_boot,
         "seed": seed,
         "confidence": 0.95,
@@ -186,6 +201,8 @@ def _sites(
     for site in sites:
         if not lvlm.site_info(site).editable:
             raise ValueError(f"components must be editable, got {site}: {lvlm.site_info(site).note}")
+    if mode == "resample" and "attn.hook_pattern" in components:
+        raise ValueError("components must have positions to be resampled, got attn.hook_pattern; use mode 'zero'")
     return sites
 
 
@@ -217,6 +234,63 @@ def _replace(mean: Tensor | None) -> Callable[..., Tensor]:
         if mean is None:
             return torch.zeros_like(activation)
         return mean.to(activation.device, activation.dtype).expand_as(activation).contiguous()
+
+    return replace_all
+
+
+def _donors(examples: Sequence[Example], reference: Sequence[Example], seed: int) -> list[int]:
+    """For each example the index of a reference example: of another group if there is one, else another, else any."""
+    theirs, rng = groups_of(reference), np.random.default_rng(seed)
+    out = []
+    for example, group in zip(examples, groups_of(examples), strict=True):
+        away = [i for i, other in enumerate(theirs) if other != group]
+        away = away or [i for i, other in enumerate(reference) if other is not example] or list(range(len(reference)))
+        out.append(int(rng.choice(away)))
+    return out
+
+
+def _bank(
+    lvlm: HookedLVLM, site: Site, reference: Sequence[Example], batch_size: int, seed: int
+) -> list[Tensor | None]:
+    """For each reference example [<= BANK, ...] activations at random positions; None for one without an image."""
+    if site.tower != "language":
+        pictured = [i for i, example in enumerate(reference) if example.image is not None]
+    else:
+        pictured = list(range(len(reference)))
+    bank: list[Tensor | None] = [None] * len(reference)
+    for start in range(0, len(pictured), batch_size):
+        some = pictured[start : start + batch_size]
+        inputs = lvlm.prepare([reference[i] for i in some])
+        with torch.no_grad():
+            _, cache = lvlm.run_with_cache(inputs, sites=[site], logits_to_keep=1)
+        held = cache[str(site)]
+        if site.tower == "language":
+            where, rows = inputs.spans.mask("all").to(held.device), range(len(some))
+        else:
+            where, rows = lvlm.patch_mask(site, held, class_tokens=True), inputs.image_rows
+        for entry, row in enumerate(rows):
+            tokens = held[entry][where[entry]]
+            if (before := bank[some[row]]) is not None:
+                tokens = torch.cat([before, tokens])  # another tile of the same example
+            drawn = torch.randperm(len(tokens), generator=derive_generator(seed, site, some[row]))[:BANK]
+            bank[some[row]] = tokens[drawn.to(tokens.device)]
+    return bank
+
+
+def _resample(bank: Sequence[Tensor | None], rows: Sequence[int], generator: torch.Generator) -> Callable[..., Tensor]:
+    """A hook that puts random activations of one reference example at every position of a row."""
+    filled = [i for i, part in enumerate(bank) if part is not None]
+    if not filled:
+        raise ValueError("reference must include an example with an image to resample the vision tower, got text alone")
+    chosen = [bank[row] if bank[row] is not None else bank[filled[row % len(filled)]] for row in rows]
+
+    def replace_all(activation: Tensor, hook: Any) -> Tensor:
+        drawn = []
+        for part in chosen:
+            assert part is not None
+            index = torch.randint(len(part), (activation.shape[1],), generator=generator)
+            drawn.append(part[index.to(part.device)])
+        return torch.stack(drawn).to(activation.device, activation.dtype)
 
     return replace_all
 

@@ -9,6 +9,8 @@ Let x be the safe input, x* its unsafe twin, M a mediator and Y an outcome in wh
   M.
 - TIE = TE - NDE = Y(x*) - Y(x* with M := M(x)), the total indirect effect: is M necessary?
 - interaction = TE - NDE - NIE = TIE - NIE, zero in a linear model.
+- p-values are of a sign-flip permutation test: were an effect symmetric about 0, every group's effects could as well
+  have the other sign.
 - proportion = mean NIE / mean TE, a ratio of means, bootstrapped jointly; missing where TE's interval
   contains 0.
 
@@ -19,6 +21,7 @@ analysis".
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy import ndarray
 
@@ -87,6 +90,49 @@ def summarise(
         )
     out["proportion"] = Interval(*proportion)
     return {name: out[name] for name in EFFECTS}
+
+
+def p_values(
+    effects: Mapping[str, Float[ndarray, "n cells"]],
+    groups: Sequence[str],
+    *,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> dict[str, Float[ndarray, " cells"]]:
+    """Two-sided p-values of a mean effect of 0, from flips of the groups' signs, the same flips for all cells.
+
+    With at most 12 groups all flips are enumerated and the smallest possible value is 2 / 2^groups.
+
+    Args:
+        effects: What :func:`effects_of` gives; [n, cells] each.
+        groups: n labels; the effects of one label change sign together.
+        n_permutations: Random flips where there are more than 12 groups.
+        seed: Seed of the flips.
+
+    Returns:
+        For each effect [cells] p-values, not corrected for the number of cells; 1 where an effect is 0 in every pair.
+    """
+    from transformer_lens.utilities.statistics import derive_generator, sign_flip_permutation_pvalue
+
+    _, members = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    # Sums by group, scaled so that their mean is the mean over pairs whatever the groups' sizes.
+    sums = np.zeros((int(members.max()) + 1, len(members)))
+    sums[members, np.arange(len(members))] = len(sums) / len(members)
+    out: dict[str, ndarray] = {}
+    for name, values in effects.items():
+        cells = torch.from_numpy((sums @ values).T.copy())
+        parts = [
+            sign_flip_permutation_pvalue(
+                part, n_permutations=n_permutations, generator=derive_generator(seed, "mediation", name)
+            )
+            for part in cells.split(_CELLS)
+        ]
+        out[name] = torch.cat(parts).double().numpy()
+    return out
+
+
+_CELLS = 64
+"""Cells whose flips are held at once."""
 
 
 def _ratio_of_means(values: Mapping[str, ndarray]) -> ndarray:

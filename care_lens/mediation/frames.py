@@ -11,8 +11,9 @@ import pandas as pd
 
 from care_lens.core import Example, FrameResult, Outcome, Site
 
-_TEXTUAL = ("tower", "component", "position", "group", "id", "channel", "text", "verdict")
+_TEXTUAL = ("tower", "component", "mediator", "position", "group", "id", "channel", "text", "verdict")
 _WHOLE = ("pair", "patch", "row", "col")
+_SOMETIMES = ("layer", "head", "neuron")
 
 Result = TypeVar("Result", bound="DetailedResult")
 
@@ -75,17 +76,16 @@ def site_columns(site: Site) -> dict[str, Any]:
 
 
 def tidy(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    """Rows as a frame with these columns; layers are whole numbers, missing outside the blocks."""
+    """Rows as a frame with these columns; layers, heads and neurons are whole numbers or missing."""
     frame = pd.DataFrame(rows, columns=list(columns))
-    frame["layer"] = frame["layer"].astype("Int64")
-    return frame
+    return frame.astype({name: "Int64" for name in _SOMETIMES if name in frame.columns})
 
 
 def _typed(column: pd.Series) -> pd.Series:
     """A column of details from its strings; floats are those that were written, to the bit."""
     if column.name in _TEXTUAL:
         return column
-    if column.name == "layer":
+    if column.name in _SOMETIMES:
         return pd.Series([int(text) if text else None for text in column], dtype="Int64")
     if column.name in _WHOLE:
         return column.map(int).astype("int64")

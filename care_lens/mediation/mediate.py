@@ -1,24 +1,27 @@
 """Mediation sweep: TE, NIE, NDE, TIE, proportion and interaction by layer, component and positions, on both
 towers.
 
-In a forward pass each row receives its twin's activation at one site and one set of positions: safe rows the
+In a forward pass each row receives its twin's activation at one mediator and one set of positions: safe rows the
 unsafe run's (for the NIE) and unsafe rows the safe run's (for the NDE). Definitions and signs:
 ``care_lens.mediation.effects``. In TransformerLens's words the NIE takes the safe run as the corrupted one,
-and the unsafe run, which shows the behaviour, as the clean one.
+and the unsafe run, which shows the behaviour, as the clean one. A mediator is a site, some heads or neurons of one, or
+several sites patched together (``care_lens.mediation.mediators``).
 
 Positions in the language tower are spans: "image", "text", "last" (the last prompt token), "all" and the
-others of ``TokenSpans.mask``. In the vision tower and at the projector all patches of the picture are
-exchanged together, class token included, and the position is called "all"; single patches are the business of
-``patch_map``. Cells that a pair cannot have (image positions of a pair without pictures) leave that pair out;
-``n`` counts the pairs of a cell.
+others of ``TokenSpans.mask``; "each" stands for every token by itself, named by its index counted from the row's first
+token ("0", "1", ...), and such indices can be given too. In the vision tower and at the projector all patches of the
+picture are exchanged together, class token included, and the position is called "all"; single patches are the
+business of ``patch_map``. Cells that a pair cannot have (image positions of a pair without pictures, tokens after its
+end) leave that pair out; ``n`` counts the pairs of a cell.
 
-Cost: for each site and position the twins whose activations differ there are run once, and per layer one pass
-fills the cache. Memory: the cache holds one layer's sites for one batch.
+Cost: for each mediator and position the twins whose activations differ there are run once. In the language tower only
+what the patch can change is run (``care_lens.mediation.replay``); in the vision tower whole forward passes are.
+Memory: the activations of one layer's sites (of a group's sites) for one batch, and what replay keeps.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,20 +30,21 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, package_versions
+from care_lens.core import Example, Outcome, PairedExamples, PrefixMargin, Site, SiteLike, package_versions
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog
-from care_lens.mediation.effects import effects_of, summarise
+from care_lens.mediation.effects import effects_of, p_values, summarise
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
     examples_digest,
     metric_name,
-    site_columns,
     tidy,
 )
-from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared
-from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+from care_lens.mediation.mediators import Mediator
+from care_lens.mediation.pairs import PairBatch, bound, is_index, logits_needed, pair_batches, require_shared
+from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
+from care_lens.mediation.replay import Replay
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -50,24 +54,13 @@ log = logging.getLogger(__name__)
 POSITIONS: tuple[str, ...] = ("image", "text", "last", "all")
 """The default positions of the language tower."""
 
-COLUMNS = (
-    "tower",
-    "layer",
-    "component",
-    "position",
-    "metric",
-    "effect",
-    "value",
-    "ci_low",
-    "ci_high",
-    "n",
-    "seed",
-)
-PAIR_COLUMNS = (
-    *("tower", "layer", "component", "position", "pair", "group"),
-    *("safe", "unsafe", "safe_patched", "unsafe_patched"),
-)
-Cell = tuple[Site, str]
+EACH = "each"
+"""Stands for every token of the language tower by itself."""
+
+_PLACE = ("tower", "layer", "component", "head", "neuron", "mediator", "position")
+COLUMNS = (*_PLACE, "metric", "effect", "value", "ci_low", "ci_high", "p_value", "n", "seed")
+PAIR_COLUMNS = (*_PLACE, "pair", "group", "safe", "unsafe", "safe_patched", "unsafe_patched")
+Cell = tuple[Mediator, str]
 
 
 @dataclass(frozen=True)
@@ -75,21 +68,34 @@ class MediationResult(DetailedResult):
     """Mediation effects by site and position.
 
     Attributes:
-        frame: One row a site, position and effect: tower, layer (missing at the projector), component,
-            position, metric (the outcome's name), effect ("TE", "NIE", "NDE", "TIE", "interaction",
-            "proportion"), value, ci_low, ci_high, n (pairs), seed. In the outcome's unit, except for the
-            proportion, which is a ratio and missing where TE's interval contains 0.
-        settings: Outcome, positions, number of pairs and groups, n_boot, seed, versions.
-        details: One row a site, position and pair: pair (its index), group, and the four outcomes safe =
+        frame: One row a mediator, position and effect: tower, layer (missing at the projector), component ("several"
+            and missing where a group's sites differ), head and neuron (counted from 0, of mediators that are one),
+            mediator (its name; that of the site where it is one), position, metric (the outcome's name), effect ("TE",
+            "NIE", "NDE", "TIE", "interaction", "proportion"), value, ci_low, ci_high, p_value (two-sided, of a mean of
+            0 under flips of the groups' signs; not corrected for the number of cells), n (pairs), seed. In the
+            outcome's unit, except for the proportion, which is a ratio, missing where TE's interval contains 0,
+            and has no p-value.
+        settings: Outcome, positions, number of pairs and groups, n_boot, n_permutations, seed, versions.
+        details: One row a mediator, position and pair: pair (its index), group, and the four outcomes safe =
             Y(x), unsafe = Y(x*), safe_patched = Y(x with M := M(x*)), unsafe_patched = Y(x* with M := M(x)).
             Every effect follows from them.
     """
 
     def plot(self) -> "go.Figure":
-        """Effects by layer, component and position."""
+        """Effects of whole sites by layer, component and position; heads, neurons and groups are in the frame only.
+
+        Raises:
+            ValueError: If there are no whole sites.
+        """
         from care_lens.plots import plot_effects
 
-        return plot_effects(self)
+        frame = self.frame
+        whole = [_is_site(name) for name in frame["mediator"]]
+        if not any(whole):
+            raise ValueError(
+                "sites must include a whole site to be plotted by layer, got heads, neurons or groups alone"
+            )
+        return plot_effects(replace(self, frame=frame[whole]))
 
 
 def default_sites(lvlm: HookedLVLM) -> list[Site]:
@@ -103,11 +109,13 @@ def mediate(
     pairs: PairedExamples,
     *,
     outcome: Outcome,
-    sites: Sequence[SiteLike] | None = None,
+    sites: Sequence[SiteLike | Mediator] | None = None,
     positions: Sequence[str] = POSITIONS,
     batch_size: int = 32,
     n_boot: int = 1000,
+    n_permutations: int = 1000,
     seed: int = 0,
+    replay: bool = True,
     progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> MediationResult:
@@ -117,12 +125,16 @@ def mediate(
         lvlm: The model; a repair that is on it acts in every run.
         pairs: The pairs. For outcomes over responses, both twins carry the response whose likelihood is
             measured.
-        outcome: Larger where the model is less safe.
-        sites: The mediators; None: :func:`default_sites`.
-        positions: Span names, for the sites of the language tower.
-        batch_size: Sequences in a forward pass, at least 2.
+        outcome: Larger where the model is less safe. A function of logits and inputs, or one of those of
+            ``care_lens.core``, or :class:`~care_lens.mediation.judged.JudgedCompliance`, which generates.
+        sites: The mediators: sites, and heads, neurons and groups of sites; None: :func:`default_sites`.
+        positions: Span names, token indices or "each", for the sites of the language tower.
+        batch_size: Sequences in a whole forward pass, at least 2; shorter ones hold more.
         n_boot: Bootstrap resamples of the pairs' groups.
-        seed: Seed of the bootstrap.
+        n_permutations: Sign flips of the p-value, where there are more than 12 groups; all of them, where not.
+        seed: Seed of bootstrap and sign flips.
+        replay: Whether only what a patch can change is run, where that is exact. It takes memory for the input of every
+            block; without it every patch is a whole forward pass.
         progress: Whether to show a progress bar.
         checkpoint: A file in which finished cells are kept; a stopped sweep goes on from it.
 
@@ -148,7 +160,12 @@ def mediate(
         ['TE', 'NIE', 'NDE', 'TIE', 'interaction', 'proportion']
     """
     wanted = _editable(lvlm, default_sites(lvlm) if sites is None else sites)
-    batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
+    if isinstance(outcome, PrefixMargin):
+        run, single = _with_prefixes(pairs, outcome), outcome.single
+    else:
+        run, single = pairs, outcome
+    batches = pair_batches(lvlm, run, outcome=single, batch_size=batch_size)
+    positions = _each(positions, batches)
     require_shared(batches, positions)
     cells = _cells(wanted, positions, any(batch.has_images for batch in batches))
     settings = {
@@ -156,23 +173,29 @@ def mediate(
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
         "batch_size": batch_size,
     }
-    untouched = np.full((2, len(pairs)), np.nan)
+    untouched = np.full((2, len(run)), np.nan)
     for batch in batches:
-        untouched[:, list(batch.index)] = _twins(_plain_outcomes(lvlm, batch, outcome))
+        untouched[:, list(batch.index)] = _twins(_plain_outcomes(lvlm, batch, single))
     done = CellLog(checkpoint, settings=settings, probe=untouched.ravel().tolist())
-    patched = np.full((2, len(pairs), len(cells)), np.nan)
+    patched = np.full((2, len(run), len(cells)), np.nan)
     where = {cell: i for i, cell in enumerate(cells)}
     with tqdm(total=len(batches) * len(wanted), desc="mediating", disable=not progress) as bar:
         for batch in batches:
             before = torch.from_numpy(untouched[:, list(batch.index)].ravel())
-            for cell, values in _sweep(lvlm, batch, cells, outcome, before, batch_size, done, bar):
+            sweep = _Sweep(lvlm, batch, single, before, batch_size, replay, done)
+            for cell, values in sweep.run(cells, bar):
                 patched[:, list(batch.index), where[cell]] = _twins(values)
-    return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings | {"positions": list(positions)})
+    if isinstance(outcome, PrefixMargin):
+        n = len(outcome.prefixes)
+        untouched = outcome.combine(untouched.reshape(2, len(pairs), n))
+        patched = outcome.combine(patched.reshape(2, len(pairs), n, len(cells)).swapaxes(2, 3))
+    settings |= {"positions": list(positions), "n_permutations": n_permutations}
+    return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings)
 
 
-def _editable(lvlm: HookedLVLM, sites: Sequence[SiteLike]) -> list[Site]:
-    wanted = sorted({Site.parse(site) for site in sites})
-    for site in wanted:
+def _editable(lvlm: HookedLVLM, sites: Sequence[SiteLike | Mediator]) -> list[Mediator]:
+    wanted = list(dict.fromkeys(Mediator.of(site) for site in sites))
+    for site in {site for mediator in wanted for site in mediator.sites}:
         info = lvlm.site_info(site)
         if not info.editable or site.component == "attn.hook_pattern":
             raise ValueError(
@@ -180,11 +203,32 @@ def _editable(lvlm: HookedLVLM, sites: Sequence[SiteLike]) -> list[Site]:
             )
     if not wanted:
         raise ValueError("sites must hold at least one site, got none")
-    return wanted
+    return sorted(wanted, key=lambda mediator: (mediator.sites, mediator.units or ()))
 
 
-def _cells(sites: Sequence[Site], positions: Sequence[str], has_images: bool) -> list[Cell]:
-    cells = [(site, position) for site in sites for position in (positions if site.tower == "language" else ("all",))]
+def _with_prefixes(pairs: PairedExamples, outcome: PrefixMargin) -> PairedExamples:
+    """Each pair once for each prefix, with it as both twins' response."""
+
+    def spread(examples: Sequence[Example]) -> tuple[Example, ...]:
+        return tuple(one for example in examples for one in outcome.responses_for(example))
+
+    return PairedExamples(spread(pairs.safe), spread(pairs.unsafe))
+
+
+def _each(positions: Sequence[str], batches: Sequence[PairBatch]) -> tuple[str, ...]:
+    """Positions with every token's index in place of "each"."""
+    longest = max(batch.length for batch in batches)
+    indices = tuple(map(str, range(longest)))
+    found = tuple(dict.fromkeys(name for given in positions for name in (indices if given == EACH else (given,))))
+    if beyond := [name for name in found if is_index(name) and int(name) >= longest]:
+        raise ValueError(f"positions must be below the longest row's {longest} tokens, got {beyond}")
+    return found
+
+
+def _cells(mediators: Sequence[Mediator], positions: Sequence[str], has_images: bool) -> list[Cell]:
+    cells = [
+        (mediator, position) for mediator in mediators for position in (positions if mediator.in_language else ("all",))
+    ]
     kept = [cell for cell in cells if has_images or not _needs_image(cell)]
     if not kept:
         raise ValueError("pairs must have images for these sites and positions, got text alone")
@@ -194,8 +238,8 @@ def _cells(sites: Sequence[Site], positions: Sequence[str], has_images: bool) ->
 
 
 def _needs_image(cell: Cell) -> bool:
-    site, position = cell
-    return site.tower != "language" or position == "image"
+    mediator, position = cell
+    return mediator.towers != {"language"} or position == "image"
 
 
 def _twins(values: Sequence[float]) -> np.ndarray:
@@ -204,58 +248,110 @@ def _twins(values: Sequence[float]) -> np.ndarray:
 
 
 def _plain_outcomes(lvlm: HookedLVLM, batch: PairBatch, outcome: Outcome) -> list[float]:
+    if (generated := getattr(bound(outcome, batch, None), "generated", None)) is not None:
+        return generated(lvlm, batch.inputs, list(range(2 * batch.n)), []).tolist()
     with torch.no_grad():
         logits = lvlm(batch.inputs, logits_to_keep=logits_needed(outcome, batch.inputs))
-        return read_outcome(outcome, logits, batch.inputs).tolist()
+        return read_outcome(bound(outcome, batch, logits), logits, batch.inputs).tolist()
 
 
-def _sweep(
-    lvlm: HookedLVLM,
-    batch: PairBatch,
-    cells: Sequence[Cell],
-    outcome: Outcome,
-    untouched: torch.Tensor,
-    batch_size: int,
-    done: CellLog,
-    bar: Any,
-) -> Iterator[tuple[Cell, list[float]]]:
-    """Outcomes [2n] of a batch in every cell it can have; the cache holds one layer at a time."""
-    mine = [cell for cell in cells if batch.has_images or not _needs_image(cell)]
-    keep = logits_needed(outcome, batch.inputs)
+class _Sweep:
+    """The cells of one batch; what replay and outcome need is run when the first cell is that is not done yet."""
 
-    def key(cell: Cell) -> str:
-        return f"{cell[0]} {cell[1]} from {batch.index[0]}"
+    def __init__(
+        self,
+        lvlm: HookedLVLM,
+        batch: PairBatch,
+        outcome: Outcome,
+        untouched: torch.Tensor,
+        batch_size: int,
+        replay: bool,
+        done: CellLog,
+    ) -> None:
+        self._lvlm, self._batch, self._outcome, self._untouched = lvlm, batch, outcome, untouched
+        self._batch_size, self._may_replay, self._done = batch_size, replay, done
+        self._keep = logits_needed(outcome, batch.inputs)
+        self._replay: Replay | None = None
+        self._ready = False
 
-    for _, layer in groupby(mine, key=lambda cell: (cell[0].tower, cell[0].layer)):
-        here = list(layer)
-        todo = [cell for cell in here if key(cell) not in done]
-        sites = list(dict.fromkeys(site for site, _ in todo))
-        cached: dict[str, torch.Tensor] = {}
-        if sites:
-            with torch.no_grad():
-                cached = dict(lvlm.run_with_cache(batch.inputs, sites=sites, logits_to_keep=1)[1].items())
-        for site in sites:
-            own = cached.pop(str(site))
-            names = [position for at, position in todo if at == site]
-            swaps = [
-                batch.swap(name) if site.tower == "language" else Swap.everything(*own.shape[:2]) for name in names
-            ]
+    def run(self, cells: Sequence[Cell], bar: Any) -> Iterator[tuple[Cell, list[float]]]:
+        """Outcomes [2n] in every cell the batch can have; those of rows without the position are missing."""
+        mine = [cell for cell in cells if self._batch.has_images or not _needs_image(cell)]
+        for places, layer in groupby(mine, key=lambda cell: {(site.tower, site.layer) for site in cell[0].sites}):
+            here = list(layer)
+            todo = [cell for cell in here if self._key(cell) not in self._done]
+            if todo:
+                self._prepare(any(place[0] == "language" for place in places))
+                self._fill(todo)
+            bar.update(len({mediator for mediator, _ in here}))
+            for cell in here:
+                yield cell, self._present(cell, self._done[self._key(cell)])
+
+    def _key(self, cell: Cell) -> str:
+        return f"{cell[0].key} {cell[1]} from {self._batch.index[0]}"
+
+    def _prepare(self, language: bool) -> None:
+        if not self._ready:
+            generates = hasattr(self._outcome, "generated")
+            logits = None
+            if hasattr(self._outcome, "with_reference"):
+                with torch.no_grad():
+                    logits = self._lvlm(self._batch.inputs, logits_to_keep=self._keep)
+            self._outcome = bound(self._outcome, self._batch, logits)
+            self._may_replay, self._ready = self._may_replay and not generates, True
+        if language and self._may_replay:
+            self._replay, _ = Replay.of(self._lvlm, self._batch.inputs, logits_to_keep=self._keep)
+            self._may_replay = False
+
+    def _fill(self, todo: Sequence[Cell]) -> None:
+        """Run cells whose mediators are in the same layers, one mediator after the other."""
+        own = self._activations(list(dict.fromkeys(site for mediator, _ in todo for site in mediator.sites)))
+        for mediator, some in groupby(todo, key=lambda cell: cell[0]):
+            mine = list(some)
+            held = {site: own[site] for site in mediator.sites}
             values = patched_outcomes(
-                lvlm,
-                batch.inputs,
-                site=site,
-                own=own,
-                donor=own[batch.twins],
-                swaps=swaps,
-                untouched=untouched,
-                outcome=outcome,
-                batch_size=batch_size,
-                logits_to_keep=keep,
+                self._lvlm,
+                self._batch.inputs,
+                patches=[self._patch(mediator, position, held) for _, position in mine],
+                own=held,
+                donor={site: activation[self._batch.twins] for site, activation in held.items()},
+                untouched=self._untouched,
+                outcome=self._outcome,
+                batch_size=self._batch_size,
+                logits_to_keep=self._keep,
+                replay=self._replay,
             )
-            for name, row in zip(names, values.tolist(), strict=True):
-                done.add(key((site, name)), row)
-        bar.update(len({site for site, _ in here}))
-        yield from ((cell, done[key(cell)]) for cell in here)
+            for cell, row in zip(mine, values.tolist(), strict=True):
+                self._done.add(self._key(cell), row)
+
+    def _activations(self, sites: Sequence[Site]) -> dict[Site, torch.Tensor]:
+        with torch.no_grad():
+            if self._replay is not None and self._replay.can(sites):
+                return self._replay.read(sites)
+            cache = self._lvlm.run_with_cache(self._batch.inputs, sites=sites, logits_to_keep=1)[1]
+        return {site: cache[str(site)] for site in sites}
+
+    def _patch(self, mediator: Mediator, position: str, own: dict[Site, torch.Tensor]) -> Patch:
+        return {
+            site: self._batch.swap(position, mediator.units)
+            if site.tower == "language"
+            else Swap.everything(*activation.shape[:2], units=mediator.units)
+            for site, activation in own.items()
+        }
+
+    def _present(self, cell: Cell, values: Sequence[float]) -> list[float]:
+        if not (cell[0].in_language and is_index(cell[1])):
+            return list(values)
+        has = self._batch.mask(cell[1]).any(dim=1).tolist()
+        return [value if there else float("nan") for value, there in zip(values, has, strict=True)]
+
+
+def _is_site(name: str) -> bool:
+    try:
+        Site.parse(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _result(
@@ -271,16 +367,20 @@ def _result(
     groups = pairs.groups
     rows: dict[int, list[dict[str, Any]]] = {}
     pair_rows: list[dict[str, Any]] = []
-    measured = np.isfinite(patched[0])
+    measured = np.isfinite(patched).all(axis=0) & np.asarray(np.isfinite(untouched).all(axis=0))[:, None]
     for kept in {tuple(column.tolist()) for column in measured.T}:
         index = np.flatnonzero(kept)
         columns = np.flatnonzero((np.asarray(kept) == measured.T).all(axis=1))
         safe, unsafe = (np.repeat(part[index, None], len(columns), axis=1) for part in untouched)
         effects = effects_of(safe, unsafe, *(part[np.ix_(index, columns)] for part in patched))
-        intervals = summarise(effects, [groups[i] for i in index], n_boot=n_boot, seed=seed)
+        if not len(index):
+            continue
+        labels = [groups[i] for i in index]
+        intervals = summarise(effects, labels, n_boot=n_boot, seed=seed)
+        p = p_values(effects, labels, n_permutations=settings["n_permutations"], seed=seed)
         for at, column in enumerate(columns.tolist()):
-            site, position = cells[column]
-            shared = {**site_columns(site), "position": position, "metric": metric_name(outcome)}
+            mediator, position = cells[column]
+            shared = {**mediator.columns(), "position": position, "metric": metric_name(outcome)}
             rows[column] = [
                 {
                     **shared,
@@ -288,14 +388,15 @@ def _result(
                     "value": ci.estimate[at],
                     "ci_low": ci.low[at],
                     "ci_high": ci.high[at],
+                    "p_value": p[effect][at] if effect in p else np.nan,
                 }
                 | {"n": len(index), "seed": seed}
                 for effect, ci in intervals.items()
             ]
-    for column, (site, position) in enumerate(cells):
+    for column, (mediator, position) in enumerate(cells):
         for i in np.flatnonzero(measured[:, column]).tolist():
             pair_rows.append(
-                {**site_columns(site), "position": position, "pair": i, "group": groups[i]}
+                {**mediator.columns(), "position": position, "pair": i, "group": groups[i]}
                 | {"safe": untouched[0, i], "unsafe": untouched[1, i]}
                 | {"safe_patched": patched[0, i, column], "unsafe_patched": patched[1, i, column]}
             )

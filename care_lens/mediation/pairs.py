@@ -9,13 +9,13 @@ token have.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from care_lens.core import Outcome, PairedExamples
-from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
+from care_lens.core import Example, Outcome, PairedExamples
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.patching import Swap
 
@@ -31,11 +31,13 @@ class PairBatch:
         inputs: The batch, padded on the left to one length.
         index: Which pairs they are.
         has_images: Whether both twins of every pair have an image; otherwise no pair here has two.
+        examples: What each row was made of.
     """
 
     inputs: LVLMInputs
     index: tuple[int, ...]
     has_images: bool
+    examples: tuple[Example, ...] = ()
 
     @property
     def n(self) -> int:
@@ -60,21 +62,50 @@ class PairBatch:
         counts = self.inputs.spans.image.sum(dim=1)
         return (counts[: self.n] != counts[self.n :]).cpu()
 
-    def swap(self, position: str) -> Swap:
-        """Each row's positions of that span, and where its twin has them.
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row, padding not counted."""
+        return int((~self.inputs.spans.padding).sum(dim=1).max())
+
+    def mask(self, position: str) -> Bool[Tensor, "rows pos"]:
+        """Each row's positions of that name.
 
         Args:
-            position: A span name.
+            position: A span name, or the index of a token, counted from the row's first token, as a string.
+
+        Returns:
+            [2n, pos]; all false in rows that are not as long as that.
+
+        Raises:
+            ValueError: If there is no such span.
+        """
+        spans = self.inputs.spans
+        if not is_index(position):
+            return spans.mask(position).cpu()
+        tokens = ~spans.padding
+        return (tokens & (tokens.cumsum(dim=1) == int(position) + 1)).cpu()
+
+    def swap(self, position: str, units: tuple[int, ...] | None = None) -> Swap:
+        """Each row's positions of that name, and where its twin has them.
+
+        Args:
+            position: As in :meth:`mask`.
+            units: Heads or neurons; None: all of the activation.
 
         Returns:
             Masks and sources [2n, pos].
         """
-        mask = self.inputs.spans.mask(position).cpu()
+        mask = self.mask(position)
         source = torch.arange(mask.shape[1]).repeat(len(mask), 1)
         if bool(self.misaligned.any()):
             for row, twin in enumerate(self.twins):
                 source[row, mask[row]] = mask[twin].nonzero()[:, 0]
-        return Swap(mask, source)
+        return Swap(mask, source, units)
+
+
+def is_index(position: str) -> bool:
+    """Whether a position is a token's index rather than the name of a span."""
+    return position.isdecimal()
 
 
 def pair_batches(lvlm: HookedLVLM, pairs: PairedExamples, *, outcome: Outcome, batch_size: int) -> list[PairBatch]:
@@ -105,7 +136,7 @@ def pair_batches(lvlm: HookedLVLM, pairs: PairedExamples, *, outcome: Outcome, b
             index = members[start : start + size]
             rows = [pairs.safe[i] for i in index] + [pairs.unsafe[i] for i in index]
             inputs = lvlm.prepare(rows, responses=bool(getattr(outcome, "responses", False)))
-            batches.append(PairBatch(inputs, tuple(index), has_images))
+            batches.append(PairBatch(inputs, tuple(index), has_images, tuple(rows)))
     return batches
 
 
@@ -142,11 +173,26 @@ def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> No
         )
 
 
+def bound(outcome: Any, batch: PairBatch, logits: Tensor | None) -> Any:
+    """The outcome, told what it needs to know of the batch: its examples, or the safe twins' untouched logits.
+
+    Args:
+        outcome: The outcome; told by its ``with_examples`` or ``with_reference``, if it has one.
+        batch: The batch.
+        logits: [2n, kept, vocab] of the untouched batch, or None where there are none yet.
+    """
+    if hasattr(outcome, "with_examples"):
+        return outcome.with_examples(batch.examples)
+    if logits is not None and hasattr(outcome, "with_reference"):
+        return outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
+    return outcome
+
+
 def logits_needed(outcome: Outcome, inputs: LVLMInputs) -> int:
     """How many last positions' logits an outcome needs; 0 stands for all of them.
 
-    Those of care_lens read nothing before the last prompt token; of others nothing is known.
+    Those with a true attribute ``from_last`` read nothing before the last prompt token; of others nothing is known.
     """
-    if not isinstance(outcome, (UnsafeMargin, ResponseLogProb)):
+    if not getattr(outcome, "from_last", False):
         return 0
     return inputs.input_ids.shape[1] - min(inputs.spans.last_index())

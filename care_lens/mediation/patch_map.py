@@ -26,8 +26,9 @@ from care_lens.mediation.frames import (
     site_columns,
     tidy,
 )
-from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared
+from care_lens.mediation.pairs import PairBatch, bound, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+from care_lens.mediation.replay import Replay
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -151,21 +152,26 @@ def _patched(
 ) -> tuple[np.ndarray, np.ndarray]:
     """[2n] untouched outcomes, and [n, patch] outcomes of the safe rows with one patch exchanged."""
     keep = logits_needed(outcome, batch.inputs)
+    replay = None
     with torch.no_grad():
         logits, cache = lvlm.run_with_cache(batch.inputs, sites=[site], logits_to_keep=keep)
+        outcome = bound(outcome, batch, logits)
+        safe = batch.inputs.rows(range(batch.n))
+        if site.tower == "language":
+            replay, _ = Replay.of(lvlm, safe, logits_to_keep=keep)
     untouched = read_outcome(outcome, logits, batch.inputs)
     own, donor = cache[str(site)].split(batch.n)
     patched = patched_outcomes(
         lvlm,
-        batch.inputs.rows(range(batch.n)),
-        site=site,
-        own=own,
-        donor=donor,
-        swaps=[_swap(lvlm, batch, site, own.shape[1], patch) for patch in range(n_patches)],
+        safe,
+        patches=[{site: _swap(lvlm, batch, site, own.shape[1], patch)} for patch in range(n_patches)],
+        own={site: own},
+        donor={site: donor},
         untouched=untouched[: batch.n],
         outcome=outcome,
         batch_size=batch_size,
         logits_to_keep=keep,
+        replay=replay,
     )
     return untouched.numpy(), patched.T.numpy()
 

@@ -8,6 +8,7 @@ cells whose interval excludes 0 (cell by cell, without a correction for their nu
 from care_lens.plots.ablation import plot_ablation
 from care_lens.plots.defence import plot_asr
 from care_lens.plots.effects import plot_effects
+from care_lens.plots.localisation import plot_localisation
 from care_lens.plots.patches import plot_patch_effects
 from care_lens.plots.separability import plot_separability
 from care_lens.plots.spectrum import plot_spectrum
@@ -20,6 +21,7 @@ __all__ = [
     "plot_ablation",
     "plot_asr",
     "plot_effects",
+    "plot_localisation",
     "plot_patch_effects",
     "plot_separability",
     "plot_spectrum",

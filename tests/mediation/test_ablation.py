@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from care_lens.core import Verdict, rate_ci
+from care_lens.core import Example, Verdict, rate_ci
 from care_lens.mediation import AblationResult, ablate
 
 NEW = 6
@@ -202,3 +202,50 @@ def test_hooks_are_gone_after_an_exception(model, examples):
     with pytest.raises(RuntimeError, match="enough"):
         ablate(model, examples, judge=judge, mode="zero", max_new_tokens=2, progress=False)
     assert not any(point.fwd_hooks for point in model.bridge.hook_dict.values())
+
+
+def test_resampling_puts_the_other_examples_own_activations_there(model, examples):
+    """What the MLP then adds to the stream is at every position one of those of the reference example."""
+    seen = []
+
+    def spy(activation, hook):
+        seen.append(activation)
+
+    reference = [Example("sure", group="other")]
+    options = {"judge": WordJudge(), "mode": "resample", "layers": [1], "components": ["hook_mlp_out"]}
+    with torch.no_grad():
+        held = model.run_with_cache(model.prepare(reference), sites=["blocks.1.hook_mlp_out"])[1]
+    allowed = held["blocks.1.hook_mlp_out"][0]
+    with model.hooks([("blocks.1.hook_resid_post", spy), ("blocks.1.hook_resid_mid", spy)]):
+        ablate(model, examples, reference=reference, max_new_tokens=2, progress=False, n_boot=5, **options)
+    mids, posts = seen[-2], seen[-1]  # the last token generated: what the MLP wrote is one of the reference's
+    wrote = (posts - mids).flatten(0, 1)
+    assert (torch.cdist(wrote, allowed).amin(dim=1) < 1e-4).all()
+
+
+def test_resampling_is_that_of_the_seed(model, examples):
+    options = {"judge": WordJudge(), "mode": "resample", "max_new_tokens": NEW, "n_boot": 5, "progress": False}
+    first, again, other = (ablate(model, examples, seed=seed, **options) for seed in (0, 0, 1))
+    pd.testing.assert_frame_equal(first.details, again.details)
+    assert first.details.text.tolist() != other.details.text.tolist()
+    assert first.settings["n_reference"] == len(examples)
+
+
+def test_donors_are_of_another_group_where_there_is_one():
+    from care_lens.mediation.ablation import _donors
+
+    several = [Example("a", group="x"), Example("b", group="x"), Example("c", group="y")]
+    for seed in range(10):
+        donors = _donors(several, several, seed)
+        assert donors[0] == donors[1] == 2 and donors[2] in (0, 1)
+        assert _donors(several[:2], several[:2], seed) == [1, 0]
+    assert _donors(several[:1], several[:1], 0) == [0]
+
+
+def test_resampling_the_vision_tower(model, examples):
+    options = {"judge": WordJudge(), "mode": "resample", "max_new_tokens": 2, "n_boot": 5, "progress": False}
+    result = ablate(model, examples, tower="vision", layers=[1], **options)
+    assert set(result.frame.component) == {"none", "hook_attn_out", "hook_mlp_out"}
+    text_only = [example for example in examples if example.image is None]
+    with pytest.raises(ValueError, match="reference must include an example with an image"):
+        ablate(model, examples, tower="vision", reference=text_only, layers=[1], **options)

@@ -1,8 +1,9 @@
 """Effect arithmetic and intervals."""
 
 import numpy as np
+from scipy.stats import permutation_test
 
-from care_lens.mediation import EFFECTS, effects_of, summarise
+from care_lens.mediation import EFFECTS, effects_of, p_values, summarise
 
 RNG = np.random.default_rng(0)
 
@@ -56,3 +57,34 @@ def test_pairs_of_one_group_are_drawn_together():
     apart = summarise(found, [str(i) for i in range(40)], n_boot=100)
     np.testing.assert_allclose(together["TE"].low, together["TE"].high)
     assert np.all(apart["TE"].high > apart["TE"].low)
+
+
+def test_p_values_are_those_of_scipy():
+    values = RNG.normal(0.4, 1, size=(9, 3))
+    found = p_values({"NIE": values}, [str(i) for i in range(9)])["NIE"]
+    expected = permutation_test(
+        (values, np.zeros_like(values)),
+        lambda a, b, axis: (a - b).mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf,
+        axis=0,
+    ).pvalue
+    np.testing.assert_allclose(found, expected)
+
+
+def test_groups_change_sign_together():
+    """Eight copies of one pair are one observation, whose sign says nothing; uneven groups keep the mean over pairs."""
+    one = np.ones((8, 1))
+    assert p_values({"TE": one}, ["same"] * 8)["TE"] == [1.0]
+    np.testing.assert_allclose(p_values({"TE": one}, [str(i) for i in range(8)])["TE"], [2 / 2**8])
+    uneven = np.array([[3.0], [3.0], [-4.0]])  # by group sums 6 and -4: |6 - 4| is the smallest of the flips
+    assert p_values({"TE": uneven}, ["a", "a", "b"])["TE"] == [1.0]
+
+
+def test_many_groups_are_sampled_by_the_seed():
+    values = {"TE": RNG.normal(0.3, 1, size=(40, 70))}
+    labels = [str(i) for i in range(40)]
+    first, again, other = (p_values(values, labels, n_permutations=200, seed=seed)["TE"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any() and (first > 0).all()

@@ -7,9 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from care_lens.core import Example, PairedExamples
-from care_lens.core.outcome import ResponseLogProb
-from care_lens.mediation import MediationResult, default_sites, mediate
+from care_lens.core import Example, KLDivergence, PairedExamples, PrefixMargin, ResponseLogProb, Site, Verdict
+from care_lens.mediation import JudgedCompliance, MediationResult, Mediator, cumulative, default_sites, heads, mediate
 
 EXACT = {"abs": 1e-5, "rel": 1e-5}
 
@@ -82,9 +81,11 @@ def test_pairs_without_pictures_are_left_out_where_there_is_nothing_to_exchange(
 
 def test_frame_is_tidy_and_complete(model, swept):
     assert tuple(swept.frame.columns) == (
-        *("tower", "layer", "component", "position", "metric", "effect"),
-        *("value", "ci_low", "ci_high", "n", "seed"),
+        *("tower", "layer", "component", "head", "neuron", "mediator", "position", "metric", "effect"),
+        *("value", "ci_low", "ci_high", "p_value", "n", "seed"),
     )
+    tested = swept.frame[swept.frame.effect != "proportion"]
+    assert tested.p_value.between(0, 1).all() and swept.frame[swept.frame.effect == "proportion"].p_value.isna().all()
     language = len([site for site in default_sites(model) if site.tower == "language"])
     assert len(swept.frame) == 6 * (4 * language + len(default_sites(model)) - language)
     assert set(swept.frame.metric) == {"UnsafeMargin"}
@@ -270,8 +271,141 @@ def test_exchanges_that_come_to_the_same_are_run_once(model, same_text, margin):
     """At the first residual only image positions differ: "all" is "image", and "text" and "last" are nothing."""
     rows = []
     handle = model.hf_model.register_forward_hook(lambda *args: rows.append(len(args[2].logits)))
-    result = mediate(model, same_text, outcome=margin, sites=["blocks.0.hook_resid_pre"], n_boot=10, progress=False)
+    options = {"sites": ["blocks.0.hook_resid_pre"], "n_boot": 10, "progress": False}
+    result = mediate(model, same_text, outcome=margin, replay=False, **options)
     handle.remove()
     assert rows == [6, 6, 6]  # untouched outcomes, cache, one exchange of each twin
     found = result.details.set_index(["position", "pair"])["safe_patched"]
     assert found["all"].tolist() == found["image"].tolist() != found["text"].tolist()
+    block, runs = model.bridge.blocks[2], []
+    handle = block.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
+    mediate(model, same_text, outcome=margin, **options)
+    handle.remove()
+    # As before; three tries of the block by itself and its whole; keys and values, and the end of the one exchange.
+    assert runs == [6, 6, *[6] * 4, 6, 6]
+
+
+def test_each_position_is_named_by_its_token(model, pairs, margin):
+    """Pairs of other lengths have other positions; those after a pair's end leave it out."""
+    site = "blocks.0.hook_resid_pre"
+    result = mediate(model, pairs, outcome=margin, sites=[site], positions=("each",), n_boot=10, progress=False)
+    counts = result.details.groupby("pair").position.agg(lambda found: sorted(map(int, found)))
+    for i, (safe, _) in enumerate(pairs):
+        assert counts[i] == list(range(model.prepare(safe).input_ids.shape[1]))
+    one = mediate(model, pairs[:1], outcome=margin, sites=[site], positions=("3",), n_boot=10, progress=False)
+    kept = []
+    safe, unsafe = (model.prepare(side) for side in pairs[0])
+    with torch.no_grad():
+        model.run_with_hooks(unsafe, fwd_hooks=[(site, lambda activation, hook: kept.append(activation.clone()))])
+
+        def swap(activation, hook):
+            return torch.cat([activation[:, :3], kept[0][:, 3:4], activation[:, 4:]], dim=1)
+
+        expected = float(margin(model.run_with_hooks(safe, fwd_hooks=[(site, swap)]), safe))
+    assert one.details.safe_patched.tolist() == pytest.approx([expected], **EXACT)
+    with pytest.raises(ValueError, match="below the longest"):
+        mediate(model, pairs, outcome=margin, sites=[site], positions=("99",), progress=False)
+
+
+def test_heads_together_are_attention_and_alone_are_theirs(model, pictured, margin, read):
+    """All heads as a set are the site; one head is an edit of its slice."""
+    site = "blocks.1.attn.hook_z"
+    every = Mediator((Site.parse(site),), tuple(range(4)))
+    found = mediate(
+        model, pictured, outcome=margin, sites=[site, every, *heads(model, layers=[1])], n_boot=10, progress=False
+    ).details
+    columns = ["position", "pair", "safe_patched", "unsafe_patched"]
+    parts = {name: part[columns].reset_index(drop=True) for name, part in found.groupby("mediator")}
+    pd.testing.assert_frame_equal(parts[site], parts[every.name], atol=1e-6)
+    assert set(found["head"].dropna()) == {0, 1, 2, 3}
+    inputs = model.prepare([*pictured.safe, *pictured.unsafe])
+    with torch.no_grad():
+        own = model.run_with_cache(inputs, sites=[site])[1][site]
+
+        def swap(activation, hook):
+            out = activation.clone()
+            out[:2, -1, 2] = own[2:, -1, 2]
+            return out
+
+        expected = margin(model.run_with_hooks(inputs, fwd_hooks=[(site, swap)]), inputs)[:2].tolist()
+    row = found[(found["head"] == 2) & (found.position == "last")]
+    assert row.safe_patched.tolist() == pytest.approx(expected, **EXACT)
+
+
+def test_all_layers_together_carry_everything(model, pictured, margin, read):
+    """Attention and MLP outputs of all layers, and the first residual, are all there is to the logits."""
+    parts = [site for site in default_sites(model) if site.tower == "language" and site.component != "hook_resid_pre"]
+    whole = Mediator((Site.parse("blocks.0.hook_resid_pre"), *parts), name="everything")
+    steps = cumulative(parts)
+    result = mediate(
+        model, pictured, outcome=margin, sites=[whole, *steps], positions=("all",), n_boot=10, progress=False
+    )
+    frame = result.frame.set_index(["mediator", "effect"])["value"]
+    assert frame["everything", "NIE"] == pytest.approx(frame["everything", "TE"], **EXACT)
+    assert set(result.frame[result.frame.mediator == "everything"].component) == {"several"}
+    assert len(set(result.frame.mediator)) == 1 + len(steps)
+    with pytest.raises(ValueError, match="whole site"):
+        mediate(model, pictured, outcome=margin, sites=[whole], n_boot=10, progress=False).plot()
+
+
+def test_kl_is_zero_where_nothing_is_exchanged(model, pictured, read):
+    sites = ["blocks.0.hook_resid_pre"]
+    result = mediate(model, pictured, outcome=KLDivergence(), sites=sites, n_boot=10, progress=False)
+    assert (result.details.safe.abs() < 1e-6).all()
+    te = read(result, sites[0], "all", "TE")
+    inputs = model.prepare([*pictured.safe, *pictured.unsafe])
+    with torch.no_grad():
+        safe, unsafe = model(inputs)[:, -1].log_softmax(-1).split(2)
+    expected = torch.nn.functional.kl_div(unsafe, safe, log_target=True, reduction="none").sum(-1).mean()
+    assert te == pytest.approx(float(expected), **EXACT)
+    assert read(result, sites[0], "all", "NIE") == pytest.approx(te, **EXACT)
+
+
+def test_margins_over_prefixes(model, pictured, read):
+    outcome = PrefixMargin(comply=("sure red", "yes"), refuse=("sorry i cannot",))
+    sites = ["blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out"]
+    result = mediate(model, pictured, outcome=outcome, sites=sites, positions=("all",), n_boot=10, progress=False)
+    assert set(result.frame.n) == {2} and set(result.frame.metric) == {"PrefixMargin"}
+
+    def by_hand(example):
+        totals = []
+        for text in outcome.prefixes:
+            inputs = model.prepare(replace(example, response=text), responses=True)
+            words = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+            start = inputs.input_ids.shape[1] - len(words) - 1
+            with torch.no_grad():
+                log_probs = model(inputs)[0].log_softmax(-1)
+            totals.append(sum(log_probs[start + i - 1, word] for i, word in enumerate(words)))
+        return float(torch.logaddexp(totals[0], totals[1]) - totals[2])
+
+    for i, (safe, unsafe) in enumerate(pictured):
+        row = result.details[result.details.pair == i].iloc[0]
+        assert [row.safe, row.unsafe] == pytest.approx([by_hand(safe), by_hand(unsafe)], **EXACT)
+        assert row.safe_patched == pytest.approx(row.unsafe, **EXACT)
+
+
+class FirstWord:
+    """Complied if the answer begins with an early word; missing if it is empty."""
+
+    def __call__(self, examples, texts):
+        assert len(examples) == len(texts)
+        return [
+            Verdict.MISSING if not text else Verdict.COMPLIED if text.split()[0] < "n" else Verdict.REFUSED
+            for text in texts
+        ]
+
+
+def test_refusal_by_generation(model, pictured, read):
+    """Everything at the first residual gives the twin's own answer, token for token of its first step."""
+    sites = ["blocks.0.hook_resid_pre", "projector.hook_out"]
+    outcome = JudgedCompliance(FirstWord(), max_new_tokens=1)
+    result = mediate(model, pictured, outcome=outcome, sites=sites, positions=("all",), n_boot=10, progress=False)
+    texts = [
+        model.generate(model.prepare(list(side)), max_new_tokens=1).texts for side in (pictured.safe, pictured.unsafe)
+    ]
+    expected = [[float(text.split()[0] < "n") for text in side] for side in texts]
+    rows = result.details[result.details.tower == "language"]
+    assert [rows.safe.tolist(), rows.unsafe.tolist()] == expected
+    assert [rows.unsafe_patched.tolist(), rows.safe_patched.tolist()] == expected
+    assert "FirstWord" in result.settings["outcome"]
+    json.dumps(result.settings)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformer_lens import patching
 
-from care_lens.mediation import mediate, patch_map
+from care_lens.mediation import heads, mediate, patch_map
 
 SWEEPS = {
     "hook_resid_pre": patching.get_act_patch_resid_pre,
@@ -33,6 +33,37 @@ def test_last_position(model, pictured, margin, component, read):
             found = read(ours, site, "last", "NIE")
             assert found == pytest.approx(float(patched[site.layer, -1]) - untouched, abs=1e-5)
             assert abs(found) > 1e-4 or site.layer == 0
+
+
+def cells(model, pair, margin, mediators):
+    """[layer, pos] or [layer, pos, head] safe_patched of one pair, every position by itself."""
+    result = mediate(model, pair, outcome=margin, sites=mediators, positions=("each",), n_boot=10, progress=False)
+    frame = result.details.astype({"position": int})
+    keys = ["layer", "position"] + (["head"] if frame["head"].notna().any() else [])
+    values = frame.sort_values(keys)["safe_patched"].to_numpy()
+    return torch.from_numpy(values.copy()).reshape([frame[key].nunique() for key in keys])
+
+
+@pytest.mark.parametrize("component", SWEEPS)
+def test_every_position_cell_by_cell(model, pictured, margin, component):
+    for pair in (pictured[:1], pictured[1:2]):
+        expected, untouched = theirs(model, pair, margin, component)
+        found = cells(model, pair, margin, model.sites(tower="language", component=component))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert (expected - untouched).abs().max() > 1e-2
+
+
+def test_every_head_at_every_position_cell_by_cell(model, pictured, margin):
+    pair = pictured[:1]
+    safe, unsafe = model.prepare(pair.safe), model.prepare(pair.unsafe)
+    with torch.no_grad():
+        _, cache = model.bind(unsafe).run_with_cache(unsafe.input_ids)
+        expected = patching.get_act_patch_attn_head_out_by_pos(
+            model.bind(safe), safe.input_ids, cache, lambda logits: margin(logits, safe)[0]
+        ).double()
+    found = cells(model, pair, margin, heads(model))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (expected - expected[0, 0, 0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("component", SWEEPS)

@@ -1,0 +1,331 @@
+"""Attention knockout: cut the language tower's attention from the tokens of one span to those of another.
+
+What a query attends to is a row of ``attn.hook_pattern``, [batch, head, query, key]. At the layers of a window the weights
+that the target's queries give to the source's keys are set to zero, in all heads:
+
+- "zero": the other weights stay as they are, so that a query receives less in all, as if those values were 0.
+- "renormalised": the other weights are scaled to sum up to what they all were, which is what masking the scores before the
+  softmax does. A query that attends to nothing else then receives nothing.
+
+Information moves from source to target: source="image", target="last" cuts what the last prompt token reads off the
+picture itself; what other tokens have read off it still arrives. A token's attention to itself is kept unless asked
+otherwise (with source="text", target="last" the last token is in both).
+
+The effect is Y(cut) - Y(untouched), in the outcome's unit; of pairs also the change of the total effect,
+[Y(x* cut) - Y(x cut)] - [Y(x*) - Y(x)].
+
+Cost: a forward pass a batch, window and mode. Memory: that of a forward pass.
+
+Source: Geva et al. 2023, "Dissecting recall of factual associations in auto-regressive language models".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from care_lens.core import (
+    Example,
+    Outcome,
+    PairedExamples,
+    PrefixMargin,
+    Site,
+    cluster_bootstrap,
+    package_versions,
+)
+from care_lens.core.spans import SPAN_NAMES
+from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.mediation.frames import (
+    DetailedResult,
+    describe_outcome,
+    examples_digest,
+    groups_of,
+    metric_name,
+    tidy,
+)
+from care_lens.mediation.pairs import logits_needed
+from care_lens.mediation.patching import read_outcome
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+KnockoutMode = Literal["zero", "renormalised"]
+KNOCKOUT_MODES: tuple[str, ...] = get_args(KnockoutMode)
+PATTERN = "attn.hook_pattern"
+COLUMNS = (
+    "tower",
+    "layer",
+    "component",
+    "layers",
+    "mode",
+    "position",
+    "metric",
+    "effect",
+    "value",
+    "ci_low",
+    "ci_high",
+    "n",
+    "seed",
+)
+DETAIL_COLUMNS = ("tower", "layer", "component", "mediator", "position", "id", "group", "pair", "untouched", "value")
+
+
+@dataclass(frozen=True)
+class KnockoutResult(DetailedResult):
+    """Effects of cutting attention from one span to another.
+
+    Attributes:
+        frame: One row a window, mode and effect: tower, layer (the window's first), component ("attn.hook_pattern"), layers
+            ("3" or "3-5"), mode, position ("image->last": source and target), metric (the outcome's name), effect
+            ("change"; of pairs "safe change", "unsafe change" and "TE change"), value (mean over examples or pairs, in
+            the outcome's unit), ci_low, ci_high, n, seed.
+        settings: Source, target, windows, modes, whether a token's attention to itself was cut, and what made it.
+        details: One row a window, mode and example: mediator ("3-5, zero"), id, group, pair (index of the example, or of
+            its pair), untouched and value (the outcome without and with the cut). Of pairs the safe twins come first.
+    """
+
+    def plot(self) -> "go.Figure":
+        """Effects by window of layers."""
+        from care_lens.plots.attribution import plot_knockout
+
+        return plot_knockout(self)
+
+
+def knockout(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example] | PairedExamples,
+    *,
+    source: str,
+    target: str,
+    outcome: Outcome,
+    layers: Sequence[int | Sequence[int]] | None = None,
+    window: int = 1,
+    modes: Sequence[KnockoutMode] = ("zero", "renormalised"),
+    itself: bool = False,
+    batch_size: int = 32,
+    n_boot: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> KnockoutResult:
+    """Effect of cutting the attention from one span to another, by window of layers.
+
+    Args:
+        lvlm: The model; a repair that is on it acts.
+        examples: The examples, or pairs of safe and unsafe twins, of which both are measured.
+        source: Span whose keys and values are cut: "image", "text", "prompt", "last", ...
+        target: Span whose queries are cut off.
+        outcome: Larger where the model is less safe.
+        layers: The windows, each a layer or several that are cut together; None: all runs of ``window`` layers.
+        window: Layers of a window, where ``layers`` is None.
+        modes: "zero", "renormalised", or both.
+        itself: Whether to cut a token's attention to itself too, where it is in both spans.
+        batch_size: Sequences in a forward pass.
+        n_boot: Bootstrap resamples of the groups.
+        seed: Seed of the bootstrap.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The effects.
+
+    Raises:
+        ValueError: If an option is out of range, the model's attention patterns cannot be edited, or no example (no
+            pair, in both twins) has anything to be cut. Those that have not are left out; ``n`` counts the rest.
+
+    Example:
+        >>> from care_lens import organism
+        >>> from care_lens.lvlm import HookedLVLM
+        >>> lvlm = HookedLVLM.from_hf(*organism.untrained(seed=0))
+        >>> found = knockout(
+        ...     lvlm,
+        ...     organism.pairs("typographic", "fit", n=2),
+        ...     source="image",
+        ...     target="last",
+        ...     outcome=organism.outcome(),
+        ...     layers=[0, (0, 1)],
+        ...     progress=False,
+        ... )
+        >>> found.frame.layers.unique().tolist()
+        ['0', '0-1']
+    """
+    windows = _windows(lvlm, layers, window)
+    _check(source, target, modes, outcome, batch_size)
+    pairs = examples if isinstance(examples, PairedExamples) else None
+    rows: list[Example] = [*examples.safe, *examples.unsafe] if isinstance(examples, PairedExamples) else list(examples)
+    if not rows:
+        raise ValueError("examples must hold at least one example, got none")
+    cells: list[tuple[tuple[int, ...], KnockoutMode]] = [(some, mode) for some in windows for mode in modes]
+    untouched = np.full(len(rows), np.nan)
+    values = np.full((len(rows), len(cells)), np.nan)
+    there = np.zeros(len(rows), dtype=bool)
+    starts = range(0, len(rows), batch_size)
+    with tqdm(total=len(starts) * len(cells), desc="knocking out", disable=not progress) as bar:
+        for start in starts:
+            part = slice(start, start + batch_size)
+            inputs = lvlm.prepare(rows[part], responses=bool(getattr(outcome, "responses", False)))
+            cut = _cut(inputs, source, target, itself)
+            there[part] = cut.any(dim=(1, 2)).cpu().numpy()
+            keep = logits_needed(outcome, inputs)
+            with torch.no_grad():
+                logits = lvlm(inputs, logits_to_keep=keep)
+                bound: Any = outcome
+                if hasattr(bound, "with_reference"):
+                    bound = bound.with_reference(logits, inputs, list(range(inputs.batch_size)))
+                untouched[part] = read_outcome(bound, logits, inputs).numpy()
+                for at, (some, mode) in enumerate(cells):
+                    hooks = [(Site("language", layer, PATTERN), _hook(cut, mode)) for layer in some]
+                    logits = lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=keep)
+                    values[part, at] = read_outcome(bound, logits, inputs).numpy()
+                    bar.update()
+    groups = groups_of(rows) if pairs is None else pairs.groups
+    settings: dict[str, Any] = {
+        "source": source,
+        "target": target,
+        "windows": [list(some) for some in windows],
+        "modes": list(modes),
+        "itself": itself,
+        "outcome": describe_outcome(outcome),
+        "examples": examples_digest(rows),
+        "batch_size": batch_size,
+        "n": len(groups),
+        "groups": len(set(groups)),
+        "n_boot": n_boot,
+        "seed": seed,
+        "confidence": 0.95,
+        "versions": package_versions(),
+    }
+    return _result(rows, groups, pairs is not None, cells, there, untouched, values, outcome, settings)
+
+
+def cut_attention(
+    pattern: Float[Tensor, "batch head query key"],
+    cut: Bool[Tensor, "batch query key"],
+    *,
+    mode: KnockoutMode,
+) -> Float[Tensor, "batch head query key"]:
+    """A pattern without some of its entries.
+
+    Args:
+        pattern: [batch, head, query, key] weights.
+        cut: [batch, query, key] entries that are set to zero in all heads.
+        mode: "zero" or "renormalised", see above.
+
+    Returns:
+        A new tensor; queries that lose nothing keep their weights to the bit.
+    """
+    left = pattern.masked_fill(cut[:, None], 0.0)
+    if mode == "zero":
+        return left
+    before, after = pattern.float().sum(-1, keepdim=True), left.float().sum(-1, keepdim=True)
+    scale = torch.where(after > 0, before / after.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
+    return torch.where(cut.any(-1)[:, None, :, None], (left.float() * scale).to(pattern.dtype), pattern)
+
+
+def _check(source: str, target: str, modes: Sequence[str], outcome: Any, batch_size: int) -> None:
+    if unknown := [name for name in (source, target) if name not in SPAN_NAMES]:
+        raise ValueError(f"source and target must be spans, some of {SPAN_NAMES}, got {unknown}")
+    if not modes or (unknown := [mode for mode in modes if mode not in KNOCKOUT_MODES]):
+        raise ValueError(f"modes must be some of {KNOCKOUT_MODES}, got {list(modes)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if isinstance(outcome, PrefixMargin) or hasattr(outcome, "generated"):
+        raise ValueError(
+            f"outcome must be read off the logits of one run, got {metric_name(outcome)}; use UnsafeMargin, "
+            "LogitDifference or ResponseLogProb"
+        )
+
+
+def _windows(lvlm: HookedLVLM, layers: Sequence[int | Sequence[int]] | None, window: int) -> list[tuple[int, ...]]:
+    depth = lvlm.n_layers("language")
+    if layers is None:
+        if not 1 <= window <= depth:
+            raise ValueError(f"window must be in [1, {depth}] (the number of layers), got {window}")
+        layers = [tuple(range(first, first + window)) for first in range(depth - window + 1)]
+    found = [(one,) if isinstance(one, int) else tuple(sorted(set(one))) for one in layers]
+    if not found or not all(found):
+        raise ValueError(f"layers must hold at least one window of at least one layer, got {list(layers)}")
+    for layer in sorted({layer for some in found for layer in some}):
+        info = lvlm.site_info(Site("language", layer, PATTERN))
+        if not info.editable:
+            raise ValueError(
+                f"attention patterns must be editable to be knocked out, got {info.site}: {info.note}; use mediate or "
+                "ablate at hook_attn_out, or patch attn.hook_z by head"
+            )
+    return found
+
+
+def _cut(inputs: LVLMInputs, source: str, target: str, itself: bool) -> Bool[Tensor, "batch query key"]:
+    """Entries of the pattern that are cut; those that a causal model does not have are not among them."""
+    spans = inputs.spans
+    cut = spans.mask(target)[:, :, None] & spans.mask(source)[:, None, :]
+    pos = torch.arange(cut.shape[1], device=cut.device)
+    if not itself:
+        cut = cut & (pos[:, None] != pos)
+    return cut
+
+
+def _hook(cut: Tensor, mode: KnockoutMode):
+    def knock_out(pattern: Tensor, hook: Any) -> Tensor:
+        if pattern.shape[-2:] != cut.shape[-2:]:
+            raise ValueError(
+                f"attention patterns must have the batch's positions as queries and keys, {tuple(cut.shape[-2:])}, got "
+                f"{tuple(pattern.shape[-2:])}; attention knockout is not defined for this model's attention"
+            )
+        return cut_attention(pattern, cut.to(pattern.device), mode=mode)
+
+    return knock_out
+
+
+def _name(layers: tuple[int, ...]) -> str:
+    if len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers))
+
+
+def _result(
+    rows: Sequence[Example],
+    groups: Sequence[str],
+    paired: bool,
+    cells: Sequence[tuple[tuple[int, ...], KnockoutMode]],
+    there: np.ndarray,
+    untouched: np.ndarray,
+    values: np.ndarray,
+    outcome: Outcome,
+    settings: dict[str, Any],
+) -> KnockoutResult:
+    change = values - untouched[:, None]
+    n = len(groups)
+    position = f"{settings['source']}->{settings['target']}"
+    kept = np.flatnonzero(there.reshape(-1, n).all(axis=0))
+    if not len(kept):
+        raise ValueError(
+            f"examples must have tokens of both spans, with something to be cut, got none with {position}; give examples "
+            "with images, or other spans"
+        )
+    measured = {"change": change}
+    if paired:
+        measured = {"safe change": change[:n], "unsafe change": change[n:], "TE change": change[n:] - change[:n]}
+    labels = [groups[i] for i in kept.tolist()]
+    found = {
+        effect: cluster_bootstrap(part[kept], labels, n_boot=settings["n_boot"], seed=settings["seed"])
+        for effect, part in measured.items()
+    }
+    frame, details = [], []
+    for at, (layers, mode) in enumerate(cells):
+        place = {"tower": "language", "layer": layers[0], "component": PATTERN, "position": position}
+        for effect, (value, low, high) in found.items():
+            frame.append(
+                {**place, "layers": _name(layers), "mode": mode, "metric": metric_name(outcome), "effect": effect}
+                | {"value": value[at], "ci_low": low[at], "ci_high": high[at], "n": len(kept), "seed": settings["seed"]}
+            )
+        for row, example in enumerate(rows):
+            if row % n in kept:
+                details.append(
+                    {**place, "mediator": f"{_name(layers)}, {mode}", "id": example.id, "group": groups[row % n]}
+                    | {"pair": row % n, "untouched": untouched[row], "value": values[row, at]}
+                )
+    return KnockoutResult(tidy(frame, COLUMNS), settings, tidy(details, DETAIL_COLUMNS))

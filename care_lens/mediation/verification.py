@@ -1,0 +1,331 @@
+"""Verification of attributions: exact patching of the units that rank highest, and of as many drawn at random.
+
+For each kind of unit (heads, neurons, sites or patches of one component and tower) the ``top`` units by the size of their
+attribution, and ``random`` of the others, are patched exactly, one at a time: NIE = Y(x with M := M(x*)) - Y(x).
+
+- "spearman": rank correlation of attribution and exact effect over all units that were patched.
+- "spearman of random": the same over those drawn at random, which the choice of the top ones does not flatter.
+- "miss rate": of the units whose exact effect is large, the share that attribution did not rank among the top ones. Large
+  is at least the median size among the top ones. With L large ones among the top, and a share p of the N - top others
+  estimated from those drawn, it is (N - top) p / ((N - top) p + L). Its interval is that of p (Clopper-Pearson) put through the
+  same formula; it knows nothing of the sampling of pairs.
+
+Intervals of rank correlations are bootstraps over units, for these pairs.
+
+Cost: a forward pass a unit and pair, many in a batch. Memory: the activations of one site at a time, and what replay keeps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import rankdata
+from tqdm.auto import tqdm
+
+from care_lens.core import Interval, Outcome, PairedExamples, Site, cluster_bootstrap, package_versions, rate_ci
+from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.attribution import AttributionResult, patch_places
+from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, tidy
+from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches
+from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+from care_lens.mediation.replay import Replay
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+COLUMNS = ("tower", "component", "kind", "position", "metric", "effect", "value", "ci_low", "ci_high", "n", "seed")
+UNIT_COLUMNS = (
+    "tower",
+    "layer",
+    "component",
+    "head",
+    "neuron",
+    "mediator",
+    "position",
+    "top",
+    "estimate",
+    "value",
+    "ci_low",
+    "ci_high",
+    "n",
+)
+
+
+@dataclass(frozen=True)
+class VerifiedResult(DetailedResult):
+    """How well attributions rank units.
+
+    Attributes:
+        frame: One row a kind of unit, position and measure: tower, component, kind, position ("patch" for patches), metric
+            (the outcome's name), effect ("spearman", "spearman of random", "miss rate"), value, ci_low, ci_high, n (units
+            patched), seed. Missing where it is not defined (too few units, or no large effect).
+        settings: Top, random, number of units, outcome, method and points of the attribution, n_boot, seed, versions.
+        details: One row a unit patched: its place, top (1 of the top ones, 0 drawn at random), estimate (its attribution),
+            value (mean exact NIE), ci_low, ci_high (over the pairs' groups), n (pairs).
+    """
+
+    def plot(self) -> "go.Figure":
+        """Each measure by kind of unit."""
+        from care_lens.plots.attribution import plot_verified
+
+        return plot_verified(self)
+
+
+def verify(
+    lvlm: HookedLVLM,
+    pairs: PairedExamples,
+    attribution: AttributionResult,
+    *,
+    outcome: Outcome,
+    top: int = 20,
+    random: int = 20,
+    batch_size: int = 32,
+    n_boot: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> VerifiedResult:
+    """Patch the units that attribution ranks highest, and as many random ones, and compare.
+
+    Args:
+        lvlm: The model.
+        pairs: The pairs that the attribution is of, or others of the same lengths.
+        attribution: What :func:`~care_lens.mediation.attribution.attribute` gave.
+        outcome: The outcome of the attribution.
+        top: Units of each kind that are patched because they rank highest.
+        random: Units of each kind that are drawn from the others.
+        batch_size: Sequences in a forward pass, at least 2.
+        n_boot: Bootstrap resamples.
+        seed: Seed of the draw and of the bootstraps.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Rank correlations and miss rates by kind, and exact effects by unit.
+
+    Raises:
+        ValueError: If the outcome is another than the attribution's, top or random is below 1, or a twin has several images
+            and a site is in the vision tower.
+
+    Example:
+        >>> from care_lens import organism
+        >>> from care_lens.lvlm import HookedLVLM
+        >>> from care_lens.mediation.attribution import attribute
+        >>> lvlm = HookedLVLM.from_hf(*organism.untrained(seed=0))
+        >>> pairs, outcome = organism.pairs("typographic", "fit", n=2), organism.outcome()
+        >>> guess = attribute(lvlm, pairs, outcome=outcome, sites=["blocks.0.attn.hook_z"], patches=(), progress=False)
+        >>> verify(lvlm, pairs, guess, outcome=outcome, top=2, random=1, progress=False).frame.effect.tolist()
+        ['spearman', 'spearman of random', 'miss rate']
+    """
+    if top < 1 or random < 1:
+        raise ValueError(f"top and random must be 1 or more, got {top} and {random}")
+    if describe_outcome(outcome) != attribution.settings["outcome"]:
+        raise ValueError(
+            f"outcome must be the attribution's, {attribution.settings['outcome']}, got {describe_outcome(outcome)}"
+        )
+    chosen, sizes = _choose(attribution.frame, top, random, seed)
+    exact = np.full((len(pairs), len(chosen)), np.nan)
+    units = chosen.to_dict("records")
+    order = sorted(range(len(units)), key=lambda i: _site(units[i]))
+    batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
+    with tqdm(total=len(batches) * len(units), desc="verifying", disable=not progress) as bar:
+        for batch in batches:
+            run = _Run(lvlm, batch, outcome, batch_size)
+            for site, members in groupby(order, key=lambda i: _site(units[i])):
+                some = list(members)
+                if batch.has_images or site.tower == "language":
+                    exact[np.ix_(list(batch.index), some)] = run.effects(site, [units[i] for i in some])
+                bar.update(len(some))
+    details = _details(units, exact, pairs.groups, n_boot, seed)
+    settings: dict[str, Any] = {
+        "top": top,
+        "random": random,
+        "units": {f"{key[0]} {key[2]} {key[1]} {key[3]}": size for key, size in sizes.items()},
+        "attribution": {name: attribution.settings[name] for name in ("method", "points", "path")},
+        "outcome": describe_outcome(outcome),
+        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
+        "n": len(pairs),
+        "groups": len(set(pairs.groups)),
+        "n_boot": n_boot,
+        "seed": seed,
+        "confidence": 0.95,
+        "versions": package_versions(),
+    }
+    kinds = [_kind(unit) for unit in units]
+    rows = []
+    for kind, size in sizes.items():
+        part = details.iloc[[i for i, other in enumerate(kinds) if other == kind]]
+        place = dict(zip(("tower", "component", "kind", "position"), kind, strict=True))
+        for effect, interval, n in _measures(part, size, n_boot, seed):
+            value, low, high = interval
+            rows.append(
+                {**place, "metric": attribution.frame["metric"].iloc[0], "effect": effect, "value": value}
+                | {"ci_low": low, "ci_high": high, "n": n, "seed": seed}
+            )
+    return VerifiedResult(tidy(rows, COLUMNS), settings, details)
+
+
+Kind = tuple[str, str, str, str]
+
+
+def _kind(unit: Mapping[str, Any]) -> Kind:
+    position = "patch" if unit["kind"] == "patch" else unit["position"]
+    return unit["tower"], unit["component"], unit["kind"], position
+
+
+def _site(unit: Mapping[str, Any]) -> Site:
+    return Site(unit["tower"], None if pd.isna(unit["layer"]) else int(unit["layer"]), unit["component"])
+
+
+def _choose(frame: pd.DataFrame, top: int, random: int, seed: int) -> tuple[pd.DataFrame, dict[Kind, int]]:
+    """The units to patch, with a column ``top``, and the number of units of each kind."""
+    kinds = [_kind(unit) for unit in frame.to_dict("records")]
+    generator = np.random.default_rng(seed)
+    index: list[int] = []
+    flags: list[float] = []
+    sizes: dict[Kind, int] = {}
+    for kind in dict.fromkeys(kinds):
+        members = np.array([i for i, other in enumerate(kinds) if other == kind])
+        sizes[kind] = len(members)
+        size = frame["value"].to_numpy(dtype=float)[members]
+        ranked = members[np.argsort(-np.abs(size), kind="stable")]
+        best, others = ranked[:top].tolist(), ranked[top:]
+        drawn = generator.choice(others, size=min(random, len(others)), replace=False).tolist()
+        index += best + drawn
+        flags += [1.0] * len(best) + [0.0] * len(drawn)
+    return frame.iloc[index].reset_index(drop=True).assign(top=flags), sizes
+
+
+class _Run:
+    """Exact effects on the safe rows of one batch."""
+
+    def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: Any, batch_size: int) -> None:
+        self._lvlm, self._batch, self._batch_size = lvlm, batch, batch_size
+        self._keep = logits_needed(outcome, batch.inputs)
+        self._inputs = batch.inputs.rows(range(batch.n))
+        with torch.no_grad():
+            logits = lvlm(batch.inputs, logits_to_keep=self._keep)
+            if hasattr(outcome, "with_reference"):
+                outcome = outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
+            own = outcome.for_rows(list(range(batch.n))) if hasattr(outcome, "for_rows") else outcome
+            self._untouched = read_outcome(own, logits[: batch.n], self._inputs)
+            self._outcome = own
+            self._replay, _ = Replay.of(lvlm, self._inputs, logits_to_keep=self._keep)
+
+    def effects(self, site: Site, units: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """[n, unit] NIE; missing where a pair has no such position or patch."""
+        n = self._batch.n
+        picture: list[torch.Tensor] = []
+
+        def look(activation: torch.Tensor, hook: Any) -> None:
+            picture.append(self._lvlm.patch_mask(site, activation).cpu())
+
+        extra = [(site, look)] if site.tower != "language" else []
+        with torch.no_grad():
+            cache = self._lvlm.run_with_cache(self._batch.inputs, sites=[site], fwd_hooks=extra, logits_to_keep=1)[1]
+        both = cache[str(site)]
+        if len(both) != 2 * n:
+            raise ValueError(
+                f"every twin must have exactly one image (one tile) for {site}, got {len(both)} in {2 * n} rows"
+            )
+        own, donor = both.split(n)
+        swaps = [self._swap(site, unit, own.shape[1], picture[0] if picture else None) for unit in units]
+        patched = patched_outcomes(
+            self._lvlm,
+            self._inputs,
+            patches=[{site: swap} for swap in swaps],
+            own={site: own},
+            donor={site: donor},
+            untouched=self._untouched,
+            outcome=self._outcome,
+            batch_size=self._batch_size,
+            logits_to_keep=self._keep,
+            replay=self._replay if site.tower == "language" else None,
+        )
+        effects = patched - self._untouched
+        for at, swap in enumerate(swaps):
+            effects[at, ~swap.mask.any(dim=1)] = torch.nan
+        return effects.T.numpy()
+
+    def _swap(self, site: Site, unit: Mapping[str, Any], length: int, picture: torch.Tensor | None) -> Swap:
+        n = self._batch.n
+        if unit["kind"] == "patch":
+            mask = torch.zeros(n, length, dtype=torch.bool)
+            for places in patch_places(self._batch, site, picture):
+                for row, at in places[int(unit["patch"]) : int(unit["patch"]) + 1]:
+                    mask[row, at] = True
+            return Swap(mask, torch.arange(length).repeat(n, 1))
+        units = tuple(int(unit[name]) for name in ("head", "neuron") if not pd.isna(unit[name])) or None
+        if site.tower != "language":
+            return Swap.everything(n, length, units=units)
+        both = self._batch.swap(unit["position"], units)
+        return Swap(both.mask[:n], both.source[:n], units)
+
+
+def _details(
+    units: Sequence[Mapping[str, Any]], exact: np.ndarray, groups: Sequence[str], n_boot: int, seed: int
+) -> pd.DataFrame:
+    rows = []
+    for at, unit in enumerate(units):
+        kept = np.flatnonzero(np.isfinite(exact[:, at]))
+        value, low, high = cluster_bootstrap(
+            exact[kept, at], [groups[i] for i in kept.tolist()], n_boot=n_boot, seed=seed
+        )
+        rows.append(
+            {name: unit[name] for name in UNIT_COLUMNS if name in unit}
+            | {"estimate": unit["value"], "value": value, "ci_low": low, "ci_high": high, "n": float(len(kept))}
+        )
+    return tidy(rows, UNIT_COLUMNS)
+
+
+def _measures(part: pd.DataFrame, size: int, n_boot: int, seed: int) -> list[tuple[str, Interval, int]]:
+    """Each measure of one kind of unit, with its interval and the number of units behind it."""
+    estimate, exact = part["estimate"].to_numpy(dtype=float), part["value"].to_numpy(dtype=float)
+    is_top = part["top"].to_numpy(dtype=float) == 1.0
+    return [
+        ("spearman", _spearman(estimate, exact, n_boot, seed), len(part)),
+        ("spearman of random", _spearman(estimate[~is_top], exact[~is_top], n_boot, seed), int((~is_top).sum())),
+        ("miss rate", miss_rate(exact[is_top], exact[~is_top], size=size), len(part)),
+    ]
+
+
+def miss_rate(top: np.ndarray, others: np.ndarray, *, size: int) -> Interval:
+    """Share of the large effects that are not among the top ones.
+
+    Args:
+        top: [k] exact effects of the units that attribution ranks highest.
+        others: [m] exact effects of units drawn at random from the rest.
+        size: Number of units in all.
+
+    Returns:
+        The share in [0, 1] and its interval; missing where no effect is other than 0. With nothing left out of the top
+        ones it is 0.
+    """
+    threshold = float(np.median(np.abs(top)))
+    if threshold == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    found = int((np.abs(top) >= threshold).sum())
+    if size <= len(top):
+        return Interval(0.0, 0.0, 0.0)
+    large = int((np.abs(others) >= threshold).sum())
+    rest = size - len(top)
+    if len(others) == rest:
+        exact = large / (large + found)
+        return Interval(exact, exact, exact)
+    return Interval(*(rest * share / (rest * share + found) for share in rate_ci(large, len(others))))
+
+
+def _spearman(estimate: np.ndarray, exact: np.ndarray, n_boot: int, seed: int) -> Interval:
+    if len(exact) < 3 or np.ptp(exact) == 0 or np.ptp(estimate) == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    return cluster_bootstrap({"x": estimate, "y": exact}, statistic=_rank_correlation, n_boot=n_boot, seed=seed)
+
+
+def _rank_correlation(values: Mapping[str, np.ndarray]) -> float:
+    """Spearman's; not a number where all are equal. As scipy's, without its warnings in constant resamples."""
+    x, y = (rankdata(values[name]) for name in ("x", "y"))
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else float("nan")

@@ -1,0 +1,155 @@
+"""Attributions, their check by exact patching, attention knockouts and path effects."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from care_lens.core.results import FrameResult
+from care_lens.plots import theme
+from care_lens.plots.frames import frame_of, half_widths, only, where
+
+_INTERVAL = ("value", "ci_low", "ci_high", "n")
+
+
+def plot_attribution(result: FrameResult | pd.DataFrame, *, top: int = 12) -> go.Figure:
+    """The largest attributions of each kind of unit (in size), with intervals.
+
+    Args:
+        result: An ``AttributionResult`` or its frame.
+        top: How many of each kind.
+
+    Returns:
+        The figure: one curve a kind.
+
+    Raises:
+        ValueError: If the frame is not such.
+    """
+    frame = frame_of(result, ("kind", "mediator", "position", *_INTERVAL))
+    figure, drawn = go.Figure(), 0
+    for index, kind in enumerate(dict.fromkeys(frame["kind"])):
+        part = where(frame, kind=kind)
+        order = part["value"].astype(float).abs().to_numpy().argsort()[::-1][:top]
+        part = part.iloc[order]
+        drawn += len(part)
+        labels = [f"{name}, {position}" for name, position in zip(part["mediator"], part["position"], strict=True)]
+        figure.add_trace(_points(part, labels, str(kind), index))
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(title_text=str(frame["effect"].iloc[0]) if "effect" in frame.columns else "value")
+    figure.update_layout(template=theme.TEMPLATE, height=160 + 20 * drawn)
+    return figure
+
+
+def plot_verified(result: FrameResult | pd.DataFrame) -> go.Figure:
+    """Rank correlation and miss rate of each kind of unit, with intervals.
+
+    Args:
+        result: A ``VerifiedResult`` or its frame.
+
+    Returns:
+        The figure: one curve a measure.
+
+    Raises:
+        ValueError: If the frame is not such.
+    """
+    frame = frame_of(result, ("tower", "component", "effect", *_INTERVAL))
+    figure = go.Figure()
+    for index, effect in enumerate(dict.fromkeys(frame["effect"])):
+        part = where(frame, effect=effect)
+        labels = (part["tower"] + " " + part["kind"] + " " + part["component"]).tolist()
+        figure.add_trace(_points(part, labels, str(effect), index))
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_layout(template=theme.TEMPLATE, height=180 + 30 * len(frame))
+    return figure
+
+
+def plot_knockout(result: FrameResult | pd.DataFrame) -> go.Figure:
+    """Effect of an attention knockout by window of layers: one curve a way of knocking out and effect.
+
+    Args:
+        result: A ``KnockoutResult`` or its frame.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If the frame is not such.
+    """
+    frame = frame_of(result, ("layers", "mode", "effect", "position", *_INTERVAL))
+    figure = go.Figure()
+    for index, (mode, effect) in enumerate(dict.fromkeys(zip(frame["mode"], frame["effect"], strict=True))):
+        part = where(frame, mode=mode, effect=effect)
+        figure.add_trace(
+            go.Scatter(
+                x=part["layers"].tolist(),
+                y=part["value"].astype(float).tolist(),
+                error_y={**half_widths(part), "thickness": 1.5, "width": 3},
+                mode="lines+markers",
+                line={"color": theme.COLOURS[index % len(theme.COLOURS)], "width": 2},
+                name=f"{effect}, {mode}",
+            )
+        )
+    figure.add_hline(y=0, line={"width": 1})
+    figure.update_xaxes(title_text=f"layers in which {frame['position'].iloc[0]} is cut", type="category")
+    figure.update_yaxes(title_text="change of the outcome")
+    figure.update_layout(template=theme.TEMPLATE)
+    return figure
+
+
+def plot_paths(result: FrameResult | pd.DataFrame) -> go.Figure:
+    """Path effects, senders by receivers; a dot marks those whose interval excludes 0.
+
+    Args:
+        result: A ``PathResult`` or its frame.
+
+    Returns:
+        The figure, one heat map of the first position.
+
+    Raises:
+        ValueError: If the frame is not such.
+    """
+    frame = frame_of(result, ("sender", "receiver", "position", *_INTERVAL))
+    part = only(frame, "position", str(frame["position"].iloc[0]))
+    senders, receivers = list(dict.fromkeys(part["sender"])), list(dict.fromkeys(part["receiver"]))
+    value = np.full((len(senders), len(receivers)), np.nan)
+    text = np.full(value.shape, "", dtype=object)
+    for cell in part.to_dict("records"):
+        at = senders.index(cell["sender"]), receivers.index(cell["receiver"])
+        value[at] = cell["value"]
+        text[at] = "\N{BLACK CIRCLE}" if cell["ci_low"] > 0 or cell["ci_high"] < 0 else ""
+    limit = float(np.nanmax(np.abs(value), initial=0.0)) or 1.0
+    heat = go.Heatmap(
+        z=value,
+        x=receivers,
+        y=senders,
+        text=text,
+        texttemplate="%{text}",
+        colorscale=theme.DIVERGING,
+        zmin=-limit,
+        zmid=0,
+        zmax=limit,
+        xgap=1,
+        ygap=1,
+        hovertemplate="%{y} to %{x}: %{z:.3g}<extra></extra>",
+    )
+    figure = go.Figure(heat)
+    figure.update_xaxes(title_text="receiver", type="category")
+    figure.update_yaxes(title_text="sender", type="category", autorange="reversed")
+    figure.update_layout(template=theme.TEMPLATE, height=240 + 26 * len(senders))
+    return figure
+
+
+def _points(part: pd.DataFrame, labels: list[str], name: str, index: int) -> go.Scatter:
+    return go.Scatter(
+        x=part["value"].astype(float).tolist(),
+        y=labels,
+        error_x={**half_widths(part), "thickness": 1.5, "width": 3},
+        mode="markers",
+        marker={
+            "color": theme.COLOURS[index % len(theme.COLOURS)],
+            "symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)],
+            "size": 8,
+        },
+        customdata=part["n"].tolist(),
+        hovertemplate="%{y}: %{x:.3g}, n = %{customdata}",
+        name=name,
+    )

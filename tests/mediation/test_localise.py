@@ -1,0 +1,89 @@
+"""Localisation: shares from hand-made outcomes, a place that carries all of an effect, and what is said when there is none."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from care_lens.core import PairedExamples, UnsafeMargin
+from care_lens.mediation import Mediator, NothingToLocalise, localise, mediate, refine
+from care_lens.mediation.localise import _reason, _resampled, _score
+from care_lens.plots import plot_localisation
+
+
+@pytest.fixture(scope="module")
+def rising(model, pictured, margin):
+    """The pairs turned so that every unsafe twin is the less safe one."""
+    with torch.no_grad():
+        scores = [[float(margin(model(model.prepare(e)), model.prepare(e))) for e in pair] for pair in pictured]
+    turned = [pair if a < b else pair[::-1] for pair, (a, b) in zip(pictured, scores, strict=True)]
+    return PairedExamples.from_pairs(turned)
+
+
+def test_the_score_is_the_mean_of_two_shares():
+    mean = np.array([[4.0, 4.0, 4.0], [4.0, 2.0, 0.0], [4.0, -1.0, 6.0], [4.0, 0.0, 0.0]])
+    np.testing.assert_allclose(_score(mean), [1.0, 0.25, 0.5, 0.0])
+
+
+def test_resamples_keep_groups_whole():
+    shares = np.stack([np.full((4, 3), [2.0, 1.0, 1.0]), np.full((4, 3), [2.0, 0.0, 2.0])], axis=1)
+    np.testing.assert_allclose(_resampled(shares, list("aabb"), n_boot=7, seed=0), 0.5)
+    shares[:2, 0, 1:] = 2.0
+    found = _resampled(shares, list("aabb"), n_boot=200, seed=0)[:, 0]
+    assert set(np.round(found, 6)) == {0.5, 0.75, 1.0}
+
+
+def test_shares_are_those_of_the_mediation_effects(model, rising, margin):
+    found = localise(model, rising, outcome=margin, n_boot=50, progress=False)
+    frame = found.frame
+    assert frame["rank"].tolist() == list(range(1, len(frame) + 1)) and frame["score"].is_monotonic_decreasing
+    assert {site.component for site in model.sites() if str(site) in set(frame["mediator"])} == {
+        "hook_attn_out",
+        "hook_mlp_out",
+    }
+    place = found.top()[0]
+    effects = mediate(model, rising, outcome=margin, sites=[place], positions=("all",), n_boot=10, progress=False)
+    by_name = effects.frame.set_index("effect")["value"]
+    assert frame.iloc[0]["sufficient"] == pytest.approx(by_name["NIE"] / by_name["TE"], rel=1e-5)
+    assert frame.iloc[0]["necessary"] == pytest.approx(by_name["TIE"] / by_name["TE"], rel=1e-5)
+    assert frame["first"].sum() == pytest.approx(1.0)
+    assert set(frame["position"]) <= {"all", "image", "text", "last"}
+
+
+def test_what_everything_passes_through_is_sufficient_and_necessary_and_comes_first(model, rising, margin):
+    everything = Mediator.of("blocks.0.hook_resid_pre")
+    sites = [everything, "blocks.1.hook_mlp_out", "vision.blocks.1.hook_mlp_out"]
+    found = localise(model, rising, outcome=margin, sites=sites, n_boot=20, spans=0, progress=False)
+    first = found.frame.iloc[0]
+    assert first["mediator"] == everything.name and first["score"] == pytest.approx(1.0, abs=1e-4)
+    assert first["reason"].startswith("sufficient and necessary: brings 100% of the effect")
+
+
+def test_heads_add_up_to_names(model, rising, margin):
+    found = refine(model, rising, "blocks.1.hook_attn_out", outcome=margin, n_boot=10, progress=False)
+    assert sorted(found.frame["head"].astype(int)) == [0, 1, 2, 3]
+    neurons = refine(model, rising, "blocks.1.hook_mlp_out", outcome=margin, n_boot=10, progress=False)
+    assert len(neurons.frame) == 48 and neurons.frame["neuron"].notna().all()
+    with pytest.raises(ValueError, match="attention or MLP output"):
+        refine(model, rising, "blocks.1.hook_resid_pre", outcome=margin)
+
+
+def test_twins_that_are_no_less_safe_are_refused(model, rising, margin):
+    turned = UnsafeMargin(comply=margin.refuse, refuse=margin.comply)
+    with pytest.raises(NothingToLocalise, match="total effect of -"):
+        localise(model, rising, outcome=turned, n_boot=5, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [((0.9, 0.1), "others stand in"), ((0.1, 0.9), "not enough alone"), ((0.1, 0.1), "neither")],
+)
+def test_reasons(shares, words):
+    assert words in _reason(*shares, 0.5)
+
+
+def test_figure_and_disk(model, rising, margin, tmp_path):
+    found = localise(model, rising, outcome=margin, n_boot=5, progress=False)
+    assert len(plot_localisation(found, shown=3).data[0].y) == 3 == len(found.plot().data)
+    found.save(tmp_path, "places")
+    pd.testing.assert_frame_equal(type(found).load(tmp_path, "places").frame, found.frame)
