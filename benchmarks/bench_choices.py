@@ -129,11 +129,12 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO if options.short else logging.WARNING, format="%(message)s", force=True)
     torch.set_num_threads(2)
     frame = main(options.out, [2] if options.short else [1, 2, 3], [4] if options.short else [1, 4, 8])
-    print(frame.head(20).round(2).to_string(index=False))
-    print(
+    log.warning("%s", frame.head(20).round(2).to_string(index=False))
+    log.warning(
+        "%s",
         frame.groupby(["contrast", "reference", "tokens"])[
             ["stable cosine", "held-out energy ratio", "margin change", "random", "benign KL"]
         ]
         .mean()
-        .round(2)
+        .round(2),
     )

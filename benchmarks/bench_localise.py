@@ -99,8 +99,9 @@ if __name__ == "__main__":
     options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / "plants.csv", index=False)
     took = table[table["opened"] >= TOOK]
-    print(table.to_string(index=False))
+    log.warning("%s", table.to_string(index=False))
     for name in ("rank", "NIE alone", "TIE alone", "probe alone"):
-        print(
-            f"{name}: first in {int((took[name] == 1).sum())} of {len(took)} that took; mean rank {took[name].mean():.1f}, chance {took['chance'].mean():.1f}"
+        log.warning(
+            "%s",
+            f"{name}: first in {int((took[name] == 1).sum())} of {len(took)} that took; mean rank {took[name].mean():.1f}, chance {took['chance'].mean():.1f}",
         )

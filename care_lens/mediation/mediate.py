@@ -42,7 +42,15 @@ from care_lens.mediation.frames import (
     tidy,
 )
 from care_lens.mediation.mediators import Mediator
-from care_lens.mediation.pairs import PairBatch, bound, is_index, logits_needed, pair_batches, require_shared
+from care_lens.mediation.pairs import (
+    PairBatch,
+    bound,
+    is_index,
+    logits_needed,
+    pair_batches,
+    require_shared,
+    require_whole_pictures,
+)
 from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
 
@@ -167,6 +175,7 @@ def mediate(
     batches = pair_batches(lvlm, run, outcome=single, batch_size=batch_size)
     positions = _each(positions, batches)
     require_shared(batches, positions)
+    require_whole_pictures(batches, [site for mediator in wanted for site in mediator.sites])
     cells = _cells(wanted, positions, any(batch.has_images for batch in batches))
     settings = {
         "outcome": describe_outcome(outcome),

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from care_lens.core import Example, Outcome, PairedExamples
+from care_lens.core import Example, Outcome, PairedExamples, Site
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.patching import Swap
 
@@ -170,6 +170,23 @@ def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> No
         raise ValueError(
             f"twins must have the same number of image tokens for position 'image', got twins that differ "
             f"in pairs {sorted(unequal)}; use pictures of one size, or positions=('last',)"
+        )
+
+
+def require_whole_pictures(batches: Sequence[PairBatch], sites: Sequence[Site]) -> None:
+    """Refuse sites outside the language tower where the vision tower does not have one entry for each picture.
+
+    Raises:
+        ValueError: If pictures are cut in tiles, or a twin has several.
+    """
+    outside = [str(site) for site in sites if site.tower != "language"]
+    counts = [len(batch.inputs.image_rows) for batch in batches if batch.has_images]
+    if outside and any(
+        n != batch.inputs.batch_size for n, batch in zip(counts, [b for b in batches if b.has_images], strict=True)
+    ):
+        raise ValueError(
+            f"every twin must have one picture that is not cut in tiles for {outside[0]}, got {sum(counts)} entries of the vision tower for "
+            f"{sum(b.inputs.batch_size for b in batches if b.has_images)} twins; use sites of the language tower"
         )
 
 

@@ -143,7 +143,10 @@ def _shared_grid(batches: Sequence[PairBatch]) -> PatchGrid:
     grids = [grid for batch in batches for row in batch.inputs.spans.grids for grid in row]
     shapes = {(grid.rows, grid.cols) for grid in grids}
     if len(shapes) != 1 or len(grids) != sum(batch.inputs.batch_size for batch in batches):
-        raise ValueError(f"pictures must be cut into one grid of the same shape each, got {sorted(shapes)}")
+        raise ValueError(
+            f"every picture must be one grid of tokens of the same shape, got {len(grids)} grids of shapes {sorted(shapes)}; "
+            "pictures that are cut in tiles have no patch map yet"
+        )
     return grids[0]
 
 
@@ -179,13 +182,25 @@ def _patched(
 def _swap(lvlm: HookedLVLM, batch: PairBatch, site: Site, length: int, patch: int) -> Swap:
     """Exchange one patch of every safe row with the same patch of its unsafe twin."""
     if site.tower == "language":
-        starts = torch.tensor([row[0].start for row in batch.inputs.spans.grids])
+        at = torch.tensor([row[0].positions()[patch] for row in batch.inputs.spans.grids])
     else:
-        first = lvlm.family.class_tokens(lvlm.hf_model.config) if site.tower == "vision" else 0
-        starts = torch.full((2 * batch.n,), length - _patches(batch) if site.tower == "projector" else first)
-    here, there = (starts + patch).split(batch.n)
+        at = torch.full((2 * batch.n,), _first_patch(lvlm, batch, site, length) + patch)
+    here, there = at.split(batch.n)
     mask = torch.arange(length) == here[:, None]
     return Swap(mask, there[:, None].expand(-1, length))
+
+
+def _first_patch(lvlm: HookedLVLM, batch: PairBatch, site: Site, length: int) -> int:
+    """Index of the first patch in a vision or projector activation whose patches are the image tokens one by one."""
+    family, config = lvlm.family, lvlm.hf_model.config
+    before, after = family.class_tokens(config), family.closing_tokens(config)
+    spare = length - _patches(batch)
+    if spare not in ((before + after,) if site.tower == "vision" else (0, before)):
+        raise ValueError(
+            f"patches at {site} must be the image tokens one by one, got {length} of them for {_patches(batch)} tokens; "
+            "use site='blocks.0.hook_resid_pre'"
+        )
+    return before if site.tower == "vision" else spare
 
 
 def _patches(batch: PairBatch) -> int:
@@ -201,6 +216,6 @@ def _pair_frame(
         for at, pair in enumerate(batch.index):
             grid = batch.inputs.spans.grids[batch.n + at][0]
             for p, cell in enumerate(cells):
-                box = dict(zip(("x0", "y0", "x1", "y1"), grid.rectangle(grid.start + p), strict=True))
+                box = dict(zip(("x0", "y0", "x1", "y1"), grid.rectangle(grid.positions()[p]), strict=True))
                 rows.append({**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box})
     return tidy(rows, PAIR_COLUMNS).sort_values(["pair", "patch"], ignore_index=True)
