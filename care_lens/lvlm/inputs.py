@@ -34,7 +34,7 @@ class LVLMInputs:
 
     input_ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
-    pixel_values: Float[Tensor, "image *pixels"] | None
+    pixel_values: Float[Tensor, "image ..."] | None
     spans: TokenSpans
     extra: dict[str, Tensor] = field(default_factory=dict)
     token_inputs: dict[str, Tensor] = field(default_factory=dict)
