@@ -55,6 +55,7 @@ def _start(threads: int) -> None:
         force=True,
     )
     logging.getLogger("care_lens").setLevel(logging.INFO)
+    logging.getLogger("care_lens.subspace").setLevel(logging.WARNING)  # a run fits hundreds of small subspaces
 
 
 def _judge(name: str | None) -> "Judge":
