@@ -123,13 +123,18 @@ def as_seen(lvlm: HookedLVLM, examples: Sequence[Example]) -> list[Example]:
         The same examples with 8-bit RGB pictures that the processor passes on pixel by pixel.
 
     Raises:
-        ValueError: If an example has no picture.
+        ValueError: If an example has no picture, or the model takes it in tiles or in rows of patches.
     """
     seen = []
     for example in examples:
         image = require_image(example).convert("RGB")
-        values = lvlm.prepare(replace(example, image=image)).pixel_values
+        values = lvlm.prepare(replace(example, image=image, more_images=())).pixel_values
         assert values is not None
+        if values.ndim != 4 or values.shape[:2] != (1, 3):
+            raise ValueError(
+                f"the model must be given a picture as one tensor [1, 3, height, width], got {tuple(values.shape)} for "
+                f"{example.id!r}: pictures that are cut in tiles or rows of patches cannot be attacked by pixel here"
+            )
         pixels = PixelMap.of(lvlm.processor.image_processor, device=values.device).decode(values)
         seen.append(replace(example, image=to_images(pixels)[0]))
     return seen

@@ -1,8 +1,8 @@
 """Eager attention whose pattern is a hook point.
 
 Transformers lets attention functions be registered by name. Ours runs the eager function of the module's own file, so that
-nothing changes by a bit, shows the pattern to the module's hook point, and only where a hook returned another
-pattern multiplies it with the values again.
+nothing changes by a bit; where the module's hook point has hooks, the pattern that they leave is multiplied with the
+values again.
 """
 
 import sys
@@ -40,9 +40,9 @@ def hooked_eager(
     point = module.__dict__.get(POINT)
     if point is None or pattern is None:
         return out, pattern
-    edited = point(pattern)
-    if edited is pattern:
+    if not point.has_hooks():
         return out, pattern
+    edited = point(pattern)  # what the hooks left, in place or not
     values = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
     return torch.matmul(edited, values).transpose(1, 2).contiguous(), edited
 

@@ -1,11 +1,12 @@
 """TransformerLens's activation cache, with a residual stream that adds up at image positions too."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
+from transformer_lens.utilities.slice import Slice
 
 _START = "blocks.0.hook_resid_pre"
 
@@ -40,22 +41,39 @@ class LVLMCache(ActivationCache):
             return None
         return before - after
 
-    def decompose_resid(self, layer: int | None = None, *args: Any, return_labels: bool = False, **kwargs: Any) -> Any:
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
         """TransformerLens's decomposition, with one component more for each block after which features are added.
 
         Args:
-            layer: As in TransformerLens: up to the input of this block; None: up to the end.
-            *args: As in TransformerLens.
-            return_labels: Whether to return the components' labels too; those added are "0_deepstack" and so on.
-            **kwargs: As in TransformerLens.
+            layer: Up to the input of this block; None: up to the end.
+            mlp_input: As in TransformerLens.
+            mode: As in TransformerLens.
+            apply_ln: As in TransformerLens.
+            pos_slice: As in TransformerLens.
+            incl_embeds: Whether to include what enters the language tower: "embed", and the features added later, which are
+                labelled "0_deepstack" and so on.
+            return_labels: Whether to return the components' labels too.
 
         Returns:
             [component, ..., d_model], and the labels if asked for.
         """
-        components, labels = super().decompose_resid(layer, *args, return_labels=True, **kwargs)
-        kept = kwargs.get("incl_embeds", True) and not kwargs.get("apply_ln") and kwargs.get("pos_slice") is None
+        shared = {"mlp_input": mlp_input, "pos_slice": pos_slice}
+        components, labels = super().decompose_resid(
+            layer, mode=mode, apply_ln=apply_ln, incl_embeds=incl_embeds, return_labels=True, **shared
+        )
         last = self.model.cfg.n_layers if layer in (None, -1) else layer
-        for block in range(last if kept else 0):
+        for block in range(last if incl_embeds else 0):
             if (added := self.added_between(block)) is not None:
-                components, labels = torch.cat([components, added[None]]), [*labels, f"{block}_deepstack"]
+                part = Slice(pos_slice).apply(added, dim=-2)[None]
+                part = self.apply_ln_to_stack(part, last, **shared) if apply_ln else part
+                components, labels = torch.cat([components, part]), [*labels, f"{block}_deepstack"]
         return (components, labels) if return_labels else components

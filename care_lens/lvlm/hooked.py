@@ -37,8 +37,16 @@ from care_lens.lvlm.prepare import prepare_batch
 from care_lens.lvlm.recorder import Recorder
 from care_lens.lvlm.wrapped import FwdHooks, HookFn, WrappedBridge
 
-REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "use_mtp", "prefill_chunk_size")
-"""Ways of decoding that are refused, by the names of their options."""
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "assistant_model": (None,),
+    "prompt_lookup_num_tokens": (None, 0),
+    "use_mtp": (None, False),
+    "prefill_chunk_size": (None, 0),
+    "guidance_scale": (None, 1),
+    "use_cache": (None, True),
+    "return_dict_in_generate": (None, False),
+}
+"""Options of decoding that are refused unless they have one of these values."""
 
 COPIES = "num_return_sequences"
 
@@ -299,8 +307,8 @@ class HookedLVLM(WrappedBridge):
             The answers.
 
         Raises:
-            ValueError: If the batch is padded on the right or holds responses; for ways of decoding under which hooks do not
-                see each token once (assisted decoding, prompt lookup, chunked prefill); for beams with sites or with hooks
+            ValueError: If the batch is padded on the right or holds responses; for options in ``REFUSED``,
+                under which hooks do not see each token once or the answer is no Generation; for beams with sites or with hooks
                 that are made for each batch (beams change places, and state kept for a row would be another's); or if a
                 pattern is to be kept, whose axes grow with each token.
         """
@@ -329,20 +337,25 @@ class HookedLVLM(WrappedBridge):
 
     def _copies(self, kwargs: Mapping[str, Any], *, stateful: bool) -> int:
         """How many times each row is to stand in the batch before it is generated from."""
-        config = kwargs.get("generation_config") or self.hf_model.generation_config
-        given = {name: kwargs.get(name, getattr(config, name, None)) for name in (*REFUSED, "num_beams", COPIES)}
-        if refused := [name for name in REFUSED if given[name]]:
+        configs = (kwargs.get("generation_config"), self.hf_model.generation_config)
+
+        def option(name: str) -> Any:
+            values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+            return next((value for value in values if value is not None), None)
+
+        if refused := [name for name, allowed in REFUSED.items() if option(name) not in allowed]:
             raise ValueError(
-                f"generation must show each token to the hooks once, got {refused}: assisted decoding, prompt lookup and "
-                "chunked prefill are not defined here"
+                f"hooks must see each token once, and what is returned is a Generation: got {refused}, which are not "
+                "defined here (assisted decoding, prompt lookup, chunked prefill, guidance, decoding without a cache, transformers' "
+                "own output); call lvlm.hf_model.generate inside `with lvlm.hooks(...)` for what they do"
             )
-        beams = given["num_beams"] or 1
+        beams = option("num_beams") or 1
         if beams > 1 and stateful:
             raise ValueError(
                 f"num_beams must be 1 where activations are kept or a repair is on, got {beams}: beams change places, and "
                 "what is known of a row would be another beam's"
             )
-        return 1 if beams > 1 else given[COPIES] or 1
+        return 1 if beams > 1 else option(COPIES) or 1
 
     def bind(self, inputs: LVLMInputs) -> BoundLVLM:
         """The model with this batch's images fixed, which TransformerLens's own tools take as their model.

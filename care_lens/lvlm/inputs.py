@@ -117,10 +117,23 @@ class LVLMInputs:
     def _counts(self, name: str) -> tuple[int, ...]:
         return self._entries() if self.counts is None else self.counts.get(name, (0,) * self.batch_size)
 
+    def require_pixels(self) -> None:
+        """Refuse tensors about images that are not as long as the rows' images say.
+
+        Raises:
+            ValueError: If pixels or another tensor about images are of other images than the batch's.
+        """
+        for name, tensor in {"pixel_values": self.pixel_values, **self.extra}.items():
+            if tensor is not None and len(tensor) != (wanted := sum(self._counts(name))):
+                raise ValueError(
+                    f"{name} must be of the batch's images, {wanted} along the first axis, got {len(tensor)}; "
+                    "prepare the batch anew"
+                )
+
     def fingerprint(self) -> str:
-        """A digest of tokens, mask and pixels: two batches with the same one are the same batch."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.generate_kwargs().items()):
+        """A digest of tokens, masks, pixels and whose they are: two batches with the same one are the same batch."""
+        digest = hashlib.sha256(repr((self._entries(), self.counts)).encode())
+        for name, tensor in sorted({**self.generate_kwargs(), "response": self.spans.response}.items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -61,7 +61,8 @@ def prepare_batch(
         _check_placeholders(text.count(placeholder), len(example.images), i, placeholder)
     rows = _encode(processor, texts, examples, family)
     answers = [
-        _response_ids(processor.tokenizer, example, i) if responses else [] for i, example in enumerate(examples)
+        _response_ids(processor.tokenizer, example, i, config.image_token_id) if responses else []
+        for i, example in enumerate(examples)
     ]
     abouts = [
         Pictured(config, processor, [image.size for image in example.images], row.images)
@@ -191,12 +192,15 @@ def _encode_together(processor: Any, texts: list[str], examples: Sequence[Exampl
     ]
 
 
-def _response_ids(tokenizer: Any, example: Example, row: int) -> list[int]:
+def _response_ids(tokenizer: Any, example: Example, row: int, image_token: int) -> list[int]:
     if example.response is None:
         raise ValueError(f"example {row} must have a response, got None; give it one, or leave responses=False")
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-sequence token to end responses with; set tokenizer.eos_token")
-    return [*tokenizer(example.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+    if image_token in ids:
+        raise ValueError(f"the response of example {row} must hold no image placeholder, got {example.response!r}")
+    return [*ids, tokenizer.eos_token_id]
 
 
 def _grids(layout: Sequence[ImageLayout], positions: Sequence[int]) -> list[PatchGrid]:

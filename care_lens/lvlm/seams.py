@@ -164,9 +164,8 @@ class _BlockSeam:
     def _after_attn(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         assert self.branches is not None
         scaled = self._scales[0] * (output[0] if isinstance(output, tuple) else output)
-        returned = self.branches[0](scaled)
-        # With gradients on, the stream goes through what the hook saw, so that gradients reach it; the sum is the same.
-        self._attn = None if returned is scaled and not scaled.requires_grad else returned
+        # Where hooks look on, the stream goes through what they left: edits in place act, and gradients reach it.
+        self._attn = self.branches[0](scaled) if self.branches[0].has_hooks() else None
 
     def _at_norm(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen = args[0]
@@ -180,9 +179,8 @@ class _BlockSeam:
 
     def _after_mlp(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.branches is not None:
-            scaled = self._scales[1] * output
-            self._mlp_out = self.branches[1](scaled)
-            self._mlp_edited = self._mlp_out is not scaled or scaled.requires_grad
+            self._mlp_edited = self.branches[1].has_hooks()
+            self._mlp_out = self.branches[1](self._scales[1] * output)
         elif self._edited is not None:
             # A layer of experts returns its tokens in one row, with the router's scores.
             self._mlp_out = (output[0] if isinstance(output, tuple) else output).reshape(self._edited.shape)

@@ -195,8 +195,9 @@ class WrappedBridge:
 
         Raises:
             TypeError: If the inputs are not a prepared batch.
+            ValueError: If its pixels are of other images than the batch's.
         """
-        require_inputs(inputs)
+        require_inputs(inputs).require_pixels()
         with self.hooks([pair for make in self._makers for pair in make(inputs)]):
             yield self
 

@@ -174,20 +174,26 @@ def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> No
 
 
 def require_whole_pictures(batches: Sequence[PairBatch], sites: Sequence[Site]) -> None:
-    """Refuse sites outside the language tower where the vision tower does not have one entry for each picture.
+    """Refuse sites outside the language tower where patches of twins do not correspond.
 
     Raises:
-        ValueError: If pictures are cut in tiles, or a twin has several.
+        ValueError: If pictures are cut in tiles, a twin has several, or the pictures of twins have grids of other shapes.
     """
     outside = [str(site) for site in sites if site.tower != "language"]
-    counts = [len(batch.inputs.image_rows) for batch in batches if batch.has_images]
-    if outside and any(
-        n != batch.inputs.batch_size for n, batch in zip(counts, [b for b in batches if b.has_images], strict=True)
-    ):
-        raise ValueError(
-            f"every twin must have one picture that is not cut in tiles for {outside[0]}, got {sum(counts)} entries of the vision tower for "
-            f"{sum(b.inputs.batch_size for b in batches if b.has_images)} twins; use sites of the language tower"
-        )
+    if not outside:
+        return
+    for batch in (batch for batch in batches if batch.has_images):
+        if (found := len(batch.inputs.image_rows)) != batch.inputs.batch_size:
+            raise ValueError(
+                f"every twin must have one picture that is not cut in tiles for {outside[0]}, got {found} entries of the "
+                f"vision tower for {batch.inputs.batch_size} twins; use sites of the language tower"
+            )
+        shapes = [[(grid.rows, grid.cols) for grid in grids] for grids in batch.inputs.spans.grids]
+        if bad := [pair for at, pair in enumerate(batch.index) if shapes[at] != shapes[batch.n + at]]:
+            raise ValueError(
+                f"twins must have pictures of one size for {outside[0]}, got grids of other shapes in pairs {bad}; resize the "
+                "pictures, or use positions=('last',) in the language tower"
+            )
 
 
 def bound(outcome: Any, batch: PairBatch, logits: Tensor | None) -> Any:

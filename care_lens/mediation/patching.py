@@ -286,12 +286,13 @@ def _whole(
     part = inputs.rows(rows)
     prompt = inputs.input_ids.shape[1]
 
-    def replace_positions(activation: Tensor, hook: Any, exchange: _Exchange) -> Tensor | None:
-        if exchange.mask.shape[1] != activation.shape[1]:
+    def replace_positions(activation: Tensor, hook: Any, site: Site, exchange: _Exchange) -> Tensor | None:
+        if site.tower == "language" and activation.shape[1] != exchange.mask.shape[1]:
             return None  # a token that is generated
+        # Where pictures of several sizes share a row of patches, some rows alone are padded less than the whole batch.
         return exchange.apply(activation, 0)
 
-    hooks = [(site, partial(replace_positions, exchange=exchange)) for site, exchange in exchanges.items()]
+    hooks = [(site, partial(replace_positions, site=site, exchange=exchange)) for site, exchange in exchanges.items()]
     generated: Callable[..., Tensor] | None = getattr(outcome, "generated", None)
     if generated is not None:
         if prompt == 1:

@@ -35,7 +35,7 @@ from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, metric_name, tidy
 from care_lens.mediation.mediators import HEADS, Mediator
-from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared
+from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 
 if TYPE_CHECKING:
@@ -340,11 +340,8 @@ class _Batch:
         """[n, receiver] outcomes of the safe rows with one path each."""
         place, n = sender.sites[0], self._batch.n
         frozen = {site: self._activations(site)[:n] for site in _after(self._lvlm, sender)}
+        require_whole_pictures([self._batch], [place])
         both = self._activations(place)
-        if len(both) != 2 * n:
-            raise ValueError(
-                f"every twin must have exactly one image (one tile) for {place}, got {len(both)} in {2 * n} rows"
-            )
         swap = self._swap(place, position, both.shape[1], sender.units)
         written: dict[Site, Tensor] = {}
 

@@ -30,7 +30,7 @@ from care_lens.core import Interval, Outcome, PairedExamples, Site, cluster_boot
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution import AttributionResult, patch_places
 from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, tidy
-from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches
+from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
 
@@ -216,6 +216,7 @@ class _Run:
 
     def effects(self, site: Site, units: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """[n, unit] NIE; missing where a pair has no such position or patch."""
+        require_whole_pictures([self._batch], [site])
         n = self._batch.n
         picture: list[torch.Tensor] = []
 
@@ -226,10 +227,6 @@ class _Run:
         with torch.no_grad():
             cache = self._lvlm.run_with_cache(self._batch.inputs, sites=[site], fwd_hooks=extra, logits_to_keep=1)[1]
         both = cache[str(site)]
-        if len(both) != 2 * n:
-            raise ValueError(
-                f"every twin must have exactly one image (one tile) for {site}, got {len(both)} in {2 * n} rows"
-            )
         own, donor = both.split(n)
         swaps = [self._swap(site, unit, own.shape[1], picture[0] if picture else None) for unit in units]
         patched = patched_outcomes(

@@ -150,6 +150,32 @@ def test_every_site_acts_as_its_name_says(specimen, twins, rows):
 
 
 @torch.no_grad()
+def test_an_edit_in_place_that_is_returned_acts_as_a_new_tensor_does(twins, rows):
+    lvlm, _ = twins
+    inputs = lvlm.prepare(rows)
+
+    def in_place(activation, hook):
+        activation[...] = bump(activation)
+        return activation
+
+    for site in lvlm.sites():
+        # What enters a vision block is the very tensor that may be recorded as the output of the block before.
+        recorded = site.tower == "vision" and site.component == "hook_resid_pre"
+        if lvlm.site_info(site).editable and not recorded:
+            new = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, lambda a, hook: bump(a))])
+            assert torch.equal(lvlm.run_with_hooks(inputs, fwd_hooks=[(site, in_place)]), new), site
+
+
+@torch.no_grad()
+def test_pixels_of_other_images_are_refused(twins, rows):
+    lvlm, _ = twins
+    inputs = lvlm.prepare(rows)
+    twice = torch.cat([inputs.pixel_values, inputs.pixel_values])
+    with pytest.raises(ValueError, match="pixel_values must be of the batch's images"):
+        lvlm(replace(inputs, pixel_values=twice))
+
+
+@torch.no_grad()
 def test_writing_back_what_was_read_changes_no_bit(twins, rows):
     lvlm, _ = twins
     inputs = lvlm.prepare(rows)

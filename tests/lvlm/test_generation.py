@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 from zoo.tiny import make_llava
 
 from care_lens.core import Example
@@ -83,7 +84,14 @@ def test_kept_activations_are_those_of_a_teacher_forced_run(clip, examples):
 
 def test_what_hooks_would_not_see_once_is_refused(clip, plain, examples):
     inputs = clip.prepare(examples[1])
-    for name, value in (("assistant_model", plain), ("prompt_lookup_num_tokens", 2), ("prefill_chunk_size", 4)):
+    for name, value in (
+        ("assistant_model", plain),
+        ("prompt_lookup_num_tokens", 2),
+        ("prefill_chunk_size", 4),
+        ("guidance_scale", 2.0),
+        ("use_cache", False),
+        ("return_dict_in_generate", True),
+    ):
         with pytest.raises(ValueError, match=rf"got \['{name}'\].*not defined here"):
             clip.generate(inputs, **{name: value})
     with pytest.raises(ValueError, match="num_beams must be 1"):
@@ -92,6 +100,20 @@ def test_what_hooks_would_not_see_once_is_refused(clip, plain, examples):
         clip.generate(inputs, num_beams=2)
     with pytest.raises(ValueError, match="keep their shape"):
         clip.generate(inputs, sites=["blocks.0.attn.hook_pattern"])
+
+
+def test_options_of_the_models_own_generation_config_count(clip, examples, monkeypatch):
+    inputs, given = clip.prepare(examples), GenerationConfig(pad_token_id=0)
+    monkeypatch.setattr(clip.hf_model.generation_config, "num_beams", 2)
+    with pytest.raises(ValueError, match="num_beams must be 1"):
+        clip.generate(inputs, sites=["blocks.0.hook_mlp_out"], generation_config=given)
+    monkeypatch.undo()
+    monkeypatch.setattr(clip.hf_model.generation_config, "do_sample", True)
+    monkeypatch.setattr(clip.hf_model.generation_config, "num_return_sequences", 2)
+    found = clip.generate(
+        inputs, max_new_tokens=3, do_sample=True, sites=["projector.hook_out"], generation_config=given
+    )
+    assert len(found.texts) == 6 and len(found.activations["projector.hook_out"]) == 4
 
 
 def test_placeholders_without_pixels_are_refused_on_the_bridge_too(clip, examples):

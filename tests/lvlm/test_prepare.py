@@ -151,3 +151,23 @@ def test_beginning_of_sequence_is_neither_lost_nor_doubled(lvlm, examples):
         assert ((inputs.input_ids == 1).sum(1) == 1).all()
     finally:
         lvlm.processor.chat_template = template
+
+
+def test_an_image_placeholder_in_a_response_is_refused(lvlm, examples):
+    example = replace(examples[0], response="sure <image>")
+    with pytest.raises(ValueError, match="response of example 0 must hold no image placeholder"):
+        lvlm.prepare(example, responses=True)
+
+
+def test_fingerprints_tell_responses_and_owners_of_images_apart(lvlm, examples):
+    inputs = lvlm.prepare(examples, responses=True)
+    prompt = replace(inputs.spans, response=~inputs.spans.padding & ~inputs.spans.prompt)
+    assert (
+        inputs.fingerprint()
+        == replace(inputs, spans=prompt).fingerprint()
+        == lvlm.prepare(examples, responses=True).fingerprint()
+    )
+    none = torch.zeros_like(inputs.spans.response)
+    moved = replace(inputs.spans, response=none, prompt=~inputs.spans.padding)
+    assert replace(inputs, spans=moved).fingerprint() != inputs.fingerprint()
+    assert replace(inputs, entries=(1, 1, 0)).fingerprint() != inputs.fingerprint()

@@ -30,6 +30,22 @@ def test_patching(bound):
         check_patching(lvlm, clean, corrupted, name)
 
 
+@torch.no_grad()
+def test_patching_of_attention_patterns_acts(bound):
+    lvlm, clean, corrupted = bound
+    ids = corrupted.inputs.input_ids
+    _, cache = clean.run_with_cache(clean.inputs.input_ids)
+    result = patching.get_act_patch_attn_head_pattern_all_pos(corrupted, ids, cache, metric)
+    site = "blocks.1.attn.hook_pattern"
+
+    def patch(activation, hook):
+        return torch.cat([cache[site][:, :1], activation[:, 1:]], dim=1)
+
+    by_hand = metric(lvlm.run_with_hooks(corrupted.inputs, fwd_hooks=[(site, patch)]))
+    torch.testing.assert_close(result[1, 0], by_hand, rtol=1e-3, atol=1e-4)
+    assert result.std() > 0
+
+
 def check_patching(lvlm, clean, corrupted, name):
     _, cache = clean.run_with_cache(clean.inputs.input_ids)
     function = getattr(patching, f"get_act_patch_{name}")
@@ -58,6 +74,8 @@ def test_the_residual_stream_adds_up_at_every_position(bound):
         assert len(components) == len(labels)
         final = held[f"blocks.{lvlm.n_layers() - 1}.hook_resid_post"]
         torch.testing.assert_close(components.sum(0), final, rtol=1e-4, atol=1e-4)
+        part = held.decompose_resid(pos_slice=(1, 4))
+        torch.testing.assert_close(part.sum(0), final[:, 1:4], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def test_beams_and_runs_without_a_cache_are_refused(model, inputs):
     with two().on(model):
         with pytest.raises(ValueError, match="num_beams must be 1"):
             model.generate(inputs, max_new_tokens=3, num_beams=2)
-        with pytest.raises(ValueError, match="generation without the key-value"):
+        with pytest.raises(ValueError, match="decoding without a cache"):
             model.generate(inputs, max_new_tokens=3, use_cache=False)
     several = {"num_return_sequences": 2, "do_sample": True}
     with pytest.raises(ValueError, match="several returned sequences"):
