@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from care_lens.core import Example, FrameResult, Outcome, Site
+from care_lens.core import Example, FrameResult, Outcome, Site, package_versions
 
 _TEXTUAL = ("tower", "component", "mediator", "position", "group", "id", "channel", "text", "verdict")
 _WHOLE = ("pair", "patch", "row", "col")
@@ -73,6 +73,25 @@ def groups_of(examples: Sequence[Example]) -> list[str]:
 def site_columns(site: Site) -> dict[str, Any]:
     """Tower, layer and component of a site."""
     return {"tower": site.tower, "layer": site.layer, "component": site.component}
+
+
+def sampling(n: int, groups: Sequence[str], n_boot: int, seed: int) -> dict[str, Any]:
+    """What every result's settings say of its sample and its intervals.
+
+    Args:
+        n: Pairs or examples.
+        groups: Their groups.
+        n_boot: Bootstrap resamples.
+        seed: Their seed.
+    """
+    return {
+        "n": n,
+        "groups": len(set(groups)),
+        "n_boot": n_boot,
+        "seed": seed,
+        "confidence": 0.95,
+        "versions": package_versions(),
+    }
 
 
 def tidy(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

@@ -36,7 +36,6 @@ from care_lens.core import (
     PrefixMargin,
     Site,
     cluster_bootstrap,
-    package_versions,
 )
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM, LVLMInputs
@@ -46,6 +45,7 @@ from care_lens.mediation.frames import (
     examples_digest,
     groups_of,
     metric_name,
+    sampling,
     tidy,
 )
 from care_lens.mediation.pairs import logits_needed
@@ -191,12 +191,7 @@ def knockout(
         "outcome": describe_outcome(outcome),
         "examples": examples_digest(rows),
         "batch_size": batch_size,
-        "n": len(groups),
-        "groups": len(set(groups)),
-        "n_boot": n_boot,
-        "seed": seed,
-        "confidence": 0.95,
-        "versions": package_versions(),
+        **sampling(len(groups), groups, n_boot, seed),
     }
     return _result(rows, groups, pairs is not None, cells, there, untouched, values, outcome, settings)
 

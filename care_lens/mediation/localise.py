@@ -19,11 +19,11 @@ import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, package_versions
+from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap
 from care_lens.core.results import FrameResult
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import effects_of
-from care_lens.mediation.frames import describe_outcome, tidy
+from care_lens.mediation.frames import describe_outcome, sampling, tidy
 from care_lens.mediation.mediate import MediationResult, mediate
 from care_lens.mediation.mediators import HEADS, NEURONS, Mediator, heads, neurons
 
@@ -133,12 +133,8 @@ def localise(
         })  # fmt: skip
     settings = {
         "outcome": describe_outcome(outcome),
-        "pairs": len(pairs),
-        "groups": len(set(groups)),
         "TE": {"value": float(total.estimate), "ci_low": float(total.low), "ci_high": float(total.high)},
-        "n_boot": n_boot,
-        "seed": seed,
-        "versions": package_versions(),
+        **sampling(len(pairs), groups, n_boot, seed),
     }
     return Localisation(tidy(rows, COLUMNS), settings)
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from care_lens.core import Example, Outcome, PairedExamples, PrefixMargin, Site, SiteLike, package_versions
+from care_lens.core import Example, Outcome, PairedExamples, PrefixMargin, Site, SiteLike
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog
 from care_lens.mediation.effects import effects_of, p_values, summarise
@@ -39,6 +39,7 @@ from care_lens.mediation.frames import (
     describe_outcome,
     examples_digest,
     metric_name,
+    sampling,
     tidy,
 )
 from care_lens.mediation.mediators import Mediator
@@ -410,12 +411,7 @@ def _result(
                 | {"safe_patched": patched[0, i, column], "unsafe_patched": patched[1, i, column]}
             )
     settings = settings | {
-        "n": len(pairs),
-        "groups": len(set(groups)),
-        "n_boot": n_boot,
-        "seed": seed,
-        "confidence": 0.95,
-        "versions": package_versions(),
+        **sampling(len(pairs), groups, n_boot, seed),
     }
     frame = tidy([row for column in sorted(rows) for row in rows[column]], COLUMNS)
     return MediationResult(frame, settings, tidy(pair_rows, PAIR_COLUMNS))

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, package_versions
+from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap
 from care_lens.core.spans import PatchGrid
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.frames import (
@@ -23,6 +23,7 @@ from care_lens.mediation.frames import (
     describe_outcome,
     examples_digest,
     metric_name,
+    sampling,
     site_columns,
     tidy,
 )
@@ -127,12 +128,7 @@ def patch_map(
         "TE": float(total.mean()),
         "outcome": describe_outcome(outcome),
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
-        "n": len(pairs),
-        "groups": len(set(pairs.groups)),
-        "n_boot": n_boot,
-        "seed": seed,
-        "confidence": 0.95,
-        "versions": package_versions(),
+        **sampling(len(pairs), pairs.groups, n_boot, seed),
     }
     return PatchMapResult(tidy(rows, COLUMNS), settings, _pair_frame(batches, pairs, cells, effects))
 

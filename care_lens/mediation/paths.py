@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, cluster_bootstrap, package_versions
+from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, cluster_bootstrap
 from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, metric_name, tidy
+from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, metric_name, sampling, tidy
 from care_lens.mediation.mediators import HEADS, Mediator
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
@@ -430,11 +430,6 @@ def _result(
         "outcome": describe_outcome(outcome),
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
         "positions": positions,
-        "n": len(pairs),
-        "groups": len(set(groups)),
-        "n_boot": n_boot,
-        "seed": seed,
-        "confidence": 0.95,
-        "versions": package_versions(),
+        **sampling(len(pairs), groups, n_boot, seed),
     }
     return PathResult(tidy(rows, COLUMNS), settings, tidy(pair_rows, PAIR_COLUMNS))

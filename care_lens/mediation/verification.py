@@ -26,10 +26,10 @@ import torch
 from scipy.stats import rankdata
 from tqdm.auto import tqdm
 
-from care_lens.core import Interval, Outcome, PairedExamples, Site, cluster_bootstrap, package_versions, rate_ci
+from care_lens.core import Interval, Outcome, PairedExamples, Site, cluster_bootstrap, rate_ci
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution import AttributionResult, patch_places
-from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, tidy
+from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, sampling, tidy
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
@@ -146,12 +146,7 @@ def verify(
         "attribution": {name: attribution.settings[name] for name in ("method", "points", "path")},
         "outcome": describe_outcome(outcome),
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
-        "n": len(pairs),
-        "groups": len(set(pairs.groups)),
-        "n_boot": n_boot,
-        "seed": seed,
-        "confidence": 0.95,
-        "versions": package_versions(),
+        **sampling(len(pairs), pairs.groups, n_boot, seed),
     }
     kinds = [_kind(unit) for unit in units]
     rows = []
