@@ -11,6 +11,7 @@ import argparse
 import itertools
 import logging
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from care_lens.subspace import edit_norm_ratio, random_like
 log = logging.getLogger("bench_choices")
 ATTACKS = ("typographic", "wrapper", "spelled")
 BENIGN = ("benign plain", "benign typographic", "benign spelled", "hard wrapper", "hard read", "hard over forbidden")
-TOKENS = ("last", "text", "image")
+TOKENS = ("last", "text", "text:attributed", "image", "image:attributed")
+CAUSAL_BATCH = 64
 
 
 def examples(split: str, channels: tuple[str, ...], per_item: int = 1) -> list[Example]:
@@ -52,14 +54,15 @@ def halves(held: Activations, site: Site, tokens: str) -> tuple[torch.Tensor, to
 @torch.no_grad()
 def causal(lvlm: HookedLVLM, rows: list[Example], subspace: SafetySubspace | None, alpha: float = 1.0) -> torch.Tensor:
     """Logits of the first answer token, with the subspace projected out."""
-    inputs = lvlm.prepare(rows)
-    if subspace is None:
-        return lvlm(inputs, logits_to_keep=1)[:, -1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        repair = HybridFusion(textual=(Correction.care(subspace, alpha=alpha),), name="probe")
-    with repair.on(lvlm):
-        return lvlm(inputs, logits_to_keep=1)[:, -1]
+    parts = [rows[start : start + CAUSAL_BATCH] for start in range(0, len(rows), CAUSAL_BATCH)]
+    repair: AbstractContextManager[object] = nullcontext()
+    if subspace is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            fusion = HybridFusion(textual=(Correction.care(subspace, alpha=alpha),), name="probe")
+        repair = fusion.on(lvlm)
+    with repair:
+        return torch.cat([lvlm(lvlm.prepare(part), logits_to_keep=1)[:, -1] for part in parts])
 
 
 def margin(logits: torch.Tensor) -> np.ndarray:
@@ -91,7 +94,8 @@ def main(out: Path, layers: list[int], ranks: list[int]) -> pd.DataFrame:
     attacks, benign = later["malicious"], later["ordinary answers"]
     before, calm = causal(lvlm, attacks, None), causal(lvlm, benign, None).log_softmax(-1)
     groups = [e.group for e in attacks]
-    table = []
+    out.mkdir(parents=True, exist_ok=True)
+    table: list[dict[str, object]] = []
     for contrast, reference, tokens, site, rank in itertools.product(
         ("covariance", "second_moment", "mean"), ("ordinary answers", "refusals"), TOKENS, sites, ranks
     ):
@@ -115,20 +119,19 @@ def main(out: Path, layers: list[int], ranks: list[int]) -> pd.DataFrame:
             **figure("random", margin(control) - margin(before), groups), "benign KL": float(kl.mean()), "n": len(attacks),
         })  # fmt: skip
         log.info("%s", table[-1])
-    frame = pd.DataFrame(table).sort_values("margin change")
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "choices.csv", index=False)
-    return frame
+        pd.DataFrame(table).to_csv(out / "choices.csv", index=False)
+    return pd.DataFrame(table).sort_values("margin change")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/choices"))
     parser.add_argument("--short", action="store_true", help="one layer and rank")
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO if options.short else logging.WARNING, format="%(message)s", force=True)
-    torch.set_num_threads(2)
-    frame = main(options.out, [2] if options.short else [1, 2, 3], [4] if options.short else [1, 4, 8])
+    torch.set_num_threads(options.threads)
+    frame = main(options.out, [2] if options.short else [1, 3], [4] if options.short else [1, 4])
     log.warning("%s", frame.head(20).round(2).to_string(index=False))
     log.warning(
         "%s",

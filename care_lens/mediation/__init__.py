@@ -6,7 +6,7 @@ from care_lens.mediation.counterfactuals import neutralise, remove_noise, swap_d
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
 from care_lens.mediation.judged import JudgedCompliance
 from care_lens.mediation.knockout import KnockoutResult, knockout
-from care_lens.mediation.localise import Localisation, NothingToLocalise, localise, refine
+from care_lens.mediation.localise import Localisation, NothingToLocalise, localise, rank_places, refine
 from care_lens.mediation.mediate import POSITIONS, MediationResult, default_sites, mediate
 from care_lens.mediation.mediators import Mediator, cumulative, heads, neurons, windows
 from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches
@@ -55,6 +55,7 @@ __all__ = [
     "patched_outcomes",
     "path_effects",
     "probe_auc",
+    "rank_places",
     "refine",
     "remove_noise",
     "separability",

@@ -23,17 +23,19 @@ from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_boot
 from care_lens.core.results import FrameResult
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import effects_of
-from care_lens.mediation.frames import describe_outcome, sampling, tidy
+from care_lens.mediation.frames import sampling, tidy
 from care_lens.mediation.mediate import MediationResult, mediate
 from care_lens.mediation.mediators import HEADS, NEURONS, Mediator, heads, neurons
+from care_lens.mediation.pairs import ALWAYS_SHARED, pair_batches, shared_positions
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 WRITERS = ("hook_attn_out", "hook_mlp_out")
 SPANS = ("image", "text", "last")
+_PLACE = ("tower", "layer", "component", "head", "neuron", "mediator", "position")
 COLUMNS = (
-    "rank", "tower", "layer", "component", "head", "neuron", "mediator", "position", "score", "ci_low", "ci_high",
+    "rank", *_PLACE, "score", "ci_low", "ci_high",
     "sufficient", "necessary", "first", "reason", "n", "seed",
 )  # fmt: skip
 
@@ -83,9 +85,12 @@ def localise(
 ) -> Localisation:
     """Rank places by how far they carry the unsafe answer.
 
+    Twins that are aligned are exchanged at all positions. Those that are not have the image and the last token in common;
+    then each place is ranked at each of the two, and what passes elsewhere is not seen.
+
     Args:
         lvlm: The model.
-        pairs: Counterfactual twins.
+        pairs: Counterfactual twins; where a pair has no picture, places of the vision tower carry nothing of it.
         outcome: Larger where the model is less safe.
         sites: Candidates; None: :func:`candidates`.
         spans: For so many of the leading places of the language tower the span is found through which they act most.
@@ -101,6 +106,8 @@ def localise(
         NothingToLocalise: If the total effect's interval contains 0 or is below it.
     """
     places = [Mediator.of(site) for site in (candidates(lvlm) if sites is None else sites)]
+    batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
+    positions = shared_positions(batches, ("all",)) or shared_positions(batches, ALWAYS_SHARED)
     options: dict[str, Any] = {
         "outcome": outcome,
         "batch_size": batch_size,
@@ -108,35 +115,67 @@ def localise(
         "n_permutations": 2,
         "seed": seed,
     }
-    found = mediate(lvlm, pairs, sites=places, positions=("all",), progress=progress, **options)
-    names, shares, groups, total = _shares(found)
+    found = mediate(lvlm, pairs, sites=places, positions=positions, progress=progress, **options)
+    ranking = rank_places(found, n_boot=n_boot, seed=seed)
+    if positions != ("all",) or spans < 1:
+        return ranking
+    by_name = {place.name: place for place in places}
+    leading = [by_name[name] for name in ranking.frame["mediator"]]
+    language = [place for place in leading if place.towers == {"language"}][:spans]
+    if not language:
+        return ranking
+    acting = mediate(lvlm, pairs, sites=language, positions=SPANS, progress=False, **options)
+    return Localisation(_with_spans(ranking.frame, acting.frame), ranking.settings)
+
+
+def rank_places(
+    found: MediationResult, *, components: Sequence[str] | None = None, n_boot: int = 500, seed: int = 0
+) -> Localisation:
+    """The ranking of what was exchanged already, without another run of the model.
+
+    Args:
+        found: Effects of the candidates. Cells at position "all" are ranked where there are such, else those of the image
+            and of the last token.
+        components: Components that are ranked, such as :data:`WRITERS`; None: all that were exchanged.
+        n_boot: Resamples of the pairs' groups.
+        seed: Of the resamples.
+
+    Returns:
+        The ranking; the span through which a place acts most is told where it was measured.
+
+    Raises:
+        NothingToLocalise: If the total effect's interval contains 0 or is below it.
+        ValueError: If there is no such cell, or no pair that was measured in all of them.
+    """
+    details = found.details
+    if components is not None:
+        details = pd.DataFrame(details[details["component"].isin(components)])
+    cells, shares, groups = _shares(details)
+    total = cluster_bootstrap(shares[:, 0, 0], groups, n_boot=1000, seed=0)
     if not total.low > 0:
         raise NothingToLocalise(
             f"unsafe twins must be less safe by the outcome, got a total effect of {total.estimate:.3g} "
             f"[{total.low:.3g}, {total.high:.3g}]"
         )
     boot = _resampled(shares, groups, n_boot=n_boot, seed=seed)
-    estimate = _score(shares.mean(axis=0))
-    first = np.bincount(boot.argmax(axis=1), minlength=len(names)) / len(boot)
-    low, high = np.quantile(boot, [0.025, 0.975], axis=0)
     mean = shares.mean(axis=0)
+    estimate = _score(mean)
+    first = np.bincount(boot.argmax(axis=1), minlength=len(cells)) / len(boot)
+    low, high = np.quantile(boot, [0.025, 0.975], axis=0)
     sufficient, necessary = mean[:, 1] / mean[:, 0], mean[:, 2] / mean[:, 0]
-    order = np.argsort(-estimate, kind="stable")
-    by_name = {place.name: place for place in places}
-    acting = _acting_spans(lvlm, pairs, [by_name[names[i]] for i in order], spans, options)
     rows = []
-    for rank, i in enumerate(order, 1):
+    for rank, i in enumerate(np.argsort(-estimate, kind="stable"), 1):
         rows.append({
-            "rank": rank, **by_name[names[i]].columns(), "position": acting.get(names[i], "all"), "score": estimate[i],
-            "ci_low": low[i], "ci_high": high[i], "sufficient": sufficient[i], "necessary": necessary[i],
-            "first": first[i], "reason": _reason(float(sufficient[i]), float(necessary[i]), float(first[i])), "n": len(shares), "seed": seed,
+            "rank": rank, **cells[i], "score": estimate[i], "ci_low": low[i], "ci_high": high[i],
+            "sufficient": sufficient[i], "necessary": necessary[i], "first": first[i],
+            "reason": _reason(float(sufficient[i]), float(necessary[i]), float(first[i])), "n": len(shares), "seed": seed,
         })  # fmt: skip
     settings = {
-        "outcome": describe_outcome(outcome),
+        "outcome": found.settings["outcome"],
         "TE": {"value": float(total.estimate), "ci_low": float(total.low), "ci_high": float(total.high)},
-        **sampling(len(pairs), groups, n_boot, seed),
+        **sampling(len(shares), groups, n_boot, seed),
     }
-    return Localisation(tidy(rows, COLUMNS), settings)
+    return Localisation(_with_spans(tidy(rows, COLUMNS), found.frame), settings)
 
 
 def refine(
@@ -169,16 +208,32 @@ def refine(
     return localise(lvlm, pairs, outcome=outcome, sites=units, **{"spans": 0, **options})
 
 
-def _shares(found: MediationResult) -> tuple[list[str], Float[ndarray, "pair place 3"], list[str], Any]:
-    """Names of the places; TE, NIE and TIE of each pair and place; the pairs' groups; the interval of TE."""
-    details = found.details
-    names = list(dict.fromkeys(details["mediator"]))
-    columns = ("safe", "unsafe", "safe_patched", "unsafe_patched")
-    wide = {c: details.pivot(index="pair", columns="mediator", values=c)[names].to_numpy() for c in columns}
-    effects = effects_of(**wide)
-    groups = details.drop_duplicates("pair").sort_values("pair")["group"].tolist()
-    shares = np.stack([effects["TE"], effects["NIE"], effects["TIE"]], axis=2)
-    return names, shares, groups, cluster_bootstrap(effects["TE"][:, 0], groups, n_boot=1000, seed=0)
+def _shares(details: pd.DataFrame) -> tuple[list[dict[str, Any]], Float[ndarray, "pair cell 3"], list[str]]:
+    """The cells that are ranked; TE, NIE and TIE of each pair and cell; the pairs' groups."""
+    language, everywhere = ~details["tower"].isin(["vision", "projector"]), details["position"] == "all"
+    shared = details["position"].isin(ALWAYS_SHARED) & language & (not (language & everywhere).any())
+    kept = pd.DataFrame(details[everywhere | shared])
+    if kept.empty:
+        raise ValueError(f"found must hold such components at position 'all' or at {ALWAYS_SHARED}, got none")
+    cells = pd.DataFrame(kept[[*_PLACE]]).drop_duplicates(subset=["mediator", "position"]).to_dict(orient="records")
+    index = pd.MultiIndex.from_tuples([(cell["mediator"], cell["position"]) for cell in cells])
+    wide = {
+        name: kept.pivot(index="pair", columns=["mediator", "position"], values=name).reindex(columns=index).to_numpy()
+        for name in ("safe", "unsafe", "safe_patched", "unsafe_patched")
+    }
+    # A pair without a picture has no cell at places of pictures: exchanging nothing changes nothing.
+    pictured = np.array([cell["tower"] != "language" or cell["position"] == "image" for cell in cells])
+    without = np.outer(np.isnan(wide["safe_patched"][:, pictured]).all(axis=1), pictured)
+    for name in ("safe", "unsafe"):
+        own = pd.DataFrame(wide[name]).max(axis=1).to_numpy()[:, None]
+        for one in (name, f"{name}_patched"):
+            wide[one] = np.where(without, own, wide[one])
+    whole = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in wide.values()])
+    if not whole.any():
+        raise ValueError("found must hold a pair that was measured in every cell, got none")
+    effects = effects_of(**{name: values[whole] for name, values in wide.items()})
+    groups = kept.groupby("pair")["group"].first().to_numpy()[whole].tolist()
+    return cells, np.stack([effects["TE"], effects["NIE"], effects["TIE"]], axis=2), groups
 
 
 def _score(mean: Float[ndarray, "*draws place 3"]) -> Float[ndarray, "*draws place"]:
@@ -198,17 +253,13 @@ def _resampled(
     return np.stack([_score(shares[np.concatenate([members[k] for k in draw])].mean(axis=0)) for draw in draws])
 
 
-def _acting_spans(
-    lvlm: HookedLVLM, pairs: PairedExamples, places: Sequence[Mediator], n: int, options: dict[str, Any]
-) -> dict[str, str]:
-    """For the first n places of the language tower, the span at which exchanging them does most."""
-    chosen = [place for place in places if place.towers == {"language"}][:n]
-    if not chosen:
-        return {}
-    found = mediate(lvlm, pairs, sites=chosen, positions=SPANS, progress=False, **options).frame
-    nie = pd.DataFrame(found[found["effect"] == "NIE"])
+def _with_spans(ranking: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
+    """The ranking, with the span of largest NIE as the position of what was exchanged at all of them."""
+    nie = pd.DataFrame(effects[(effects["effect"] == "NIE") & effects["position"].isin(SPANS)])
     best = nie.loc[nie.groupby("mediator")["value"].idxmax()]
-    return dict(zip(best["mediator"], best["position"], strict=True))
+    acting = dict(zip(best["mediator"], best["position"], strict=True))
+    here = ranking["mediator"].map(acting)
+    return ranking.assign(position=ranking["position"].where((ranking["position"] != "all") | here.isna(), here))
 
 
 def _reason(sufficient: float, necessary: float, first: float) -> str:
@@ -223,4 +274,4 @@ def _reason(sufficient: float, necessary: float, first: float) -> str:
     return f"{kind}: brings {sufficient:.0%} of the effect, its removal takes {necessary:.0%}; first in {first:.0%} of resamples"
 
 
-__all__ = ["HEADS", "NEURONS", "Localisation", "NothingToLocalise", "candidates", "localise", "refine"]
+__all__ = ["HEADS", "NEURONS", "Localisation", "NothingToLocalise", "candidates", "localise", "rank_places", "refine"]

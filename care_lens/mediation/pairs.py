@@ -147,6 +147,25 @@ def misaligned(batches: Sequence[PairBatch]) -> list[int]:
     )
 
 
+def unequal_images(batches: Sequence[PairBatch]) -> list[int]:
+    """Indices of the pairs whose twins have different numbers of image tokens, in order."""
+    return sorted(
+        pair
+        for batch in batches
+        if batch.has_images
+        for pair, differ in zip(batch.index, batch.unequal_images.tolist(), strict=True)
+        if differ
+    )
+
+
+def shared_positions(batches: Sequence[PairBatch], positions: Sequence[str]) -> tuple[str, ...]:
+    """Those of the positions that have a meaning in both twins of every pair; see :func:`require_shared`."""
+    if not misaligned(batches):
+        return tuple(positions)
+    image = not unequal_images(batches)
+    return tuple(name for name in positions if name in ALWAYS_SHARED and (image or name != "image"))
+
+
 def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> None:
     """Refuse positions that do not have a meaning in both twins of every pair.
 
@@ -159,17 +178,11 @@ def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> No
             f"pairs must be aligned (same length, same image positions) for positions {needs}, got twins "
             f"that differ in pairs {bad}; use positions={ALWAYS_SHARED}, or prompts of equal length"
         )
-    unequal = [
-        pair
-        for batch in batches
-        if batch.has_images
-        for pair, differ in zip(batch.index, batch.unequal_images.tolist(), strict=True)
-        if differ
-    ]
+    unequal = unequal_images(batches)
     if unequal and "image" in positions:
         raise ValueError(
             f"twins must have the same number of image tokens for position 'image', got twins that differ "
-            f"in pairs {sorted(unequal)}; use pictures of one size, or positions=('last',)"
+            f"in pairs {unequal}; use pictures of one size, or positions=('last',)"
         )
 
 

@@ -101,6 +101,7 @@ class Choice:
         repair: ready to use.
         plan, writer_site, alpha: what it is made of.
         subspaces: what its readers read.
+        layers: after which readers were tried.
         readers: detection by reader plan. runs: candidates run with their writers.
     """
 
@@ -109,6 +110,7 @@ class Choice:
     writer_site: Site
     alpha: float
     subspaces: tuple[SafetySubspace, ...]
+    layers: tuple[int, ...]
     readers: pd.DataFrame
     runs: pd.DataFrame
 
@@ -200,11 +202,10 @@ def assemble(
     )
 
 
-def plans(lvlm: HookedLVLM, settings: RunSettings) -> list[ReaderPlan]:
-    """Readers tried: each layer but the last; the last prompt token, an answer token, or both; each rank and epsilon."""
+def plans(layers: Sequence[int], settings: RunSettings) -> list[ReaderPlan]:
+    """Readers tried: each of the layers; the last prompt token, an answer token, or both; each rank and epsilon."""
     answers = range(1, settings.answer_tokens + 1)
     offsets = [(0,), *((k,) for k in answers), *((0, k) for k in answers)]
-    layers = range(lvlm.n_layers() - 1)
     return [ReaderPlan(*plan) for plan in itertools.product(layers, offsets, settings.reader_ranks, settings.epsilons)]
 
 
@@ -253,7 +254,9 @@ def recalibrated(
     return repair.with_gate(ConformalGate.calibrate(scores.amax(1), epsilon=epsilon))
 
 
-def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings) -> Choice:
+def choose(
+    lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings, *, layers: Sequence[int] | None = None
+) -> Choice:
     """Pick readers, gate and writers on the validation split.
 
     Plans are ranked by their smallest detection rate over the seen attack channels; of equal ones those come first that read
@@ -261,10 +264,18 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
     are run with writers at each layer from their own on, in several strengths; the run with the lowest attack success
     that keeps benign accuracy wins.
 
+    Args:
+        lvlm: the model.
+        study: its calibration and validation splits are used.
+        rows: of the fit split.
+        settings: of the run.
+        layers: after which readers are tried, as `reader_layers` gives them from the diagnosis; None: all but the last.
+
     Raises:
         NoCandidate: if none does, or no plan could be calibrated.
     """
     sites = residual_sites(lvlm)
+    layers = tuple(range(lvlm.n_layers() - 1) if layers is None else layers)
 
     def held(examples: Sequence[Example]) -> TokenRows:
         return token_rows(lvlm, examples, sites, tokens=settings.answer_tokens, batch_size=settings.batch_size)
@@ -275,7 +286,7 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
     attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
 
     readers, table = Readers(rows), []
-    for plan in plans(lvlm, settings):
+    for plan in plans(layers, settings):
         try:
             fitted = readers.fit(plan, calibration)
         except (RankError, TooFewCalibration) as error:
@@ -335,6 +346,7 @@ def choose(lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings)
         writer_site=won["site"],
         alpha=won["alpha"],
         subspaces=won["fitted"].subspaces,
+        layers=layers,
         readers=pd.DataFrame([{k: str(v) if k == "plan" else v for k, v in r.items() if k != "fitted"} for r in table]),
         runs=pd.DataFrame(
             [{k: str(v) if k in ("plan", "site") else v for k, v in r.items() if k not in drop} for r in runs]

@@ -9,7 +9,18 @@ import pandas as pd
 from care_lens.core import Example, PairedExamples, Site
 from care_lens.data.study import Study
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation import AblationResult, MediationResult, PatchMapResult, ablate, mediate, patch_map
+from care_lens.mediation import (
+    AblationResult,
+    Localisation,
+    MediationResult,
+    PatchMapResult,
+    ablate,
+    mediate,
+    patch_map,
+)
+from care_lens.mediation.mediate import POSITIONS
+from care_lens.mediation.pairs import PairBatch, pair_batches, require_whole_pictures, shared_positions
+from care_lens.pipeline.place import localised
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
 
@@ -24,13 +35,20 @@ class Diagnosis:
 
     Attributes:
         effects: mediation by pair set.
+        places: attention and MLP outputs ranked by what they carry, by pair set; those that say nothing are left out.
         ablation: share complied by layer and ablated component, from generation.
         patches: effect of every picture patch, by pair set whose pictures differ.
     """
 
     effects: dict[str, MediationResult]
+    places: dict[str, Localisation]
     ablation: AblationResult
     patches: dict[str, PatchMapResult]
+
+    def places_frame(self) -> pd.DataFrame:
+        """The rankings of all pair sets, which the column `pairs` names."""
+        parts = [result.to_dataframe().assign(pairs=name) for name, result in self.places.items()]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
     def effects_frame(self) -> pd.DataFrame:
         """The effects of all pair sets, which the column `pairs` names."""
@@ -51,6 +69,16 @@ def diagnosed_sites(lvlm: HookedLVLM) -> list[Site]:
     return [s for s in lvlm.sites() if s.component in COMPONENTS or str(s) == "projector.hook_out"]
 
 
+def _corresponding(batches: Sequence[PairBatch], sites: Sequence[Site]) -> list[Site]:
+    """Those of the sites at which twins can be exchanged: not the vision tower's where pictures are cut in tiles or differ in size."""
+    try:
+        require_whole_pictures(batches, sites)
+    except ValueError as error:
+        log.warning("the vision tower is left out of the diagnosis: %s", error)
+        return [site for site in sites if site.tower == "language"]
+    return list(sites)
+
+
 def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage) -> Diagnosis:
     """Mediation over the study's pairs, ablation of MLP and attention by layer, and a patch map; resumable.
 
@@ -64,21 +92,25 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
     for name, pairs in study.pairs.items():
         few = pairs[: settings.pairs]
         outcome = study.pair_outcomes.get(name, study.outcome)
+        batches = pair_batches(lvlm, few, outcome=outcome, batch_size=settings.batch_size)
+        every = diagnosed_sites(lvlm)
+        sites, positions = _corresponding(batches, every), shared_positions(batches, POSITIONS)
         effects[name] = stage.result(
             MediationResult,
             f"effects.{name}",
-            lambda few=few, outcome=outcome: mediate(
+            lambda few=few, outcome=outcome, sites=sites, positions=positions: mediate(
                 lvlm,
                 few,
                 outcome=outcome,
-                sites=diagnosed_sites(lvlm),
+                sites=sites,
+                positions=positions,
                 batch_size=settings.batch_size,
                 n_boot=settings.n_boot,
                 seed=settings.seed,
                 progress=False,
             ),
         )
-        if pictures_differ(few):
+        if pictures_differ(few) and len(sites) == len(every) and positions == POSITIONS:
             patches[name] = stage.result(
                 PatchMapResult,
                 f"patches.{name}",
@@ -98,7 +130,8 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
     ablation = stage.result(
         AblationResult, "ablation", lambda: _ablate(lvlm, attacked, study.benign("fit"), study, settings)
     )
-    return Diagnosis(effects, ablation, patches)
+    places = localised(effects, n_boot=settings.n_boot, seed=settings.seed)
+    return Diagnosis(effects, places, ablation, patches)
 
 
 def _ablate(

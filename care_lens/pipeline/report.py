@@ -63,6 +63,7 @@ def summary(run: Run) -> dict[str, float]:
 def figures(run: Run) -> dict[str, go.Figure]:
     """Every figure of the report, by file name."""
     out = {f"effects_{name}": result.plot() for name, result in run.diagnosis.effects.items()}
+    out |= {f"places_{name}": result.plot() for name, result in run.diagnosis.places.items()}
     out["ablation"] = run.diagnosis.ablation.plot()
     for name, result in run.diagnosis.patches.items():
         for pair in range(PICTURES):
@@ -91,6 +92,19 @@ def _strongest(run: Run) -> pd.DataFrame:
     kept = (frame["effect"] == "NIE") & frame["position"].isin(["image", "text", "last", "all"])
     frame = pd.DataFrame(frame[kept]).sort_values(by="value", ascending=False).groupby("pairs", sort=False).head(4)
     return frame.filter(["pairs", "tower", "layer", "component", "position", "value", "ci_low", "ci_high", "n"])
+
+
+def _places(run: Run) -> str:
+    """What carries the unsafe answer of each pair set, in words, and where readers were tried because of it."""
+    if not run.diagnosis.places:
+        return "<p>No place could be named: readers were tried after every block but the last.</p>"
+    frame = run.diagnosis.places_frame().groupby("pairs", sort=False).head(3)
+    layers = ", ".join(map(str, run.choice.layers))
+    return (
+        _table(frame.filter(["pairs", "rank", "mediator", "position", "score", "ci_low", "ci_high", "reason", "n"]))
+        + f"<p>Readers were tried after the blocks of the carriers (score of {run.settings.carrier_score:g} or more in any "
+        f"of the pair sets): {layers}.</p>"
+    )
 
 
 def write_report(run: Run, out: str | Path) -> Path:
@@ -159,6 +173,12 @@ nats of the outcome. The safe twin is the request that the model refuses (for "p
 outcome = log probability a token of the steps for the forbidden item). Intervals: 95 % bootstrap over items.</p>
 {_table(_strongest(run)) if run.diagnosis.effects else "<p>The study has no counterfactual pairs: no mediation was run.</p>"}
 {draw("effects_")}
+<h3>Which attention and MLP outputs carry it</h3>
+<p>Exchanged at all positions (of twins that are not aligned: at the image or the last token). Score: mean of the share of the total effect that the place
+brings into the safe run and of the share that its removal takes from the unsafe one; "first": in so many resamples of the pairs it leads.
+What differs between the twins is what is traced, and nothing else.</p>
+{_places(run)}
+{draw("places_")}
 <h3>MLP against attention: share complied when one block's output is replaced by its benign mean</h3>
 {draw("ablation")}
 <h3>Which patches carry the item</h3>

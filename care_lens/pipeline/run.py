@@ -19,6 +19,7 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, choose
 from care_lens.pipeline.diagnose import Diagnosis, diagnose
 from care_lens.pipeline.learn import capture_fit, printed_subspaces
+from care_lens.pipeline.place import reader_layers
 from care_lens.pipeline.prove import Proof, prove
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
@@ -128,7 +129,8 @@ def run(
         rows = capture_fit(lvlm, study, settings)
         printed = printed_subspaces(lvlm, study, range(lvlm.n_layers()), settings)
     with step("choose"):
-        choice = choose(lvlm, study, rows, settings)
+        layers = reader_layers(diagnosis.places, lvlm.n_layers(), score=settings.carrier_score)
+        choice = choose(lvlm, study, rows, settings, layers=layers)
         choice.repair.save(Path(out) / "repair")
         for subspace in (*choice.subspaces, *printed.values()):
             form = subspace.provenance["form" if "form" in subspace.provenance else "rows"].replace(" ", "_")
@@ -136,6 +138,7 @@ def run(
         tables: dict[str, pd.DataFrame] = {
             "readers": choice.readers,
             "runs": choice.runs,
+            "places": diagnosis.places_frame(),
         }
         for name, frame in tables.items():
             frame.to_csv(stage.directory / f"choice.{name}.csv", index=False)

@@ -17,6 +17,8 @@ class RunSettings:
         batch_size, max_new_tokens: of generation; the same for safety and utility.
         n_boot: bootstrap resamples.
         pairs: pairs a channel for mediation.
+        carrier_score: readers are tried after the blocks with an attention or MLP output of at least this score (mean of
+            the shares of the total effect that it brings and that its removal takes).
         ablated: examples a channel for the ablation by generation.
         epsilons: shares of benign prompts that a gate may touch, tried on validation.
         answer_tokens: so many tokens of an answer may be read.
@@ -39,6 +41,7 @@ class RunSettings:
     max_new_tokens: int = 14
     n_boot: int = 1000
     pairs: int = 10
+    carrier_score: float = 0.5
     ablated: int = 24
     epsilons: tuple[float, ...] = (0.01, 0.02)
     answer_tokens: int = 6

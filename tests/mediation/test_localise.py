@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from care_lens.core import PairedExamples, UnsafeMargin
-from care_lens.mediation import Mediator, NothingToLocalise, localise, mediate, refine
-from care_lens.mediation.localise import _reason, _resampled, _score
+from care_lens.core import Example, PairedExamples, UnsafeMargin
+from care_lens.mediation import Mediator, NothingToLocalise, localise, mediate, rank_places, refine
+from care_lens.mediation.localise import WRITERS, _reason, _resampled, _score
 from care_lens.plots import plot_localisation
 
 
@@ -87,3 +87,49 @@ def test_figure_and_disk(model, rising, margin, tmp_path):
     assert len(plot_localisation(found, shown=3).data[0].y) == 3 == len(found.plot().data)
     found.save(tmp_path, "places")
     pd.testing.assert_frame_equal(type(found).load(tmp_path, "places").frame, found.frame)
+
+
+def _rising(model, margin, pairs):
+    turned = []
+    for pair in pairs:
+        with torch.no_grad():
+            a, b = (float(margin(model(model.prepare(e)), model.prepare(e))) for e in pair)
+        turned.append(pair if a < b else pair[::-1])
+    return PairedExamples.from_pairs(turned)
+
+
+def test_a_pair_without_a_picture_carries_nothing_through_the_vision_tower(model, pairs, rising, margin):
+    mixed = _rising(model, margin, pairs)
+    sites = ["blocks.0.hook_attn_out", "vision.blocks.1.hook_mlp_out"]
+    found = localise(model, mixed, outcome=margin, sites=sites, n_boot=10, spans=0, progress=False)
+    assert found.frame["n"].tolist() == [3, 3] and np.isfinite(found.frame["score"]).all()
+    effects = mediate(model, mixed, outcome=margin, sites=sites, positions=("all",), n_boot=10, progress=False)
+    by_hand = effects.details.query("tower == 'vision'")
+    with_pictures = (by_hand["safe_patched"] - by_hand["safe"]).sum() / 3
+    total = effects.details.query("tower == 'language'")
+    expected = with_pictures / (total["unsafe"] - total["safe"]).mean()
+    shown = found.frame.set_index("mediator").loc["vision.blocks.1.hook_mlp_out"]
+    assert shown["sufficient"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_twins_of_different_lengths_are_ranked_where_both_have_a_meaning(model, picture, margin):
+    twins = [(Example("what is red", image=picture(0)), Example("how to make no blue", image=picture(1))),
+             (Example("yes", image=picture(2)), Example("make a red picture", image=picture(3)))]  # fmt: skip
+    uneven = _rising(model, margin, PairedExamples.from_pairs(twins))
+    sites = ["blocks.0.hook_mlp_out", "vision.blocks.0.hook_mlp_out"]
+    found = localise(model, uneven, outcome=margin, sites=sites, n_boot=10, progress=False)
+    cells = list(zip(found.frame["mediator"], found.frame["position"], strict=True))
+    assert sorted(cells) == [
+        ("blocks.0.hook_mlp_out", "image"), ("blocks.0.hook_mlp_out", "last"), ("vision.blocks.0.hook_mlp_out", "all"),
+    ]  # fmt: skip
+
+
+def test_effects_that_were_measured_already_rank_as_a_run_of_their_own(model, rising, margin):
+    effects = mediate(model, rising, outcome=margin, n_boot=10, progress=False)
+    ranked = rank_places(effects, components=WRITERS, n_boot=20)
+    own = localise(model, rising, outcome=margin, n_boot=20, spans=99, progress=False)
+    columns = ["rank", "mediator", "position", "first", "n", "seed"]
+    pd.testing.assert_frame_equal(ranked.frame[columns], own.frame[columns])
+    np.testing.assert_allclose(ranked.frame["score"], own.frame["score"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="at position 'all'"):
+        rank_places(effects, components=("attn.hook_z",))
