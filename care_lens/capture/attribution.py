@@ -205,7 +205,7 @@ class TokenAttribution:
             if gradient is None:
                 raise ValueError(
                     "gradient must be given for method 'gradient', got none; take it with capture.token_gradients and "
-                    "pass it to scores or keep (capture runs without gradients: choose another method there)"
+                    "pass it to scores or keep (capture takes an outcome=, and takes the gradient itself)"
                 )
             slopes = _wide(gradient).reshape(tokens.shape)
             return (_wide(tokens) * slopes).sum(dim=-1).abs()

@@ -16,7 +16,8 @@ At sites of the vision tower and the projector ([image, patch, d]): "image", the
 not taken there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,7 +26,8 @@ from tqdm.auto import tqdm
 
 from care_lens.capture.activations import Activations, Key
 from care_lens.capture.attribution import TokenAttribution
-from care_lens.core import Example, Site, SiteLike, package_versions
+from care_lens.capture.gradients import token_gradients
+from care_lens.core import Example, Outcome, Site, SiteLike, package_versions
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
@@ -44,6 +46,7 @@ def capture(
     *,
     select: Sequence[str] = ("image", "text", "last"),
     attribution: TokenAttribution | None = None,
+    outcome: Outcome | None = None,
     responses: bool = False,
     batch_size: int = 32,
     progress: bool = True,
@@ -55,7 +58,10 @@ def capture(
         examples: The examples; with and without images can be mixed.
         sites: The sites, of any tower.
         select: What to pool over; see the module's docstring.
-        attribution: How many tokens the attributed selections keep; None: half of each kind.
+        attribution: How the attributed selections score tokens, and how many they keep; None: the paper's way, half of
+            each kind.
+        outcome: What method "gradient" of the attribution differentiates; costs a forward and a backward pass more a
+            batch.
         responses: Whether to append the examples' responses, teacher-forced; "text" then includes them.
         batch_size: Examples a forward pass.
         progress: Whether to show a progress bar.
@@ -65,7 +71,8 @@ def capture(
 
     Raises:
         ValueError: If the model has no such site, a selection is not known or has no meaning at a site, there
-            are no examples, or a site of the vision tower is asked for and no example has an image.
+            are no examples, a site of the vision tower is asked for and no example has an image, or method "gradient"
+            has no outcome.
 
     Example:
         >>> from care_lens import organism
@@ -84,7 +91,11 @@ def capture(
     for start in tqdm(range(0, len(examples), batch_size), desc="capturing", disable=not progress):
         inputs = lvlm.prepare(examples[start : start + batch_size], responses=responses)
         pooled: dict[Key, _Pooled] = {}
-        hooks = [(site, _reader(lvlm, inputs, site, names, attribution, pooled)) for site, names in taken.items()]
+        slopes = _slopes(lvlm, inputs, taken, attribution, outcome)
+        hooks = [
+            (site, _reader(lvlm, inputs, site, names, attribution, slopes.get(site), pooled))
+            for site, names in taken.items()
+        ]
         with torch.no_grad():
             lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=1)
         for key, parts in held.items():
@@ -97,11 +108,27 @@ def capture(
         provenance={
             "model": type(lvlm.hf_model).__name__,
             "responses": responses,
-            "attribution": {"visual": attribution.visual, "text": attribution.text},
+            "attribution": asdict(attribution),
             "n": len(examples),
             "versions": package_versions(),
         },
     )
+
+
+def _slopes(
+    lvlm: HookedLVLM,
+    inputs: LVLMInputs,
+    taken: Mapping[Site, Sequence[str]],
+    attribution: TokenAttribution,
+    outcome: Outcome | None,
+) -> dict[Site, Tensor]:
+    """Gradients at the sites whose tokens are chosen by them; nothing where none are."""
+    wanted = [site for site, names in taken.items() if any(name in ATTRIBUTED for name in names)]
+    if not wanted or attribution.method != "gradient":
+        return {}
+    if outcome is None:
+        raise ValueError("outcome must be given for attribution of method 'gradient', got None; it is differentiated")
+    return token_gradients(lvlm, inputs, wanted, outcome)[1]
 
 
 def pool(
@@ -160,14 +187,21 @@ def _reader(
     site: Site,
     names: Sequence[str],
     attribution: TokenAttribution,
+    gradient: Tensor | None,
     pooled: dict[Key, _Pooled],
 ) -> Callable[..., None]:
     """A hook that pools the activation for each selection and keeps nothing else."""
 
     def read(activation: Tensor, hook: object) -> None:
+        kept = None
+        if any(name in ATTRIBUTED for name in names):
+            kept = _attributed(activation, inputs, names, attribution, gradient)
         for name in names:
             if site.tower == "language":
-                rows, present = pool(activation, _mask(activation, inputs, name, attribution))
+                mask = inputs.spans.mask(name.removesuffix(":attributed"))
+                if name in ATTRIBUTED and kept is not None:
+                    mask = mask.to(kept.device) & kept
+                rows, present = pool(activation, mask)
             else:
                 mask = lvlm.patch_mask(site, activation, class_tokens=name == "all")
                 rows, present = pool_images(activation, mask, inputs)
@@ -176,19 +210,18 @@ def _reader(
     return read
 
 
-def _mask(activation: Tensor, inputs: LVLMInputs, name: str, attribution: TokenAttribution) -> Tensor:
-    """[batch, pos] what a selection pools over; attributed tokens are chosen row by row."""
-    if name not in ATTRIBUTED:
-        return inputs.spans.mask(name)
-    image, text = inputs.spans.image, inputs.spans.text
-    chosen = torch.zeros_like(text)
-    for row, tokens in enumerate(activation):
-        words = tokens[text[row]]
-        if name == "text:attributed":
-            chosen[row, text[row]] = attribution.keep_text(words).to(chosen.device)
-        elif bool(image[row].any()):
-            chosen[row, image[row]] = attribution.keep_visual(tokens[image[row]], words).to(chosen.device)
-    return chosen
+def _attributed(
+    activation: Tensor,
+    inputs: LVLMInputs,
+    names: Sequence[str],
+    attribution: TokenAttribution,
+    gradient: Tensor | None,
+) -> Tensor:
+    """[batch, pos] the tokens that attribution keeps, of the kinds that are asked for, scored for the whole batch at once."""
+    spans, nothing = inputs.spans, torch.zeros_like(inputs.spans.text)
+    image = spans.image if "image:attributed" in names else nothing
+    # Image tokens are scored against the text, so that its mask is needed for either kind.
+    return attribution.keep(activation, image=image, text=spans.text, gradient=gradient)
 
 
 def _nothing(batch: int) -> _Pooled:

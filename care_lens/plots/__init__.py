@@ -6,6 +6,7 @@ cells whose interval excludes 0 (cell by cell, without a correction for their nu
 """
 
 from care_lens.plots.ablation import plot_ablation
+from care_lens.plots.attribution import plot_attribution, plot_knockout, plot_paths, plot_verified
 from care_lens.plots.defence import plot_asr
 from care_lens.plots.effects import plot_effects
 from care_lens.plots.localisation import plot_localisation
@@ -20,12 +21,16 @@ __all__ = [
     "ExportError",
     "plot_ablation",
     "plot_asr",
+    "plot_attribution",
     "plot_effects",
+    "plot_knockout",
     "plot_localisation",
     "plot_patch_effects",
+    "plot_paths",
     "plot_separability",
     "plot_spectrum",
     "plot_tradeoff",
     "plot_uncertainty",
+    "plot_verified",
     "save_figure",
 ]

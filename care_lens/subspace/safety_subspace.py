@@ -120,10 +120,13 @@ class SafetySubspace:
             contrast: "second_moment": malicious second moment about the benign mean, which also sees a shift
                 of the mean; "covariance": malicious covariance about its own mean, as in the paper; "mean":
                 the difference of the means alone.
-            shrinkage: Of both covariances: "ledoit-wolf", "oas", a weight in [0, 1], or None.
+            shrinkage: Of both covariances: "ledoit-wolf", "oas", a weight in [0, 1], or None, towards a multiple of the
+                identity; "diagonal": by Ledoit and Wolf's rule towards the covariance's own diagonal, where a few
+                dimensions are far larger than the others.
             projection: "oblique" removes the coordinates with the least change of benign activations in the
                 benign metric; "orthogonal" with the least Euclidean change.
-            solver: "dual" (order n_b + n_m), "dense" (order d), or "auto", the smaller. They give the same
+            solver: "dual" (order n_b + n_m; fewer rows than dimensions), "dense" (order d), "iterative" (few directions
+                of many rows in many dimensions), or "auto", the cheapest, which ``recipe`` names. They give the same
                 subspace.
             metric: "benign": energy is measured against C_b. "identity": against the identity; with
                 contrast="mean" the direction is then the difference of the means itself.

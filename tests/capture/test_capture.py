@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from care_lens.capture import Activations, TokenAttribution, capture, text_scores, visual_scores
-from care_lens.core import Site
+from care_lens.capture import Activations, TokenAttribution, capture, text_scores, token_gradients, visual_scores
+from care_lens.core import Site, UnsafeMargin
 
 SITES = ("blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post")
 VISION = ("vision.blocks.1.hook_mlp_out", "projector.hook_out")
@@ -51,6 +51,40 @@ def test_attributed_rows_are_means_over_the_best_half(lvlm, examples, held, site
             best = visual_scores(image, text).argsort(descending=True, stable=True)[: len(image) // 2]
             found = held.values[Site.parse(site), "image:attributed"][row]
             torch.testing.assert_close(found, image[best].mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how", [TokenAttribution(method="last"), TokenAttribution(text=2, visual=0.25, kernel="cosine")]
+)
+def test_every_way_of_attribution_reaches_the_rows(lvlm, examples, how):
+    names = ("image:attributed", "text:attributed")
+    held = capture(lvlm, examples, SITES[:1], select=names, attribution=how, batch_size=3, progress=False)
+    for row, example in enumerate(examples):
+        inputs = lvlm.prepare(example)
+        activation = lvlm.run_with_cache(inputs, sites=SITES[:1])[1][SITES[0]][0].detach()
+        text, image = activation[inputs.spans.text[0]], activation[inputs.spans.image[0]]
+        found = {name: held.values[Site.parse(SITES[0]), name][row] for name in names}
+        torch.testing.assert_close(found[names[1]], text[how.keep_text(text)].mean(0), atol=1e-5, rtol=1e-5)
+        if len(image):
+            kept = how.keep_visual(image, text)
+            torch.testing.assert_close(found[names[0]], image[kept].mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_choose_tokens_where_an_outcome_is_given(lvlm, examples):
+    how, outcome = TokenAttribution(method="gradient", text=1, visual=1), UnsafeMargin(comply=(5,), refuse=(6,))
+    site, names = Site.parse(SITES[1]), ("image:attributed", "text:attributed")
+    options = {"select": names, "attribution": how, "progress": False}
+    held = capture(lvlm, examples, [site], outcome=outcome, batch_size=3, **options)
+    for row, example in enumerate(examples):
+        inputs = lvlm.prepare(example)
+        activation, slope = (found[site][0] for found in token_gradients(lvlm, inputs, [site], outcome))
+        size = (activation.double() * slope.double()).sum(-1).abs()
+        for name, span in zip(names, (inputs.spans.image[0], inputs.spans.text[0]), strict=True):
+            if span.any():
+                best = size.masked_fill(~span, -1).argmax()
+                torch.testing.assert_close(held.values[site, name][row], activation[best], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="outcome must be given"):
+        capture(lvlm, examples, [site], **options)
 
 
 def test_vision_rows_are_means_over_patches(lvlm, examples, held):

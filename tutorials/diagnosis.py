@@ -1,0 +1,191 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Diagnosis: what carries an unsafe answer, from layers to neurons
+#
+# The bundled model refuses a forbidden item that is named in words. It answers when a wrapper stands around the name, and when the item is
+# only written in the picture. Which towers, layers, components, heads, neurons and patches are behind that, and is it the MLPs,
+# as the CARE paper reports of its models? About two minutes on two cores.
+#
+# Everything here is causal: an activation is exchanged between two counterfactual twins, or cut, and the outcome is read again.
+# Ten items of the fit split, one pair each; intervals are bootstrapped over the items.
+
+# %%
+import pandas as pd
+import torch
+
+from care_lens import organism
+from care_lens.mediation import ablate, attribute, knockout, localise, patch_map, path_effects, verify
+from care_lens.plots import plot_attribution, plot_patch_effects
+
+torch.set_num_threads(2)
+lvlm = organism.load()
+study = organism.study()
+pairs = {name: study.pairs[name][:10] for name in ("typographic", "wrapper", "picture")}
+outcomes = {name: study.pair_outcomes.get(name, study.outcome) for name in pairs}
+for name, some in pairs.items():
+    safe, unsafe = some[0]
+    print(f"{name:12} safe:   {safe.prompt}\n{'':12} unsafe: {unsafe.prompt}")
+
+# %% [markdown]
+# Each pair asks one question, and a diagnosis answers that question only:
+#
+# - **typographic**, **wrapper**: the twins differ in words, over the same picture. Traced is *what makes the model refuse*: the outcome is the unsafe
+#   margin, log p(comply) - log p(refuse) of the first answer token.
+# - **picture**: the twins differ in the word drawn in the picture, which is benign in the safe one. Traced is *how the forbidden item gets from the picture into
+#   the answer*: the outcome is the log probability per token of the steps for that item.
+#
+# ## Places
+#
+# `localise` exchanges every attention and MLP output of both towers in both directions. A place is *sufficient* if it brings the unsafe outcome into
+# the safe run (NIE / TE), *necessary* if taking it out of the unsafe run brings the safe outcome back (TIE / TE).
+
+# %%
+places = {name: localise(lvlm, pairs[name], outcome=outcomes[name], progress=False) for name in pairs}
+leading = pd.concat([found.frame.head(3).assign(pairs=name) for name, found in places.items()])
+leading[["pairs", "mediator", "position", "score", "ci_low", "ci_high", "sufficient", "necessary", "first"]].round(2)
+
+# %%
+places["picture"].plot()
+
+# %% [markdown]
+# The decision to refuse is taken in the first block of the language tower: its attention alone carries all of the effect and its MLP nearly all, through the
+# last token. A wrapper and a pointed-at item do the same thing there: they keep the name from arriving. This is why both open the
+# model: nothing above looks again.
+#
+# The item itself goes another way. It starts in the vision tower's first MLP, and reaches the language tower's text through the attention of block 2.
+# A repair that reads the decision in block 0 would see wrappers; one that is to see the item must read after block 2. That is where
+# `care-lens run` tries its readers, from these rankings.
+#
+# ## Heads and neurons
+#
+# Too many to exchange one at a time in every layer, so they are estimated all at once by integrated gradients over the inputs between the twins, and the leading ones are then exchanged
+# exactly, with as many random ones: the estimate must rank units as the exact effects do, and miss none.
+
+# %%
+units = ["blocks.0.attn.hook_z", "blocks.2.attn.hook_z", "blocks.0.mlp.hook_post"]
+estimates = {
+    name: attribute(lvlm, pairs[name], outcome=outcomes[name], sites=units, patches=(), n_boot=300, progress=False)
+    for name in pairs
+}
+plot_attribution(estimates["wrapper"], top=6)
+
+# %%
+checked = {
+    name: verify(
+        lvlm, pairs[name], estimates[name], outcome=outcomes[name], top=4, random=6, n_boot=300, progress=False
+    )
+    for name in ("typographic", "wrapper")
+}
+agreement = pd.concat([found.frame.assign(pairs=name) for name, found in checked.items()])
+agreement[["pairs", "kind", "component", "effect", "value", "ci_low", "ci_high", "n"]].round(2)
+
+# %%
+exact = pd.concat([found.details.assign(pairs=name) for name, found in checked.items()])
+exact = exact.sort_values("value", ascending=False).groupby(["pairs", "component"]).head(3)
+exact.sort_values(["pairs", "component"])[["pairs", "mediator", "estimate", "value", "ci_low", "ci_high", "n"]].round(2)
+
+# %% [markdown]
+# The heads differ: one hands the name on where it stands plainly, another listens to the wrapper. In the MLP no neuron matters as much as a head, and the three
+# that carry most of the wrapper are not those of the typographic pairs.
+#
+# ## Attention between spans
+#
+# `knockout` cuts the attention from one span to another in one layer. Cutting text -> last in block 0 should undo the refusal in the *safe* twins, if that is how
+# the name arrives. Cutting image -> text should hurt the item's way in the layer that `localise` named.
+
+# %%
+name_arrives = knockout(
+    lvlm,
+    pairs["typographic"],
+    source="text",
+    target="last",
+    outcome=outcomes["typographic"],
+    modes=("renormalised",),
+    n_boot=300,
+    progress=False,
+)
+name_arrives.plot()
+
+# %%
+item_arrives = knockout(
+    lvlm,
+    pairs["picture"],
+    source="image",
+    target="text",
+    outcome=outcomes["picture"],
+    modes=("renormalised",),
+    n_boot=300,
+    progress=False,
+)
+item_arrives.plot()
+
+# %% [markdown]
+# It does: without block 0's look at the text the named item is no longer refused. And the picture's word needs block 2 most.
+#
+# ## Who reads it
+#
+# `path_effects` patches one direct path: what the attention of block 0 writes, as one later component alone reads it.
+
+# %%
+paths = path_effects(
+    lvlm,
+    pairs["typographic"],
+    outcome=outcomes["typographic"],
+    senders=["blocks.0.hook_attn_out", "blocks.0.hook_mlp_out"],
+    n_boot=300,
+    progress=False,
+)
+paths.plot()
+
+# %% [markdown]
+# ## Patches
+#
+# One image token exchanged at a time: the item is read where it is written.
+
+# %%
+patches = patch_map(
+    lvlm,
+    pairs["picture"][:4],
+    outcome=outcomes["picture"],
+    site="blocks.0.hook_resid_pre",
+    n_boot=300,
+    progress=False,
+)
+plot_patch_effects(patches.details.query("pair == 0"), image=pairs["picture"].unsafe[0].image)
+
+# %% [markdown]
+# ## Does the MLP outweigh attention?
+#
+# The paper finds, by skipping layers, that the MLPs carry unsafe answers. The same experiment here: one block's output is replaced by its benign mean while the
+# model answers, and a judge reads the answers.
+
+# %%
+attacked = [e for channel in ("typographic", "wrapper") for e in organism.examples(channel, "fit", n=16)]
+ablation = ablate(
+    lvlm,
+    attacked,
+    judge=study.judge,
+    reference=study.benign("fit")[::20],
+    mode="mean",
+    max_new_tokens=14,
+    batch_size=64,
+    n_boot=300,
+    progress=False,
+)
+ablation.plot()
+
+# %%
+shares = ablation.frame.query("effect == 'share' and metric == 'complied' and component != 'none'")
+shares.pivot_table(index="layer", columns="component", values="value").round(2)
