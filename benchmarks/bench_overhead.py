@@ -2,17 +2,21 @@
 
 A random LLaVA with a SigLIP tower is made in memory three times over. The three are timed in turn, round
 after round, so that a busy machine slows all of them alike; ratios are of the medians. One line of JSON a
-case goes to the log.
+case goes to the log. ``--families`` does the same with the tiny models of the tests, a line a family: they are so
+small that Python, not arithmetic, is timed, and the ratios are the worst there can be.
 
-Run with ``python benchmarks/bench_overhead.py [--rounds 15] [--threads 1]``.
+Run with ``python benchmarks/bench_overhead.py [--rounds 15] [--threads 1] [--families]``.
 """
 
 import argparse
+import importlib
 import json
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +37,9 @@ from care_lens.core import Example
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
 logger = logging.getLogger("bench_overhead")
+
+NEW = 8
+"""Tokens of an answer."""
 
 WORDS = [f"w{i}" for i in range(200)]
 TEMPLATE = (
@@ -103,50 +110,80 @@ def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-@torch.no_grad()
-def measure(batch_size: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    make_one: Callable[[], tuple[Any, Any]], examples: list[Example], rounds: int
+) -> dict[str, dict[str, float]]:
     """Times in ms, and ratios to plain Hugging Face, of forward passes and of generation."""
-    plain: Any = make()[0]
-    processor = make()[1]
-    bare = HookedLVLM.from_hf(*make())
+    plain, _ = make_one()
+    bare = HookedLVLM.from_hf(*make_one())
     bare.close()
-    lvlm = HookedLVLM.from_hf(make()[0], processor)
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (batch_size, 64, 64, 3), generator=generator, dtype=torch.uint8)
-    prompt = " ".join(WORDS[:32])
-    inputs: LVLMInputs = lvlm.prepare([Example(prompt, image=Image.fromarray(p.numpy())) for p in pixels])
+    lvlm = HookedLVLM.from_hf(*make_one())
+    inputs: LVLMInputs = lvlm.prepare(examples)
     rest = {name: value for name, value in inputs.model_kwargs().items() if name != "input_ids"}
     some = lvlm.sites(component="hook_mlp_out")
     edit = [(site, lambda activation, hook: activation * 1.0) for site in some]
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    medians = in_turn(
-        {
-            "hf": lambda: plain(input_ids=inputs.input_ids, **rest).logits,
-            "bridge": lambda: bare.bridge(inputs.input_ids, **rest),
-            "lvlm": lambda: lvlm(inputs),
-            "lvlm, hooks on every MLP": lambda: lvlm.run_with_hooks(inputs, fwd_hooks=edit),
-            "lvlm, cache of every MLP": lambda: lvlm.run_with_cache(inputs, sites=some),
-            "lvlm, cache of everything": lambda: lvlm.run_with_cache(inputs, sites=None),
-            "hf generate": lambda: plain.generate(**inputs.generate_kwargs(), **options),
-            "bridge generate": lambda: bare.hf_model.generate(**inputs.generate_kwargs(), **options),
-            "lvlm generate": lambda: lvlm.generate(inputs, max_new_tokens=8),
-        },
-        rounds,
-    )
+    pad = lvlm.tokenizer.pad_token_id
+    options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": pad}
+    with torch.no_grad():
+        medians = in_turn(
+            {
+                "hf": lambda: plain(input_ids=inputs.input_ids, **rest).logits,
+                "bridge": lambda: bare.bridge(inputs.input_ids, **rest),
+                "lvlm": lambda: lvlm(inputs),
+                "lvlm, hooks on every MLP": lambda: lvlm.run_with_hooks(inputs, fwd_hooks=edit),
+                "lvlm, cache of every MLP": lambda: lvlm.run_with_cache(inputs, sites=some),
+                "lvlm, cache of everything": lambda: lvlm.run_with_cache(inputs, sites=None),
+                "hf generate": lambda: plain.generate(**inputs.generate_kwargs(), **options),
+                "bridge generate": lambda: bare.hf_model.generate(**inputs.generate_kwargs(), **options),
+                "lvlm generate": lambda: lvlm.generate(inputs, max_new_tokens=NEW, min_new_tokens=NEW),
+            },
+            rounds,
+        )
     base = {name: medians["hf generate" if "generate" in name else "hf"] for name in medians}
     return {name: {"ms": round(ms, 2), "ratio": round(ms / base[name], 3)} for name, ms in medians.items()}
 
 
+def pictures(n: int, side: int) -> list[Image.Image]:
+    """Noise."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (n, side, side, 3), generator=generator, dtype=torch.uint8)
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+def families() -> dict[str, Callable[[], tuple[Any, Any]]]:
+    """The tiny models of the tests, by family."""
+    folder = Path(__file__).parents[1] / "tests" / "lvlm"
+    sys.path.insert(0, str(folder))
+    names = sorted(path.stem for path in (folder / "zoo").glob("*.py") if path.stem != "__init__")
+    found = [one for name in names for one in getattr(importlib.import_module(f"zoo.{name}"), "SPECIMENS", [])]
+    return {specimen.name: specimen.make for specimen in found}
+
+
 def main() -> None:
-    """Measure small and larger batches."""
+    """Measure small and larger batches, or every family."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--families", action="store_true", help="the tests' tiny models of every family instead")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
+    if options.families:
+        for family, make_one in families().items():
+            rows = measure(
+                make_one,
+                [Example("what is in the picture", image=picture) for picture in pictures(2, 56)],
+                options.rounds,
+            )
+            shown = {name: row["ratio"] for name, row in rows.items()}
+            shown["lvlm over bridge"] = round(rows["lvlm"]["ms"] / rows["bridge"]["ms"], 3)
+            shown["lvlm over bridge, generate"] = round(rows["lvlm generate"]["ms"] / rows["bridge generate"]["ms"], 3)
+            logger.info(json.dumps({"family": family, **shown}))
+        return
+    prompt = " ".join(WORDS[:32])
     for batch_size in (1, 8):
-        for name, row in measure(batch_size, options.rounds).items():
+        rows = measure(make, [Example(prompt, image=picture) for picture in pictures(batch_size, 64)], options.rounds)
+        for name, row in rows.items():
             logger.info(json.dumps({"batch": batch_size, "case": name, **row}))
 
 

@@ -53,20 +53,20 @@ for name, some in pairs.items():
 
 # %%
 places = {name: localise(lvlm, pairs[name], outcome=outcomes[name], progress=False) for name in pairs}
-leading = pd.concat([found.frame.head(3).assign(pairs=name) for name, found in places.items()])
-leading[["pairs", "mediator", "position", "score", "ci_low", "ci_high", "sufficient", "necessary", "first"]].round(2)
+total = {name: found.settings["TE"]["value"] for name, found in places.items()}
+leading = pd.concat([found.frame.head(3).assign(pairs=name, TE=total[name]) for name, found in places.items()])
+leading[["pairs", "TE", "mediator", "position", "score", "ci_low", "ci_high", "sufficient", "necessary", "first"]].round(2)
 
 # %%
 places["picture"].plot()
 
 # %% [markdown]
-# The decision to refuse is taken in the first block of the language tower: its attention alone carries all of the effect and its MLP nearly all, through the
-# last token. A wrapper and a pointed-at item do the same thing there: they keep the name from arriving. This is why both open the
-# model: nothing above looks again.
+# The decision to refuse is taken in the first block of the language tower: its attention carries all of the effect and its MLP nine tenths or more, and nothing
+# above reaches a fifth. A wrapper and a pointed-at item do the same thing there: the name does not arrive as one to be refused. This is why both
+# open the model: nothing above looks again.
 #
-# The item itself goes another way. It starts in the vision tower's first MLP, and reaches the language tower's text through the attention of block 2.
-# A repair that reads the decision in block 0 would see wrappers; one that is to see the item must read after block 2. That is where
-# `care-lens run` tries its readers, from these rankings.
+# The item itself goes another way. It starts in the vision tower's first MLP, and the attention of block 2 brings it to the language tower's text.
+# `care-lens run` tries its readers after the blocks of the carriers of all pair sets (score of 0.5 or more): after blocks 0 and 2, from these rankings.
 #
 # ## Heads and neurons
 #
@@ -97,8 +97,10 @@ exact = exact.sort_values("value", ascending=False).groupby(["pairs", "component
 exact.sort_values(["pairs", "component"])[["pairs", "mediator", "estimate", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# The heads differ: one hands the name on where it stands plainly, another listens to the wrapper. In the MLP no neuron matters as much as a head, and the three
-# that carry most of the wrapper are not those of the typographic pairs.
+# Few heads and many neurons: heads 1 and 4 of block 0 hand a plain name on; exchanged one at a time they bring 9 and 7 of the 12.6 nats (more than all of it
+# together, because margins saturate). A wrapper acts through another head, 0, which brings nearly all of its 21 nats. No neuron brings more than a tenth or
+# so of the effect, and the three that lead for the wrapper are not those of the typographic pairs. Integrated gradients put each kind in nearly the right order; they
+# underrate head 0 by more than half, which is why estimates are checked.
 #
 # ## Attention between spans
 #
@@ -132,7 +134,8 @@ item_arrives = knockout(
 item_arrives.plot()
 
 # %% [markdown]
-# It does: without block 0's look at the text the named item is no longer refused. And the picture's word needs block 2 most.
+# Without block 0's look at the text the safe twin's margin rises by about the whole effect: the named item is no longer refused. In the other layers the cut does nothing. And the picture's item
+# loses most in block 2, as `localise` said, and something in blocks 3 and 4.
 #
 # ## Who reads it
 #
@@ -150,6 +153,9 @@ paths = path_effects(
 paths.plot()
 
 # %% [markdown]
+# Nearly all goes through the MLP of the same block (11.6 of 12.6 nats), and from there straight to the end and a little through the MLPs above. Attention decides what the MLP
+# of block 0 sees, and that MLP writes the refusal.
+#
 # ## Patches
 #
 # One image token exchanged at a time: the item is read where it is written.
@@ -189,3 +195,13 @@ ablation.plot()
 # %%
 shares = ablation.frame.query("effect == 'share' and metric == 'complied' and component != 'none'")
 shares.pivot_table(index="layer", columns="component", values="value").round(2)
+
+# %% [markdown]
+# Not in this model. Without any part of block 0 it says nothing sensible at all. Above it the attention of block 1 is what the attacks need (0.03 of them succeed without it, 0.97 without the MLP), and in
+# blocks 2 to 4 attention matters as much as the MLP or more. Skipping a block says what a behaviour needs, not where it is decided: benign answers need block 1's attention as well
+# (the model card has the same table for benign channels). The refusal is decided in block 0, by attention and MLP together.
+#
+# ## What this diagnosis can be trusted for
+#
+# It was tried on copies of this model in which a channel was opened at a place drawn beforehand; see "Localise" in the documentation. Integrated gradients over components put that place first in 21 of 22
+# copies, `localise` in 18, a linear probe in none.

@@ -31,7 +31,10 @@ def plot_attribution(result: FrameResult | pd.DataFrame, *, top: int = 12) -> go
         order = part["value"].astype(float).abs().to_numpy().argsort()[::-1][:top]
         part = part.iloc[order]
         drawn += len(part)
-        labels = [f"{name}, {position}" for name, position in zip(part["mediator"], part["position"], strict=True)]
+        labels = [
+            name if position == "all" else f"{name}, {position}"
+            for name, position in zip(part["mediator"], part["position"], strict=True)
+        ]
         figure.add_trace(_points(part, labels, str(kind), index))
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(title_text=str(frame["effect"].iloc[0]) if "effect" in frame.columns else "value")
@@ -129,12 +132,13 @@ def plot_paths(result: FrameResult | pd.DataFrame) -> go.Figure:
         zmax=limit,
         xgap=1,
         ygap=1,
+        colorbar={"title": {"text": "effect"}, "nticks": 5},
         hovertemplate="%{y} to %{x}: %{z:.3g}<extra></extra>",
     )
     figure = go.Figure(heat)
     figure.update_xaxes(title_text="receiver", type="category")
     figure.update_yaxes(title_text="sender", type="category", autorange="reversed")
-    figure.update_layout(template=theme.TEMPLATE, height=240 + 26 * len(senders))
+    figure.update_layout(template=theme.TEMPLATE, height=340 + 26 * len(senders))
     return figure
 
 
