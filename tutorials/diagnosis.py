@@ -16,7 +16,7 @@
 #
 # The bundled model refuses a forbidden item that is named in words. It answers when a wrapper stands around the name, and when the item is
 # only written in the picture. Which towers, layers, components, heads, neurons and patches are behind that, and is it the MLPs,
-# as the CARE paper reports of its models? About two minutes on two cores.
+# as the CARE paper reports of its models? Half a minute on two quiet cores.
 #
 # Everything here is causal: an activation is exchanged between two counterfactual twins, or cut, and the outcome is read again.
 # Ten items of the fit split, one pair each; intervals are bootstrapped over the items.
@@ -54,8 +54,12 @@ for name, some in pairs.items():
 # %%
 places = {name: localise(lvlm, pairs[name], outcome=outcomes[name], progress=False) for name in pairs}
 total = {name: found.settings["TE"]["value"] for name, found in places.items()}
-leading = pd.concat([found.frame.head(3).assign(pairs=name, TE=total[name]) for name, found in places.items()])
-leading[["pairs", "TE", "mediator", "position", "score", "ci_low", "ci_high", "sufficient", "necessary", "first"]].round(2)
+leading = pd.concat(
+    [found.frame.head(3).assign(pairs=name, TE=total[name]) for name, found in places.items()], ignore_index=True
+)
+leading[
+    ["pairs", "TE", "mediator", "position", "score", "ci_low", "ci_high", "sufficient", "necessary", "first"]
+].round(2)
 
 # %%
 places["picture"].plot()
@@ -88,19 +92,19 @@ checked = {
     )
     for name in ("typographic", "wrapper")
 }
-agreement = pd.concat([found.frame.assign(pairs=name) for name, found in checked.items()])
+agreement = pd.concat([found.frame.assign(pairs=name) for name, found in checked.items()], ignore_index=True)
 agreement[["pairs", "kind", "component", "effect", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %%
-exact = pd.concat([found.details.assign(pairs=name) for name, found in checked.items()])
+exact = pd.concat([found.details.assign(pairs=name) for name, found in checked.items()], ignore_index=True)
 exact = exact.sort_values("value", ascending=False).groupby(["pairs", "component"]).head(3)
 exact.sort_values(["pairs", "component"])[["pairs", "mediator", "estimate", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# Few heads and many neurons: heads 1 and 4 of block 0 hand a plain name on; exchanged one at a time they bring 9 and 7 of the 12.6 nats (more than all of it
+# Few heads and many neurons: heads 1 and 4 of block 0 hand a plain name on; exchanged one at a time they bring 9 and 7 of the 12.8 nats (more than all of it
 # together, because margins saturate). A wrapper acts through another head, 0, which brings nearly all of its 21 nats. No neuron brings more than a tenth or
 # so of the effect, and the three that lead for the wrapper are not those of the typographic pairs. Integrated gradients put each kind in nearly the right order; they
-# underrate head 0 by more than half, which is why estimates are checked.
+# underrate head 0 by more than half, which is why estimates are checked. (No leading unit was missed, but with ten units of a kind the interval of the miss rate is wide.)
 #
 # ## Attention between spans
 #
@@ -153,7 +157,7 @@ paths = path_effects(
 paths.plot()
 
 # %% [markdown]
-# Nearly all goes through the MLP of the same block (11.6 of 12.6 nats), and from there straight to the end and a little through the MLPs above. Attention decides what the MLP
+# Nearly all goes through the MLP of the same block (11.6 of 12.8 nats), and from there straight to the end and a little through the MLPs above. Attention decides what the MLP
 # of block 0 sees, and that MLP writes the refusal.
 #
 # ## Patches
@@ -198,7 +202,7 @@ shares.pivot_table(index="layer", columns="component", values="value").round(2)
 
 # %% [markdown]
 # Not in this model. Without any part of block 0 it says nothing sensible at all. Above it the attention of block 1 is what the attacks need (0.03 of them succeed without it, 0.97 without the MLP), and in
-# blocks 2 to 4 attention matters as much as the MLP or more. Skipping a block says what a behaviour needs, not where it is decided: benign answers need block 1's attention as well
+# blocks 2 to 4 the attacks lose more without attention than without the MLP in this sample of 32, by less than the intervals. Skipping a block says what a behaviour needs, not where it is decided: benign answers need block 1's attention as well
 # (the model card has the same table for benign channels). The refusal is decided in block 0, by attention and MLP together.
 #
 # ## What this diagnosis can be trusted for
