@@ -4,6 +4,7 @@ from care_lens.capture.activations import Activations
 from care_lens.capture.attribution import TokenAttribution, select_tokens, text_scores, visual_scores
 from care_lens.capture.capturing import SELECTIONS, capture
 from care_lens.capture.gradients import token_gradients
+from care_lens.capture.streaming import capture_moments
 from care_lens.capture.token_scores import TokenScores, score_tokens
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "TokenAttribution",
     "TokenScores",
     "capture",
+    "capture_moments",
     "score_tokens",
     "select_tokens",
     "text_scores",

@@ -1,6 +1,6 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
-from care_lens.core.examples import Example, PairedExamples
+from care_lens.core.examples import Example, PairedExamples, examples_digest
 from care_lens.core.outcome import (
     HasSpans,
     Judge,
@@ -40,6 +40,7 @@ __all__ = [
     "UnsafeMargin",
     "Verdict",
     "cluster_bootstrap",
+    "examples_digest",
     "package_versions",
     "paired_difference",
     "rate_ci",

@@ -39,13 +39,14 @@ from care_lens.core import (
     Tower,
     Verdict,
     cluster_bootstrap,
+    examples_digest,
     package_versions,
     paired_difference,
     rate_ci,
 )
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog
-from care_lens.mediation.frames import DetailedResult, examples_digest, groups_of, site_columns, tidy
+from care_lens.mediation.frames import DetailedResult, groups_of, site_columns, tidy
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -43,12 +43,12 @@ from care_lens.core import (
     Site,
     SiteLike,
     cluster_bootstrap,
+    examples_digest,
 )
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
-    examples_digest,
     metric_name,
     sampling,
     site_columns,

@@ -1,7 +1,5 @@
 """What the results of this room share: a frame of details, names of outcomes, digests, site columns."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -52,17 +50,6 @@ def metric_name(outcome: Outcome) -> str:
 def describe_outcome(outcome: Outcome) -> str:
     """An outcome for the settings; the same text for the same outcome in another process."""
     return repr(outcome) if is_dataclass(outcome) else metric_name(outcome)
-
-
-def examples_digest(examples: Sequence[Example]) -> str:
-    """A digest of prompts, responses and pictures, in order."""
-    content = hashlib.sha256()
-    for example in examples:
-        content.update(json.dumps([example.prompt, example.response]).encode())
-        if example.image is not None:
-            image = example.image.convert("RGB")
-            content.update(f"{image.size}".encode() + image.tobytes())
-    return content.hexdigest()[:16]
 
 
 def groups_of(examples: Sequence[Example]) -> list[str]:

@@ -36,13 +36,13 @@ from care_lens.core import (
     PrefixMargin,
     Site,
     cluster_bootstrap,
+    examples_digest,
 )
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
-    examples_digest,
     groups_of,
     metric_name,
     sampling,

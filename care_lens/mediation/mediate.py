@@ -30,14 +30,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from care_lens.core import Example, Outcome, PairedExamples, PrefixMargin, Site, SiteLike
+from care_lens.core import Example, Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog
 from care_lens.mediation.effects import effects_of, p_values, summarise
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
-    examples_digest,
     metric_name,
     sampling,
     tidy,

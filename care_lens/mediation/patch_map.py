@@ -15,13 +15,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap
+from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, examples_digest
 from care_lens.core.spans import PatchGrid
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
-    examples_digest,
     metric_name,
     sampling,
     site_columns,

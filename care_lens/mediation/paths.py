@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, cluster_bootstrap
+from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, cluster_bootstrap, examples_digest
 from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, metric_name, sampling, tidy
+from care_lens.mediation.frames import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.mediation.mediators import HEADS, Mediator
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome

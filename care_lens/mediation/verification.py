@@ -26,10 +26,10 @@ import torch
 from scipy.stats import rankdata
 from tqdm.auto import tqdm
 
-from care_lens.core import Interval, Outcome, PairedExamples, Site, cluster_bootstrap, rate_ci
+from care_lens.core import Interval, Outcome, PairedExamples, Site, cluster_bootstrap, examples_digest, rate_ci
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution import AttributionResult, patch_places
-from care_lens.mediation.frames import DetailedResult, describe_outcome, examples_digest, sampling, tidy
+from care_lens.mediation.frames import DetailedResult, describe_outcome, sampling, tidy
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
