@@ -166,7 +166,7 @@ def diagnose(
     max_new_tokens: Tokens = None,
     judge: JudgeOf = None,
 ) -> None:
-    """Step 1 alone: mediation effects, ablation, patch maps; writes frames and figures."""
+    """Step 1 alone: mediation effects, places ranked, ablation, patch maps; writes frames and figures."""
     _start(threads)
     from care_lens import plots
     from care_lens.pipeline.diagnose import diagnose as step
@@ -179,6 +179,7 @@ def diagnose(
     results = {f"effects_{k}": v for k, v in found.effects.items()} | {
         f"patches_{k}": v for k, v in found.patches.items()
     }
+    results |= {f"places_{k}": v for k, v in found.places.items()}
     for name, result in {**results, "ablation": found.ablation}.items():
         plots.save_figure(result.plot(), out / "figures" / f"{name}.html")
     console.print(f"frames and figures: {out}")
@@ -198,16 +199,22 @@ def fit(
     max_new_tokens: Tokens = None,
     judge: JudgeOf = None,
 ) -> None:
-    """Learn on the fit split and choose on validation; saves the repair to OUT/repair."""
+    """Rank places, learn on the fit split and choose on validation; saves the repair to OUT/repair."""
     _start(threads)
     from care_lens.pipeline.choose import choose
+    from care_lens.pipeline.diagnose import measure_pairs, rank_pairs
     from care_lens.pipeline.learn import capture_fit
+    from care_lens.pipeline.place import reader_layers
+    from care_lens.pipeline.run import open_stage
 
     lvlm, study = _load(model, data, seed, device, dtype, judge)
     settings = _settings(model, short, seed, batch_size, max_new_tokens)
     study = study.limited(settings.limit) if settings.limit else study
     study.require()
-    choice = choose(lvlm, study, capture_fit(lvlm, study, settings), settings)
+    stage = open_stage(lvlm, out, study, settings, model=model)
+    effects, _ = measure_pairs(lvlm, study, settings, stage, maps=False)
+    placement = reader_layers(rank_pairs(effects, settings, stage), lvlm.n_layers(), score=settings.carrier_score)
+    choice = choose(lvlm, study, capture_fit(lvlm, study, settings), settings, placement=placement)
     choice.repair.save(out / "repair")
     console.print(f"{choice.plan}; written at {choice.writer_site}: {out / 'repair'}")
 

@@ -66,7 +66,7 @@ def capture(
     Raises:
         ValueError: If the model has no such site, a selection is not known or has no meaning at a site, there
             are no examples, a site of the vision tower is asked for and no example has an image, method "gradient"
-            has no outcome, or the checkpoint is of another capture.
+            has no outcome or another method has one, or the checkpoint is of another capture.
 
     Example:
         >>> from care_lens import organism

@@ -30,8 +30,8 @@ def token_gradients(
         By site: the [batch, pos, d] activations, and the gradients of the outcome in them; detached.
 
     Raises:
-        ValueError: If there are no sites, one is not of the language tower or is not there, or the outcome does not
-            depend on one of them.
+        ValueError: If there are no sites, one is not of the language tower or is not there, the outcome does not
+            depend on one of them, or torch is in inference mode.
 
     Example:
         >>> from care_lens import organism
@@ -47,6 +47,8 @@ def token_gradients(
     wanted = [Site.parse(site) for site in dict.fromkeys(sites)]
     if not wanted or any(site.tower != "language" for site in wanted):
         raise ValueError(f"sites must be one or more of the language tower, got {[str(site) for site in wanted]}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("gradients cannot be taken in torch.inference_mode(); leave it, or use torch.no_grad()")
     held: dict[Site, Tensor] = {}
     added: dict[Site, Tensor] = {}
 

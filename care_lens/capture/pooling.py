@@ -76,6 +76,11 @@ class PooledRun:
             raise ValueError(
                 f"examples must include one with an image to have activations at {seeing[0]}, got text alone"
             )
+        if outcome is not None and how.method != "gradient":
+            raise ValueError(
+                f"outcome is differentiated by attribution of method 'gradient' alone, got method {how.method!r}; pass "
+                "attribution=TokenAttribution(method='gradient')"
+            )
         if how.method == "gradient" and outcome is None and any(name in ATTRIBUTED for name in select):
             raise ValueError(
                 "outcome must be given for attribution of method 'gradient', got None; it is differentiated"
@@ -98,7 +103,8 @@ class PooledRun:
         inputs = self.lvlm.prepare(examples, responses=self.responses)
         slopes = self._slopes(inputs)
         pooled: dict[Key, _Pooled] = {}
-        hooks = [(site, self._reader(inputs, site, slopes.get(site), pooled)) for site in self.taken]
+        seen = [site for site in self.taken if site.tower == "language" or inputs.pixel_values is not None]
+        hooks = [(site, self._reader(inputs, site, slopes.get(site), pooled)) for site in seen]
         with torch.no_grad():
             self.lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=1)
         held = {key: pooled[key] if key in pooled else self._nothing(key, len(batch)) for key in self.keys}
@@ -116,6 +122,7 @@ class PooledRun:
             "model": type(self.lvlm.hf_model).__name__,
             "responses": self.responses,
             "attribution": asdict(self.attribution),
+            "outcome": None if self.outcome is None else repr(self.outcome),
             "n": len(self.examples),
             "versions": package_versions(),
         }
@@ -125,7 +132,6 @@ class PooledRun:
         return {
             "keys": [[str(site), name] for site, name in self.keys],
             "examples": examples_digest(self.examples),
-            "outcome": None if self.outcome is None else type(self.outcome).__name__,
             "batch_size": self.batch_size,
             **{name: value for name, value in self.provenance().items() if name != "versions"},
         }

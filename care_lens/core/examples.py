@@ -27,6 +27,7 @@ class Example:
 
     Raises:
         ValueError: If there are further pictures and no first one.
+        TypeError: If a picture is not a PIL image.
     """
 
     prompt: str
@@ -42,6 +43,10 @@ class Example:
     def __post_init__(self) -> None:
         if self.more_images and self.image is None:
             raise ValueError("an example with more_images must have a first image, got None")
+        if wrong := [type(image).__name__ for image in self.images if not isinstance(image, Image.Image)]:
+            raise TypeError(
+                f"image must be a PIL image, got {wrong[0]}; make one with PIL.Image.fromarray or Image.open"
+            )
 
     @property
     def images(self) -> tuple[Image.Image, ...]:

@@ -68,6 +68,10 @@ class BoundLVLM:
     def _check(self, tokens: Tensor) -> Tensor:
         image_token = self._lvlm.hf_model.config.image_token_id
         bound = self.inputs
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"input must be the bound batch's tokens, got {type(tokens).__name__}; give inputs.input_ids"
+            )
         if tokens.shape != bound.input_ids.shape:
             raise ValueError(
                 f"tokens must be of the bound batch's shape {tuple(bound.input_ids.shape)}, "

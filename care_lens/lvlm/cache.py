@@ -8,7 +8,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
-_START = "blocks.0.hook_resid_pre"
+from care_lens.core.site import Site
+
+_START, _SCALE = "blocks.0.hook_resid_pre", "ln_final.hook_scale"
 
 
 class LVLMCache(ActivationCache):
@@ -24,10 +26,124 @@ class LVLMCache(ActivationCache):
         self.has_embed = self.has_embed or _START in cache_dict
 
     def __getitem__(self, key: Any) -> Tensor:
-        """As in TransformerLens; ``"hook_embed"`` and ``"embed"`` are what enters the first block, if it is here."""
+        """As in TransformerLens, and by site.
+
+        Args:
+            key: A name, a shorthand of TransformerLens's, or a ``Site``. ``"hook_embed"`` and ``"embed"`` are what enters the first
+                block, if it is here. ``hook.name``, which is TransformerLens's own name of the point that a hook runs at, finds
+                the site's activation.
+        """
+        if isinstance(key, Site):
+            key = str(key)
         if key in ("hook_embed", "embed") and _START in self.cache_dict:
             return self.cache_dict[_START]
+        if isinstance(key, str) and key not in self.cache_dict:
+            registry = getattr(self.model, "_hook_registry", {})
+            for name in self.cache_dict:
+                if name in registry and registry[name].name == key:
+                    return self.cache_dict[name]
         return super().__getitem__(key)
+
+    def logit_attrs(
+        self,
+        residual_stack: Tensor,
+        tokens: Any,
+        incorrect_tokens: Any = None,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+    ) -> Tensor:
+        """TransformerLens's direct logit attribution, with the final norm's weight, which the bridge does not fold, and the
+        model's logit scaling. Components that add up to the final residual stream have attributions that add up to the
+        logits (before a soft cap, where the model has one).
+
+        Args:
+            residual_stack: [component, ..., d_model], before the final norm.
+            tokens: As in TransformerLens.
+            incorrect_tokens: As in TransformerLens.
+            pos_slice: As in TransformerLens.
+            batch_slice: As in TransformerLens.
+            has_batch_dim: As in TransformerLens.
+
+        Raises:
+            ValueError: If the final norm's scale is not in the cache, or that norm is not an RMS norm.
+        """
+        if _SCALE not in self.cache_dict:
+            raise ValueError(
+                f"the cache must hold {_SCALE!r} for logits, which is no site; take it with "
+                "lvlm.bind(inputs).run_with_cache(inputs.input_ids)"
+            )
+        if self._uses_ln_centering(self.model.cfg.n_layers):
+            raise ValueError(
+                "the final norm must be an RMS norm: a layer norm's weight cannot be applied before it centres"
+            )
+        ones = torch.ones(1, 1, self.model.cfg.d_model, device=residual_stack.device, dtype=residual_stack.dtype)
+        with torch.no_grad():
+            gain = (self.model.ln_final(ones) - self.model.ln_final(-ones))[0, 0] / 2 * (1 + self.model.cfg.eps) ** 0.5
+        config: Any = getattr(self.model, "original_model").config  # noqa: B009
+        scaling = getattr(getattr(config, "text_config", config), "logits_scaling", None) or 1.0
+        return super().logit_attrs(
+            residual_stack * (gain / scaling).to(residual_stack.dtype),
+            tokens,
+            incorrect_tokens,
+            pos_slice,
+            batch_slice,
+            has_batch_dim,
+        )
+
+    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens.
+
+        Raises:
+            ValueError: If the model norms or scales what attention writes: heads then do not add up to it.
+        """
+        self._require_plain("hook_attn_out", "attn.hook_out")
+        return super().stack_head_results(*args, **kwargs)
+
+    def stack_neuron_results(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens.
+
+        Raises:
+            ValueError: If the model norms or scales what the MLP writes: neurons then do not add up to it.
+        """
+        self._require_plain("hook_mlp_out", "mlp.hook_out")
+        return super().stack_neuron_results(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, layer: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens.
+
+        Raises:
+            ValueError: If the model norms or scales what a branch writes, or adds features between blocks (DeepStack): the
+                components would not add up to the stream.
+        """
+        self._require_plain("hook_attn_out", "attn.hook_out")
+        self._require_plain("hook_mlp_out", "mlp.hook_out")
+        last = self.model.cfg.n_layers if layer in (None, -1) else layer
+        if added := [block for block in range(last) if self.added_between(block) is not None]:
+            raise ValueError(
+                f"this model adds picture features after blocks {added}, which heads and neurons do not write; use decompose_resid"
+            )
+        return super().get_full_resid_decomposition(layer, *args, **kwargs)
+
+    def _require_plain(self, component: str, native: str) -> None:
+        registry = getattr(self.model, "_hook_registry", {})
+        name = f"blocks.0.{component}"
+        if name in registry and registry[name].name != f"blocks.0.{native}":
+            raise ValueError(
+                f"this model norms or scales what its branches write ({name} is not {native}), so that heads and neurons do "
+                "not add up to it; use decompose_resid, or exchange them with care_lens.mediation"
+            )
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> ActivationCache:
+        """As in TransformerLens; the batch is that of the language tower, since pictures may be cut in tiles.
+
+        Args:
+            batch_size: The batch size, if it is known better.
+        """
+        if batch_size is None:
+            language = [value for name, value in self.cache_dict.items() if name.startswith("blocks.")]
+            batch_size = len(language[0]) if language else None
+        return super().remove_batch_dim(batch_size)
 
     def added_between(self, layer: int) -> Float[Tensor, "..."] | None:
         """What is added to the stream between a block and the next: DeepStack features, or None.

@@ -12,6 +12,7 @@ memory. Dtypes: what a hook returns is cast to the activation's dtype, so float3
 half-precision model.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,13 +21,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_from_module,
     detect_tokenizer_bos_eos,
 )
 
 from care_lens.core.examples import Example
-from care_lens.core.site import SiteLike
+from care_lens.core.site import Site, SiteLike
 from care_lens.lvlm.attention import NAME as ATTENTION
 from care_lens.lvlm.bound import BoundLVLM
 from care_lens.lvlm.cache import LVLMCache
@@ -49,6 +51,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 """Options of decoding that are refused unless they have one of these values."""
 
 COPIES = "num_return_sequences"
+
+
+def _listed(sites: Sequence[SiteLike] | SiteLike) -> Sequence[SiteLike]:
+    """One site as a list of one."""
+    return [sites] if isinstance(sites, (str, Site)) else sites
 
 
 class HookedLVLM(WrappedBridge):
@@ -120,9 +127,14 @@ class HookedLVLM(WrappedBridge):
             The wrapped model.
 
         Raises:
-            ValueError: If the model's family is not known, or the processor belongs to another model.
+            ValueError: If the model's family is not known, it is in a bridge already, or the processor belongs to another model.
         """
         family = family_of(model)
+        if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
+            raise ValueError(
+                "model must be plain Hugging Face, got one that is in a bridge already; go on with the HookedLVLM that has it, or take "
+                "HookedLVLM.from_bridge(lvlm.bridge, processor) after lvlm.close()"
+            )
         architecture = type(model).__name__
         for cls_name in [c.__name__ for c in type(model).__mro__ if c.__name__ in family.adapters]:
             architecture = f"CareLens{cls_name}"
@@ -186,10 +198,14 @@ class HookedLVLM(WrappedBridge):
             own dtype only.
 
         Raises:
+            TypeError: If what is given are no examples.
             ValueError: If image placeholders and images do not match, or a response is missing.
         """
+        rows = [examples] if isinstance(examples, Example) else list(examples)
+        if wrong := [type(row).__name__ for row in rows if not isinstance(row, Example)]:
+            raise TypeError(f"examples must be care_lens.Example, got {wrong[0]}; write Example(prompt, image=picture)")
         batch = prepare_batch(
-            [examples] if isinstance(examples, Example) else list(examples),
+            rows,
             processor=self.processor,
             config=self.hf_model.config,
             family=self.family,
@@ -228,7 +244,12 @@ class HookedLVLM(WrappedBridge):
 
         Raises:
             ValueError: If this model has no such site, or an edit is refused.
+
+        Warns:
+            UserWarning: If hooks are at the vision tower or the projector and the batch has no image, so that they do not run.
         """
+        if require_inputs(inputs).pixel_values is None and (unseen := self._outside(fwd_hooks)):
+            warnings.warn(f"hooks at {unseen} do not run: the batch holds no image", stacklevel=2)
         with self.batch_hooks(inputs), self.hooks(fwd_hooks):
             kwargs = inputs.model_kwargs()
             return self.bridge(kwargs.pop("input_ids"), logits_to_keep=logits_to_keep, **kwargs)
@@ -237,7 +258,7 @@ class HookedLVLM(WrappedBridge):
         self,
         inputs: LVLMInputs,
         *,
-        sites: Sequence[SiteLike] | None,
+        sites: Sequence[SiteLike] | SiteLike | None,
         fwd_hooks: FwdHooks = (),
         logits_to_keep: int = 0,
     ) -> tuple[Float[Tensor, "batch kept vocab"], LVLMCache]:
@@ -245,7 +266,8 @@ class HookedLVLM(WrappedBridge):
 
         Args:
             inputs: The batch.
-            sites: The sites; None: all of them, which is a lot.
+            sites: The sites, or one; None: all of them, which is a lot. Hook points that are no sites (``ln_final.hook_scale``) are
+                cached by ``bind(inputs).run_with_cache(inputs.input_ids, names_filter=...)``.
             fwd_hooks: Hooks that run before the activations are read, so that the cache holds what the model
                 went on with.
             logits_to_keep: Compute the logits of the last so many positions only; 0: all.
@@ -257,7 +279,7 @@ class HookedLVLM(WrappedBridge):
         Raises:
             ValueError: If this model has no such site, or the batch has no images and a site is about them.
         """
-        wanted = self.sites() if sites is None else [self._require(site) for site in sites]
+        wanted = self.sites() if sites is None else [self._require(site) for site in _listed(sites)]
         if require_inputs(inputs).pixel_values is None:
             if sites is not None and (about := [str(site) for site in wanted if site.tower != "language"]):
                 raise ValueError(f"inputs must hold an image to have activations at {about}, got text alone")
@@ -284,7 +306,7 @@ class HookedLVLM(WrappedBridge):
         max_new_tokens: int = 32,
         do_sample: bool = False,
         fwd_hooks: FwdHooks = (),
-        sites: Sequence[SiteLike] = (),
+        sites: Sequence[SiteLike] | SiteLike = (),
         **kwargs: Any,
     ) -> Generation:
         """Answer a batch, by the Hugging Face model's own ``generate`` with the hooks on.
@@ -322,7 +344,10 @@ class HookedLVLM(WrappedBridge):
         if copies > 1:
             inputs = inputs.rows([row for row in range(inputs.batch_size) for _ in range(copies)])
             kwargs[COPIES] = 1
-        recorder = Recorder([self._require(site) for site in sites])
+        recorder = Recorder([self._require(site) for site in _listed(sites)])
+        seeing = [str(site) for site in recorder.sites if site.tower != "language"]
+        if seeing and inputs.pixel_values is None:
+            raise ValueError(f"inputs must hold an image to have activations at {seeing}, got text alone")
         pad = self.tokenizer.pad_token_id
         options = {
             "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
@@ -334,6 +359,11 @@ class HookedLVLM(WrappedBridge):
         new_tokens = sequences[:, inputs.input_ids.shape[1] :]
         texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return Generation(sequences, new_tokens, texts, recorder.activations())
+
+    def _outside(self, fwd_hooks: FwdHooks) -> list[str]:
+        """Names of the sites outside the language tower among the places of hooks."""
+        listed = {str(site) for site in self.sites() if site.tower != "language"}
+        return sorted({str(place) for place, _ in fwd_hooks if isinstance(place, (str, Site)) and str(place) in listed})
 
     def _copies(self, kwargs: Mapping[str, Any], *, stateful: bool) -> int:
         """How many times each row is to stand in the batch before it is generated from."""

@@ -86,8 +86,14 @@ class LVLMInputs:
         )
 
     def rows(self, index: Sequence[int]) -> "LVLMInputs":
-        """The rows ``index`` as a batch of their own, in that order, with their images; padding stays."""
+        """The rows ``index`` as a batch of their own, in that order, with their images; padding stays.
+
+        Raises:
+            ValueError: If no row is named.
+        """
         rows = list(index)
+        if not rows:
+            raise ValueError("index must name at least one row, got none")
         entries = self._entries()
         kept = tuple(entries[row] for row in rows)
         counts = {name: self._counts(name) for name in ("pixel_values", *self.extra)}

@@ -27,6 +27,11 @@ class Recorder:
             )
         self._steps: dict[Site, list[Tensor]] = {site: [] for site in dict.fromkeys(sites)}
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites."""
+        return tuple(self._steps)
+
     def hooks(self) -> list[tuple[Site, Callable[..., None]]]:
         """Pairs of a site and a hook that reads there."""
 

@@ -1,25 +1,28 @@
 """A TransformerBridge with the sites of its family on it: their names, their facts, and hooks at them."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from care_lens.core.site import Site, SiteLike, Tower
+from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import LVLMInputs, require_inputs
 from care_lens.lvlm.seams import install
 from care_lens.lvlm.sites import SiteInfo, describe, why_missing
 
 HookFn: TypeAlias = Callable[..., Any]
-"""``fn(activation, hook)``: returns a new tensor of the same shape, or None to leave things as they are."""
+"""``fn(activation, hook)``: returns a new tensor of the same shape, or None to leave things as they are; never writes into
+the activation. ``hook.name`` is TransformerLens's own name of the point, which an ``LVLMCache`` understands too."""
 
 FwdHooks: TypeAlias = Sequence[tuple[Site | str | Callable[[str], bool], HookFn]]
-"""Pairs of a place (a site, any hook name of the bridge, or a filter of names) and a hook function."""
+"""Pairs of a place (a site, any hook name of the bridge, or a filter of names) and a hook function. A filter sees the sites'
+names and, of the language tower, the bridge's other names; each hook point it accepts runs the function once."""
 
 Wrapped = TypeVar("Wrapped", bound="WrappedBridge")
 
@@ -37,6 +40,10 @@ class WrappedBridge:
     def __init__(self, bridge: Any, processor: Any) -> None:
         model = bridge.original_model
         self.family = family_of(model)
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
+            raise ValueError(
+                f"processor must be the model's processor, with its tokenizer, got {type(processor).__name__}"
+            )
         tokens = self.family.image_ids(processor)
         if model.config.image_token_id not in tokens:
             raise ValueError(
@@ -77,7 +84,12 @@ class WrappedBridge:
         return self.hf_model.get_input_embeddings().weight.dtype
 
     def n_layers(self, tower: Tower = "language") -> int:
-        """Number of layers of a tower that have sites; of the vision tower, those that are read."""
+        """Number of layers of a tower that have sites; of the vision tower, those that are read.
+
+        Raises:
+            RuntimeError: If this HookedLVLM is closed.
+        """
+        self._require_open()
         return len({site.layer for site in self._seams.points if site.tower == tower and site.layer is not None})
 
     def sites(self, *, tower: Tower | None = None, component: str | None = None) -> list[Site]:
@@ -89,7 +101,17 @@ class WrappedBridge:
 
         Returns:
             Every site that can be read; ``site_info(site).editable`` says whether it can be edited.
+
+        Raises:
+            ValueError: If there is no such tower, or no family has such a component.
+            RuntimeError: If this HookedLVLM is closed.
         """
+        self._require_open()
+        if tower not in (None, *get_args(Tower)):
+            raise ValueError(f"tower must be one of {get_args(Tower)}, got {tower!r}")
+        known = {*BLOCK_COMPONENTS, "hook_embed", *(site.component for site in self._seams.points)}
+        if component is not None and component not in known:
+            raise ValueError(f"component must be one of {sorted(known)}, got {component!r}")
         return [
             site for site in self._seams.points if tower in (None, site.tower) and component in (None, site.component)
         ]
@@ -136,7 +158,8 @@ class WrappedBridge:
             class_tokens: Whether class tokens count too.
 
         Raises:
-            ValueError: If the site is of the language tower, whose positions ``inputs.spans`` tells apart.
+            ValueError: If the site is of the language tower, whose positions ``inputs.spans`` tells apart, or the activation
+                is not of the forward pass that ran last.
         """
         site = self._require(site)
         if site.tower == "language":
@@ -144,7 +167,13 @@ class WrappedBridge:
         key = self.family.outside_packing.get(str(site)) if site.layer is None else self.family.vision.packing
         mask = torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
         if key is not None:
-            mask = self._seams.packings[key].mask.to(activation.device, copy=True)
+            packing = self._seams.packings.get(key)
+            if packing is None or packing.mask.shape != activation.shape[:2]:
+                raise ValueError(
+                    f"activation must be of the forward pass under way, got {tuple(activation.shape[:2])} entries where the last "
+                    f"one had {None if packing is None else tuple(packing.mask.shape)}; ask inside the hook, or run that batch again first"
+                )
+            mask = packing.mask.to(activation.device, copy=True)
         if site.tower == "vision" and not class_tokens:
             config = self.hf_model.config
             mask[:, : self.family.class_tokens(config)] = False
@@ -160,14 +189,22 @@ class WrappedBridge:
                 before returned.
 
         Raises:
-            ValueError: If this model has no such site; the message says why.
-            KeyError: If the bridge has no hook point of that name.
+            ValueError: If this model has no such site or hook point; the message says why.
+
+        Warns:
+            UserWarning: If a place is TransformerLens's own name of a point in the vision tower or the projector: an edit there may do
+                nothing, which the sites' names exclude.
         """
         self._require_open()
-        if not fwd_hooks:
+        if len(fwd_hooks) == 2 and callable(fwd_hooks[1]):
+            raise ValueError(
+                "fwd_hooks must be a list of pairs of a place and a function, got one pair; put it in a list"
+            )
+        placed = [(name, fn) for place, fn in fwd_hooks for name in self._places(place)]
+        if not placed:
             yield self
             return
-        with self.bridge.hooks(fwd_hooks=[(self._place(place), fn) for place, fn in fwd_hooks]):
+        with self.bridge.hooks(fwd_hooks=placed):
             yield self
 
     @contextmanager
@@ -212,10 +249,32 @@ class WrappedBridge:
             raise ValueError(f"this model has no site {site}: {why_missing(site, self.hf_model.config, self.family)}")
         return site
 
-    def _place(self, place: Site | str | Callable[[str], bool]) -> Any:
-        if isinstance(place, str):
-            try:
-                place = Site.parse(place)
-            except ValueError:
-                return place
-        return str(self._require(place)) if isinstance(place, Site) else place
+    def _places(self, place: Site | str | Callable[[str], bool]) -> list[str]:
+        """Names of the hook points that a place stands for."""
+        if isinstance(place, Site):
+            return [str(self._require(place))]
+        known = self.bridge.hook_dict
+        if not isinstance(place, str):
+            names = [str(site) for site in self._seams.points]
+            names += [name for name in known if not name.startswith(self._native)]
+            points = {id(known[name]): name for name in reversed(names) if place(name)}
+            return list(points.values())[::-1]
+        try:
+            site = Site.parse(place)
+        except ValueError as error:
+            if place not in known:
+                raise ValueError(f"there is no hook point {place!r}: {error}") from None
+            if place.startswith(self._native):
+                warnings.warn(
+                    f"{place!r} is TransformerLens's own hook point, at which an edit may do nothing; use the sites' names "
+                    "(lvlm.sites(tower='vision'))",
+                    stacklevel=5,
+                )
+            return [place]
+        return [str(self._require(site))]
+
+    @property
+    def _native(self) -> tuple[str, ...]:
+        """How TransformerLens's own names outside the language tower begin."""
+        blocks = self.family.vision.blocks
+        return (f"{blocks.partition('.')[0]}.", "vision_projector.")

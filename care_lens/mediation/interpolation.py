@@ -28,14 +28,28 @@ DEFAULT = (HEADS, NEURONS, "hook_attn_out", "hook_mlp_out", "hook_out")
 
 
 def nodes_of(points: int) -> tuple[tuple[float, float], ...]:
-    """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
+    """Nodes and weights of Gauss-Legendre quadrature on [0, 1].
+
+    Args:
+        points: How many, 1 or more.
+
+    Returns:
+        Pairs of a node in (0, 1) and its weight; weights add up to 1.
+    """
     at, weights = np.polynomial.legendre.leggauss(points)
     return tuple(zip(((at + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is attributed to, and where inputs are interpolated."""
+    """What is attributed to, and where inputs are interpolated.
+
+    Attributes:
+        sites: Sites with one attribution a unit and position.
+        patches: Sites with one a picture patch.
+        positions: Of the sites of the language tower.
+        by_patch_embedding: Whether pictures are interpolated where patches enter the vision tower.
+    """
 
     sites: tuple[Site, ...]
     patches: tuple[Site, ...]
@@ -52,6 +66,19 @@ class Plan:
         path: Path,
         pictured: bool,
     ) -> "Plan":
+        """The plan of a call of :func:`~care_lens.mediation.attribution.attribute`, whose arguments these are.
+
+        Args:
+            lvlm: The model.
+            sites: As there.
+            patches: As there.
+            positions: As there.
+            path: As there.
+            pictured: Whether a pair has two pictures.
+
+        Raises:
+            ValueError: If a site is not there, cannot be edited, or is none that the path or the pairs allow.
+        """
         listed = lvlm.sites()
         by_patch = path == "inputs" and PATCHES in listed and lvlm.site_info(PATCHES).editable
         able = [
@@ -116,6 +143,22 @@ class Found:
 def attributed(
     lvlm: HookedLVLM, batch: PairBatch, outcome: Any, plan: Plan, nodes: Sequence[tuple[float, float]], bar: Any
 ) -> Found:
+    """Attributions of one batch: two runs without gradients, then one forward and one backward pass a node.
+
+    Args:
+        lvlm: The model; a repair that is on it acts.
+        batch: n aligned pairs, as 2n rows.
+        outcome: Larger where the model is less safe; differentiable in the logits.
+        plan: What is attributed to.
+        nodes: Pairs of a node in [0, 1] between the twins and its weight.
+        bar: A progress bar, moved once a node.
+
+    Returns:
+        The attributions, in the outcome's unit.
+
+    Raises:
+        ValueError: If the outcome has no gradient in the logits, or does not depend on a site.
+    """
     sites, entries = plan.read(batch.has_images), plan.entries(batch.has_images)
     keep = logits_needed(outcome, batch.inputs)
     with torch.no_grad():

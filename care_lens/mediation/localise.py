@@ -10,6 +10,7 @@ Residual streams are not candidates: everything passes through them. The method 
 else, and redundant places (each sufficient, none necessary) share the middle of the ranking.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,17 +32,20 @@ from care_lens.mediation.pairs import ALWAYS_SHARED, pair_batches, shared_positi
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+log = logging.getLogger(__name__)
+
 WRITERS = ("hook_attn_out", "hook_mlp_out")
 SPANS = ("image", "text", "last")
 _PLACE = ("tower", "layer", "component", "head", "neuron", "mediator", "position")
 COLUMNS = (
-    "rank", *_PLACE, "score", "ci_low", "ci_high",
+    "rank", *_PLACE, "acts_through", "score", "ci_low", "ci_high",
     "sufficient", "necessary", "first", "reason", "n", "seed",
 )  # fmt: skip
+_NEARLY, _SOME = 0.9, 0.1
 
 
 class NothingToLocalise(ValueError):
-    """The unsafe twins are no less safe than the safe ones, by the outcome."""
+    """The unsafe twins are no less safe than the safe ones, by the outcome, or too few to say so."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,11 @@ class Localisation(FrameResult):
     """Places, the most likely first.
 
     Attributes:
-        frame: rank (from 1), tower, layer, component, head, neuron, mediator, position (the span of the language tower through
-            which it acts most, where that was asked for), score with its interval, sufficient (NIE / TE), necessary (TIE / TE), first (share of
-            resamples of the pairs in which this place comes first), reason, n (pairs), seed.
+        frame: rank (from 1), tower, layer, component, head, neuron, mediator, position (where it was exchanged: "all", or of
+            twins that are not aligned "image" or "last"), acts_through (of places of the language tower with a score of 0.1 or
+            more, where it was measured: the span at which exchanging them has the largest NIE; "last", which is part of "text", if
+            that alone has nine tenths of it), score with its interval, sufficient (NIE / TE), necessary (TIE / TE), first (share of
+            resamples of the pairs in which this place comes first, shared where several do), reason, n (pairs), seed.
         settings: outcome, number of pairs and groups, TE, n_boot, seed, versions.
     """
 
@@ -62,8 +68,8 @@ class Localisation(FrameResult):
         return plot_localisation(self)
 
     def top(self, k: int = 1) -> list[str]:
-        """The names of the first k places."""
-        return self.frame["mediator"].head(k).tolist()
+        """The names of the first k places; of twins that are not aligned a place may stand in the frame twice, and is named once."""
+        return list(dict.fromkeys(self.frame["mediator"]))[:k]
 
 
 def candidates(lvlm: HookedLVLM) -> list[Site]:
@@ -90,7 +96,8 @@ def localise(
 
     Args:
         lvlm: The model.
-        pairs: Counterfactual twins; where a pair has no picture, places of the vision tower carry nothing of it.
+        pairs: Counterfactual twins. Through places of pictures nothing of a pair without any can pass: they count as 0 for it.
+            Pairs of which one twin has a picture, and those that an outcome is missing of, are left out.
         outcome: Larger where the model is less safe.
         sites: Candidates; None: :func:`candidates`.
         spans: For so many of the leading places of the language tower the span is found through which they act most.
@@ -103,9 +110,15 @@ def localise(
         The ranking.
 
     Raises:
-        NothingToLocalise: If the total effect's interval contains 0 or is below it.
+        NothingToLocalise: If the total effect's interval contains 0 or is below it, or the pairs are about one item alone.
+        ValueError: If two mediators have one name, no pair could be measured at every place, or :func:`mediate` refuses the
+            sites or the pairs.
     """
-    places = [Mediator.of(site) for site in (candidates(lvlm) if sites is None else sites)]
+    places = list(dict.fromkeys(Mediator.of(site) for site in (candidates(lvlm) if sites is None else sites)))
+    if len({place.name for place in places}) < len(places):
+        raise ValueError(
+            "sites must have names of their own, got two mediators of one name; give Mediator(..., name=...)"
+        )
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
     positions = shared_positions(batches, ("all",)) or shared_positions(batches, ALWAYS_SHARED)
     options: dict[str, Any] = {
@@ -116,7 +129,7 @@ def localise(
         "seed": seed,
     }
     found = mediate(lvlm, pairs, sites=places, positions=positions, progress=progress, **options)
-    ranking = rank_places(found, n_boot=n_boot, seed=seed)
+    ranking = rank_places(found, components=None, n_boot=n_boot, seed=seed)
     if positions != ("all",) or spans < 1:
         return ranking
     by_name = {place.name: place for place in places}
@@ -125,33 +138,37 @@ def localise(
     if not language:
         return ranking
     acting = mediate(lvlm, pairs, sites=language, positions=SPANS, progress=False, **options)
-    return Localisation(_with_spans(ranking.frame, acting.frame), ranking.settings)
+    return Localisation(_with_spans(ranking.frame, acting.details), ranking.settings)
 
 
 def rank_places(
-    found: MediationResult, *, components: Sequence[str] | None = None, n_boot: int = 500, seed: int = 0
+    found: MediationResult, *, components: Sequence[str] | None = WRITERS, n_boot: int = 500, seed: int = 0
 ) -> Localisation:
     """The ranking of what was exchanged already, without another run of the model.
 
     Args:
-        found: Effects of the candidates. Cells at position "all" are ranked where there are such, else those of the image
-            and of the last token.
-        components: Components that are ranked, such as :data:`WRITERS`; None: all that were exchanged.
+        found: Effects of the candidates. Places of the language tower are ranked at position "all" where they were exchanged
+            there, else at the image and at the last token.
+        components: Components that are ranked; None: all that were exchanged, residual streams too, through which
+            everything passes.
         n_boot: Resamples of the pairs' groups.
         seed: Of the resamples.
 
     Returns:
-        The ranking; the span through which a place acts most is told where it was measured.
+        The ranking, of the pairs that were measured in every cell; pairs without a picture count as 0 where pictures are exchanged.
 
     Raises:
-        NothingToLocalise: If the total effect's interval contains 0 or is below it.
-        ValueError: If there is no such cell, or no pair that was measured in all of them.
+        NothingToLocalise: If the total effect's interval contains 0 or is below it, or the pairs are about one item alone.
+        ValueError: If there is no such cell, a place was exchanged at neither of these positions, or no pair was measured in every
+            cell.
     """
     details = found.details
     if components is not None:
         details = pd.DataFrame(details[details["component"].isin(components)])
-    cells, shares, groups = _shares(details)
-    total = cluster_bootstrap(shares[:, 0, 0], groups, n_boot=1000, seed=0)
+    cells, shares, groups = _shares(details, found.settings.get("text_only", []))
+    if len(set(groups)) < 2:
+        raise NothingToLocalise(f"pairs must be about two items or more to have intervals, got {len(set(groups))}")
+    total = cluster_bootstrap(shares[:, 0, 0], groups, n_boot=n_boot, seed=seed)
     if not total.low > 0:
         raise NothingToLocalise(
             f"unsafe twins must be less safe by the outcome, got a total effect of {total.estimate:.3g} "
@@ -160,13 +177,15 @@ def rank_places(
     boot = _resampled(shares, groups, n_boot=n_boot, seed=seed)
     mean = shares.mean(axis=0)
     estimate = _score(mean)
-    first = np.bincount(boot.argmax(axis=1), minlength=len(cells)) / len(boot)
+    leads = boot >= boot.max(axis=1, keepdims=True) - 1e-9
+    first = (leads / leads.sum(axis=1, keepdims=True)).mean(axis=0)
     low, high = np.quantile(boot, [0.025, 0.975], axis=0)
     sufficient, necessary = mean[:, 1] / mean[:, 0], mean[:, 2] / mean[:, 0]
     rows = []
-    for rank, i in enumerate(np.argsort(-estimate, kind="stable"), 1):
+    # Of equal scores (both shares cut off at 1) the larger uncut sum comes first.
+    for rank, i in enumerate(np.lexsort((-(sufficient + necessary), -estimate)), 1):
         rows.append({
-            "rank": rank, **cells[i], "score": estimate[i], "ci_low": low[i], "ci_high": high[i],
+            "rank": rank, **cells[i], "acts_through": "", "score": estimate[i], "ci_low": low[i], "ci_high": high[i],
             "sufficient": sufficient[i], "necessary": necessary[i], "first": first[i],
             "reason": _reason(float(sufficient[i]), float(necessary[i]), float(first[i])), "n": len(shares), "seed": seed,
         })  # fmt: skip
@@ -175,7 +194,7 @@ def rank_places(
         "TE": {"value": float(total.estimate), "ci_low": float(total.low), "ci_high": float(total.high)},
         **sampling(len(shares), groups, n_boot, seed),
     }
-    return Localisation(_with_spans(tidy(rows, COLUMNS), found.frame), settings)
+    return Localisation(_with_spans(tidy(rows, COLUMNS), details), settings)
 
 
 def refine(
@@ -208,30 +227,38 @@ def refine(
     return localise(lvlm, pairs, outcome=outcome, sites=units, **{"spans": 0, **options})
 
 
-def _shares(details: pd.DataFrame) -> tuple[list[dict[str, Any]], Float[ndarray, "pair cell 3"], list[str]]:
+def _shares(
+    details: pd.DataFrame, text_only: Sequence[int]
+) -> tuple[list[dict[str, Any]], Float[ndarray, "pair cell 3"], list[str]]:
     """The cells that are ranked; TE, NIE and TIE of each pair and cell; the pairs' groups."""
     language, everywhere = ~details["tower"].isin(["vision", "projector"]), details["position"] == "all"
     shared = details["position"].isin(ALWAYS_SHARED) & language & (not (language & everywhere).any())
     kept = pd.DataFrame(details[everywhere | shared])
+    if left := sorted(set(details["mediator"]) - set(kept["mediator"])):
+        raise ValueError(f"places must be exchanged at position 'all' or at {ALWAYS_SHARED}, got others for {left[:3]}")
     if kept.empty:
-        raise ValueError(f"found must hold such components at position 'all' or at {ALWAYS_SHARED}, got none")
+        raise ValueError("found must hold such components, got none")
     cells = pd.DataFrame(kept[[*_PLACE]]).drop_duplicates(subset=["mediator", "position"]).to_dict(orient="records")
     index = pd.MultiIndex.from_tuples([(cell["mediator"], cell["position"]) for cell in cells])
     wide = {
-        name: kept.pivot(index="pair", columns=["mediator", "position"], values=name).reindex(columns=index).to_numpy()
+        name: kept.pivot(index="pair", columns=["mediator", "position"], values=name).reindex(columns=index)
         for name in ("safe", "unsafe", "safe_patched", "unsafe_patched")
     }
-    # A pair without a picture has no cell at places of pictures: exchanging nothing changes nothing.
-    pictured = np.array([cell["tower"] != "language" or cell["position"] == "image" for cell in cells])
-    without = np.outer(np.isnan(wide["safe_patched"][:, pictured]).all(axis=1), pictured)
+    # Where pictures alone are exchanged a pair without any stays as it is. What is missing for another reason stays missing.
+    pictures = [cell["tower"] in ("vision", "projector") or cell["position"] == "image" for cell in cells]
+    still = np.outer(wide["safe"].index.isin(list(text_only)), pictures)
+    values = {name: frame.to_numpy() for name, frame in wide.items()}
     for name in ("safe", "unsafe"):
-        own = pd.DataFrame(wide[name]).max(axis=1).to_numpy()[:, None]
+        own = wide[name].max(axis=1).to_numpy()[:, None]
         for one in (name, f"{name}_patched"):
-            wide[one] = np.where(without, own, wide[one])
-    whole = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in wide.values()])
+            values[one] = np.where(still, own, values[one])
+    whole = np.logical_and.reduce([np.isfinite(one).all(axis=1) for one in values.values()])
     if not whole.any():
         raise ValueError("found must hold a pair that was measured in every cell, got none")
-    effects = effects_of(**{name: values[whole] for name, values in wide.items()})
+    if not whole.all():
+        out = wide["safe"].index[~whole].tolist()
+        log.warning("pairs %s are left out of the ranking: they were not measured at every place", out)
+    effects = effects_of(**{name: one[whole] for name, one in values.items()})
     groups = kept.groupby("pair")["group"].first().to_numpy()[whole].tolist()
     return cells, np.stack([effects["TE"], effects["NIE"], effects["TIE"]], axis=2), groups
 
@@ -253,13 +280,19 @@ def _resampled(
     return np.stack([_score(shares[np.concatenate([members[k] for k in draw])].mean(axis=0)) for draw in draws])
 
 
-def _with_spans(ranking: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
-    """The ranking, with the span of largest NIE as the position of what was exchanged at all of them."""
-    nie = pd.DataFrame(effects[(effects["effect"] == "NIE") & effects["position"].isin(SPANS)])
-    best = nie.loc[nie.groupby("mediator")["value"].idxmax()]
-    acting = dict(zip(best["mediator"], best["position"], strict=True))
-    here = ranking["mediator"].map(acting)
-    return ranking.assign(position=ranking["position"].where((ranking["position"] != "all") | here.isna(), here))
+def _with_spans(ranking: pd.DataFrame, details: pd.DataFrame) -> pd.DataFrame:
+    """The ranking with the span through which places of the language tower act, over pairs that were measured at all of them."""
+    spans = details[details["position"].isin(SPANS) & (details["tower"] == "language")]
+    acting: dict[str, str] = {}
+    for name, part in spans.groupby("mediator"):
+        nie = part.assign(nie=part["safe_patched"] - part["safe"]).pivot(index="pair", columns="position", values="nie")
+        mean = nie.dropna().mean()
+        if mean.empty or not mean.max() > 0:
+            continue
+        last = mean.get("last", 0.0) >= _NEARLY * mean.max()
+        acting[str(name)] = "last" if last else str(mean.idxmax())
+    known = ranking["mediator"].map(acting).where((ranking["position"] == "all") & (ranking["score"] >= _SOME))
+    return ranking.assign(acts_through=known.where(known.notna(), ranking["acts_through"]))
 
 
 def _reason(sufficient: float, necessary: float, first: float) -> str:

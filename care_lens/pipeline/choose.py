@@ -29,6 +29,7 @@ from care_lens.pipeline.learn import (
     residual_sites,
     token_rows,
 )
+from care_lens.pipeline.place import Placement, reader_layers
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import (
     ConformalGate,
@@ -101,7 +102,7 @@ class Choice:
         repair: ready to use.
         plan, writer_site, alpha: what it is made of.
         subspaces: what its readers read.
-        layers: after which readers were tried.
+        placement: after which layers readers were tried, and why.
         readers: detection by reader plan. runs: candidates run with their writers.
     """
 
@@ -110,7 +111,7 @@ class Choice:
     writer_site: Site
     alpha: float
     subspaces: tuple[SafetySubspace, ...]
-    layers: tuple[int, ...]
+    placement: Placement
     readers: pd.DataFrame
     runs: pd.DataFrame
 
@@ -255,7 +256,7 @@ def recalibrated(
 
 
 def choose(
-    lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings, *, layers: Sequence[int] | None = None
+    lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings, *, placement: Placement | None = None
 ) -> Choice:
     """Pick readers, gate and writers on the validation split.
 
@@ -269,13 +270,14 @@ def choose(
         study: its calibration and validation splits are used.
         rows: of the fit split.
         settings: of the run.
-        layers: after which readers are tried, as `reader_layers` gives them from the diagnosis; None: all but the last.
+        placement: after which layers readers are tried, as `reader_layers` gives it from the diagnosis; None: all but the
+            last.
 
     Raises:
         NoCandidate: if none does, or no plan could be calibrated.
     """
     sites = residual_sites(lvlm)
-    layers = tuple(range(lvlm.n_layers() - 1) if layers is None else layers)
+    placement = placement or reader_layers({}, lvlm.n_layers(), score=settings.carrier_score)
 
     def held(examples: Sequence[Example]) -> TokenRows:
         return token_rows(lvlm, examples, sites, tokens=settings.answer_tokens, batch_size=settings.batch_size)
@@ -286,7 +288,7 @@ def choose(
     attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
 
     readers, table = Readers(rows), []
-    for plan in plans(layers, settings):
+    for plan in plans(placement.layers, settings):
         try:
             fitted = readers.fit(plan, calibration)
         except (RankError, TooFewCalibration) as error:
@@ -346,7 +348,7 @@ def choose(
         writer_site=won["site"],
         alpha=won["alpha"],
         subspaces=won["fitted"].subspaces,
-        layers=layers,
+        placement=placement,
         readers=pd.DataFrame([{k: str(v) if k == "plan" else v for k, v in r.items() if k != "fitted"} for r in table]),
         runs=pd.DataFrame(
             [{k: str(v) if k in ("plan", "site") else v for k, v in r.items() if k not in drop} for r in runs]

@@ -79,22 +79,44 @@ def _corresponding(batches: Sequence[PairBatch], sites: Sequence[Site]) -> list[
     return list(sites)
 
 
-def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage) -> Diagnosis:
-    """Mediation over the study's pairs, ablation of MLP and attention by layer, and a patch map; resumable.
+def _one_grid(batches: Sequence[PairBatch]) -> bool:
+    """Whether every picture of every pair is one grid of patches of one shape, as a map over pairs needs."""
+    shapes = {
+        tuple((grid.rows, grid.cols) for grid in grids)
+        for batch in batches
+        if batch.has_images
+        for grids in batch.inputs.spans.grids
+    }
+    return len(shapes) == 1 and len(next(iter(shapes))) == 1
+
+
+def measure_pairs(
+    lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage, *, maps: bool = True
+) -> tuple[dict[str, MediationResult], dict[str, PatchMapResult]]:
+    """Mediation over the study's pairs and, where pictures differ and patches correspond, patch maps; resumable.
 
     Args:
         lvlm: the model.
-        study: its pairs come from the fit split.
+        study: its pairs come from the fit split; sets without pairs are left out.
         settings: of the run.
         stage: where results are kept.
+        maps: whether patch maps are made.
+
+    Returns:
+        By pair set: effects, and patch maps.
     """
     effects, patches = {}, {}
     for name, pairs in study.pairs.items():
         few = pairs[: settings.pairs]
+        if not len(few):
+            log.warning("pair set %r is empty: nothing is diagnosed of it", name)
+            continue
         outcome = study.pair_outcomes.get(name, study.outcome)
         batches = pair_batches(lvlm, few, outcome=outcome, batch_size=settings.batch_size)
         every = diagnosed_sites(lvlm)
         sites, positions = _corresponding(batches, every), shared_positions(batches, POSITIONS)
+        correspond = len(sites) == len(every) and positions == POSITIONS and _one_grid(batches)
+        del batches  # their pixels
         effects[name] = stage.result(
             MediationResult,
             f"effects.{name}",
@@ -110,19 +132,44 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
                 progress=False,
             ),
         )
-        if pictures_differ(few) and len(sites) == len(every) and positions == POSITIONS:
-            patches[name] = stage.result(
-                PatchMapResult,
-                f"patches.{name}",
-                lambda few=few, outcome=outcome: patch_map(
-                    lvlm,
-                    few,
-                    outcome=outcome,
-                    site="blocks.0.hook_resid_pre",
-                    batch_size=settings.batch_size,
-                    progress=False,
-                ),
-            )
+        if not maps or not pictures_differ(few):
+            continue
+        if not correspond:
+            log.warning("no patch map of %r: its pictures are not one grid of patches of one shape each", name)
+            continue
+        patches[name] = stage.result(
+            PatchMapResult,
+            f"patches.{name}",
+            lambda few=few, outcome=outcome: patch_map(
+                lvlm,
+                few,
+                outcome=outcome,
+                site="blocks.0.hook_resid_pre",
+                batch_size=settings.batch_size,
+                progress=False,
+            ),
+        )
+    return effects, patches
+
+
+def rank_pairs(effects: dict[str, MediationResult], settings: RunSettings, stage: Stage) -> dict[str, Localisation]:
+    """The places of each pair set, ranked and kept beside the effects."""
+    places = localised(effects, n_boot=settings.n_boot, seed=settings.seed)
+    for name, ranking in places.items():
+        ranking.save(stage.directory, f"places.{name}")
+    return places
+
+
+def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage) -> Diagnosis:
+    """Mediation over the study's pairs, places ranked, ablation of MLP and attention by layer, and patch maps; resumable.
+
+    Args:
+        lvlm: the model.
+        study: its pairs come from the fit split.
+        settings: of the run.
+        stage: where results are kept.
+    """
+    effects, patches = measure_pairs(lvlm, study, settings, stage)
     attacked: list[Example] = []
     for channels in study.seen.values():
         for channel in channels:
@@ -130,8 +177,7 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
     ablation = stage.result(
         AblationResult, "ablation", lambda: _ablate(lvlm, attacked, study.benign("fit"), study, settings)
     )
-    places = localised(effects, n_boot=settings.n_boot, seed=settings.seed)
-    return Diagnosis(effects, places, ablation, patches)
+    return Diagnosis(effects, rank_pairs(effects, settings, stage), ablation, patches)
 
 
 def _ablate(

@@ -2,15 +2,30 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from care_lens.mediation import Localisation, MediationResult, NothingToLocalise, rank_places
-from care_lens.mediation.localise import WRITERS
+import pandas as pd
+
+from care_lens.mediation import Localisation, MediationResult, rank_places
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where readers are tried.
+
+    Attributes:
+        layers: of the language tower, after whose blocks.
+        reason: why there, in a sentence or two.
+    """
+
+    layers: tuple[int, ...]
+    reason: str
+
+
 def localised(effects: Mapping[str, MediationResult], *, n_boot: int, seed: int) -> dict[str, Localisation]:
-    """The attention and MLP outputs of each pair set, ranked; sets without an effect to localise are left out and named in the log.
+    """The attention and MLP outputs of each pair set, ranked; sets that cannot be ranked are left out and named in the log.
 
     Args:
         effects: by pair set.
@@ -20,13 +35,13 @@ def localised(effects: Mapping[str, MediationResult], *, n_boot: int, seed: int)
     places = {}
     for name, found in effects.items():
         try:
-            places[name] = rank_places(found, components=WRITERS, n_boot=n_boot, seed=seed)
-        except NothingToLocalise as error:
+            places[name] = rank_places(found, n_boot=n_boot, seed=seed)
+        except ValueError as error:  # nothing to localise, or no pair measured everywhere
             log.warning("pairs %r say nothing of where readers belong: %s", name, error)
     return places
 
 
-def reader_layers(places: Mapping[str, Localisation], n_layers: int, *, score: float) -> tuple[int, ...]:
+def reader_layers(places: Mapping[str, Localisation], n_layers: int, *, score: float) -> Placement:
     """Layers of the language tower after which a carrier has written.
 
     A carrier is a place of the language tower with at least that score; of a pair set that has none, its first place there.
@@ -39,12 +54,27 @@ def reader_layers(places: Mapping[str, Localisation], n_layers: int, *, score: f
         score: of a carrier, mean of the shares of the total effect that it brings and that its removal takes.
 
     Returns:
-        The layers, in order; all but the last where nothing was localised.
+        The layers, in order, all but the last where no place of the language tower was ranked; and the reason.
     """
-    found: set[int] = set()
-    for ranking in places.values():
-        frame = ranking.frame[ranking.frame["tower"] == "language"]
-        carriers = frame[frame["score"] >= score]
-        found |= {int(layer) for layer in (carriers if len(carriers) else frame.head(1))["layer"]}
     every = range(max(n_layers - 1, 1))
-    return tuple(sorted({min(layer, every[-1]) for layer in found})) or tuple(every)
+    found: set[int] = set()
+    reasons = []
+    for name, ranking in places.items():
+        frame = pd.DataFrame(ranking.frame[ranking.frame["tower"] == "language"])
+        carriers = pd.DataFrame(frame[frame["score"] >= score])
+        if frame.empty:
+            reasons.append(f"{name}: no place of the language tower")
+            continue
+        chosen = carriers if len(carriers) else frame.head(1)
+        why = f"carried by {', '.join(dict.fromkeys(chosen['mediator']))}"
+        if carriers.empty:
+            why = (
+                f"no place reaches {score:g}, the first is {chosen['mediator'].iloc[0]} ({chosen['score'].iloc[0]:.2f})"
+            )
+        if chosen["layer"].max() > every[-1]:
+            why += f"; block {every[-1]} stands for the last, above which nothing could be written"
+        reasons.append(f"{name}: {why}")
+        found |= {min(int(layer), every[-1]) for layer in chosen["layer"]}
+    if not found:
+        return Placement(tuple(every), "No place of the language tower was ranked: every block but the last is tried.")
+    return Placement(tuple(sorted(found)), f"Score of {score:g} or more. " + ". ".join(reasons) + ".")

@@ -96,15 +96,13 @@ def _strongest(run: Run) -> pd.DataFrame:
 
 def _places(run: Run) -> str:
     """What carries the unsafe answer of each pair set, in words, and where readers were tried because of it."""
+    placement = run.choice.placement
+    tried = f"<p>Readers were tried after blocks {', '.join(map(str, placement.layers))}. {html.escape(placement.reason)}</p>"
     if not run.diagnosis.places:
-        return "<p>No place could be named: readers were tried after every block but the last.</p>"
+        return tried
     frame = run.diagnosis.places_frame().groupby("pairs", sort=False).head(3)
-    layers = ", ".join(map(str, run.choice.layers))
-    return (
-        _table(frame.filter(["pairs", "rank", "mediator", "position", "score", "ci_low", "ci_high", "reason", "n"]))
-        + f"<p>Readers were tried after the blocks of the carriers (score of {run.settings.carrier_score:g} or more in any "
-        f"of the pair sets): {layers}.</p>"
-    )
+    columns = ["pairs", "rank", "mediator", "position", "acts_through", "score", "ci_low", "ci_high", "reason", "n"]
+    return _table(frame.filter(columns)) + tried
 
 
 def write_report(run: Run, out: str | Path) -> Path:

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,7 @@ class Stage:
         if path.exists():
             theirs = json.loads(path.read_text(encoding="utf-8"))
             if theirs != ours:
-                differ = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+                differ = sorted(_differing(ours, theirs))
                 raise ValueError(
                     f"{directory.name} must be empty or of the same settings, got others in {differ}; choose another --out or "
                     "remove that folder"
@@ -52,3 +52,12 @@ class Stage:
         self.seconds[name] = time.monotonic() - start
         log.info("%s: %.1f s", name, self.seconds[name])
         return result
+
+
+def _differing(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
+    """Names of what differs, inside of settings too."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in {*ours, *theirs}:
+            yield from _differing(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+    elif ours != theirs:
+        yield name

@@ -129,8 +129,8 @@ def run(
         rows = capture_fit(lvlm, study, settings)
         printed = printed_subspaces(lvlm, study, range(lvlm.n_layers()), settings)
     with step("choose"):
-        layers = reader_layers(diagnosis.places, lvlm.n_layers(), score=settings.carrier_score)
-        choice = choose(lvlm, study, rows, settings, layers=layers)
+        placement = reader_layers(diagnosis.places, lvlm.n_layers(), score=settings.carrier_score)
+        choice = choose(lvlm, study, rows, settings, placement=placement)
         choice.repair.save(Path(out) / "repair")
         for subspace in (*choice.subspaces, *printed.values()):
             form = subspace.provenance["form" if "form" in subspace.provenance else "rows"].replace(" ", "_")
@@ -138,7 +138,6 @@ def run(
         tables: dict[str, pd.DataFrame] = {
             "readers": choice.readers,
             "runs": choice.runs,
-            "places": diagnosis.places_frame(),
         }
         for name, frame in tables.items():
             frame.to_csv(stage.directory / f"choice.{name}.csv", index=False)

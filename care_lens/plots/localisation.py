@@ -8,7 +8,7 @@ from care_lens.plots import theme
 from care_lens.plots.frames import frame_of
 
 SHOWN = 20
-_COLUMNS = ("rank", "mediator", "score", "ci_low", "ci_high", "sufficient", "necessary", "first", "reason")
+_COLUMNS = ("rank", "mediator", "position", "score", "ci_low", "ci_high", "sufficient", "necessary", "first", "reason")
 
 
 def plot_localisation(result: FrameResult | pd.DataFrame, *, shown: int = SHOWN) -> go.Figure:
@@ -25,6 +25,8 @@ def plot_localisation(result: FrameResult | pd.DataFrame, *, shown: int = SHOWN)
         ValueError: If the frame is not such.
     """
     frame = frame_of(result, _COLUMNS).sort_values(by="rank").head(shown)
+    twice = frame["mediator"].duplicated(keep=False)
+    frame = frame.assign(mediator=frame["mediator"].where(~twice, frame["mediator"] + ", " + frame["position"]))
     bars = {
         "type": "data",
         "symmetric": False,

@@ -123,3 +123,76 @@ def test_sparse_probes_take_its_activations(bound, picture):
     _, cache = lvlm.run_with_cache(rows, sites=["blocks.1.mlp.hook_post"])
     features, labels = cache["blocks.1.mlp.hook_post"][:, -1], torch.arange(12) % 2
     assert analysis.fit_sparse_probe(features, labels, k=2).metrics is not None
+
+
+@torch.no_grad()
+def test_attributions_of_components_add_up_to_the_logits(bound):
+    lvlm, clean, _ = bound
+    logits, cache = clean.run_with_cache(clean.inputs.input_ids)
+    text = lvlm.hf_model.config.text_config
+    cap = getattr(text, "final_logit_softcapping", None)
+    expected = logits if cap is None else cap * torch.atanh(logits / cap)
+    parts = cache.decompose_resid()
+    torch.testing.assert_close(cache.logit_attrs(parts, 5).sum(0), expected[..., 5], rtol=1e-4, atol=1e-5)
+    difference = cache.logit_attrs(parts[:, :, -1:], 5, 6, pos_slice=-1 if parts.ndim < 4 else [-1]).sum(0)
+    torch.testing.assert_close(difference[:, 0], expected[:, -1, 5] - expected[:, -1, 6], rtol=1e-4, atol=1e-5)
+    _, own = lvlm.run_with_cache(clean.inputs, sites=None)
+    with pytest.raises(ValueError, match="is no site; take it with"):
+        own.logit_attrs(parts, 5)
+
+
+@torch.no_grad()
+def test_heads_and_neurons_add_up_to_what_branches_write_or_are_refused(bound):
+    lvlm, clean, _ = bound
+    _, cache = clean.run_with_cache(clean.inputs.input_ids)
+    n = lvlm.n_layers()
+    for component, stack in (("hook_attn_out", cache.stack_head_results), ("hook_mlp_out", cache.stack_neuron_results)):
+        if lvlm.family.name == "llama4" and component == "hook_mlp_out":
+            continue  # experts have no one W_out; TransformerLens says so
+        try:
+            parts = stack(layer=n)
+        except ValueError as error:
+            assert "norms or scales" in str(error)
+            assert lvlm.bridge.hook_dict[f"blocks.0.{component}"].name not in (
+                "blocks.0.attn.hook_out",
+                "blocks.0.mlp.hook_out",
+            )
+            continue
+        written = sum(cache[f"blocks.{layer}.{component}"] for layer in range(n))
+        torch.testing.assert_close(parts.sum(0), written, rtol=1e-4, atol=1e-5)
+    try:
+        parts = cache.get_full_resid_decomposition(expand_neurons=False)
+    except ValueError as error:
+        assert "norms or scales" in str(error) or "adds picture features" in str(error)
+    else:
+        torch.testing.assert_close(parts.sum(0), cache[f"blocks.{n - 1}.hook_resid_post"], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_answers_to_sites_to_the_names_hooks_see_and_without_a_batch(bound):
+    lvlm, clean, _ = bound
+    sites = [site for site in lvlm.sites() if site.component != "attn.hook_pattern"]
+    _, cache = lvlm.run_with_cache(clean.inputs, sites=sites)
+    seen = {}
+    lvlm.run_with_hooks(
+        clean.inputs, fwd_hooks=[(s, lambda a, hook, s=s: seen.update({s: (hook.name, a.clone())})) for s in sites]
+    )
+    for site, (name, activation) in seen.items():
+        assert torch.equal(cache[site], activation) and torch.equal(cache[str(site)], activation)
+        assert torch.equal(cache[name], activation), (site, name)
+    assert len(cache) == len(sites)
+    whole = cache["blocks.1.hook_resid_post"]
+    assert torch.equal(cache.remove_batch_dim()["blocks.1.hook_resid_post"], whole[0])
+
+
+@torch.no_grad()
+def test_a_filter_of_names_edits_each_activation_once(bound):
+    lvlm, clean, _ = bound
+    for ending in ("0.hook_resid_post", "1.hook_mlp_out", "1.hook_resid_pre"):
+        ran = []
+        lvlm.run_with_hooks(
+            clean.inputs,
+            fwd_hooks=[(lambda name, e=ending: name.endswith(e), lambda a, hook, ran=ran: ran.append(hook.name))],
+        )
+        listed = [site for site in lvlm.sites() if str(site).endswith(ending)]
+        assert len(ran) == len(listed) > 0

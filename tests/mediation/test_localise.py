@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from care_lens.core import Example, PairedExamples, UnsafeMargin
-from care_lens.mediation import Mediator, NothingToLocalise, localise, mediate, rank_places, refine
-from care_lens.mediation.localise import WRITERS, _reason, _resampled, _score
+from care_lens.core import Example, PairedExamples, Site, UnsafeMargin
+from care_lens.mediation import MediationResult, Mediator, NothingToLocalise, localise, mediate, rank_places, refine
+from care_lens.mediation.localise import _reason, _resampled, _score
+from care_lens.mediation.mediate import PAIR_COLUMNS
 from care_lens.plots import plot_localisation
 
 
@@ -47,7 +48,8 @@ def test_shares_are_those_of_the_mediation_effects(model, rising, margin):
     assert frame.iloc[0]["sufficient"] == pytest.approx(by_name["NIE"] / by_name["TE"], rel=1e-5)
     assert frame.iloc[0]["necessary"] == pytest.approx(by_name["TIE"] / by_name["TE"], rel=1e-5)
     assert frame["first"].sum() == pytest.approx(1.0)
-    assert set(frame["position"]) <= {"all", "image", "text", "last"}
+    assert set(frame["position"]) == {"all"} and set(frame["acts_through"]) <= {"", "image", "text", "last"}
+    assert (frame.loc[frame["tower"] == "vision", "acts_through"] == "").all()
 
 
 def test_what_everything_passes_through_is_sufficient_and_necessary_and_comes_first(model, rising, margin):
@@ -122,14 +124,85 @@ def test_twins_of_different_lengths_are_ranked_where_both_have_a_meaning(model, 
     assert sorted(cells) == [
         ("blocks.0.hook_mlp_out", "image"), ("blocks.0.hook_mlp_out", "last"), ("vision.blocks.0.hook_mlp_out", "all"),
     ]  # fmt: skip
+    assert sorted(found.top(3)) == sites and found.plot().data[0].y.tolist() == [
+        name if name.startswith("vision") else f"{name}, {position}" for name, position in cells
+    ]
+    effects = mediate(model, uneven, outcome=margin, sites=sites[:1], positions=("last",), n_boot=10, progress=False)
+    by_name = effects.frame.set_index("effect")["value"]
+    shown = found.frame.query("position == 'last'").iloc[0]
+    assert shown["sufficient"] == pytest.approx(by_name["NIE"] / by_name["TE"], rel=1e-4)
 
 
 def test_effects_that_were_measured_already_rank_as_a_run_of_their_own(model, rising, margin):
     effects = mediate(model, rising, outcome=margin, n_boot=10, progress=False)
-    ranked = rank_places(effects, components=WRITERS, n_boot=20)
+    ranked = rank_places(effects, n_boot=20)
     own = localise(model, rising, outcome=margin, n_boot=20, spans=99, progress=False)
-    columns = ["rank", "mediator", "position", "first", "n", "seed"]
+    columns = ["rank", "mediator", "position", "acts_through", "first", "n", "seed"]
     pd.testing.assert_frame_equal(ranked.frame[columns], own.frame[columns])
     np.testing.assert_allclose(ranked.frame["score"], own.frame["score"], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="at position 'all'"):
+    with pytest.raises(ValueError, match="must hold such components"):
         rank_places(effects, components=("attn.hook_z",))
+    streams = rank_places(effects, components=None, n_boot=20)
+    assert streams.frame["component"].eq("hook_resid_pre").any()
+
+
+def _found(cells, *, text_only=()):
+    """A result from {(tower, component, position): {pair: (safe, unsafe, safe_patched, unsafe_patched)}}."""
+    rows = [
+        (tower, 0, component, None, None, f"{tower} {component}", position, pair, str(pair), *values)
+        for (tower, component, position), pairs in cells.items()
+        for pair, values in pairs.items()
+    ]
+    frame = pd.DataFrame({"effect": [], "position": [], "mediator": [], "value": []})
+    details = pd.DataFrame(rows, columns=pd.Index(PAIR_COLUMNS))
+    return MediationResult(frame, {"outcome": "margin", "text_only": list(text_only)}, details)
+
+
+WHOLE, NOTHING = (0.0, 2.0, 2.0, 0.0), (0.0, 2.0, 0.0, 2.0)
+
+
+def test_pairs_that_were_not_measured_everywhere_are_left_out_and_text_counts_as_nothing(caplog):
+    mlp, seen = ("language", "hook_mlp_out", "all"), ("vision", "hook_mlp_out", "all")
+    cells = {mlp: {0: NOTHING, 1: NOTHING, 2: NOTHING}, seen: {1: WHOLE, 2: WHOLE}}
+    missing = rank_places(_found(cells), n_boot=10).frame.set_index("tower")
+    assert (
+        missing.loc["vision", "score"] == 1.0 and missing.loc["vision", "n"] == 2 and "[0] are left out" in caplog.text
+    )
+    text = rank_places(_found(cells, text_only=[0]), n_boot=10).frame.set_index("tower")
+    assert text.loc["vision", "score"] == pytest.approx(2 / 3) and text.loc["vision", "n"] == 3
+
+
+def test_a_group_over_both_towers_is_not_nothing_in_text():
+    both, mlp = ("several", "hook_mlp_out", "all"), ("language", "hook_mlp_out", "all")
+    cells = {mlp: {0: WHOLE, 1: WHOLE, 2: WHOLE}, both: {1: WHOLE, 2: WHOLE}}
+    frame = rank_places(_found(cells, text_only=[0]), n_boot=10).frame
+    assert frame["score"].tolist() == [1.0, 1.0] and frame["n"].tolist() == [2, 2]
+
+
+def test_places_that_lead_together_share_the_lead_in_any_order():
+    cells = {("language", c, "all"): dict.fromkeys(range(4), WHOLE) for c in ("hook_attn_out", "hook_mlp_out")}
+    for ordered in (cells, dict(reversed(cells.items()))):
+        assert rank_places(_found(ordered), n_boot=20).frame["first"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("nie", "through"),
+    [((0.0, 2.0, 1.9), "last"), ((0.0, 2.0, 1.0), "text"), ((2.0, 0.5, 0.1), "image"), ((0.0, 0.0, 0.0), "")],
+)
+def test_the_span_a_place_acts_through(nie, through):
+    cells = {("language", "hook_mlp_out", "all"): dict.fromkeys(range(3), WHOLE)}
+    for span, value in zip(("image", "text", "last"), nie, strict=True):
+        cells["language", "hook_mlp_out", span] = dict.fromkeys(range(3), (0.0, 2.0, value, 0.0))
+    frame = rank_places(_found(cells), n_boot=10).frame
+    assert frame["acts_through"].tolist() == [through] and frame["position"].tolist() == ["all"]
+
+
+def test_what_cannot_be_ranked_is_said(model, rising, margin):
+    mlp = ("language", "hook_mlp_out", "all")
+    with pytest.raises(NothingToLocalise, match="two items or more"):
+        rank_places(_found({mlp: {0: WHOLE}}), n_boot=10)
+    with pytest.raises(ValueError, match=r"got others for \['language hook_attn_out'\]"):
+        rank_places(_found({mlp: {0: WHOLE}, ("language", "hook_attn_out", "text"): {0: WHOLE}}), n_boot=10)
+    with pytest.raises(ValueError, match="two mediators of one name"):
+        twice = [Mediator((Site("language", layer, "hook_mlp_out"),), name="x") for layer in (0, 1)]
+        localise(model, rising, outcome=margin, sites=twice, progress=False)

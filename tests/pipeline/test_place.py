@@ -10,7 +10,9 @@ from care_lens.pipeline.place import localised, reader_layers
 
 def _ranking(*places):
     """Of (tower, layer, score), the first place first."""
-    return Localisation(pd.DataFrame(places, columns=pd.Index(["tower", "layer", "score"])), {})
+    return Localisation(
+        pd.DataFrame(places, columns=pd.Index(["tower", "layer", "score"])).assign(mediator="a place"), {}
+    )
 
 
 def _effects(*, shift):
@@ -31,22 +33,22 @@ def test_carriers_of_every_pair_set_count_and_the_vision_tower_does_not():
         "one": _ranking(("language", 0, 0.9), ("vision", 3, 0.8), ("language", 2, 0.6), ("language", 4, 0.4)),
         "two": _ranking(("vision", 1, 0.9), ("language", 5, 0.3), ("language", 1, 0.2)),
     }
-    assert reader_layers(places, 8, score=0.5) == (0, 2, 5)
-    assert reader_layers(places, 8, score=0.7) == (0, 5)
+    assert reader_layers(places, 8, score=0.5).layers == (0, 2, 5)
+    assert reader_layers(places, 8, score=0.7).layers == (0, 5)
 
 
 def test_the_last_block_is_stood_for_by_the_one_below():
-    assert reader_layers({"one": _ranking(("language", 7, 0.9))}, 8, score=0.5) == (6,)
-    assert reader_layers({"one": _ranking(("language", 0, 0.9))}, 1, score=0.5) == (0,)
+    assert reader_layers({"one": _ranking(("language", 7, 0.9))}, 8, score=0.5).layers == (6,)
+    assert reader_layers({"one": _ranking(("language", 0, 0.9))}, 1, score=0.5).layers == (0,)
 
 
 def test_without_a_place_every_block_but_the_last_is_tried():
-    assert reader_layers({}, 4, score=0.5) == (0, 1, 2)
-    assert reader_layers({"one": _ranking(("vision", 0, 0.9))}, 4, score=0.5) == (0, 1, 2)
+    assert reader_layers({}, 4, score=0.5).layers == (0, 1, 2)
+    assert reader_layers({"one": _ranking(("vision", 0, 0.9))}, 4, score=0.5).layers == (0, 1, 2)
 
 
 def test_pair_sets_without_an_effect_are_left_out(caplog):
     places = localised({"one": _effects(shift=2.0), "none": _effects(shift=0.0)}, n_boot=10, seed=0)
     assert list(places) == ["one"] and "'none' say nothing" in caplog.text
     assert places["one"].top() == ["blocks.3.hook_mlp_out"] and np.allclose(places["one"].frame["score"], [1.0, 0.0])
-    assert reader_layers(places, 8, score=0.5) == (3,)
+    assert reader_layers(places, 8, score=0.5).layers == (3,)

@@ -8,7 +8,9 @@ import pytest
 from care_lens import organism
 from care_lens.core import Verdict
 from care_lens.evaluation import GenerationStore
+from care_lens.mediation import Localisation
 from care_lens.pipeline import RunSettings, run, write_report
+from care_lens.pipeline.place import reader_layers
 from care_lens.pipeline.prove import NONE
 from care_lens.pipeline.report import summary
 from care_lens.repair import HybridFusion
@@ -48,6 +50,18 @@ def test_everything_is_written(finished):
     assert json.loads((out / "summary.json").read_text()) == summary(result)
     saved = HybridFusion.load(out / "repair")
     assert saved.describe() == result.choice.repair.describe()
+
+
+def test_readers_were_tried_only_where_the_diagnosis_said(finished):
+    result, out, page = finished
+    placement = reader_layers(result.diagnosis.places, 5, score=SETTINGS.carrier_score)
+    assert result.choice.placement == placement and len(placement.layers) < 4
+    tried = {int(plan.split("after block ")[1].split(",")[0]) for plan in result.choice.readers["plan"]}
+    assert tried == set(placement.layers) and result.choice.plan.layer in tried
+    assert f"Readers were tried after blocks {', '.join(map(str, placement.layers))}." in page.read_text()
+    for name, ranking in result.diagnosis.places.items():
+        saved = Localisation.load(out / "frames", f"places.{name}")
+        assert saved.frame["mediator"].tolist() == ranking.frame["mediator"].tolist()
 
 
 def test_table_holds_every_defence_and_channel_with_controls(finished):
