@@ -16,6 +16,7 @@ from care_lens.mediation.paths import PathResult, head_paths, path_effects
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.separability import SeparabilityResult, probe_auc, separability
 from care_lens.mediation.verification import VerifiedResult, verify
+from care_lens.mediation.writing import Writing, neuron_directions, writes_towards
 
 __all__ = [
     "EFFECTS",
@@ -36,6 +37,7 @@ __all__ = [
     "SeparabilityResult",
     "Swap",
     "VerifiedResult",
+    "Writing",
     "ablate",
     "attribute",
     "cumulative",
@@ -47,6 +49,7 @@ __all__ = [
     "localise",
     "mediate",
     "misaligned",
+    "neuron_directions",
     "neurons",
     "neutralise",
     "p_values",
@@ -64,4 +67,5 @@ __all__ = [
     "swap_text",
     "verify",
     "windows",
+    "writes_towards",
 ]

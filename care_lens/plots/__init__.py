@@ -16,6 +16,7 @@ from care_lens.plots.spectrum import plot_spectrum
 from care_lens.plots.theme import ExportError, save_figure
 from care_lens.plots.tradeoff import plot_tradeoff
 from care_lens.plots.uncertainty import plot_uncertainty
+from care_lens.plots.writing import plot_writing
 
 __all__ = [
     "ExportError",
@@ -32,5 +33,6 @@ __all__ = [
     "plot_tradeoff",
     "plot_uncertainty",
     "plot_verified",
+    "plot_writing",
     "save_figure",
 ]

@@ -1,0 +1,19 @@
+"""The page that says it runs as it stands does."""
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "pictures.md"
+
+
+def test_the_code_of_the_page_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 6
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    logits, blurred = names["logits"], names["blurred"]
+    plain = names["lvlm"](names["inputs"])
+    assert not plain.equal(logits) and not plain.equal(blurred)
+    assert "direction 0" in capsys.readouterr().out
+    names["lvlm"].close()
