@@ -253,8 +253,8 @@ class WrappedBridge:
         """Names of the hook points that a place stands for."""
         if isinstance(place, Site):
             return [str(self._require(place))]
-        known = self.bridge.hook_dict
         if not isinstance(place, str):
+            known = self.bridge.hook_dict
             names = [str(site) for site in self._seams.points]
             names += [name for name in known if not name.startswith(self._native)]
             points = {id(known[name]): name for name in reversed(names) if place(name)}
@@ -262,7 +262,7 @@ class WrappedBridge:
         try:
             site = Site.parse(place)
         except ValueError as error:
-            if place not in known:
+            if place not in self.bridge.hook_dict:
                 raise ValueError(f"there is no hook point {place!r}: {error}") from None
             if place.startswith(self._native):
                 warnings.warn(
