@@ -58,7 +58,9 @@ def capture(
         responses: Whether to append the examples' responses, teacher-forced; "text" then includes them.
         batch_size: Examples a forward pass.
         progress: Whether to show a progress bar.
-        checkpoint: A directory in which finished batches are kept; a run that was stopped goes on from them.
+        checkpoint: A directory in which finished batches are kept; a run that was stopped goes on from them. Examples, items, weights,
+            repairs and settings are compared, and the first batch is captured again; what a hook function of your own does
+            beyond that batch is not known.
 
     Returns:
         The activations. Where an example has no such positions (no image), ``Activations.rows`` says so.

@@ -42,7 +42,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def require_same(found: Activations, again: Activations, directory: Path) -> None:
-    """Refuse a checkpoint whose numbers this model does not give.
+    """Refuse a checkpoint whose numbers this model does not give: single weights and hook functions escape the settings.
 
     Raises:
         ValueError: If a batch that was captured again differs by more than 1e-3, relative to its largest number.
@@ -51,7 +51,7 @@ def require_same(found: Activations, again: Activations, directory: Path) -> Non
         other = found.values[key]
         scale = float(rows.nan_to_num().abs().max()) if rows.numel() else 0.0
         if rows.shape != other.shape or not torch.allclose(
-            rows, other, rtol=0, atol=_TOLERANCE * max(scale, 1.0), equal_nan=True
+            rows, other, rtol=0, atol=_TOLERANCE * scale, equal_nan=True
         ):
             raise ValueError(
                 f"checkpoint must be of the same model, {directory} holds other activations at {key[0]}; use another directory"

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from care_lens.core.examples import Example
+from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
-from care_lens.evaluation.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.lvlm.hooked import HookedLVLM
 

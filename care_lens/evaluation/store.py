@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from care_lens.core.examples import Example
-from care_lens.evaluation.identity import digest
+from care_lens.core.identity import digest
 
 Key = tuple[str, str, str, int, str, str]
 

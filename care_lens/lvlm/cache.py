@@ -53,9 +53,9 @@ class LVLMCache(ActivationCache):
         batch_slice: Any = None,
         has_batch_dim: bool = True,
     ) -> Tensor:
-        """TransformerLens's direct logit attribution, with the final norm's weight, which the bridge does not fold, and the
-        model's logit scaling. Components that add up to the final residual stream have attributions that add up to the
-        logits (before a soft cap, where the model has one).
+        """TransformerLens's direct logit attribution, with the final norm's weight, which the bridge does not fold. Components
+        that add up to the final residual stream have attributions that add up to the logits (before a soft cap, where the
+        model has one).
 
         Args:
             residual_stack: [component, ..., d_model], before the final norm.
@@ -80,10 +80,8 @@ class LVLMCache(ActivationCache):
         ones = torch.ones(1, 1, self.model.cfg.d_model, device=residual_stack.device, dtype=residual_stack.dtype)
         with torch.no_grad():
             gain = (self.model.ln_final(ones) - self.model.ln_final(-ones))[0, 0] / 2 * (1 + self.model.cfg.eps) ** 0.5
-        config: Any = getattr(self.model, "original_model").config  # noqa: B009
-        scaling = getattr(getattr(config, "text_config", config), "logits_scaling", None) or 1.0
         return super().logit_attrs(
-            residual_stack * (gain / scaling).to(residual_stack.dtype),
+            residual_stack * gain.to(residual_stack.dtype),
             tokens,
             incorrect_tokens,
             pos_slice,

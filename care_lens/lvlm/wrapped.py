@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from care_lens.core.identity import repair_fingerprint
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import LVLMInputs, require_inputs
@@ -237,6 +238,16 @@ class WrappedBridge:
         require_inputs(inputs).require_pixels()
         with self.hooks([pair for make in self._makers for pair in make(inputs)]):
             yield self
+
+    def acting(self) -> list[str]:
+        """What is on the model now: the hook points that have hooks, and what was given to :meth:`hooks_for_each_batch`, a repair
+        by a digest of its settings and numbers. Of other hook functions only the places are known."""
+        points = [name for name, point in self.bridge.hook_dict.items() if point.has_hooks()]
+        owners: list[tuple[Any, Any]] = [(getattr(make, "__self__", None), make) for make in self._makers]
+        return points + [
+            repair_fingerprint(owner) if hasattr(owner, "describe") else getattr(make, "__qualname__", repr(make))
+            for owner, make in owners
+        ]
 
     def _require_open(self) -> None:
         if not self._seams.points:

@@ -165,7 +165,9 @@ def rank_places(
     details = found.details
     if components is not None:
         details = pd.DataFrame(details[details["component"].isin(components)])
-    cells, shares, groups = _shares(details, found.settings.get("text_only", []))
+    of_pictures = {*found.settings.get("of_pictures", ())}
+    of_pictures |= {*details.loc[details["tower"].isin(["vision", "projector"]), "mediator"]}
+    cells, shares, groups = _shares(details, found.settings.get("text_only", []), of_pictures)
     if len(set(groups)) < 2:
         raise NothingToLocalise(f"pairs must be about two items or more to have intervals, got {len(set(groups))}")
     total = cluster_bootstrap(shares[:, 0, 0], groups, n_boot=n_boot, seed=seed)
@@ -228,10 +230,10 @@ def refine(
 
 
 def _shares(
-    details: pd.DataFrame, text_only: Sequence[int]
+    details: pd.DataFrame, text_only: Sequence[int], of_pictures: set[str]
 ) -> tuple[list[dict[str, Any]], Float[ndarray, "pair cell 3"], list[str]]:
     """The cells that are ranked; TE, NIE and TIE of each pair and cell; the pairs' groups."""
-    language, everywhere = ~details["tower"].isin(["vision", "projector"]), details["position"] == "all"
+    language, everywhere = ~details["mediator"].isin(list(of_pictures)), details["position"] == "all"
     shared = details["position"].isin(ALWAYS_SHARED) & language & (not (language & everywhere).any())
     kept = pd.DataFrame(details[everywhere | shared])
     if left := sorted(set(details["mediator"]) - set(kept["mediator"])):
@@ -245,7 +247,7 @@ def _shares(
         for name in ("safe", "unsafe", "safe_patched", "unsafe_patched")
     }
     # Where pictures alone are exchanged a pair without any stays as it is. What is missing for another reason stays missing.
-    pictures = [cell["tower"] in ("vision", "projector") or cell["position"] == "image" for cell in cells]
+    pictures = [cell["mediator"] in of_pictures or cell["position"] == "image" for cell in cells]
     still = np.outer(wide["safe"].index.isin(list(text_only)), pictures)
     values = {name: frame.to_numpy() for name, frame in wide.items()}
     for name in ("safe", "unsafe"):

@@ -83,8 +83,8 @@ class MediationResult(DetailedResult):
             0 under flips of the groups' signs; not corrected for the number of cells), n (pairs), seed. In the
             outcome's unit, except for the proportion, which is a ratio, missing where TE's interval contains 0,
             and has no p-value.
-        settings: Outcome, positions, number of pairs and groups, text_only (indices of the pairs without any picture), n_boot,
-            n_permutations, seed, versions.
+        settings: Outcome, positions, number of pairs and groups, text_only (indices of the pairs without any picture),
+            of_pictures (names of the mediators outside the language tower), n_boot, n_permutations, seed, versions.
         details: One row a mediator, position and pair: pair (its index), group, and the four outcomes safe =
             Y(x), unsafe = Y(x*), safe_patched = Y(x with M := M(x*)), unsafe_patched = Y(x* with M := M(x)).
             Every effect follows from them.
@@ -200,7 +200,9 @@ def mediate(
         untouched = outcome.combine(untouched.reshape(2, len(pairs), n))
         patched = outcome.combine(patched.reshape(2, len(pairs), n, len(cells)).swapaxes(2, 3))
     text_only = [i for i, pair in enumerate(pairs) if not any(example.images for example in pair)]
-    settings |= {"positions": list(positions), "n_permutations": n_permutations, "text_only": text_only}
+    pictures = [mediator.name for mediator in wanted if not mediator.in_language]
+    settings |= {"positions": list(positions), "n_permutations": n_permutations}
+    settings |= {"text_only": text_only, "of_pictures": pictures}
     return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings)
 
 

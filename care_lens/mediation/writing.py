@@ -1,11 +1,12 @@
 """What a subspace writes towards: tokens, by the logit lens, and neurons that write the same way.
 
 A direction u has no logits of its own, because the final norm is not linear. Taken is what a small step along it changes at
-a point h (the benign mean): the derivative J u of ``unembed(norm(h))``, centred over the vocabulary, in logits per unit length. Points
-(the means, targets of a repair) have logits, centred likewise. Both assume, as the logit lens does, that what the layer
+a point h (the benign mean): the derivative J u of ``unembed(norm(h))``, centred over the vocabulary, in logits per unit length, before a soft cap
+where the model has one. Points (the means, targets of a repair) have logits, centred likewise. Both assume, as the logit lens does, that what the layer
 writes reaches the end as it is; what later blocks make of it is a question for mediation.
 
-Neurons are compared by the cosine of u and the neuron's column of W_out. ``chance`` is what the largest of as many random ones
+Neurons are compared by the cosine of u and the neuron's column of W_out, before any norm or scale of the branch: where there is
+one (Gemma3, PaliGemma2, Granite) that is not quite what enters the stream. ``chance`` is what the largest of as many random ones
 would have, to first order: ``s sqrt(2 ln n)`` with s their standard deviation (``1 / sqrt(d)`` of cosines). Activations and weights are
 not uniform, so a figure little above it says nothing.
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from care_lens.baselines import NoRefusalDirection
 from care_lens.core.examples import Example
+from care_lens.core.identity import repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.core.site import SiteLike
 from care_lens.core.stats import cluster_bootstrap
 from care_lens.data.study import Modality, Study
 from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
-from care_lens.evaluation.identity import repair_fingerprint
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, Readers, assemble, halves, recalibrated
 from care_lens.pipeline.gradient import ADAPTIVE, adaptive_suite, gradient_suites

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from care_lens.core.identity import digest, example_fingerprint, model_fingerprint
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
 from care_lens.evaluation import judge_name
-from care_lens.evaluation.identity import digest, example_fingerprint, model_fingerprint
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, choose
 from care_lens.pipeline.diagnose import Diagnosis, diagnose

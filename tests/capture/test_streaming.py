@@ -1,17 +1,23 @@
 """Streams of moments and stopped captures, against a capture of everything at once."""
 
 import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from care_lens.capture import TokenAttribution, capture, capture_moments
+from care_lens.capture import Activations, TokenAttribution, capture, capture_moments
 from care_lens.capture.pooling import PooledRun
+from care_lens.capture.shards import require_same
 from care_lens.core import Example, Site
-from care_lens.subspace import Moments, SafetySubspace
+from care_lens.repair import Correction, HybridFusion
+from care_lens.subspace import Moments, SafetySubspace, fold_of_group
 
 SITES = ("blocks.1.hook_mlp_out", "vision.blocks.1.hook_mlp_out")
 SELECT = ("image", "text:attributed", "last")
+KEY = (Site.parse(SITES[0]), "last")
 OPTIONS = {"select": SELECT, "batch_size": 2, "progress": False}
 
 
@@ -75,11 +81,14 @@ def test_a_fold_holds_whole_items(lvlm, many):
     (table,) = capture_moments(
         lvlm, many, SITES[:1], label="benign", folds=3, select=("last",), batch_size=4, progress=False
     ).values()
-    counts = [
-        sum(table[key].count for key in table if key.fold == fold) for fold in range(3)
-    ]  # items 1 to 3 have two examples each, item 0 three
-    assert sum(counts) == 9 and {9 - n for n in counts} <= {9, 7, 6, 5, 4, 3, 2, 0}
-    assert table.total("benign", "textual", without=[0]).count == 9 - counts[0]
+    items = [example.group for example in many]
+    for fold in range(3):
+        expected = sum(fold_of_group(item, 3) == fold for item in items)
+        assert sum(table[key].count for key in table if key.fold == fold) == expected
+    assert len({fold_of_group(item, 3) for item in items}) > 1
+    first = fold_of_group(items[0], 3)
+    kept = table.total("benign", "textual", without=[first])
+    assert kept.count == sum(fold_of_group(item, 3) != first for item in items)
 
 
 def test_a_subspace_is_fitted_to_streamed_moments_as_to_rows(lvlm, many):
@@ -134,20 +143,67 @@ def test_a_stopped_stream_goes_on_where_it_was(lvlm, many, tmp_path, stop_after,
 def test_a_checkpoint_of_something_else_is_refused(lvlm, many, tmp_path, what):
     more = {} if what is capture else {"label": "benign"}
     what(lvlm, many, SITES, checkpoint=tmp_path, **more, **OPTIONS)
-    with pytest.raises(ValueError, match=r"differs in \['examples', (?:'labels', )?'n'\]"):
+    with pytest.raises(ValueError, match=r"differs in \['examples', 'items', (?:'labels', )?'n'\]"):
         what(lvlm, many[:4], SITES, checkpoint=tmp_path, **more, **OPTIONS)
     with pytest.raises(ValueError, match=r"differs in \['attribution'\]"):
         other = TokenAttribution(text=1)
         what(lvlm, many, SITES, checkpoint=tmp_path, attribution=other, **more, **OPTIONS)
-    weight = lvlm.hf_model.get_input_embeddings().weight
+    renamed = [replace(example, group=f"{example.group}!") for example in many]
+    with pytest.raises(ValueError, match=r"differs in \['items'\]"):
+        what(lvlm, renamed, SITES, checkpoint=tmp_path, **more, **OPTIONS)
+    with (
+        lvlm.hooks([("blocks.0.hook_mlp_out", lambda a, hook: a * 0.5)]),
+        pytest.raises(ValueError, match=r"differs in \['acting'\]"),
+    ):
+        what(lvlm, many, SITES, checkpoint=tmp_path, **more, **OPTIONS)
+    embedding, vision = lvlm.hf_model.get_input_embeddings().weight, next(lvlm.hf_model.model.vision_tower.parameters())
+    for weight in (embedding, vision):
+        with torch.no_grad():
+            weight.mul_(1.01)
+        try:
+            with pytest.raises(ValueError, match=r"differs in \['weights'\]"):
+                what(lvlm, many, SITES, checkpoint=tmp_path, **more, **OPTIONS)
+        finally:
+            with torch.no_grad():
+                weight.div_(1.01)
+
+
+def test_one_weight_that_changes_the_first_batch_is_seen(lvlm, many, tmp_path):
+    capture(lvlm, many, SITES, checkpoint=tmp_path, **OPTIONS)
+    norm = lvlm.hf_model.model.language_model.layers[1].post_attention_layernorm
+    weight = getattr(norm, "original_component", norm).weight
+    before = weight.detach().clone()
     with torch.no_grad():
-        weight.mul_(3.0)
+        weight[1] += 5.0  # between the values that the fingerprint looks at, if it is not one of them
     try:
-        with pytest.raises(ValueError, match="of the same model"):
-            what(lvlm, many, SITES, checkpoint=tmp_path, **more, **OPTIONS)
+        with pytest.raises(ValueError, match=r"of the same model|differs in \['weights'\]"):
+            capture(lvlm, many, SITES, checkpoint=tmp_path, **OPTIONS)
     finally:
         with torch.no_grad():
-            weight.div_(3.0)
+            weight.copy_(before)
+
+
+def test_small_activations_are_compared_by_their_size():
+    one = Activations({KEY: torch.full((2, 3), 1e-3)}, {KEY: torch.ones(2, dtype=torch.bool)}, ("a", "b"), ("a", "b"))
+    other = Activations({KEY: torch.full((2, 3), 1.1e-3)}, one.present, one.ids, one.groups)
+    require_same(one, one, Path("."))
+    with pytest.raises(ValueError, match="of the same model"):
+        require_same(one, other, Path("."))
+
+
+def test_a_repair_is_part_of_what_a_checkpoint_is_of(lvlm, many, tmp_path):
+    site = Site.parse("blocks.0.hook_mlp_out")
+    rows = torch.randn(80, 32, generator=torch.Generator().manual_seed(0))
+    parts = ((rows[:40], rows[40:]), (rows[::2], rows[1::2]))
+    subspaces = [SafetySubspace.fit(*part, rank=1, site=site, modality="textual") for part in parts]
+    one, other = (HybridFusion(textual=(Correction.care(s, alpha=1.0),), name="repair") for s in subspaces)
+    with one.on(lvlm):
+        capture(lvlm, many, SITES, checkpoint=tmp_path, **OPTIONS)
+        capture(lvlm, many, SITES, checkpoint=tmp_path, **OPTIONS)
+    for now in (other, None):
+        context = nullcontext() if now is None else now.on(lvlm)
+        with context, pytest.raises(ValueError, match=r"differs in \['acting'\]"):
+            capture(lvlm, many, SITES, checkpoint=tmp_path, **OPTIONS)
 
 
 def test_memory_is_told_before_anything_runs(lvlm, many, caplog, stop_after):

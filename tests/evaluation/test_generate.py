@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from care_lens.core.identity import example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.evaluation import GenerationStore, generate_all
-from care_lens.evaluation.identity import example_fingerprint, model_fingerprint, repair_fingerprint
 
 
 @pytest.fixture

@@ -196,3 +196,14 @@ def test_a_filter_of_names_edits_each_activation_once(bound):
         )
         listed = [site for site in lvlm.sites() if str(site).endswith(ending)]
         assert len(ran) == len(listed) > 0
+
+
+@torch.no_grad()
+def test_attributions_follow_the_forward_pass_not_the_config(picture):
+    model, processor = SPECIMENS["llava-next-granite"].make()
+    model.config.text_config.logits_scaling = 8.0
+    with HookedLVLM.from_hf(model, processor) as lvlm:
+        inputs = lvlm.prepare(Example("what is red", image=picture(0)))
+        logits, cache = lvlm.bind(inputs).run_with_cache(inputs.input_ids)
+        found = cache.logit_attrs(cache.decompose_resid(), 5).sum(0)
+        torch.testing.assert_close(found, logits[..., 5], rtol=1e-4, atol=1e-5)

@@ -179,6 +179,15 @@ def test_a_group_over_both_towers_is_not_nothing_in_text():
     assert frame["score"].tolist() == [1.0, 1.0] and frame["n"].tolist() == [2, 2]
 
 
+def test_a_group_of_pictures_alone_is_nothing_in_text():
+    pictures, mlp = ("several", "hook_mlp_out", "all"), ("language", "hook_mlp_out", "all")
+    cells = {mlp: dict.fromkeys(range(4), WHOLE), pictures: {2: WHOLE, 3: WHOLE}}
+    found = _found(cells, text_only=[0, 1])
+    found.settings["of_pictures"] = ["several hook_mlp_out"]
+    frame = rank_places(found, n_boot=10).frame.set_index("tower")
+    assert frame["n"].tolist() == [4, 4] and frame.loc["several", "sufficient"] == 0.5
+
+
 def test_places_that_lead_together_share_the_lead_in_any_order():
     cells = {("language", c, "all"): dict.fromkeys(range(4), WHOLE) for c in ("hook_attn_out", "hook_mlp_out")}
     for ordered in (cells, dict(reversed(cells.items()))):
