@@ -148,11 +148,7 @@ def _points(part: pd.DataFrame, labels: list[str], name: str, index: int) -> go.
         y=labels,
         error_x={**half_widths(part), "thickness": 1.5, "width": 3},
         mode="markers",
-        marker={
-            "color": theme.COLOURS[index % len(theme.COLOURS)],
-            "symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)],
-            "size": 8,
-        },
+        marker=theme.marker(index),
         customdata=part["n"].tolist(),
         hovertemplate="%{y}: %{x:.3g}, n = %{customdata}",
         name=name,

@@ -40,7 +40,7 @@ def plot_localisation(result: FrameResult | pd.DataFrame, *, shown: int = SHOWN)
         )
     )  # fmt: skip
     for index, name in enumerate(("sufficient", "necessary"), start=1):
-        marker = {"color": theme.COLOURS[index], "symbol": theme.SYMBOLS[index], "size": 7}
+        marker = theme.marker(index, size=7)
         figure.add_trace(go.Scatter(x=frame[name], y=frame["mediator"], mode="markers", name=name, marker=marker))
     figure.update_yaxes(autorange="reversed", title_text="")
     figure.update_xaxes(title_text="share of the total effect")

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -98,3 +99,8 @@ def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
             f"'care-lens[plots-export]' and a Chrome or Chromium, or use {page.name}"
         ) from error
     return [page, data, path]
+
+
+def marker(index: int, *, size: int = 8) -> dict[str, Any]:
+    """Colour and symbol of the curve of that number: the same in every figure, so that no curve is told by colour alone."""
+    return {"color": COLOURS[index % len(COLOURS)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": size}

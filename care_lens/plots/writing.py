@@ -38,11 +38,7 @@ def plot_writing(result: FrameResult | pd.DataFrame, *, kind: str = "token", top
                 x=part["value"].tolist(),
                 y=[f"{name}: {unit}" for unit in part["unit"]],
                 mode="markers",
-                marker={
-                    "color": theme.COLOURS[index % len(theme.COLOURS)],
-                    "symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)],
-                    "size": 8,
-                },
+                marker=theme.marker(index),
                 customdata=part["chance"].tolist(),
                 hovertemplate="%{y}: %{x:.3g}; largest by chance %{customdata:.3g}<extra></extra>",
                 name=name,
