@@ -1,0 +1,203 @@
+"""Files that are whole or not there, that say what they are, and that one process writes at a time.
+
+An artifact is a set of data files and a manifest. The manifest is JSON and is written last: it holds the kind, the
+schema, the sha256 of every data file and the sha256 of its own content. Loading checks all of them, so that a flipped bit, a
+missing file, a file of another artifact or a save that was cut off between two files is an :class:`ArtifactError` and never
+another number. The sums find damage, not malice: whoever can write the files can write the sums.
+
+    save_artifact(folder, "effects", kind="EffectResult", schema=2, data={"csv": text.encode()}, content={"settings": {}})
+    data, content = load_artifact(folder, "effects", kind="EffectResult", schema=2)
+"""
+
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from care_lens.core.errors import ArtifactError, InUseError
+
+_SUM, _FILES = "manifest_sha256", "files"
+
+
+def write_whole(path: str | Path, content: bytes | str) -> Path:
+    """Write a file so that it holds the old content or the new one, whatever happens on the way.
+
+    Args:
+        path: The file; its folder is made if it does not exist. A link is followed, so that its target is replaced.
+        content: Bytes, or text written as UTF-8 with the line ends it has.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If it cannot be written (a full disk, no permission); what stood there stands unchanged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = path.resolve()
+    handle, part = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+        os.replace(part, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+    return path
+
+
+def save_artifact(
+    directory: str | Path,
+    name: str,
+    *,
+    kind: str,
+    schema: int,
+    data: Mapping[str, bytes],
+    content: Mapping[str, Any],
+) -> Path:
+    """Write data files ``name.SUFFIX``, then the manifest ``name.json`` that describes them.
+
+    Args:
+        directory: Made if it does not exist.
+        name: Stem of the files.
+        kind: What the artifact is; :func:`load_artifact` asks for it.
+        schema: Version of its layout, 1 or more.
+        data: The data files' bytes by suffix (without the dot; not "json").
+        content: What else the manifest holds, JSON-able; not the keys "kind", "schema", "files" and "manifest_sha256".
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        TypeError: If the content is not JSON-able.
+        ValueError: If the content has one of the manifest's own keys, or holds NaN or infinity.
+        OSError: If a file cannot be written.
+    """
+    own = {"kind": kind, "schema": schema, _FILES: {suffix: sha256(found) for suffix, found in data.items()}}
+    if taken := {*own, _SUM} & {*content}:
+        raise ValueError(f"content must leave {sorted(taken)} to the manifest; name those keys otherwise")
+    # Through JSON once, so that the sum is of what will be read: tuples as lists, keys as strings.
+    manifest = json.loads(json.dumps({**own, **content}, allow_nan=False))
+    text = json.dumps({**manifest, _SUM: _sum(manifest)}, indent=2, allow_nan=False) + "\n"
+    directory = Path(directory)
+    for suffix, found in data.items():
+        write_whole(directory / f"{name}.{suffix}", found)
+    return write_whole(directory / f"{name}.json", text)
+
+
+def load_artifact(
+    directory: str | Path, name: str, *, kind: str, schema: int
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Read an artifact and check it against its manifest.
+
+    Args:
+        directory: Where it is.
+        name: Stem of the files.
+        kind: What it must be.
+        schema: The newest version of the layout that the caller knows.
+
+    Returns:
+        The data files' bytes by suffix, and the manifest's content (its "kind", "schema" and sums included).
+
+    Raises:
+        FileNotFoundError: If the manifest is not there.
+        ArtifactError: If it is damaged, incomplete, of another kind or of a newer schema.
+    """
+    path = Path(directory) / f"{name}.json"
+    manifest = read_manifest(path, kind=kind, schema=schema)
+    data = {}
+    for suffix, expected in manifest[_FILES].items():
+        part = path.with_name(f"{name}.{suffix}")
+        if not part.exists():
+            raise ArtifactError(f"{part} must be there, {path.name} describes it; copy all files of it again")
+        data[suffix] = part.read_bytes()
+        if sha256(data[suffix]) != expected:
+            raise ArtifactError(
+                f"{part} must be the file that {path.name} describes, but its checksum differs: it is damaged, of another save, or "
+                "its save was cut off; copy all files of it again, or remove them and make it again"
+            )
+    return data, manifest
+
+
+def read_manifest(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]:
+    """Read a manifest alone and check it: its kind, its schema and its own sum.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ArtifactError: If it is damaged, no manifest, of another kind or of a newer schema.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{path} must be the manifest of a {kind}, got no JSON ({error}); make it again") from None
+    if not isinstance(manifest, dict) or not {"kind", "schema", _FILES, _SUM} <= {*manifest}:
+        raise ArtifactError(f"{path} must be the manifest of a {kind} as care_lens writes it, got another file")
+    if manifest[_SUM] != _sum(manifest):
+        raise ArtifactError(
+            f"{path} must be as it was written, but its checksum differs; copy it again, or make it again"
+        )
+    if manifest["kind"] != kind:
+        raise ArtifactError(f"{path} must hold a {kind}, got a {manifest['kind']}; load it with that class")
+    if manifest["schema"] > schema:
+        raise ArtifactError(f"schema of {path} must be {schema} or less, got {manifest['schema']}; update care_lens")
+    return manifest
+
+
+@contextmanager
+def in_use(path: str | Path) -> Iterator[None]:
+    """Hold a folder or a file for this process in a ``with`` block; another process that wants it is refused.
+
+    Args:
+        path: What is written to. The lock is the file ``.NAME.lock`` beside it, which is freed when the process ends, however it ends.
+
+    Raises:
+        InUseError: If another process holds it; the message says which.
+    """
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    holder = path.with_name(f".{path.name}.holder")
+    try:
+        lock.acquire()
+    except Timeout:
+        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        raise InUseError(
+            f"{path} must be written by one process at a time, {who} holds it; wait for that one, or use another path"
+        ) from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+def sha256(content: bytes) -> str:
+    """The sha256 of some bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sum(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's content, whatever its layout; the sum itself does not count."""
+    content = {key: value for key, value in manifest.items() if key != _SUM}
+    return sha256(json.dumps(content, sort_keys=True).encode())
+
+
+def _umask() -> int:
+    """The process's umask; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
