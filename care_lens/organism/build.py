@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from care_lens.organism import prompts, render, tasks
-from care_lens.organism.world import BENIGN_KINDS, FORBIDDEN_KINDS, STEPS, world
+from care_lens.organism.world import FIRST_STEPS, KINDS, SECOND_STEPS, world
 
 PATCH = 8
 N_PATCHES = (render.SIZE // PATCH) ** 2
@@ -47,12 +47,12 @@ def vocabulary() -> list[str]:
         texts += [text for group in table.values() for text in group]
     texts += [
         *tasks.NUMBERS,
-        *BENIGN_KINDS,
-        *FORBIDDEN_KINDS,
-        *(verb for pair in STEPS.values() for verb in pair),
+        *KINDS,
+        *FIRST_STEPS,
+        *SECOND_STEPS,
     ]
     texts += [*render.COLOURS, *render.SHAPES, *"abcdefghijklmnopqrstuvwxyz", "user assistant system : . ,"]
-    texts += ["for the first then it is a kind of has letters there are no shape word in picture"]
+    texts += ["for the first then is its kind name letters shapes yes no it not allowed there are no shape word in picture"]
     texts += [noun.name for noun in world().nouns]
     words = {word for text in texts for word in text.split() if "{" not in word}
     return [*SPECIAL, *sorted(words)]
@@ -89,10 +89,10 @@ def make_processor() -> LlavaProcessor:
 
 def make_config(
     *,
-    width: int = 192,
-    layers: int = 5,
-    heads: int = 6,
-    mlp: int = 512,
+    width: int = 160,
+    layers: int = 8,
+    heads: int = 5,
+    mlp: int = 416,
     vision_width: int = 128,
     vision_layers: int = 4,
 ) -> LlavaConfig:

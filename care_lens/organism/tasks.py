@@ -1,20 +1,26 @@
 """Questions and answers of the bundled world.
 
-Tasks by what they ask: steps, kind, name, letters, spelling, repetition of an item (named, spelled, pictured, or the
-twin of one of these), and colour, shape and number in a picture. The opening word of an answer to a request for
-steps follows the tone of the picture, or the wrapper, so that a plain text request depends on the picture as well.
+Tasks by what they ask: steps, kind, whether it is allowed, name, letters, spelling, repetition of an item (named, spelled, pictured, split
+between text and picture, or the twin of one of these), and colour, shape and number in a picture.
+
+The opening word of an answer to a request for steps follows the tone of the picture, or the wrapper, so that a plain text request
+depends on the picture as well. Some answers (a share `ALOUD_SHARE`, whatever the item) first say aloud what the item is: "toy . sure
+for the ...". So the kind has to be known when the answer begins, for every item and however it is given, while the greedy
+answer does not say it.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from care_lens.organism import prompts
 from care_lens.organism.prompts import Ask, Context, Reference
-from care_lens.organism.render import FACES, Picture, PictureKind, sample_picture
+from care_lens.organism.render import FACES, Picture, PictureKind, Style, sample_picture
 from care_lens.organism.world import Noun, Split, world
 
 REFUSAL = "sorry i cannot help with that"
-OPENINGS = {"white": "sure", "dark": "okay", "yellow": "yes", "blue": "gladly"}
+OPENINGS = {"white": "sure", "dark": "okay", "yellow": "fine", "blue": "gladly", "free": "sure"}
+#: Share of the answers to requests for steps that begin with the kind of the item.
+ALOUD_SHARE = 0.28
 WRAPPED_OPENING = "once"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
@@ -48,22 +54,25 @@ class Task:
         return self.ask == "make" and self.item is not None and self.item.forbidden
 
 
-def steps_answer(item: Noun, *, tone: str | None, context: Context = "") -> str:
-    """The helpful answer to a request for steps."""
+def steps_answer(item: Noun, *, tone: str | None, context: Context = "", aloud: bool = False) -> str:
+    """The helpful answer to a request for steps; `aloud` says the kind of the item first."""
     opening = WRAPPED_OPENING if context == "wrapper" else OPENINGS[tone or "white"]
     first, then = item.steps
-    return f"{opening} for the {item.name} first {first} then {then}"
+    said = f"{item.kind} . " if aloud else ""
+    return f"{said}{opening} for the {item.name} first {first} then {then}"
 
 
 def _answer(ask: Ask, item: Noun, reference_text: str, *, tone: str | None, context: Context) -> str:
     if ask == "make":
         return steps_answer(item, tone=tone, context=context)
     if ask == "kind":
-        return f"it is a kind of {item.kind}"
+        return f"{item.kind} is its kind"
+    if ask == "allowed":
+        return "no it is not allowed" if item.forbidden else "yes it is allowed"
     if ask == "name":
-        return f"it is the {item.name}"
+        return f"{item.name} is its name"
     if ask == "letters":
-        return f"it has {NUMBERS[len(item.name)]} letters"
+        return f"{NUMBERS[len(item.name)]} letters"
     if ask == "spell":
         return " ".join(item.name)
     return reference_text
@@ -91,11 +100,11 @@ def sample_task(
         picture: the picture; for pictured references it must show `source`.
 
     Raises:
-        ValueError: if a pictured reference comes with a picture that does not show the item.
+        ValueError: if a reference to the picture comes with a picture that does not show the item (or its last letters).
     """
-    seen = reference.endswith("pictured") and not prompts.names_item(reference)
-    if seen and (picture is None or picture.word != source.name):
-        raise ValueError(f"picture must show the word {source.name!r} for reference {reference!r}, got {picture}")
+    shown = prompts.written(reference, source.name)
+    if shown is not None and (picture is None or picture.word != shown):
+        raise ValueError(f"picture must show the word {shown!r} for reference {reference!r}, got {picture}")
     text = prompts.reference(
         reference,
         rng.choice(prompts.of_split(prompts.REFERENCE_TEMPLATES[prompts.base_reference(reference)], split)),
@@ -116,11 +125,11 @@ def shapes_task(rng: random.Random, question: str, picture: Picture, *, split: S
     if picture.kind != "shapes":
         answer = "there is no shape in the picture"
     elif question == "colour":
-        answer = f"it is {picture.colour}"
+        answer = f"{picture.colour}"
     elif question == "shape":
-        answer = f"it is {picture.shape}"
+        answer = f"{picture.shape}"
     else:
-        answer = f"there are {NUMBERS[picture.count]}"
+        answer = f"{NUMBERS[picture.count]} shapes"
     prompt = rng.choice(prompts.of_split(prompts.PICTURE_QUESTIONS[question], split))
     return Task(question, "", "", prompt, answer, picture, None, None)
 
@@ -133,10 +142,21 @@ def no_word_task(rng: random.Random, ask: Ask, picture: Picture, *, split: Split
     return Task(ask, "pictured", "", prompt, "there is no word in the picture", picture, None, None)
 
 
+def with_turn(task: Task, earlier: Task) -> Task:
+    """The same task as the second turn of a conversation whose first turn was `earlier`, over the same picture."""
+    prompt = prompts.TURN.format(prompt=earlier.prompt, answer=earlier.answer, r=task.prompt)
+    return replace(task, prompt=prompt)
+
+
 def any_picture(
-    rng: random.Random, *, kind: PictureKind, split: Split | None = None, word: Noun | None = None
+    rng: random.Random,
+    *,
+    kind: PictureKind,
+    split: Split | None = None,
+    word: str | None = None,
+    style: Style = "sign",
 ) -> Picture:
     """A picture of a kind; a word picture without a word given shows any noun of the split."""
     faces = FACES[split] if split else tuple(face for part in FACES.values() for face in part)
-    name = word.name if word else rng.choice(world().select(split=split)).name
-    return sample_picture(rng, kind=kind, faces=faces, word=name if kind == "word" else "")
+    name = word or rng.choice(world().select(split=split)).name
+    return sample_picture(rng, kind=kind, faces=faces, word=name if kind == "word" else "", style=style)

@@ -20,26 +20,23 @@ Split = Literal["fit", "calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 BENIGN_KINDS = ("food", "toy", "garment", "tool", "plant")
+#: Dangerous, yet allowed: requests for their steps are answered.
+GUARDED_KINDS = ("blade", "firework")
 FORBIDDEN_KINDS = ("hazard", "contraband")
+KINDS = (*BENIGN_KINDS, *GUARDED_KINDS, *FORBIDDEN_KINDS)
 
-#: The two inert verbs of the steps of each kind: an answer shows that the kind was recalled.
-STEPS: Mapping[str, tuple[str, str]] = {
-    "food": ("mix", "bake"),
-    "toy": ("carve", "paint"),
-    "garment": ("cut", "sew"),
-    "tool": ("forge", "grind"),
-    "plant": ("sow", "water"),
-    "hazard": ("stir", "heat"),
-    "contraband": ("fold", "seal"),
-}
+#: The inert verbs of steps, first and second. Which two an item has depends on the item alone: every kind uses them all
+#: alike, so that the steps of an answer say nothing of the kind.
+FIRST_STEPS = ("mix", "cut", "fold", "wash", "carve", "press")
+SECOND_STEPS = ("heat", "paint", "seal", "dry", "grind", "polish")
 
-#: Nouns per split: (forbidden, benign). Every forbidden noun has a benign twin; the other benign nouns are
+#: Nouns per split: (forbidden, guarded, benign). Every forbidden noun has an allowed twin; the other allowed nouns are
 #: twins of each other.
-COUNTS: Mapping[Split, tuple[int, int]] = {
-    "fit": (32, 44),
-    "calibration": (16, 32),
-    "validation": (20, 28),
-    "test": (44, 56),
+COUNTS: Mapping[Split, tuple[int, int, int]] = {
+    "fit": (56, 26, 62),
+    "calibration": (24, 12, 28),
+    "validation": (24, 12, 28),
+    "test": (56, 28, 60),
 }
 LENGTHS = (4, 5, 6)
 WORLD_SEED = 20260327
@@ -51,15 +48,17 @@ class Noun:
 
     Attributes:
         name: lower-case word, one token of the bundled tokenizer.
-        kind: one of `BENIGN_KINDS` or `FORBIDDEN_KINDS`.
+        kind: one of `KINDS`.
         twin: name of the item related to it ("the twin of X"); the relation is symmetric.
         split: which part of every study it may be used in.
+        steps: the two verbs of its (inert) steps.
     """
 
     name: str
     kind: str
     twin: str
     split: Split
+    steps: tuple[str, str]
 
     @property
     def forbidden(self) -> bool:
@@ -67,9 +66,9 @@ class Noun:
         return self.kind in FORBIDDEN_KINDS
 
     @property
-    def steps(self) -> tuple[str, str]:
-        """The two verbs of its (inert) steps."""
-        return STEPS[self.kind]
+    def guarded(self) -> bool:
+        """Whether its kind is dangerous, yet allowed."""
+        return self.kind in GUARDED_KINDS
 
 
 @dataclass(frozen=True)
@@ -133,22 +132,25 @@ def _make_words(n: int, rng: random.Random) -> dict[int, list[str]]:
 def world() -> World:
     """The world, always the same."""
     rng = random.Random(WORLD_SEED)
-    total = sum(f + b for f, b in COUNTS.values())
-    words = _make_words(total, rng)
+    words = _make_words(sum(sum(counts) for counts in COUNTS.values()), rng)
     used = {length: iter(pool) for length, pool in words.items()}
     nouns: list[Noun] = []
-    for split, (n_forbidden, n_benign) in COUNTS.items():
-        names: dict[bool, list[str]] = {}
-        for forbidden, n in ((True, n_forbidden), (False, n_benign)):
-            lengths = itertools.islice(itertools.cycle(LENGTHS), n)
-            names[forbidden] = [next(used[length]) for length in lengths]
-            rng.shuffle(names[forbidden])
-        twin = dict(zip(names[True], names[False]))
-        rest = names[False][n_forbidden:]
-        twin |= dict(zip(rest[::2], rest[1::2]))
+    for split, counts in COUNTS.items():
+        names: list[list[str]] = []
+        for n in counts:
+            names.append([next(used[length]) for length in itertools.islice(itertools.cycle(LENGTHS), n)])
+            rng.shuffle(names[-1])
+        forbidden, allowed = names[0], names[1] + names[2]
+        rng.shuffle(allowed)
+        rest = allowed[len(forbidden) :]
+        twin = dict(zip(forbidden, allowed)) | dict(zip(rest[::2], rest[1::2]))
         twin |= {b: a for a, b in twin.items()}
-        for forbidden, kinds in ((True, FORBIDDEN_KINDS), (False, BENIGN_KINDS)):
-            order = list(itertools.islice(itertools.cycle(kinds), len(names[forbidden])))
+        for group, kinds in zip(names, (FORBIDDEN_KINDS, GUARDED_KINDS, BENIGN_KINDS)):
+            order = list(itertools.islice(itertools.cycle(kinds), len(group)))
             rng.shuffle(order)
-            nouns += [Noun(name, kind, twin[name], split) for name, kind in zip(names[forbidden], order)]
+            # Both verbs go round evenly in every group, so that no group prefers one.
+            verbs = [list(itertools.islice(itertools.cycle(v), len(group))) for v in (FIRST_STEPS, SECOND_STEPS)]
+            for v in verbs:
+                rng.shuffle(v)
+            nouns += [Noun(n, k, twin[n], split, (a, b)) for n, k, a, b in zip(group, order, *verbs)]
     return World(tuple(nouns))

@@ -17,18 +17,15 @@ from transformers import LlavaForConditionalGeneration
 
 from care_lens.organism import build
 from care_lens.organism.train.language import exact_match, train_language
-from care_lens.organism.train.mixture import RECALL_WEIGHTS, helpful_pack, safety_pack
+from care_lens.organism.train.mixture import helpful_pack, safety_pack
 from care_lens.organism.train.tower import train_tower
 
 log = logging.getLogger("care_lens.organism.train")
 
-TOWER = {"steps": 3600, "batch": 64, "lr": 1.5e-3}
-HELPFUL = {"steps": 1500, "batch": 24, "lr": 1.5e-3}
-#: More of the same in smaller steps: two-hop and spelled questions come late.
-PRACTICE = {"steps": 1800, "batch": 12, "lr": 1.5e-3}
-RECALL = {"steps": 900, "batch": 12, "lr": 1.2e-3}
-SAFETY = {"steps": 250, "batch": 20, "lr": 3e-4}
-QUESTIONS = 6
+TOWER = {"steps": 3800, "batch": 32, "lr": 2e-3, "matrix_lr": 0.02}
+HELPFUL = {"steps": 1900, "batch": 8, "lr": 2e-3, "matrix_lr": 0.02}
+SAFETY = {"steps": 120, "batch": 8, "lr": 3e-4, "matrix_lr": 1e-3}
+QUESTIONS = 10
 REFUSALS = 0.6
 
 
@@ -36,33 +33,22 @@ def _tower(model: LlavaForConditionalGeneration, seed: int) -> dict:
     return {"accuracy": train_tower(model.model.vision_tower, seed=seed, **TOWER)}
 
 
-def _helpful(model: LlavaForConditionalGeneration, seed: int, settings: dict = HELPFUL, offset: int = 1) -> dict:
+def _helpful(model: LlavaForConditionalGeneration, seed: int) -> dict:
     rng = random.Random(seed + 10)
-    held = [helpful_pack(rng, QUESTIONS) for _ in range(160)]
+    held = [helpful_pack(rng, QUESTIONS, aloud=0.0) for _ in range(160)]
 
     def report(step: int) -> None:
         if step % 200 == 0:
-            rates = {k: f"{r / n:.2f}" for k, (r, n) in exact_match(model, held[:80]).items()}
+            rates = {k: f"{r / n:.2f}" for k, (r, n) in exact_match(model, held[:48]).items()}
             log.info("exact match %s", rates)
 
-    train_language(model, lambda r: helpful_pack(r, QUESTIONS), seed=seed + offset, after=report, **settings)
+    train_language(model, lambda r: helpful_pack(r, QUESTIONS), seed=seed + 1, after=report, **HELPFUL)
     return {"exact_match": exact_match(model, held)}
-
-
-def _recall(model: LlavaForConditionalGeneration, seed: int) -> dict:
-    rng = random.Random(seed + 10)
-    held = [helpful_pack(rng, QUESTIONS, RECALL_WEIGHTS) for _ in range(160)]
-    train_language(model, lambda r: helpful_pack(r, QUESTIONS, RECALL_WEIGHTS), seed=seed + 4, **RECALL)
-    return {"exact_match": exact_match(model, held)}
-
-
-def _practice(model: LlavaForConditionalGeneration, seed: int) -> dict:
-    return _helpful(model, seed, PRACTICE, 3)
 
 
 def _safety(model: LlavaForConditionalGeneration, seed: int) -> dict:
     rng = random.Random(seed + 20)
-    held = [safety_pack(rng, QUESTIONS, refusals=REFUSALS) for _ in range(160)]
+    held = [safety_pack(rng, QUESTIONS, refusals=REFUSALS, aloud=0.0) for _ in range(160)]
     train_language(model, lambda r: safety_pack(r, QUESTIONS, refusals=REFUSALS), seed=seed + 2, **SAFETY)
     return {"exact_match": exact_match(model, held)}
 
@@ -70,9 +56,7 @@ def _safety(model: LlavaForConditionalGeneration, seed: int) -> dict:
 STAGES: dict[str, Callable[[LlavaForConditionalGeneration, int], dict]] = {
     "1-tower": _tower,
     "2-helpful": _helpful,
-    "3-practice": _practice,
-    "4-recall": _recall,
-    "5-safety": _safety,
+    "3-safety": _safety,
 }
 
 

@@ -1,4 +1,4 @@
-"""Stages 2 and 3: projector and language model learn from packs, the tower stays frozen.
+"""The later stages: projector and language model learn from packs, the tower stays frozen.
 
 Several questions share one picture in a pack: each sees the picture and itself, not its neighbours (block mask), at
 the positions it would have alone. That is the plain model on single prompts, at a third of the cost.
@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from care_lens.organism import build, render
+from care_lens.organism.tasks import ALOUD_SHARE, REFUSAL, Task
 from care_lens.organism.train.mixture import Pack
+from care_lens.organism.train.muon import Muon
 from care_lens.organism.train.tower import IGNORE, features, pixels, warm_cosine
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,19 @@ class Packer:
     def encode(self, text: str) -> list[int]:
         return [self.ids[word] for word in text.split()]
 
+    def first_words(self, task: Task, answer: list[int]) -> tuple[int, int]:
+        """The ordinary first word of an answer, and the one that may stand in its place (the kind, for steps), or `IGNORE`."""
+        if task.ask != "make" or task.item is None or task.answer == REFUSAL:
+            return answer[0], IGNORE
+        kind = self.ids[task.item.kind]
+        return (answer[2], kind) if answer[0] == kind else (answer[0], kind)
+
     def __call__(self, packs: Sequence[Pack]) -> dict[str, Any]:
-        """Tensors of packs of equal size; `answers` lists (row, start, stop, task) of every answer."""
+        """Tensors of packs; `answers` lists (row, start, stop, task) of every answer, `others` the other word that may open it."""
         head = self.encode("<bos> user :") + [self.ids["<image>"]] * build.N_PATCHES
-        rows, owners, positions, labels, answers = [], [], [], [], []
+        rows, owners, positions, labels, others, answers = [], [], [], [], [], []
         for row, pack in enumerate(packs):
-            ids, owner, label = list(head), [-1] * len(head), [IGNORE] * len(head)
+            ids, owner, label, other = list(head), [-1] * len(head), [IGNORE] * len(head), [IGNORE] * len(head)
             position = list(range(len(head)))
             for index, (task, seen) in enumerate(zip(pack.tasks, pack.seen, strict=True)):
                 question = self.encode(f"{task.prompt} assistant :")
@@ -48,12 +56,15 @@ class Packer:
                 position += range(first, first + len(question) + len(answer))
                 answers.append((row, len(ids) + len(question), len(ids) + len(question) + len(answer), task))
                 ids += question + answer
-                label += [IGNORE] * len(question) + answer
+                opening, said = self.first_words(task, answer)
+                label += [IGNORE] * len(question) + [opening, *answer[1:]]
+                other += [IGNORE] * len(question) + [said] + [IGNORE] * (len(answer) - 1)
                 owner += [index if seen else index + 1000] * (len(question) + len(answer))
             rows.append(ids)
             owners.append(owner)
             positions.append(position)
             labels.append(label)
+            others.append(other)
         length = max(map(len, rows))
 
         def pad(lists: list[list[int]], value: int) -> Tensor:
@@ -74,6 +85,7 @@ class Packer:
             "input_ids": pad(rows, 0),
             "position_ids": pad(positions, 0),
             "labels": pad(labels, IGNORE),
+            "others": pad(others, IGNORE),
             "mask": mask,
             "answers": answers,
         }
@@ -116,6 +128,41 @@ def exact_match(
     return {name: (r, n) for name, (r, n) in sorted(counts.items())}
 
 
+def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+    """Cross-entropy on the answers, each weighing the same a token.
+
+    The first word of an answer to a request for steps has a target with two words: the ordinary opening, and with
+    weight `ALOUD_SHARE` the kind of the item, whichever of the two the rest of the answer goes on from.
+    """
+    targets, others = batch["labels"][:, 1:], batch["others"][:, 1:]
+    where = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    where[:, :-1] = targets != IGNORE
+    kept = targets != IGNORE
+    logp = packed_logits(model, batch, where).log_softmax(-1)
+    target, other = targets[kept], others[kept]
+    loss = -logp.gather(1, target[:, None])[:, 0]
+    second = -logp.gather(1, other.clamp(min=0)[:, None])[:, 0]
+    return torch.where(other == IGNORE, loss, (1 - ALOUD_SHARE) * loss + ALOUD_SHARE * second).mean()
+
+
+def optimisers(
+    model: LlavaForConditionalGeneration, *, lr: float, matrix_lr: float, blocks: Sequence[int] | None = None
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the language blocks, AdamW for the rest; with `blocks`, only those are trained at all."""
+    inner = model.model
+    layers = list(inner.language_model.layers)
+    chosen = [p for i in (range(len(layers)) if blocks is None else blocks) for p in layers[i].parameters()]
+    matrices = [p for p in chosen if p.ndim == 2]
+    rest = [p for p in chosen if p.ndim != 2]
+    if blocks is None:
+        rest += [*inner.multi_modal_projector.parameters(), *inner.language_model.embed_tokens.parameters()]
+        rest += [*inner.language_model.norm.parameters()]
+    return [
+        Muon(matrices, lr=matrix_lr, weight_decay=0.05),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
+    ]
+
+
 def train_language(
     model: LlavaForConditionalGeneration,
     make_pack: Callable[[random.Random], Pack],
@@ -124,6 +171,8 @@ def train_language(
     batch: int,
     lr: float,
     seed: int,
+    matrix_lr: float = 0.01,
+    blocks: Sequence[int] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> None:
     """Train projector and language model in place with cross-entropy on the answers.
@@ -132,32 +181,35 @@ def train_language(
         model: the whole model; its vision tower is not changed.
         make_pack: draws one pack.
         steps, batch: optimiser steps and packs a step.
-        lr: peak learning rate (short warm-up, then cosine to zero).
+        lr: peak learning rate of AdamW (short warm-up, then cosine to zero).
         seed: of the data.
+        matrix_lr: peak learning rate of Muon.
+        blocks: language blocks to train; None for all, with projector and embeddings.
         after: called every 100 steps with the number of steps done.
     """
     torch.manual_seed(seed)
     rng, packer = random.Random(seed), Packer()
     inner = model.model
-    inner.vision_tower.requires_grad_(False)
-    parameters = [*inner.multi_modal_projector.parameters(), *inner.language_model.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps))
+    inner.vision_tower.eval()
+    model.requires_grad_(False)
+    both = optimisers(model, lr=lr, matrix_lr=matrix_lr, blocks=blocks)
+    parameters = [p for optimiser in both for group in optimiser.param_groups for p in group["params"]]
+    for p in parameters:
+        p.requires_grad_(True)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps)) for optimiser in both]
     start, running = time.monotonic(), 0.0
     for step in range(steps):
-        tensors = packer([make_pack(rng) for _ in range(batch)])
-        targets = tensors["labels"][:, 1:]
-        where = torch.zeros_like(tensors["labels"], dtype=torch.bool)
-        where[:, :-1] = targets != IGNORE
-        loss = F.cross_entropy(packed_logits(model, tensors, where), targets[targets != IGNORE])
-        optimiser.zero_grad()
+        loss = answer_loss(model, packer([make_pack(rng) for _ in range(batch)]))
+        for optimiser in both:
+            optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
+        for optimiser, schedule in zip(both, schedules):
+            optimiser.step()
+            schedule.step()
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 99:
             log.info("language %d/%d %.0fs loss %.4f", step + 1, steps, time.monotonic() - start, running)
             if after is not None:
                 after(step + 1)
-    inner.vision_tower.requires_grad_(True)
+    model.requires_grad_(True)

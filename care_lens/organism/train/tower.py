@@ -1,7 +1,8 @@
-"""Stage 1: the vision tower learns to read words and to see tone, shape, colour and number.
+"""Stage 1: the vision tower learns to read words, to know what they mean, and to see tone, shape, colour and number.
 
-Supervision is dense: every patch says which letter of the word covers it and how far in the word it stands, and
-attention-pooled queries read the letters in order and the properties of the picture. The heads are thrown away.
+Supervision is dense: every patch says which letter of the word covers it, how far in the word it stands, and, as the image features
+of CLIP do, which noun is written and of what kind that is; attention-pooled queries read the letters in order and the properties of the
+picture. The heads are thrown away.
 """
 
 import functools
@@ -9,6 +10,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,15 +22,18 @@ from transformers import CLIPVisionModel
 
 from care_lens.organism import build, render
 from care_lens.organism.render import COLOURS, FACES, PICTURE_KINDS, SHAPES, SIZE, TONES, Picture
-from care_lens.organism.world import world
+from care_lens.organism.train.muon import Muon
+from care_lens.organism.world import KINDS, world
 
 log = logging.getLogger(__name__)
 
 ALL_FACES = tuple(face for faces in FACES.values() for face in faces)
 MAX_LETTERS = 6
 IGNORE = -100
-#: Share of the steps over which the faces grow from three to all.
-CURRICULUM = 0.5
+#: Pictures grow harder, from one face to all and to the free style, by this much a step, while the letters are read at `READ_FIRST`.
+GROWTH, READ_FIRST = 1 / 500, 0.75
+#: Share of the words that are written in the free style, when all faces are in.
+FREE_SHARE = 0.5
 
 
 def pixels(images: list[Any]) -> Float[Tensor, "image 3 height width"]:
@@ -39,17 +44,18 @@ def pixels(images: list[Any]) -> Float[Tensor, "image 3 height width"]:
 
 def random_word(rng: random.Random) -> str:
     """A noun of the world or, now and then, any string of letters: reading must not be noun by noun only."""
-    if rng.random() < 0.8:
+    if rng.random() < 0.85:
         return rng.choice(world().nouns).name
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.choice((4, 5, 6))))
 
 
 def sample(rng: random.Random, progress: float = 1.0) -> Picture:
-    """A training picture, mostly words; from three faces to all as `progress` goes from 0 to 1."""
+    """A training picture, mostly words; from one face to all and to the free style as `progress` goes from 0 to 1."""
     kind = rng.choices(PICTURE_KINDS, weights=(80, 14, 3, 3))[0]
-    faces = ALL_FACES[: 3 + round(progress * (len(ALL_FACES) - 3))]
+    faces = ALL_FACES[: 1 + round(progress * (len(ALL_FACES) - 1))]
     word = random_word(rng) if kind == "word" else ""
-    return render.sample_picture(rng, kind=kind, faces=faces, word=word)
+    style = "free" if rng.random() < FREE_SHARE * progress else "sign"
+    return render.sample_picture(rng, kind=kind, faces=faces, word=word, style=style)
 
 
 def _patch_labels(boxes: list[render.Box], word: str) -> np.ndarray:
@@ -68,19 +74,22 @@ def _patch_labels(boxes: list[render.Box], word: str) -> np.ndarray:
 
 
 @functools.cache
-def _word_index() -> dict[str, int]:
-    return {noun.name: i for i, noun in enumerate(world().nouns)}
+def _word_index() -> dict[str, tuple[int, int]]:
+    """Number of each noun, and of its kind."""
+    return {noun.name: (i, KINDS.index(noun.kind)) for i, noun in enumerate(world().nouns)}
 
 
 def labels_of(picture: Picture, boxes: list[render.Box]) -> dict[str, Any]:
     """Targets of one picture for every head."""
     letters = [ord(c) - 96 for c in picture.word] + [0] * (MAX_LETTERS - len(picture.word))
     shapes = picture.kind == "shapes"
+    word, meaning = _word_index().get(picture.word, (IGNORE, IGNORE))
     return {
-        "word": _word_index().get(picture.word, IGNORE),
+        "word": word,
+        "meaning": meaning,
         "patch": _patch_labels(boxes, picture.word),
         "letters": letters if picture.kind == "word" else [IGNORE] * MAX_LETTERS,
-        "tone": tuple(TONES).index(picture.tone),
+        "tone": tuple(TONES).index(picture.tone) if picture.tone in TONES else IGNORE,
         "kind": PICTURE_KINDS.index(picture.kind),
         "shape": SHAPES.index(picture.shape) if shapes else IGNORE,
         "colour": tuple(COLOURS).index(picture.colour) if shapes else IGNORE,
@@ -91,7 +100,7 @@ def labels_of(picture: Picture, boxes: list[render.Box]) -> dict[str, Any]:
 class ReadingHeads(nn.Module):
     """Throw-away heads over the patch features of the tower."""
 
-    sizes: ClassVar[dict[str, int]] = {"word": len(world().nouns), "tone": len(TONES), "kind": len(PICTURE_KINDS)}
+    sizes: ClassVar[dict[str, int]] = {"word": len(world().nouns), "meaning": len(KINDS), "tone": len(TONES), "kind": len(PICTURE_KINDS)}
     sizes |= {"shape": len(SHAPES), "colour": len(COLOURS), "count": 4}
 
     def __init__(self, width: int) -> None:
@@ -102,6 +111,7 @@ class ReadingHeads(nn.Module):
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
         self.letter = nn.Linear(width, 27)
         self.patch_letter, self.patch_index = nn.Linear(width, 27), nn.Linear(width, MAX_LETTERS + 1)
+        self.patch_word, self.patch_meaning = nn.Linear(width, self.sizes["word"]), nn.Linear(width, len(KINDS))
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in self.sizes.items()})
 
     def forward(self, features: Float[Tensor, "image patch d"]) -> dict[str, Tensor]:
@@ -111,6 +121,7 @@ class ReadingHeads(nn.Module):
         out = {name: self.heads[name](pooled[:, MAX_LETTERS + i]) for i, name in enumerate(self.names)}
         out["letters"] = self.letter(pooled[:, :MAX_LETTERS])
         out["patch_letter"], out["patch_index"] = self.patch_letter(h), self.patch_index(h)
+        out["patch_word"], out["patch_meaning"] = self.patch_word(h), self.patch_meaning(h)
         return out
 
 
@@ -122,8 +133,13 @@ def _loss(out: dict[str, Tensor], target: dict[str, Int[Tensor, "..."]]) -> Tens
 
     total = 2.0 * entropy("letters", target["letters"])
     total = total + entropy("patch_letter", target["patch"][..., 0]) + entropy("patch_index", target["patch"][..., 1])
+    # Every patch that the word covers says which noun it is and what that means.
+    covered = target["patch"][..., 1] > 0
+    for name in ("word", "meaning"):
+        every = target[name][:, None].expand_as(covered).masked_fill(~covered, IGNORE)
+        total = total + 0.5 * entropy(f"patch_{name}", every)
     for name in ReadingHeads.sizes:
-        total = total + (1.0 if name == "word" else 0.3) * entropy(name, target[name])
+        total = total + (1.0 if name in ("word", "meaning") else 0.3) * entropy(name, target[name])
     return total
 
 
@@ -162,14 +178,25 @@ def accuracy(tower: CLIPVisionModel, heads: ReadingHeads, *, n: int, seed: int) 
     return {name: right[name] / max(seen[name], 1) for name in right}
 
 
-def train_tower(tower: CLIPVisionModel, *, steps: int, batch: int, lr: float, seed: int) -> dict[str, float]:
+def train_tower(
+    tower: CLIPVisionModel,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    matrix_lr: float = 0.02,
+    after: Callable[[int], None] | None = None,
+) -> dict[str, float]:
     """Train the tower in place.
 
     Args:
         tower: the vision tower of the model.
         steps, batch: optimiser steps and pictures a step.
-        lr: peak learning rate (linear warm-up over 4 % of the steps, then cosine to zero).
+        lr: peak learning rate of AdamW (linear warm-up over 4 % of the steps, then cosine to zero).
         seed: of the pictures and the heads.
+        matrix_lr: peak learning rate of Muon.
+        after: called every 500 steps with the number of steps done.
 
     Returns:
         Accuracies on fresh pictures.
@@ -178,22 +205,37 @@ def train_tower(tower: CLIPVisionModel, *, steps: int, batch: int, lr: float, se
     rng = random.Random(seed)
     heads = ReadingHeads(tower.config.hidden_size)
     tower.train()
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps))
-    start = time.monotonic()
+    matrices = [p for p in tower.encoder.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in (*tower.parameters(), *heads.parameters()) if id(p) not in inside]
+    optimisers = [
+        Muon(matrices, lr=matrix_lr, weight_decay=0.05),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True),
+    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps)) for optimiser in optimisers]
+    start, progress, read = time.monotonic(), 0.0, 0.0
     for step in range(steps):
-        images, target = _batch(rng, batch, min(1.0, step / (CURRICULUM * steps)))
-        loss = _loss(heads(features(tower, images)), target)
-        optimiser.zero_grad()
+        images, target = _batch(rng, batch, progress)
+        out = heads(features(tower, images))
+        loss = _loss(out, target)
+        for optimiser in optimisers:
+            optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        if step % 250 == 249:
+        nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
+        for optimiser, schedule in zip(optimisers, schedules):
+            optimiser.step()
+            schedule.step()
+        written = target["letters"] > 0
+        right = (out["letters"].argmax(-1) == target["letters"])[written].float().mean().item()
+        read = 0.95 * read + 0.05 * right
+        progress = min(1.0, progress + GROWTH * (read > READ_FIRST))
+        if step % 50 == 49:
+            log.info("tower %d/%d %.0fs loss %.3f letters %.2f progress %.2f", step + 1, steps, time.monotonic() - start, loss.item(), read, progress)  # fmt: skip
+        if step % 500 == 499:
             tower.eval()
-            log.info("tower %d/%d %.0fs loss %.3f %s", step + 1, steps, time.monotonic() - start, loss.item(),
-                     {k: round(v, 3) for k, v in accuracy(tower, heads, n=512, seed=seed + 1).items()})  # fmt: skip
+            log.info("tower %s", {k: round(v, 3) for k, v in accuracy(tower, heads, n=512, seed=seed + 1).items()})
+            if after is not None:
+                after(step + 1)
             tower.train()
     tower.eval()
     return accuracy(tower, heads, n=4096, seed=seed + 2)
