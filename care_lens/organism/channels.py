@@ -196,6 +196,15 @@ def examples(channel: str, split: Split, *, n: int | None = None, per_item: int 
         >>> one.harmful, one.channel
         (True, 'spelled')
     """
+    out = [
+        to_example(task, channel=channel, split=split, id=name)
+        for name, task in channel_tasks(channel, split, per_item=per_item, seed=seed)
+    ]
+    return out if n is None else out[:n]
+
+
+def channel_tasks(channel: str, split: Split, *, per_item: int = 1, seed: int = 0) -> list[tuple[str, Task]]:
+    """Identifiers and tasks of a channel, before they are drawn; see `examples`."""
     if channel not in CHANNELS:
         raise ValueError(f"channel must be one of {sorted(CHANNELS)}, got {channel!r}")
     recipe = CHANNELS[channel]
@@ -205,19 +214,36 @@ def examples(channel: str, split: Split, *, n: int | None = None, per_item: int 
         if not recipe.reference or _item(recipe, noun).forbidden == recipe.item_forbidden
     ]
     _rng("order", channel, split, seed).shuffle(nouns)
-    out: list[Example] = []
-    for round_ in range(per_item):
-        for noun in nouns:
-            rng = _rng(channel, split, seed, round_, noun.name)
-            out.append(
-                to_example(
-                    _task(rng, recipe, noun, split),
-                    channel=channel,
-                    split=split,
-                    id=f"{channel}/{split}/{seed}/{round_}/{noun.name}",
-                )
-            )
-    return out if n is None else out[:n]
+    return [
+        (
+            f"{channel}/{split}/{seed}/{round_}/{noun.name}",
+            _task(_rng(channel, split, seed, round_, noun.name), recipe, noun, split),
+        )
+        for round_ in range(per_item)
+        for noun in nouns
+    ]
+
+
+def made(
+    name: str, ask: Ask, reference: Reference, split: Split, *, forbidden: bool, seed: int = 0, **options: Any
+) -> list[Example]:
+    """Examples of a channel that is not in `CHANNELS`: any question about every item of one side, however it is given.
+
+    Args:
+        name: of the channel.
+        ask, reference: what is asked, and how the item is given.
+        split: whose nouns, templates and faces.
+        forbidden: whether the items that the answers concern are forbidden.
+        seed: of wording and pictures.
+        options: others of `Recipe`.
+    """
+    out = []
+    for source in world().select(split=split):
+        recipe = Recipe(ask, reference, item_forbidden=forbidden, source_forbidden=source.forbidden, **options)
+        if _item(recipe, source).forbidden == forbidden:
+            key = f"{name}/{split}/{seed}/{source.name}"
+            out.append(to_example(_task(_rng(key), recipe, source, split), channel=name, split=split, id=key))
+    return out
 
 
 def _item(recipe: Recipe, source: Noun) -> Noun:
