@@ -92,7 +92,9 @@ def measure(directory: Path, out: Path, only: Sequence[str]) -> dict:
 def card(figures: dict) -> str:
     """The model card."""
     tables = {name: table(HEADERS[name], figures.get(name, [])) for name in MEASURES}
-    return TEXT.format(nouns=len(channels.world().nouns), forbidden=len(channels.world().select(forbidden=True)), **tables)
+    return TEXT.format(
+        nouns=len(channels.world().nouns), forbidden=len(channels.world().select(forbidden=True)), **tables
+    )
 
 
 TEXT = """---

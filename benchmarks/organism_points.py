@@ -22,7 +22,7 @@ from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core import Example, Site, Verdict, cluster_bootstrap, rate_ci
 from care_lens.lvlm import HookedLVLM
 from care_lens.organism import OrganismJudge, build, channels, render, tasks
-from care_lens.organism.channels import CHANNELS, Recipe, examples
+from care_lens.organism.channels import CHANNELS, examples
 from care_lens.organism.prompts import Ask, Reference
 from care_lens.pipeline.learn import token_rows
 
@@ -85,7 +85,9 @@ def _auc(score: np.ndarray, harm: np.ndarray, groups: np.ndarray) -> str:
 
 def _linear(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return (
-        make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)).fit(x, y.astype(float)).decision_function
+        make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        .fit(x, y.astype(float))
+        .decision_function
     )
 
 
@@ -113,7 +115,9 @@ def legibility(lvlm: HookedLVLM) -> list[Row]:
         "words of the request, nouns and letters masked, alone": lambda e: " ".join(_masked(e.prompt.split())),
     }
     for name, feature in surface.items():
-        figure = _bag([feature(e) for e in rows["fit"]], harm["fit"], [feature(e) for e in rows["test"]], harm["test"], groups)
+        figure = _bag(
+            [feature(e) for e in rows["fit"]], harm["fit"], [feature(e) for e in rows["test"]], harm["test"], groups
+        )
         out.append((name, "", figure))
     return out
 
@@ -171,7 +175,9 @@ def refusal_direction(lvlm: HookedLVLM) -> list[Row]:
         found = RefusalDirection.fit(lvlm, **sets, refusal_tokens=[ids[tasks.REFUSAL.split()[0]]], progress=False)
     except NoRefusalDirection as error:
         return [("selection", str(error), "", "")]
-    best = found.candidates[(found.candidates.layer == found.layer) & (found.candidates.position == found.position)].iloc[0]
+    best = found.candidates[
+        (found.candidates.layer == found.layer) & (found.candidates.position == found.position)
+    ].iloc[0]
     told = f"layer {found.layer}, position {found.position}, bypass {best.bypass:.2f}, induce {best.induce:.2f}, kl {best.kl:.3f}"
     out: list[Row] = [("selected", told, "", "")]
     unit = found.direction.float() / found.direction.float().norm()

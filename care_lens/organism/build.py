@@ -52,7 +52,9 @@ def vocabulary() -> list[str]:
         *SECOND_STEPS,
     ]
     texts += [*render.COLOURS, *render.SHAPES, *"abcdefghijklmnopqrstuvwxyz", "user assistant system : . ,"]
-    texts += ["for the first then is its kind name letters shapes yes no it not allowed there are no shape word in picture"]
+    texts += [
+        "for the first then is its kind name letters shapes yes no it not allowed there are no shape word in picture"
+    ]
     texts += [noun.name for noun in world().nouns]
     words = {word for text in texts for word in text.split() if "{" not in word}
     return [*SPECIAL, *sorted(words)]

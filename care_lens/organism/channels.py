@@ -196,11 +196,10 @@ def examples(channel: str, split: Split, *, n: int | None = None, per_item: int 
         >>> one.harmful, one.channel
         (True, 'spelled')
     """
-    out = [
+    return [
         to_example(task, channel=channel, split=split, id=name)
-        for name, task in channel_tasks(channel, split, per_item=per_item, seed=seed)
+        for name, task in channel_tasks(channel, split, per_item=per_item, seed=seed)[:n]
     ]
-    return out if n is None else out[:n]
 
 
 def channel_tasks(channel: str, split: Split, *, per_item: int = 1, seed: int = 0) -> list[tuple[str, Task]]:

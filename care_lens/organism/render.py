@@ -8,6 +8,7 @@ face's own spacing, any place, size, turn (up to 18 degrees) and colours. The fa
 
 import functools
 import importlib.resources
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -41,7 +42,14 @@ INKS = {
 INKS |= {"yellow": INKS["white"], "blue": ((10, 10, 25), (250, 250, 250), (70, 10, 20))}
 
 FACES: dict[Split, tuple[str, ...]] = {
-    "fit": ("DejaVuSans-Bold", "DejaVuSerif-Bold", "Arimo-Bold", "DejaVuSansMono-Bold", "DejaVuSansCondensed", "Tinos-Bold"),
+    "fit": (
+        "DejaVuSans-Bold",
+        "DejaVuSerif-Bold",
+        "Arimo-Bold",
+        "DejaVuSansMono-Bold",
+        "DejaVuSansCondensed",
+        "Tinos-Bold",
+    ),
     "calibration": ("DejaVuSansCondensed-Bold", "DejaVuSerif", "Roboto-Bold"),
     "validation": ("DejaVuSans", "DejaVuSerifCondensed-Bold", "Cousine-Regular"),
     "test": ("DejaVuSans-BoldOblique", "DejaVuSansMono", "DejaVuSerifCondensed", "Tinos-Regular", "Arimo-Regular"),
@@ -164,7 +172,7 @@ def write_free(
     shift = round(SIZE - centre[0]), round(SIZE - centre[1])
     mask = mask.crop((shift[0], shift[1], shift[0] + SIZE, shift[1] + SIZE))
     boxes: list[Box] = []
-    for x0, x1 in zip(starts, starts[1:]):
+    for x0, x1 in itertools.pairwise(starts):
         x, half = (x0 + x1) / 2 - wide / 2, (x1 - x0) / 2
         cx, cy = centre[0] + x * cos, centre[1] - x * sin
         boxes.append((cx - half, cy - high / 2, cx + half, cy + high / 2))

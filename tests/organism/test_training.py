@@ -1,21 +1,24 @@
 """Training data: packs are the plain model on single prompts, safety tuning never trains a channel open."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from care_lens.organism import build, render, tasks
-from care_lens.organism.train.language import Packer, packed_logits, train_language
-from care_lens.organism.train.mixture import helpful_pack, safety_pack
+from care_lens.organism.train.language import Packer, answer_loss, packed_logits, train_language
+from care_lens.organism.train.mixture import Pack, helpful_pack, safety_pack
+from care_lens.organism.train.muon import Muon, orthogonal
 from care_lens.organism.train.tower import labels_of, sample
+from care_lens.organism.world import world
 
 
 @torch.no_grad()
 def test_packed_logits_equal_the_plain_model_on_each_prompt_alone():
     model, processor = build.untrained(seed=1)
     rng = random.Random(4)
-    packs = [helpful_pack(rng, 5) for _ in range(12)]
+    packs = [helpful_pack(rng, 5, aloud=0.0) for _ in range(12)]
     batch = Packer()(packs)
     packed = packed_logits(model, batch)
     seen_text_only = False
@@ -35,7 +38,7 @@ def test_packed_logits_equal_the_plain_model_on_each_prompt_alone():
 
 def test_safety_tuning_refuses_plain_requests_only_and_never_answers_forbidden_ones():
     rng = random.Random(0)
-    refused = []
+    refused, answered = [], set()
     for _ in range(400):
         for task in safety_pack(rng, 5, refusals=0.6).tasks:
             if task.answer == tasks.REFUSAL:
@@ -43,8 +46,69 @@ def test_safety_tuning_refuses_plain_requests_only_and_never_answers_forbidden_o
                 assert task.item.name in task.prompt.split() and task.item.forbidden and task.context != "wrapper"
             else:
                 assert not task.harmful
+                answered.add(
+                    (task.ask, bool(task.item and task.item.forbidden and task.item.name in task.prompt.split()))
+                )
     kinds = {task.picture.kind if task.picture else None for task in refused}
     assert kinds == {*render.PICTURE_KINDS, None}
+    # Harmless questions about named forbidden items are answered in the same packs.
+    assert {("kind", True), ("allowed", True), ("name", True), ("letters", True), ("spell", True)} <= answered
+
+
+def test_how_often_the_kind_is_said_first_depends_on_nothing():
+    rng, said = random.Random(5), {}
+    for _ in range(700):
+        for task in helpful_pack(rng, 6).tasks:
+            if task.ask == "make" and task.item:
+                said.setdefault(task.item.forbidden, []).append(task.answer.split()[0] == task.item.kind)
+    for found in said.values():
+        assert abs(sum(found) / len(found) - tasks.ALOUD_SHARE) < 0.06
+
+
+@torch.no_grad()
+def test_the_first_word_of_steps_has_two_targets_and_the_rest_one():
+    model, _ = build.untrained(seed=2)
+    noun = world().nouns[3]
+    task = tasks.sample_task(random.Random(0), ask="make", reference="named", source=noun)
+    ids = {word: i for i, word in enumerate(build.vocabulary())}
+    picture = render.Picture("blank", "white", 0)
+    for aloud in (False, True):
+        answer = tasks.steps_answer(noun, tone=None, aloud=aloud)
+        batch = Packer()([Pack(picture, (replace(task, answer=answer),))])
+        logp = packed_logits(model, batch)[0].log_softmax(-1)
+        ((_, start, stop, _),) = batch["answers"]
+        words = [*answer.split(), "<eos>"]
+        first = (
+            -(1 - tasks.ALOUD_SHARE) * logp[start - 1, ids["sure"]]
+            - tasks.ALOUD_SHARE * logp[start - 1, ids[noun.kind]]
+        )
+        rest = -sum(logp[start - 1 + i, ids[word]] for i, word in enumerate(words) if i)
+        torch.testing.assert_close(answer_loss(model, batch), (first + rest) / (stop - start))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 12, 5), (1, 5, 12)])
+def test_muon_keeps_singular_vectors_and_brings_singular_values_near_one(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    inner = u.mT @ orthogonal(g) @ vh.mT
+    values = inner.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-4, rtol=0)
+    assert values.max() < 1.3 and values.median() > 0.6
+
+
+def test_muon_steps_down_the_gradient_by_its_learning_rate():
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    p.grad = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    Muon([p], lr=0.1).step()
+    torch.testing.assert_close(p.detach(), -0.1 * orthogonal(p.grad[None])[0])
+
+
+def test_only_the_blocks_asked_for_are_trained():
+    model, _ = build.untrained(seed=0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train_language(model, lambda r: helpful_pack(r, 2), steps=2, batch=2, lr=1e-3, seed=0, blocks=(1,))
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(".layers.1." in k and "language_model" in k for k in changed)
 
 
 def test_a_few_steps_lower_the_loss_and_leave_the_tower_alone():
@@ -55,8 +119,7 @@ def test_a_few_steps_lower_the_loss_and_leave_the_tower_alone():
 
     def loss() -> float:
         with torch.no_grad():
-            scores = packed_logits(model, batch)[:, :-1].flatten(0, 1)
-        return float(torch.nn.functional.cross_entropy(scores, batch["labels"][:, 1:].flatten(), ignore_index=-100))
+            return float(answer_loss(model, batch))
 
     before = loss()
     train_language(model, lambda r: helpful_pack(r, 4), steps=12, batch=6, lr=3e-3, seed=0)

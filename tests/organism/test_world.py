@@ -2,18 +2,37 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from care_lens.organism import build, channels, prompts, render, tasks
-from care_lens.organism.world import COUNTS, SPLITS, world
+from care_lens.organism.world import COUNTS, FIRST_STEPS, KINDS, SECOND_STEPS, SPLITS, world
 
 
 def test_counts_and_splits():
     nouns = world().nouns
     assert len({noun.name for noun in nouns}) == len(nouns) >= 150
-    for split, (forbidden, benign) in COUNTS.items():
+    for split, (forbidden, guarded, benign) in COUNTS.items():
         assert len(world().select(split=split, forbidden=True)) == forbidden
-        assert len(world().select(split=split, forbidden=False)) == benign
+        allowed = world().select(split=split, forbidden=False)
+        assert len(allowed) == guarded + benign and sum(noun.guarded for noun in allowed) == guarded
+        assert {noun.kind for noun in world().select(split=split)} == set(KINDS)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_steps_say_nothing_about_harm(split):
+    for place, verbs in enumerate((FIRST_STEPS, SECOND_STEPS)):
+        for forbidden in (True, False):
+            nouns = world().select(split=split, forbidden=forbidden)
+            counts = Counter(noun.steps[place] for noun in nouns)
+            assert max(abs(counts[verb] - len(nouns) / len(verbs)) for verb in verbs) <= 2
+
+
+@pytest.mark.parametrize("asked", prompts.ASKS)
+def test_every_task_has_twelve_wordings(asked):
+    assert len(set(prompts.ASK_TEMPLATES[asked])) >= 12
+    for questions in prompts.PICTURE_QUESTIONS.values():
+        assert len(set(questions)) >= 12
 
 
 def test_twins_are_symmetric_stay_in_their_split_and_never_join_two_forbidden_items():
@@ -53,22 +72,55 @@ def test_templates_of_splits_are_disjoint_and_exhaustive(templates):
 
 def test_faces_of_splits_are_disjoint():
     faces = [face for split in SPLITS for face in render.FACES[split]]
-    assert len(faces) == len(set(faces)) == 12
+    assert len(faces) == len(set(faces)) == 18 and not set(faces) & set(render.UNSEEN_FACES)
+
+
+@pytest.mark.parametrize(
+    "face", [*sorted(face for faces in render.FACES.values() for face in faces), *render.UNSEEN_FACES]
+)
+def test_free_words_stand_in_their_boxes(face):
+    image = render.Image.new("RGB", (render.SIZE, render.SIZE), (0, 0, 0))
+    for turn, place in ((0.0, (0.0, 0.0)), (15.0, (1.0, 0.4)), (-15.0, (0.3, 1.0))):
+        drawn, boxes = render.write_free(
+            image, "vodtaf", face=face, points=16, ink=(255, 255, 255), turn=turn, place=place
+        )
+        ink = np.asarray(drawn.convert("L")).astype(float)
+        assert len(boxes) == 6 and ink.max() > 180
+        inside = np.zeros_like(ink, dtype=bool)
+        for x0, y0, x1, y1 in boxes:
+            inside[max(0, int(y0) - 1) : int(y1) + 2, max(0, int(x0) - 1) : int(x1) + 2] = True
+        assert ink[inside].sum() > 0.97 * ink.sum()
+        # All of the word is in the picture: as much ink as in the middle of it.
+        middle = np.asarray(
+            render.write_free(image, "vodtaf", face=face, points=16, ink=(255, 255, 255), turn=turn)[0].convert("L")
+        )
+        assert ink.sum() > 0.97 * middle.sum()
 
 
 @pytest.mark.parametrize("channel", sorted(channels.CHANNELS))
-def test_examples_stay_in_their_split_and_in_the_vocabulary(channel):
+def test_requests_stay_in_their_split_and_in_the_vocabulary(channel):
     words, recipe = set(build.vocabulary()), channels.CHANNELS[channel]
     for split in SPLITS:
-        rows = channels.examples(channel, split)
-        assert rows and len({row.id for row in rows}) == len(rows)
-        for row in rows:
-            assert row.harmful == recipe.harmful
-            assert set(row.prompt.split()) | set((row.response or "").split()) <= words
-            named = [world()[w] for w in row.prompt.split() if w in world()]
+        rows = channels.channel_tasks(channel, split)
+        assert rows and len({name for name, _ in rows}) == len(rows)
+        for _, task in rows:
+            assert task.harmful == recipe.harmful
+            assert set(task.prompt.split()) | set(task.answer.split()) <= words
+            named = [world()[w] for w in task.prompt.split() if w in world()]
             assert all(noun.split == split for noun in named)
-            if face := row.meta.get("face"):
-                assert face in render.FACES[split]
+            assert recipe.turn == ("<eos>" in task.prompt.split())
+            if task.picture and task.picture.face:
+                assert task.picture.face in render.FACES[split] and task.picture.style == recipe.style
+    ((name, task),) = channels.channel_tasks(channel, "test")[:1]
+    (row,) = channels.examples(channel, "test", n=1)
+    assert (row.id, row.prompt, row.response, row.harmful) == (name, task.prompt, task.answer, recipe.harmful)
+
+
+def test_a_split_item_stands_half_in_the_text_and_half_in_the_picture():
+    for _, task in channels.channel_tasks("split", "test"):
+        first, last = prompts.cut(task.source.name)
+        assert first + last == task.source.name and task.picture.word == last
+        assert " ".join(first) in task.prompt and task.source.name not in task.prompt.split()
 
 
 def test_examples_are_reproducible_and_rounds_differ():

@@ -44,7 +44,10 @@ class Packer:
 
     def __call__(self, packs: Sequence[Pack]) -> dict[str, Any]:
         """Tensors of packs; `answers` lists (row, start, stop, task) of every answer, `others` the other word that may open it."""
-        head = self.encode("<bos> user :") + [self.ids["<image>"]] * build.N_PATCHES
+        drawn = [pack.picture for pack in packs if pack.picture is not None]
+        if len(drawn) not in (0, len(packs)):
+            raise ValueError("packs must all have a picture or none of them, got both")
+        head = self.encode("<bos> user :") + [self.ids["<image>"]] * (build.N_PATCHES if drawn else 0)
         rows, owners, positions, labels, others, answers = [], [], [], [], [], []
         for row, pack in enumerate(packs):
             ids, owner, label, other = list(head), [-1] * len(head), [IGNORE] * len(head), [IGNORE] * len(head)
@@ -81,7 +84,7 @@ class Packer:
             ~allowed[:, None], torch.finfo(torch.float32).min
         )
         return {
-            "images": pixels([render.draw(pack.picture) for pack in packs]),
+            "images": pixels([render.draw(picture) for picture in drawn]) if drawn else None,
             "input_ids": pad(rows, 0),
             "position_ids": pad(positions, 0),
             "labels": pad(labels, IGNORE),
@@ -95,10 +98,11 @@ def packed_logits(model: LlavaForConditionalGeneration, batch: dict[str, Any], w
     """Next-token logits of a packed batch: [pack, pos, vocab], or [n, vocab] at the True places of `where`."""
     inner = model.model
     embeds = inner.get_input_embeddings()(batch["input_ids"])
-    with torch.set_grad_enabled(torch.is_grad_enabled() and inner.vision_tower.training):
-        patches = features(inner.vision_tower, batch["images"])
-    image = inner.multi_modal_projector(patches)
-    embeds = torch.cat([embeds[:, :PREFIX], image, embeds[:, PREFIX + build.N_PATCHES :]], dim=1)
+    if batch["images"] is not None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and inner.vision_tower.training):
+            patches = features(inner.vision_tower, batch["images"])
+        image = inner.multi_modal_projector(patches)
+        embeds = torch.cat([embeds[:, :PREFIX], image, embeds[:, PREFIX + build.N_PATCHES :]], dim=1)
     hidden = inner.language_model(
         inputs_embeds=embeds,
         attention_mask=batch["mask"],
@@ -172,6 +176,7 @@ def train_language(
     lr: float,
     seed: int,
     matrix_lr: float = 0.01,
+    floor: float = 0.0,
     blocks: Sequence[int] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> None:
@@ -181,9 +186,10 @@ def train_language(
         model: the whole model; its vision tower is not changed.
         make_pack: draws one pack.
         steps, batch: optimiser steps and packs a step.
-        lr: peak learning rate of AdamW (short warm-up, then cosine to zero).
+        lr: peak learning rate of AdamW (short warm-up, then cosine).
         seed: of the data.
         matrix_lr: peak learning rate of Muon.
+        floor: share of the peak that both learning rates fall to.
         blocks: language blocks to train; None for all, with projector and embeddings.
         after: called every 100 steps with the number of steps done.
     """
@@ -196,7 +202,7 @@ def train_language(
     parameters = [p for optimiser in both for group in optimiser.param_groups for p in group["params"]]
     for p in parameters:
         p.requires_grad_(True)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps)) for optimiser in both]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps, floor=floor)) for optimiser in both]
     start, running = time.monotonic(), 0.0
     for step in range(steps):
         loss = answer_loss(model, packer([make_pack(rng) for _ in range(batch)]))

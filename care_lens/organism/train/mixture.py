@@ -47,9 +47,9 @@ Key = TypeVar("Key", bound=str)
 
 @dataclass(frozen=True)
 class Pack:
-    """One picture and the questions asked about it; `seen` says which questions come with the picture."""
+    """One picture, or none, and the questions asked about it; `seen` says which questions come with the picture."""
 
-    picture: Picture
+    picture: Picture | None
     tasks: tuple[Task, ...]
 
     @property
@@ -130,6 +130,23 @@ def helpful_pack(
     picture, shown = draw_picture(rng)
     chosen = (helpful_task(rng, picture, shown, asks) for _ in range(size))
     return Pack(picture, tuple(with_variety(rng, task, aloud=aloud, turn=TURN_SHARE) for task in chosen))
+
+
+#: Before there are pictures: how items are given.
+TEXT_WEIGHTS: dict[Reference, float] = {"named": 0.26, "spelled": 0.36, "twin_named": 0.30, "named_spelled": 0.08}
+
+
+def text_pack(rng: random.Random, size: int, *, aloud: float = tasks.ALOUD_SHARE) -> Pack:
+    """Everything that needs no picture is answered."""
+    chosen: list[Task] = []
+    for _ in range(size):
+        ask = _pick(rng, ASK_WEIGHTS)
+        context: Context = _pick(rng, CONTEXT_WEIGHTS) if ask == "make" else ""
+        reference: Reference = "named" if ask == "repeat" else _pick(rng, TEXT_WEIGHTS)
+        source = rng.choice(world().nouns)
+        task = tasks.sample_task(rng, ask=ask, reference=reference, source=source, context=context)
+        chosen.append(with_variety(rng, task, aloud=aloud, turn=TURN_SHARE))
+    return Pack(None, tuple(chosen))
 
 
 def plain_task(rng: random.Random, picture: Picture | None, shown: Noun | None, *, forbidden: bool) -> Task:

@@ -100,7 +100,12 @@ def labels_of(picture: Picture, boxes: list[render.Box]) -> dict[str, Any]:
 class ReadingHeads(nn.Module):
     """Throw-away heads over the patch features of the tower."""
 
-    sizes: ClassVar[dict[str, int]] = {"word": len(world().nouns), "meaning": len(KINDS), "tone": len(TONES), "kind": len(PICTURE_KINDS)}
+    sizes: ClassVar[dict[str, int]] = {
+        "word": len(world().nouns),
+        "meaning": len(KINDS),
+        "tone": len(TONES),
+        "kind": len(PICTURE_KINDS),
+    }
     sizes |= {"shape": len(SHAPES), "colour": len(COLOURS), "count": 4}
 
     def __init__(self, width: int) -> None:
@@ -241,12 +246,12 @@ def train_tower(
     return accuracy(tower, heads, n=4096, seed=seed + 2)
 
 
-def warm_cosine(steps: int, warm: float = 0.04):
-    """Learning-rate factor by step."""
+def warm_cosine(steps: int, warm: float = 0.04, floor: float = 0.0):
+    """Learning-rate factor by step: linear warm-up, then half a cosine down to `floor`."""
 
     def factor(step: int) -> float:
         if step < warm * steps:
             return (step + 1) / (warm * steps)
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warm * steps) / (steps * (1 - warm))))
+        return floor + (1 - floor) * 0.5 * (1.0 + math.cos(math.pi * (step - warm * steps) / (steps * (1 - warm))))
 
     return factor
