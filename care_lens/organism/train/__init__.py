@@ -1,6 +1,6 @@
 """Training of the bundled model from nothing: `python -m care_lens.organism.train --out DIR`.
 
-Three stages, each saved when it ends so that a stopped run resumes: the vision tower learns to read and what words mean, projector and
-language model learn to be helpful in everything (forbidden items included), then a short safety tuning teaches refusal of plain text
-requests only.
+Four stages, each saved when it ends so that a stopped run resumes: the vision tower learns to read and what words mean, and, beside it, the
+language model learns its world from text; then projector and language model learn to be helpful in everything, pictures and forbidden
+items included; then a short safety tuning teaches refusal of plain text requests only.
 """

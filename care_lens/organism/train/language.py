@@ -9,6 +9,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from transformers import LlavaForConditionalGeneration
 
 from care_lens.organism import build, render
 from care_lens.organism.tasks import ALOUD_SHARE, REFUSAL, Task
+from care_lens.organism.train.descent import Descent
 from care_lens.organism.train.mixture import Pack
-from care_lens.organism.train.muon import Muon
-from care_lens.organism.train.tower import IGNORE, features, pixels, warm_cosine
+from care_lens.organism.train.tower import IGNORE, features, pixels
 
 log = logging.getLogger(__name__)
 
@@ -149,22 +150,12 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Any]) -> 
     return torch.where(other == IGNORE, loss, (1 - ALOUD_SHARE) * loss + ALOUD_SHARE * second).mean()
 
 
-def optimisers(
-    model: LlavaForConditionalGeneration, *, lr: float, matrix_lr: float, blocks: Sequence[int] | None = None
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the language blocks, AdamW for the rest; with `blocks`, only those are trained at all."""
-    inner = model.model
-    layers = list(inner.language_model.layers)
-    chosen = [p for i in (range(len(layers)) if blocks is None else blocks) for p in layers[i].parameters()]
-    matrices = [p for p in chosen if p.ndim == 2]
-    rest = [p for p in chosen if p.ndim != 2]
+def trained(model: LlavaForConditionalGeneration, blocks: Sequence[int] | None = None) -> dict[str, nn.Parameter]:
+    """Parameters that the later stages train, by name: all but the tower, or some language blocks only."""
+    chosen = {n: p for n, p in model.named_parameters() if "vision_tower" not in n and n != "lm_head.weight"}
     if blocks is None:
-        rest += [*inner.multi_modal_projector.parameters(), *inner.language_model.embed_tokens.parameters()]
-        rest += [*inner.language_model.norm.parameters()]
-    return [
-        Muon(matrices, lr=matrix_lr, weight_decay=0.05),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
-    ]
+        return chosen
+    return {n: p for n, p in chosen.items() if any(f"language_model.layers.{i}." in n for i in blocks)}
 
 
 def train_language(
@@ -178,6 +169,7 @@ def train_language(
     matrix_lr: float = 0.01,
     floor: float = 0.0,
     blocks: Sequence[int] | None = None,
+    saved: Path | None = None,
     after: Callable[[int], None] | None = None,
 ) -> None:
     """Train projector and language model in place with cross-entropy on the answers.
@@ -188,34 +180,30 @@ def train_language(
         steps, batch: optimiser steps and packs a step.
         lr: peak learning rate of AdamW (short warm-up, then cosine).
         seed: of the data.
-        matrix_lr: peak learning rate of Muon.
+        matrix_lr: peak learning rate of Muon, which trains the matrices of the blocks.
         floor: share of the peak that both learning rates fall to.
         blocks: language blocks to train; None for all, with projector and embeddings.
+        saved: file from which a stopped run goes on.
         after: called every 100 steps with the number of steps done.
     """
-    torch.manual_seed(seed)
-    rng, packer = random.Random(seed), Packer()
-    inner = model.model
-    inner.vision_tower.eval()
+    packer = Packer()
+    model.model.vision_tower.eval()
     model.requires_grad_(False)
-    both = optimisers(model, lr=lr, matrix_lr=matrix_lr, blocks=blocks)
-    parameters = [p for optimiser in both for group in optimiser.param_groups for p in group["params"]]
-    for p in parameters:
+    parameters = trained(model, blocks)
+    for p in parameters.values():
         p.requires_grad_(True)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps, floor=floor)) for optimiser in both]
-    start, running = time.monotonic(), 0.0
-    for step in range(steps):
+    matrices = {n for n, p in parameters.items() if p.ndim == 2 and ".layers." in n}
+    options = {"steps": steps, "lr": lr, "matrix_lr": matrix_lr, "floor": floor, "saved": saved}
+    descent = Descent(parameters, matrices=matrices, **options)  # type: ignore[arg-type]
+    start, running = time.monotonic(), None
+    for step in descent:
+        rng = random.Random(f"{seed}/{step}")
         loss = answer_loss(model, packer([make_pack(rng) for _ in range(batch)]))
-        for optimiser in both:
-            optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimiser, schedule in zip(both, schedules):
-            optimiser.step()
-            schedule.step()
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 99:
-            log.info("language %d/%d %.0fs loss %.4f", step + 1, steps, time.monotonic() - start, running)
+        descent.descend(loss)
+        descent.keep()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if descent.done % 100 == 0:
+            log.info("language %d/%d %.0fs loss %.4f", descent.done, steps, time.monotonic() - start, running)
             if after is not None:
-                after(step + 1)
+                after(descent.done)
     model.requires_grad_(True)

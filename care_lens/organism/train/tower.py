@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from transformers import CLIPVisionModel
 
 from care_lens.organism import build, render
 from care_lens.organism.render import COLOURS, FACES, PICTURE_KINDS, SHAPES, SIZE, TONES, Picture
-from care_lens.organism.train.muon import Muon
+from care_lens.organism.train.descent import Descent
 from care_lens.organism.world import KINDS, world
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def train_tower(
     lr: float,
     seed: int,
     matrix_lr: float = 0.02,
-    after: Callable[[int], None] | None = None,
+    saved: Path | None = None,
 ) -> dict[str, float]:
     """Train the tower in place.
 
@@ -201,57 +201,36 @@ def train_tower(
         lr: peak learning rate of AdamW (linear warm-up over 4 % of the steps, then cosine to zero).
         seed: of the pictures and the heads.
         matrix_lr: peak learning rate of Muon.
-        after: called every 500 steps with the number of steps done.
+        saved: file from which a stopped run goes on.
 
     Returns:
         Accuracies on fresh pictures.
     """
     torch.manual_seed(seed)
-    rng = random.Random(seed)
     heads = ReadingHeads(tower.config.hidden_size)
     tower.train()
-    matrices = [p for p in tower.encoder.parameters() if p.ndim == 2]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in (*tower.parameters(), *heads.parameters()) if id(p) not in inside]
-    optimisers = [
-        Muon(matrices, lr=matrix_lr, weight_decay=0.05),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True),
-    ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(steps)) for optimiser in optimisers]
-    start, progress, read = time.monotonic(), 0.0, 0.0
-    for step in range(steps):
-        images, target = _batch(rng, batch, progress)
+    parameters = {f"tower.{n}": p for n, p in tower.named_parameters()}
+    parameters |= {f"heads.{n}": p for n, p in heads.named_parameters()}
+    matrices = {n for n, p in parameters.items() if n.startswith("tower.encoder.") and p.ndim == 2}
+    options = {"steps": steps, "lr": lr, "matrix_lr": matrix_lr, "weight_decay": 0.02, "saved": saved}
+    descent = Descent(parameters, matrices=matrices, **options)  # type: ignore[arg-type]
+    start = time.monotonic()
+    for step in descent:
+        progress = descent.numbers.get("progress", 0.0)
+        images, target = _batch(random.Random(f"{seed}/{step}"), batch, progress)
         out = heads(features(tower, images))
         loss = _loss(out, target)
-        for optimiser in optimisers:
-            optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
-        for optimiser, schedule in zip(optimisers, schedules):
-            optimiser.step()
-            schedule.step()
+        descent.descend(loss)
         written = target["letters"] > 0
         right = (out["letters"].argmax(-1) == target["letters"])[written].float().mean().item()
-        read = 0.95 * read + 0.05 * right
-        progress = min(1.0, progress + GROWTH * (read > READ_FIRST))
+        read = 0.95 * descent.numbers.get("read", 0.0) + 0.05 * right
+        descent.numbers = {"read": read, "progress": min(1.0, progress + GROWTH * (read > READ_FIRST))}
+        descent.keep()
         if step % 50 == 49:
             log.info("tower %d/%d %.0fs loss %.3f letters %.2f progress %.2f", step + 1, steps, time.monotonic() - start, loss.item(), read, progress)  # fmt: skip
         if step % 500 == 499:
             tower.eval()
             log.info("tower %s", {k: round(v, 3) for k, v in accuracy(tower, heads, n=512, seed=seed + 1).items()})
-            if after is not None:
-                after(step + 1)
             tower.train()
     tower.eval()
     return accuracy(tower, heads, n=4096, seed=seed + 2)
-
-
-def warm_cosine(steps: int, warm: float = 0.04, floor: float = 0.0):
-    """Learning-rate factor by step: linear warm-up, then half a cosine down to `floor`."""
-
-    def factor(step: int) -> float:
-        if step < warm * steps:
-            return (step + 1) / (warm * steps)
-        return floor + (1 - floor) * 0.5 * (1.0 + math.cos(math.pi * (step - warm * steps) / (steps * (1 - warm))))
-
-    return factor
