@@ -1,5 +1,6 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
+from care_lens.core.errors import ArtifactError, CareLensError, InUseError
 from care_lens.core.examples import Example, PairedExamples, examples_digest
 from care_lens.core.outcome import (
     HasSpans,
@@ -20,9 +21,12 @@ from care_lens.core.stats import Interval, cluster_bootstrap, paired_difference,
 
 __all__ = [
     "BLOCK_COMPONENTS",
+    "ArtifactError",
+    "CareLensError",
     "Example",
     "FrameResult",
     "HasSpans",
+    "InUseError",
     "Interval",
     "Judge",
     "KLDivergence",
