@@ -34,6 +34,7 @@ from care_lens.core.site import Site, Tower
 from care_lens.lvlm import attention
 from care_lens.lvlm.families.base import Family, TowerMap
 from care_lens.lvlm.packing import Packing
+from care_lens.lvlm.precision import keep_precision
 
 _MARK = "_care_lens_seams"
 
@@ -297,6 +298,8 @@ def install(bridge: Any, family: Family) -> Seams:
     seams.points = dict(sorted(seams.points.items()))
     _watch_packing(seams, family)
     _guard_placeholders(seams)
+    for undo in keep_precision(bridge):
+        seams.on_remove(undo)
     return seams
 
 

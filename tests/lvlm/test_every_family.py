@@ -120,6 +120,32 @@ def test_generation_equals_plain_hugging_face(twins, rows, rows_of):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_numbers_of_plain_hugging_face(twins, rows, dtype):
+    lvlm, plain = twins
+    inputs = lvlm.prepare(rows)
+    real = ~inputs.spans.padding
+    with torch.autocast("cpu", dtype=dtype):
+        ours = lvlm(inputs)
+        # Readers inside a norm make TransformerLens take its other way through it.
+        inside = (".hook_scale", ".hook_normalized")
+        norms = [name for name in lvlm.bridge.hook_dict if name.startswith("blocks.") and name.endswith(inside)]
+        read = lvlm.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook: None) for name in norms])
+        theirs = plain(**inputs.model_kwargs()).logits
+        answer = lvlm.generate(inputs, max_new_tokens=4).sequences
+        pad = lvlm.tokenizer.pad_token_id
+        expected = plain.generate(**inputs.generate_kwargs(), max_new_tokens=4, do_sample=False, pad_token_id=pad)
+        kept = lvlm.run_with_cache(inputs, sites=lvlm.sites(tower="language"))[1]
+    assert theirs.dtype == ours.dtype == dtype
+    assert bool(theirs[real].isfinite().all())
+    assert torch.equal(ours[real], theirs[real]) and torch.equal(read[real], theirs[real])
+    assert torch.equal(answer, expected)
+    for name, value in kept.items():
+        rows_of = value if name.endswith("pattern") else value[real]
+        assert bool(rows_of.isfinite().all()), name
+
+
+@torch.no_grad()
 def test_every_site_acts_as_its_name_says(specimen, twins, rows):
     lvlm, plain = twins
     inputs = lvlm.prepare(rows)
