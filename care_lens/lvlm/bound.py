@@ -49,7 +49,13 @@ class BoundLVLM:
         with self._batch(input) as tokens:
             logits, cache = self._lvlm.bridge.run_with_cache(tokens, **self._fixed, **kwargs)
         if isinstance(cache, ActivationCache):
-            cache = LVLMCache(cache.cache_dict, self._lvlm.bridge, has_batch_dim=cache.has_batch_dim)
+            cache = LVLMCache(
+                cache.cache_dict,
+                self._lvlm.bridge,
+                has_batch_dim=cache.has_batch_dim,
+                image_rows=self.inputs.image_rows,
+                batch_size=self.inputs.batch_size,
+            )
         return logits, cache
 
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any:

@@ -297,7 +297,7 @@ class HookedLVLM(WrappedBridge):
             fwd_hooks=[*fwd_hooks, *((site, saver(str(site))) for site in dict.fromkeys(wanted))],
             logits_to_keep=logits_to_keep,
         )
-        return logits, LVLMCache(store, self.bridge)
+        return logits, LVLMCache(store, self.bridge, image_rows=inputs.image_rows, batch_size=inputs.batch_size)
 
     def generate(
         self,

@@ -109,6 +109,37 @@ def test_rows_of_a_batch_are_a_batch(twins, rows):
         assert cache["vision.blocks.0.hook_resid_pre"].shape[0] == entries
 
 
+@torch.no_grad()
+def test_rows_of_a_cache_are_those_of_the_rows_alone(twins, rows):
+    lvlm, _ = twins
+    inputs = lvlm.prepare(rows)
+    _, cache = lvlm.run_with_cache(inputs, sites=None)
+    for wanted in (0, 1, -1, [2, 1], [1, 1], (1, 3), [2, 0, 2]):
+        index = torch.arange(3)[slice(*wanted) if isinstance(wanted, tuple) else wanted].reshape(-1).tolist()
+        alone = lvlm.run_with_cache(inputs.rows(index), sites=None)[1]
+        if isinstance(wanted, int):
+            alone.remove_batch_dim()
+        part = cache.apply_slice_to_batch_dim(wanted)
+        assert part.has_batch_dim == alone.has_batch_dim and {*part.keys()} == {*alone.keys()}
+        for name, value in alone.items():
+            assert part[name].ndim == value.ndim
+            if name.startswith(("vision", "projector")):  # towers of several sizes are filled up to the largest picture
+                there = part[name][tuple(slice(n) for n in value.shape)]
+                torch.testing.assert_close(there, value, rtol=1e-3, atol=1e-3, msg=f"{name} of {wanted}")
+            elif "pattern" not in name:
+                real = ~inputs.spans.padding[index[0] if isinstance(wanted, int) else index]
+                torch.testing.assert_close(
+                    part[name][real], value[real], rtol=1e-3, atol=1e-3, msg=f"{name} of {wanted}"
+                )
+        again = part.apply_slice_to_batch_dim([0]) if part.has_batch_dim else None
+        if again is not None:
+            first = cache.apply_slice_to_batch_dim([index[0]])
+            assert {*again.keys()} == {*first.keys()} and all(torch.equal(again[k], first[k]) for k in first)
+    for unknown in (3, [0, 5], [], -4):
+        with pytest.raises(ValueError, match="batch_slice must"):
+            cache.apply_slice_to_batch_dim(unknown)
+
+
 @pytest.mark.parametrize("rows_of", [[0], [1], [0, 1, 2]], ids=["image", "text", "mixed"])
 def test_generation_equals_plain_hugging_face(twins, rows, rows_of):
     lvlm, plain = twins
