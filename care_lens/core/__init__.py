@@ -13,6 +13,7 @@ from care_lens.core.outcome import (
     UnsafeMargin,
     Verdict,
 )
+from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture, shown_picture
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.core.spans import PatchGrid, TokenSpans
@@ -30,6 +31,8 @@ __all__ = [
     "Outcome",
     "PairedExamples",
     "PatchGrid",
+    "PictureError",
+    "PictureNotFoundError",
     "PrefixMargin",
     "Repair",
     "ResponseLogProb",
@@ -41,7 +44,9 @@ __all__ = [
     "Verdict",
     "cluster_bootstrap",
     "examples_digest",
+    "open_picture",
     "package_versions",
     "paired_difference",
     "rate_ci",
+    "shown_picture",
 ]
