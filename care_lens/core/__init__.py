@@ -18,6 +18,7 @@ from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.core.spans import PatchGrid, TokenSpans
 from care_lens.core.stats import Interval, cluster_bootstrap, paired_difference, rate_ci
+from care_lens.core.verdicts import JudgeError, OutcomeError, require_outcome, require_verdicts
 
 __all__ = [
     "BLOCK_COMPONENTS",
@@ -26,9 +27,11 @@ __all__ = [
     "HasSpans",
     "Interval",
     "Judge",
+    "JudgeError",
     "KLDivergence",
     "LogitDifference",
     "Outcome",
+    "OutcomeError",
     "PairedExamples",
     "PatchGrid",
     "PictureError",
@@ -48,5 +51,7 @@ __all__ = [
     "package_versions",
     "paired_difference",
     "rate_ci",
+    "require_outcome",
+    "require_verdicts",
     "shown_picture",
 ]
