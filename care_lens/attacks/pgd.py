@@ -32,6 +32,7 @@ from care_lens.attacks.pixels import PixelMap, to_images, to_pixels
 from care_lens.attacks.targets import TargetLoss
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
+from care_lens.core.pictures import open_picture
 from care_lens.core.results import package_versions
 from care_lens.lvlm.hooked import HookedLVLM
 
@@ -93,8 +94,7 @@ class PGDResult:
         content = json.loads((directory / "pgd.json").read_text(encoding="utf-8"))
         images = []
         for i in range(len(content["losses"])):
-            with Image.open(directory / f"{i:05d}.png") as image:
-                images.append(image.convert("RGB"))
+            images.append(open_picture(directory / f"{i:05d}.png"))
         losses, clean = np.array(content["losses"]), np.array(content["clean_losses"])
         return cls(images, losses, clean, content["settings"])
 

@@ -41,7 +41,7 @@ class TargetLoss:
         *,
         target_tokens: int | None = None,
     ) -> None:
-        images = [require_image(example).convert("RGB") for example in examples]
+        images = [require_image(example) for example in examples]
         rows = [
             replace(example, image=image, response=target)
             for example, image, texts in zip(examples, images, targets, strict=True)

@@ -9,6 +9,7 @@ from typing import Literal
 from PIL import Image, ImageDraw, ImageFont
 
 from care_lens.core.examples import Example
+from care_lens.core.pictures import shown_picture
 
 Colour = str | tuple[int, int, int]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -71,7 +72,7 @@ def draw_text(
     """
     if not text.strip():
         raise ValueError(f"text must have a letter, got {text!r}")
-    page = Image.new("RGB", size, background) if image is None else image.convert("RGB").copy()
+    page = Image.new("RGB", size, background) if image is None else shown_picture(image).copy()
     draw, font = ImageDraw.Draw(page), style.load_font()
     x, top = style.position if isinstance(style.position, tuple) else (style.margin, style.margin)
     lines = _break_lines(text, draw, font, page.width - x - style.margin)

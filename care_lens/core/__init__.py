@@ -14,10 +14,12 @@ from care_lens.core.outcome import (
     UnsafeMargin,
     Verdict,
 )
+from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture, shown_picture
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.core.spans import PatchGrid, TokenSpans
 from care_lens.core.stats import Interval, cluster_bootstrap, paired_difference, rate_ci
+from care_lens.core.verdicts import JudgeError, OutcomeError, require_outcome, require_verdicts
 
 __all__ = [
     "BLOCK_COMPONENTS",
@@ -29,11 +31,15 @@ __all__ = [
     "InUseError",
     "Interval",
     "Judge",
+    "JudgeError",
     "KLDivergence",
     "LogitDifference",
     "Outcome",
+    "OutcomeError",
     "PairedExamples",
     "PatchGrid",
+    "PictureError",
+    "PictureNotFoundError",
     "PrefixMargin",
     "Repair",
     "ResponseLogProb",
@@ -45,7 +51,11 @@ __all__ = [
     "Verdict",
     "cluster_bootstrap",
     "examples_digest",
+    "open_picture",
     "package_versions",
     "paired_difference",
     "rate_ci",
+    "require_outcome",
+    "require_verdicts",
+    "shown_picture",
 ]

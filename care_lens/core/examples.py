@@ -8,6 +8,8 @@ from typing import overload
 
 from PIL import Image
 
+from care_lens.core.pictures import shown_picture
+
 
 @dataclass(frozen=True)
 class Example:
@@ -16,7 +18,8 @@ class Example:
     Attributes:
         prompt: What the user says, as plain text; the model's chat template and image placeholder are added
             by ``HookedLVLM.prepare``.
-        image: The picture that goes with it, or None for a request in words alone.
+        image: The picture that goes with it, or None for a request in words alone. It is kept as a viewer shows it, in RGB on
+            white (:func:`~care_lens.core.pictures.shown_picture`).
         response: An answer to teacher-force, or None.
         harmful: Whether complying would be unsafe.
         channel: How the request is put ("plain", "typographic", ...); rows of a defence table.
@@ -24,6 +27,8 @@ class Example:
         group: The item the request is about (a noun, a behaviour): intervals are clustered by it.
         meta: Anything else about it, as strings.
         more_images: Further pictures, after the first. Attacks and patch maps work on the first alone.
+        behaviour: What the request is after, in plain words, where the prompt does not say it (a typographic attack asks about
+            "the list in the picture"); judges read it. None: the prompt says it.
 
     Raises:
         ValueError: If there are further pictures and no first one.
@@ -39,14 +44,19 @@ class Example:
     group: str = ""
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
     more_images: tuple[Image.Image, ...] = field(default=(), hash=False)
+    behaviour: str | None = None
 
     def __post_init__(self) -> None:
         if self.more_images and self.image is None:
             raise ValueError("an example with more_images must have a first image, got None")
         if wrong := [type(image).__name__ for image in self.images if not isinstance(image, Image.Image)]:
             raise TypeError(
-                f"image must be a PIL image, got {wrong[0]}; make one with PIL.Image.fromarray or Image.open"
+                f"image must be a PIL image, got {wrong[0]}; make one with PIL.Image.fromarray or "
+                "care_lens.data.open_picture"
             )
+        if self.image is not None:
+            object.__setattr__(self, "image", shown_picture(self.image))
+            object.__setattr__(self, "more_images", tuple(map(shown_picture, self.more_images)))
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
@@ -111,6 +121,5 @@ def examples_digest(examples: Sequence[Example]) -> str:
     for example in examples:
         content.update(json.dumps([example.prompt, example.response]).encode())
         for picture in example.images:
-            image = picture.convert("RGB")
-            content.update(f"{image.size}".encode() + image.tobytes())
+            content.update(f"{picture.size}".encode() + picture.tobytes())
     return content.hexdigest()[:16]

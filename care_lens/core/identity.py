@@ -29,8 +29,7 @@ def example_fingerprint(example: Example) -> str:
     """A digest of what the model is given: the prompt and the pictures' pixels."""
     content = hashlib.sha256(json.dumps(example.prompt).encode())
     for picture in example.images:
-        image = picture.convert("RGB")
-        content.update(f"{image.size}".encode() + image.tobytes())
+        content.update(f"{picture.size}".encode() + picture.tobytes())
     return content.hexdigest()[:_LENGTH]
 
 

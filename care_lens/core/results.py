@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
+from care_lens.core.cells import defused, defused_text, restored
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -54,6 +56,8 @@ class FrameResult(ABC):
     def save(self, directory: str | Path, name: str) -> Path:
         """Write ``name.csv`` (the frame) and ``name.json`` (settings and column types) into a directory.
 
+        Texts that a spreadsheet would take for formulas have an apostrophe before them in the csv; :meth:`load` takes it away.
+
         Args:
             directory: Made if it does not exist.
             name: Stem of both files.
@@ -74,7 +78,7 @@ class FrameResult(ABC):
         }
         text = json.dumps(manifest, indent=2)
         path = directory / f"{name}.csv"
-        self.frame.to_csv(path, index=False)
+        defused(self.frame).to_csv(path, index=False)
         (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         return path
 
@@ -104,16 +108,16 @@ class FrameResult(ABC):
         if manifest["schema"] > _SCHEMA:
             raise ValueError(f"schema must be {_SCHEMA} or less, got {manifest['schema']}; update care_lens")
         columns: dict[str, str] = manifest["columns"]
-        textual = [column for column, dtype in columns.items() if dtype in _TEXTUAL]
-        floats = [column for column, dtype in columns.items() if dtype.lower().startswith("float")]
+        textual = [defused_text(column) for column, dtype in columns.items() if dtype in _TEXTUAL]
+        floats = [defused_text(column) for column, dtype in columns.items() if dtype.lower().startswith("float")]
         frame = pd.read_csv(
             directory / f"{name}.csv",
             dtype={column: "str" for column in textual},
             converters={column: _exact for column in floats},
             keep_default_na=False,
-            na_values={column: [""] for column in columns if column not in textual},
+            na_values={column: [""] for column in map(defused_text, columns) if column not in textual},
         )
-        return cls(frame.astype(columns), manifest["settings"])
+        return cls(restored(frame).astype(columns), manifest["settings"])
 
 
 def _exact(text: str) -> float:

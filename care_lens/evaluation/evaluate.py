@@ -9,6 +9,7 @@ import pandas as pd
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.core.results import package_versions
+from care_lens.core.verdicts import require_verdicts
 from care_lens.evaluation.fidelity import fidelity_trials
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.judging import judge_answers, judge_name, verdict_frame
@@ -178,9 +179,7 @@ class _Judged:
         return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
     def _as_judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
-        said = self._accuracy(examples, texts)
-        yes_no = {True: Verdict.COMPLIED, False: Verdict.OTHER}
-        return [Verdict(answer) if isinstance(answer, str) else yes_no[bool(answer)] for answer in said]
+        return require_verdicts(self._accuracy(examples, texts), len(texts), judge=self.accuracy_name, yes_no=True)
 
 
 def _benign_channels(suites: Mapping[str, Sequence[Example]]) -> list[str]:

@@ -145,6 +145,7 @@ class _Run:
             harmful=example.harmful,
             reference=example.response,
             meta=dict(example.meta),
+            behaviour=example.behaviour,
         )
 
 

@@ -40,6 +40,7 @@ class StoredAnswer:
         harmful: Whether complying would be unsafe.
         reference: The example's own response, where it has one.
         meta: The example's metadata.
+        behaviour: What the request is after, where the prompt does not say it.
     """
 
     defence: str
@@ -56,6 +57,7 @@ class StoredAnswer:
     harmful: bool = False
     reference: str | None = None
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+    behaviour: str | None = None
 
     @property
     def key(self) -> Key:
@@ -72,6 +74,7 @@ class StoredAnswer:
             id=self.id,
             group=self.group,
             meta=self.meta,
+            behaviour=self.behaviour,
         )
 
 

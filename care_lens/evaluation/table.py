@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from care_lens.core.cells import defused, restored
 from care_lens.core.results import FrameResult
 from care_lens.evaluation.metrics import RATES, TRIAL_COLUMNS, paired_difference, records, summarise
 
@@ -121,7 +122,7 @@ class DefenceTable(FrameResult):
     def save(self, directory: str | Path, name: str) -> Path:
         """Write what :meth:`FrameResult.save` writes, and the trials as ``name.trials.csv``."""
         path = super().save(directory, name)
-        self.trials.to_csv(path.with_name(f"{name}.trials.csv"), index=False)
+        defused(self.trials).to_csv(path.with_name(f"{name}.trials.csv"), index=False)
         return path
 
     @classmethod
@@ -143,7 +144,7 @@ class DefenceTable(FrameResult):
             keep_default_na=False,
             na_values={"value": [""]},
         )
-        return cls(table.frame, table.settings, trials)
+        return cls(table.frame, table.settings, restored(trials))
 
     def _cells(self, metrics: Sequence[str]) -> tuple[list[str], list[list[str]], str]:
         """Head, rows and caption of the printed table."""

@@ -43,6 +43,7 @@ from care_lens.core import (
     package_versions,
     paired_difference,
     rate_ci,
+    require_verdicts,
 )
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog
@@ -177,7 +178,7 @@ def ablate(
                     hooks = [(cell, _resample(bank, rows, derive_generator(seed, cell, start)))]
                 texts += lvlm.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=hooks).texts
                 bar.update()
-            verdicts = [verdict.value for verdict in judge(examples, texts)]
+            verdicts = [v.value for v in require_verdicts(judge(examples, texts), len(examples), judge=judge)]
             done.add(_key(cell), {"texts": texts, "verdicts": verdicts})
     settings |= {
         "n": len(examples),

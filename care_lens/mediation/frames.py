@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from care_lens.core import Example, FrameResult, Outcome, Site, package_versions
+from care_lens.core.cells import defused, restored
 
 _TEXTUAL = ("tower", "component", "mediator", "position", "group", "id", "channel", "text", "verdict")
 _WHOLE = ("pair", "patch", "row", "col")
@@ -31,7 +32,7 @@ class DetailedResult(FrameResult):
     def save(self, directory: str | Path, name: str) -> Path:
         """Write ``name.csv``, ``name.json`` and ``name.details.csv``; returns the path of the first."""
         path = super().save(directory, name)
-        self.details.to_csv(Path(directory) / f"{name}.details.csv", index=False)
+        defused(self.details).to_csv(Path(directory) / f"{name}.details.csv", index=False)
         return path
 
     @classmethod
@@ -39,7 +40,7 @@ class DetailedResult(FrameResult):
         """Read what :meth:`save` wrote; raises as ``FrameResult.load`` does."""
         result = super().load(directory, name)
         written = pd.read_csv(Path(directory) / f"{name}.details.csv", dtype="str", keep_default_na=False)
-        return replace(result, details=written.apply(_typed))
+        return replace(result, details=restored(written).apply(_typed))
 
 
 def metric_name(outcome: Outcome) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from care_lens.core.cells import defused
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
@@ -19,6 +20,7 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, choose
 from care_lens.pipeline.diagnose import Diagnosis, diagnose
 from care_lens.pipeline.learn import capture_fit, printed_subspaces
+from care_lens.pipeline.needs import require_feasible
 from care_lens.pipeline.place import reader_layers
 from care_lens.pipeline.prove import Proof, prove
 from care_lens.pipeline.resume import Stage
@@ -104,12 +106,14 @@ def run(
         All results; `care_lens.pipeline.write_report` makes the report of them.
 
     Raises:
+        NeedsError: if the study is too small for the settings, with the numbers needed; nothing has run then. It is a ValueError.
         ValueError: if `out` holds a run of other settings, weights or data, or the study lacks what a step needs.
         NoCandidate: if no repair keeps benign accuracy on validation.
     """
     settings = settings or RunSettings()
     study = study.limited(settings.limit) if settings.limit else study
     study.require()
+    settings = require_feasible(study, settings)
     stage = open_stage(lvlm, out, study, settings, model=model)
     seconds: dict[str, float] = {}
     bar = tqdm(total=4, desc="diagnose", disable=not progress)
@@ -140,7 +144,7 @@ def run(
             "runs": choice.runs,
         }
         for name, frame in tables.items():
-            frame.to_csv(stage.directory / f"choice.{name}.csv", index=False)
+            defused(frame).to_csv(stage.directory / f"choice.{name}.csv", index=False)
     with step("prove"):
         proof = prove(lvlm, study, choice, rows, printed, settings, stage)
     bar.close()
