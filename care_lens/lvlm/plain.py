@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from care_lens.lvlm.attention import NAME as ATTENTION
@@ -17,6 +17,12 @@ from care_lens.lvlm.attention import NAME as ATTENTION
 _ATTENTION = "_care_lens_attention_before"
 KEYED = ("state_dict", "load_state_dict", "save_pretrained")
 """Methods of the model that speak of its weights by name."""
+
+COPYING = (
+    "write the weights with lvlm.hf_model.save_pretrained(folder) and load them again with HookedLVLM.from_pretrained, or take the "
+    "plain model with lvlm.unwrap()"
+)
+"""What to do instead of copying a wrapped model."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +60,37 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
     swaps = list(_swaps(model))
     for swap in swaps:
         swap.owner._modules[swap.name] = swap.plain
+    biases = _without_zero_bias(swaps)
     try:
         yield model
     finally:
+        for linear, bias in biases:
+            del linear._parameters["bias"]
+            linear._buffers["bias"] = bias
         for swap in swaps:
             swap.owner._modules[swap.name] = swap.component
 
 
 def make_plain(model: nn.Module) -> None:
     """Take bridge components out of a model for good, and give it the attention that it had."""
-    for swap in list(_swaps(model)):
+    swaps = list(_swaps(model))
+    for swap in swaps:
         swap.owner._modules[swap.name] = swap.plain
+    _without_zero_bias(swaps)
     for config, before in model.__dict__.pop(_ATTENTION, []):
         config._attn_implementation = before
+
+
+def _without_zero_bias(swaps: list[_Swap]) -> list[tuple[nn.Linear, Tensor]]:
+    """Take away the bias of zeros, a buffer, that TransformerLens gives an unembedding which has none."""
+    taken = []
+    for linear in [swap.plain for swap in swaps if isinstance(swap.plain, nn.Linear)]:
+        bias = linear._buffers.get("bias")
+        if bias is not None and not bool(bias.any()):
+            del linear._buffers["bias"]
+            linear.register_parameter("bias", None)
+            taken.append((linear, bias))
+    return taken
 
 
 def remember_attention(model: nn.Module) -> None:

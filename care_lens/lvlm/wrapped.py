@@ -18,7 +18,7 @@ from care_lens.lvlm.doors import Doors
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import LVLMInputs, require_inputs
-from care_lens.lvlm.plain import KEYED, make_plain, plain, refuse_copies
+from care_lens.lvlm.plain import COPYING, KEYED, make_plain, plain, refuse_copies
 from care_lens.lvlm.seams import HonestConversion, install
 from care_lens.lvlm.sites import SiteInfo, describe, why_missing
 
@@ -31,11 +31,6 @@ FwdHooks: TypeAlias = Sequence[tuple[Site | str | Callable[[str], bool], HookFn]
 names and, of the language tower, the bridge's other names; each hook point it accepts runs the function once."""
 
 Wrapped = TypeVar("Wrapped", bound="WrappedBridge")
-
-_INSTEAD = (
-    "write the weights with lvlm.hf_model.save_pretrained(folder) and load them again with HookedLVLM.from_pretrained, or take the "
-    "plain model with lvlm.unwrap()"
-)
 
 
 def _owned(fn: HookFn, block: Block) -> HookFn:
@@ -108,7 +103,7 @@ class WrappedBridge:
         self._seams.on_remove(doors.remove)
         for name in KEYED:
             doors.stand_in(model, name, self._as_plain)
-        refuse = refuse_copies("a wrapped model", _INSTEAD)
+        refuse = refuse_copies("a wrapped model", COPYING)
         for name in ("__deepcopy__", "__reduce_ex__"):
             model.__dict__[name] = refuse
             self._seams.on_remove(lambda name=name: model.__dict__.pop(name, None))
@@ -143,7 +138,7 @@ class WrappedBridge:
         Raises:
             TypeError: Always; it says what to do instead.
         """
-        return refuse_copies(f"a {type(self).__name__}", _INSTEAD)()
+        return refuse_copies(f"a {type(self).__name__}", COPYING)()
 
     def __enter__(self: Wrapped) -> Wrapped:
         return self
