@@ -10,6 +10,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
 from care_lens.core.site import Site
+from care_lens.lvlm.plain import refuse_copies
 
 _START, _SCALE = "blocks.0.hook_resid_pre", "ln_final.hook_scale"
 _PICTURES = ("vision", "projector.")
@@ -47,6 +48,21 @@ class LVLMCache(ActivationCache):
         self.has_embed = self.has_embed or _START in cache_dict
         self.image_rows = None if image_rows is None else tuple(image_rows)
         self._rows = batch_size
+
+    def __deepcopy__(self, memo: Any) -> "LVLMCache":
+        """A cache of copies of the activations, of the same model."""
+        copies = {name: value.detach().clone() for name, value in self.cache_dict.items()}
+        return type(self)(copies, self.model, has_batch_dim=self.has_batch_dim)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: Always; it says what to do instead.
+        """
+        return refuse_copies(
+            "a cache", "write its tensors, cache.cache_dict, with safetensors.torch.save_file(cache.cache_dict, file)"
+        )()
 
     def __getitem__(self, key: Any) -> Tensor:
         """As in TransformerLens, and by site.
