@@ -1,5 +1,6 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
+from care_lens.core.conversation import PICTURE, ExampleError, Turn
 from care_lens.core.errors import ArtifactError, CareLensError, InUseError
 from care_lens.core.examples import Example, PairedExamples, examples_digest
 from care_lens.core.outcome import (
@@ -23,9 +24,11 @@ from care_lens.core.verdicts import JudgeError, OutcomeError, require_outcome, r
 
 __all__ = [
     "BLOCK_COMPONENTS",
+    "PICTURE",
     "ArtifactError",
     "CareLensError",
     "Example",
+    "ExampleError",
     "FrameResult",
     "HasSpans",
     "InUseError",
@@ -47,6 +50,7 @@ __all__ = [
     "SiteLike",
     "TokenSpans",
     "Tower",
+    "Turn",
     "UnsafeMargin",
     "Verdict",
     "cluster_bootstrap",

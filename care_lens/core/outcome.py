@@ -72,7 +72,7 @@ class Judge(Protocol):
 
     Args:
         examples: The requests.
-        texts: One answer (new tokens only) for each.
+        texts: One answer for each, without the prompt; where the example gives its beginning (``prefill``), with that.
 
     Returns:
         One verdict for each.
@@ -275,8 +275,8 @@ class ResponseLogProb:
             ValueError: If a row has no response, or the logits leave out part of one.
         """
         kept = logits.shape[1]
-        response = inputs.spans.response[:, -kept:].to(logits.device)
-        counts = inputs.spans.response.sum(dim=1).to(logits.device)
+        own = inputs.spans.response & ~inputs.spans.prefill  # the model does not choose a prefill
+        response, counts = own[:, -kept:].to(logits.device), own.sum(dim=1).to(logits.device)
         if not bool((counts > 0).all()) or not bool((response[:, 1:].sum(dim=1) == counts).all()):
             raise ValueError(
                 "every row must have a response that the logits cover with the token before it; prepare the "
@@ -353,8 +353,8 @@ class PrefixMargin:
 
 
 def _at_last(logits: Float[Tensor, "batch pos vocab"], inputs: HasSpans) -> Float[Tensor, "batch vocab"]:
-    """The logits at the last prompt position of each row."""
-    last = inputs.spans.last[:, -logits.shape[1] :]
+    """The logits from which each row's first token of its own is taken: at the last prompt token, or at the end of a prefill."""
+    last = inputs.spans.context_end[:, -logits.shape[1] :]
     if not bool(last.any(dim=1).all()):
         raise ValueError(
             f"logits must cover the last prompt position of every row, got the last {logits.shape[1]} "

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-SPAN_NAMES: tuple[str, ...] = ("all", "image", "text", "prompt", "response", "generated", "last")
+SPAN_NAMES: tuple[str, ...] = ("all", "image", "text", "prompt", "response", "prefill", "generated", "last")
 """The names :meth:`TokenSpans.mask` answers to."""
 
 
@@ -128,11 +128,13 @@ class TokenSpans:
         image: [batch, pos] image tokens.
         text: [batch, pos] every other token that is not padding, the chat template included.
         prompt: [batch, pos] everything up to and including the prompt that asks for an answer.
-        response: [batch, pos] teacher-forced response tokens, with their end-of-sequence token.
+        response: [batch, pos] tokens of the answer: a prefill, then a teacher-forced response with its end-of-sequence token.
         last: [batch, pos] the last token of the prompt, one a row: its logits predict the first token of the
             answer.
         padding: [batch, pos] padding.
         grids: For each row its patch grids, in order of position.
+        prefill: [batch, pos] the beginning of the answer that the model is given, part of ``response``; None: no row has one,
+            which becomes a mask of nothing.
 
     Raises:
         ValueError: If a row has not exactly one last position, or if the masks overlap where they must not.
@@ -145,8 +147,13 @@ class TokenSpans:
     last: Bool[Tensor, "batch pos"]
     padding: Bool[Tensor, "batch pos"]
     grids: tuple[tuple[PatchGrid, ...], ...]
+    prefill: Bool[Tensor, "batch pos"] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.prefill is None:
+            object.__setattr__(self, "prefill", torch.zeros_like(self.response))
+        if bool((self.prefill & ~self.response).any()):
+            raise ValueError("prefill must be part of the response: it is the beginning of the answer")
         if not bool((self.image.int() + self.text.int() + self.padding.int() == 1).all()):
             raise ValueError("each position must be exactly one of image, text and padding")
         if not bool((self.prompt.int() + self.response.int() + self.padding.int() == 1).all()):
@@ -164,14 +171,16 @@ class TokenSpans:
         padding: Bool[Tensor, "batch pos"],
         response: Bool[Tensor, "batch pos"],
         grids: Sequence[Sequence[PatchGrid]],
+        prefill: Bool[Tensor, "batch pos"] | None = None,
     ) -> "TokenSpans":
-        """Derive all masks from the three that are independent.
+        """Derive all masks from those that are independent.
 
         Args:
             image: [batch, pos] image tokens.
             padding: [batch, pos] padding.
-            response: [batch, pos] response tokens.
+            response: [batch, pos] tokens of the answer, a prefill included.
             grids: For each row its patch grids.
+            prefill: [batch, pos] tokens of the answer's given beginning; None: there are none.
 
         Returns:
             The spans, on the masks' device.
@@ -190,6 +199,7 @@ class TokenSpans:
             last=positions == last,
             padding=padding,
             grids=tuple(tuple(row) for row in grids),
+            **({} if prefill is None else {"prefill": prefill}),
         )
 
     def mask(self, name: str) -> Bool[Tensor, "batch pos"]:
@@ -197,7 +207,7 @@ class TokenSpans:
 
         Args:
             name: "all" (everything but padding), "image", "text", "prompt", "response", "generated" (the same
-                as "response": what the model answers) or "last".
+                as "response": what the model answers), "prefill" (the part of it that the model is given) or "last".
 
         Returns:
             [batch, pos] mask.
@@ -212,6 +222,13 @@ class TokenSpans:
         if name not in SPAN_NAMES:
             raise ValueError(f"span must be one of {SPAN_NAMES}, got {name!r}")
         return getattr(self, name)
+
+    @property
+    def context_end(self) -> Bool[Tensor, "batch pos"]:
+        """[batch, pos] the last token before what the model writes itself, one a row: the last one of a prefill, else ``last``."""
+        given = self.prompt | self.prefill
+        positions = torch.arange(given.shape[1], device=given.device)
+        return positions == torch.where(given, positions, -1).amax(dim=1, keepdim=True)
 
     def last_index(self) -> tuple[int, ...]:
         """Position of the last prompt token of each row."""
@@ -228,4 +245,4 @@ class TokenSpans:
         return TokenSpans(**{name: getattr(self, name).to(device) for name in _MASKS}, grids=self.grids)
 
 
-_MASKS = ("image", "text", "prompt", "response", "last", "padding")
+_MASKS = ("image", "text", "prompt", "response", "last", "padding", "prefill")

@@ -132,7 +132,8 @@ def _divergences(
     """[batch, 2] KL(base || other) after the prompt, and averaged over what predicts the answer."""
     each = torch.nn.functional.kl_div(other, base, reduction="none", log_target=True).sum(-1).clamp(min=0)
     kept = each.shape[1]
-    last, response = inputs.spans.last[:, -kept:], inputs.spans.response[:, -kept:]
+    own = inputs.spans.response & ~inputs.spans.prefill
+    last, response = inputs.spans.context_end[:, -kept:], own[:, -kept:]
     predicts = torch.zeros_like(response)
     predicts[:, :-1] = response[:, 1:]
     first = torch.where(last, each, 0.0).sum(dim=1)

@@ -126,7 +126,7 @@ class _Run:
         counts = _token_counts(made.new_tokens, self.lvlm.hf_model.generation_config.eos_token_id)
         return [
             self._record(example, response=text, missing="", tokens=count)
-            for example, text, count in zip(examples, made.texts, counts, strict=True)
+            for example, text, count in zip(examples, made.answers, counts, strict=True)
         ]
 
     def _record(self, example: Example, *, response: str | None, missing: str, tokens: int) -> StoredAnswer:

@@ -32,7 +32,7 @@ class StoredAnswer:
         group: The item that intervals are clustered by.
         seed: Seed of the run.
         prompt: What was asked.
-        response: The answer, new tokens only; None where it is missing.
+        response: The answer from its beginning on, a prefill included; None where it is missing.
         missing: Name of the error for which there is no answer; empty where there is one.
         tokens: New tokens of the answer, its end of sequence included.
         settings: Digest of the model, the defence and the options of generation.

@@ -341,9 +341,9 @@ class HookedLVLM(WrappedBridge):
                 pattern is to be kept, whose axes grow with each token.
         """
         spans = require_inputs(inputs).spans
-        if bool(spans.response.any()) or not bool(spans.last[:, -1].all()):
+        if bool((spans.response & ~spans.prefill).any()) or not bool(spans.context_end[:, -1].all()):
             raise ValueError(
-                "inputs must end with the prompt in every row; prepare them with responses=False and "
+                "inputs must end with the prompt (and a prefill) in every row; prepare them with responses=False and "
                 "padding_side='left'"
             )
         passed, in_force = resolve(
@@ -365,7 +365,11 @@ class HookedLVLM(WrappedBridge):
             sequences = self.hf_model.generate(**inputs.generate_kwargs(), **passed)
         new_tokens = sequences[:, inputs.input_ids.shape[1] :]
         texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        return Generation(sequences, new_tokens, texts, recorder.activations())
+        # Decoded in one piece, so that a word that the prefill begins is not cut in two.
+        given = inputs.spans.prefill
+        whole = [torch.cat([inputs.input_ids[i][row], new_tokens[i]]) for i, row in enumerate(given)]
+        answers = self.tokenizer.batch_decode(whole, skip_special_tokens=True) if bool(given.any()) else list(texts)
+        return Generation(sequences, new_tokens, texts, recorder.activations(), answers)
 
     def generation_settings(self, **options: Any) -> dict[str, Any]:
         """What :meth:`generate` with these options goes by.

@@ -139,7 +139,9 @@ class LVLMInputs:
     def fingerprint(self) -> str:
         """A digest of tokens, masks, pixels and whose they are: two batches with the same one are the same batch."""
         digest = hashlib.sha256(repr((self._entries(), self.counts)).encode())
-        for name, tensor in sorted({**self.generate_kwargs(), "response": self.spans.response}.items()):
+        for name, tensor in sorted(
+            {**self.generate_kwargs(), "response": self.spans.response, "prefill": self.spans.prefill}.items()
+        ):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -152,15 +154,17 @@ class Generation:
     Attributes:
         sequences: [batch, pos + new] prompt and answer.
         new_tokens: [batch, new] the answer, padded on the right after its end.
-        texts: The answers as text, without special tokens.
+        texts: What the model wrote, as text, without special tokens.
         activations: By site name, if any were asked for: [batch, pos + new - 1, ...] in the language tower, since the
             model is never given the last token; [image, patch, ...] in the vision tower.
+        answers: The whole answers as text: the beginning that the example gave (``prefill``), then what the model wrote.
     """
 
     sequences: Int[Tensor, "batch total"]
     new_tokens: Int[Tensor, "batch new"]
     texts: list[str]
     activations: dict[str, Tensor] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
 
 
 def require_inputs(inputs: Any) -> LVLMInputs:

@@ -10,7 +10,7 @@ import torch
 import zoo
 from zoo.plain import Plain
 
-from care_lens.core import Example
+from care_lens.core import Example, ExampleError
 from care_lens.core.site import BLOCK_COMPONENTS
 from care_lens.lvlm import HookedLVLM
 
@@ -81,6 +81,44 @@ def test_one_row_equals_what_the_processor_alone_would_give(twins, rows):
         raw = encode(text=[text], add_special_tokens=special, return_tensors="pt", **kwargs)
         assert torch.equal(raw["input_ids"], inputs.input_ids)
         torch.testing.assert_close(plain(**raw).logits, lvlm(inputs), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_conversations_are_what_the_chat_template_makes_of_them(twins, picture):
+    lvlm, plain = twins
+    first, second = picture(2, (32, 32)), picture(3, (28, 56))
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": first}, {"type": "text", "text": "what is"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red blue"}]},
+        {"role": "user", "content": [{"type": "image", "image": second}, {"type": "text", "text": "how to make a"}]},
+    ]
+    for several in (True, False):
+        messages = chat if several else [*chat[:2], {"role": "user", "content": [{"type": "text", "text": "how to"}]}]
+        example = Example.from_messages([*messages, {"role": "assistant", "content": "sure i"}])
+        if lvlm.family.prompt is not None:
+            with pytest.raises(ExampleError, match="no chat template"):
+                lvlm.prepare(example)
+            example = Example("how to make a", image=first, prefill="sure i")
+            text = lvlm.family.prompt(lvlm.processor, example.prompt, 1)
+        else:
+            text = lvlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = lvlm.prepare(example)
+        bos = lvlm.tokenizer.bos_token
+        special = bos is None or not text.startswith(bos)
+        raw = lvlm.processor(text=[text], images=list(example.images), add_special_tokens=special, return_tensors="pt")
+        begun = lvlm.tokenizer("sure i", add_special_tokens=False)["input_ids"]
+        assert inputs.input_ids[0].tolist() == raw["input_ids"][0].tolist() + begun
+        spans = inputs.spans
+        assert spans.prefill[0].nonzero()[:, 0].tolist() == [
+            *range(spans.last_index()[0] + 1, inputs.input_ids.shape[1])
+        ]
+        assert torch.equal(spans.prefill, spans.response) and bool(spans.context_end[0, -1])
+        made = lvlm.generate(inputs, max_new_tokens=3)
+        pad = lvlm.tokenizer.pad_token_id
+        expected = plain.generate(**inputs.generate_kwargs(), max_new_tokens=3, do_sample=False, pad_token_id=pad)
+        assert torch.equal(made.sequences, expected)
+        whole = [*begun, *made.new_tokens[0].tolist()]
+        assert made.answers == [lvlm.tokenizer.decode(whole, skip_special_tokens=True)]
 
 
 @torch.no_grad()
