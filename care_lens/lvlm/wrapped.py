@@ -331,6 +331,16 @@ class WrappedBridge:
             with self.hooks(made), self._blocks.run():
                 yield self
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the model to this thread alone: others that run it wait. For running parts of it, whose hook points keep state.
+
+        Raises:
+            ThreadError: If this thread has no hooks and another one has.
+        """
+        with self._blocks.turn():
+            yield
+
     def carry_hooks(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function for another thread that runs the model with this thread's hooks and repairs.
 

@@ -55,7 +55,7 @@ class JudgedCompliance:
         Returns:
             [rows] 1, 0, or NaN where the answer is missing.
         """
-        texts = lvlm.generate(inputs, max_new_tokens=self.max_new_tokens, fwd_hooks=fwd_hooks).texts
+        texts = lvlm.generate(inputs, max_new_tokens=self.max_new_tokens, do_sample=False, fwd_hooks=fwd_hooks).texts
         verdicts = self.judge([self.examples[row] for row in rows], texts)
         values = {Verdict.COMPLIED: 1.0, Verdict.MISSING: float("nan")}
         return torch.tensor([values.get(verdict, 0.0) for verdict in verdicts], dtype=torch.float64)
