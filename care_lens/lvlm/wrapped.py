@@ -44,10 +44,11 @@ def _owned(fn: HookFn, block: Block) -> HookFn:
             return returned
         if not isinstance(returned, Tensor):
             raise HookError(f"a hook at {hook.name} must return a tensor or None, got {type(returned).__name__}")
-        if returned.shape != activation.shape or returned.is_floating_point() != activation.is_floating_point():
+        kinds = [(value.shape, value.device, value.is_floating_point()) for value in (returned, activation)]
+        if kinds[0] != kinds[1]:
             raise HookError(
-                f"a hook at {hook.name} must return what it was given, {activation.dtype} {tuple(activation.shape)}, got "
-                f"{returned.dtype} {tuple(returned.shape)}"
+                f"a hook at {hook.name} must return what it was given, {activation.dtype} {tuple(activation.shape)} on "
+                f"{activation.device}, got {returned.dtype} {tuple(returned.shape)} on {returned.device}"
             )
         return returned
 
