@@ -31,7 +31,7 @@ def evaluate(
     judge: Judge,
     accuracy: Accuracy | None = None,
     store: GenerationStore | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     batch_size: int = 32,
     generation: Mapping[str, Any] | None = None,
     fidelity: bool | int = True,
@@ -54,7 +54,7 @@ def evaluate(
         accuracy: What says whether a benign answer is right; None: the judge, which must then know right
             answers (one that only looks for refusals does not).
         store: Where answers are kept, so that a rerun generates only what is missing; None: in memory.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Most tokens of an answer; None: as ``generation`` or the model's own configuration says, else 32.
         batch_size: Examples at a time.
         generation: Further options of Hugging Face's ``generate``.
         fidelity: Whether to measure fidelity in benign suites; a number: on at most so many examples a suite, at even

@@ -15,6 +15,7 @@ from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
+from care_lens.lvlm.errors import GenerationOptionError
 from care_lens.lvlm.hooked import HookedLVLM
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def generate_all(
     store: GenerationStore,
     defence_name: str = "none",
     repair: Repair | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     batch_size: int = 32,
     generation: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -46,10 +47,11 @@ def generate_all(
             example, are not generated again.
         defence_name: Name of the defence in the store.
         repair: The defence; None: the model as it is.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Most tokens of an answer; None: as ``generation`` or the model's own configuration says, else 32.
         batch_size: Examples at a time.
-        generation: Further options of Hugging Face's ``generate``, such as ``{"do_sample": True}``;
-            JSON-able.
+        generation: Further options of ``HookedLVLM.generate``, such as ``{"do_sample": True}`` or ``{"generation_config": config}``;
+            JSON-able but for that configuration. The settings of the answers tell what was in force, the model's own
+            configuration included.
         seed: Recorded with every answer; together with the ids it seeds each batch, which matters for
             sampling only.
         progress: Whether to show a progress bar.
@@ -58,20 +60,22 @@ def generate_all(
         One answer an example, in the examples' order.
 
     Raises:
-        ValueError: If ids are missing or repeated in a channel, or ``batch_size`` is below 1.
+        ValueError: If ids are missing or repeated in a channel, ``batch_size`` is below 1, or options of generation contradict
+            one another.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     _require_ids(examples)
-    options = dict(generation or {})
+    options = _options(generation, max_new_tokens)
+    in_force = lvlm.generation_settings(**options)
     settings = {
         "model": model_fingerprint(lvlm.hf_model),
         "defence": None if repair is None else repair.describe(),
         "defence_fingerprint": None if repair is None else repair_fingerprint(repair),
-        "max_new_tokens": max_new_tokens,
-        "generation": options,
+        "max_new_tokens": in_force.get("max_new_tokens"),
+        "generation": in_force,
     }
-    run = _Run(lvlm, defence_name, store.add_settings(settings), max_new_tokens, options, seed)
+    run = _Run(lvlm, defence_name, store.add_settings(settings), options, in_force.get("eos_token_id"), seed)
     blanks = [run.blank(example) for example in examples]
     lengths = [_length(lvlm, example) for example in examples]
     held = [store.get(blank.key) for blank in blanks]
@@ -95,8 +99,8 @@ class _Run:
     lvlm: HookedLVLM
     defence: str
     settings: str
-    max_new_tokens: int
     options: dict[str, Any]
+    ends: int | list[int] | None
     seed: int
 
     def blank(self, example: Example, *, missing: str = "not generated") -> StoredAnswer:
@@ -109,7 +113,7 @@ class _Run:
             with torch.random.fork_rng(devices=[self.lvlm.device] if self.lvlm.device.type == "cuda" else []):
                 torch.manual_seed(int(digest([self.seed, *(example.id for example in examples)]), 16) % 2**63)
                 inputs = self.lvlm.prepare(examples)
-                made = self.lvlm.generate(inputs, max_new_tokens=self.max_new_tokens, **self.options)
+                made = self.lvlm.generate(inputs, **self.options)
         except Exception as error:
             if len(examples) > 1:
                 half = len(examples) // 2
@@ -123,7 +127,7 @@ class _Run:
                 error,
             )
             return [self.blank(examples[0], missing=name)]
-        counts = _token_counts(made.new_tokens, self.lvlm.hf_model.generation_config.eos_token_id)
+        counts = _token_counts(made.new_tokens, self.ends)
         return [
             self._record(example, response=text, missing="", tokens=count)
             for example, text, count in zip(examples, made.answers, counts, strict=True)
@@ -147,6 +151,21 @@ class _Run:
             meta=dict(example.meta),
             behaviour=example.behaviour,
         )
+
+
+def _options(generation: Mapping[str, Any] | None, max_new_tokens: int | None) -> dict[str, Any]:
+    """The options of generation of a call, each given once."""
+    options = dict(generation or {})
+    if max_new_tokens is not None and options.setdefault("max_new_tokens", max_new_tokens) != max_new_tokens:
+        raise GenerationOptionError(
+            f"max_new_tokens must be given once, got {max_new_tokens} and {options['max_new_tokens']} in generation"
+        )
+    if options.get("num_return_sequences") not in (None, 1):
+        raise GenerationOptionError(
+            f"num_return_sequences must be 1, got {options['num_return_sequences']}: one answer an example is stored; "
+            "call generate_all with another seed for more"
+        )
+    return options
 
 
 def _require_ids(examples: Sequence[Example]) -> None:

@@ -13,7 +13,7 @@ half-precision model.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from care_lens.core.site import Site, SiteLike
 from care_lens.lvlm.attention import NAME as ATTENTION
 from care_lens.lvlm.bound import BoundLVLM
 from care_lens.lvlm.cache import LVLMCache
+from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
 from care_lens.lvlm.loading import load_processor, require_known
@@ -54,9 +55,20 @@ def _count(logits_to_keep: Any, inputs: LVLMInputs) -> int:
     return logits_to_keep
 
 
-def _listed(sites: Sequence[SiteLike] | SiteLike) -> Sequence[SiteLike]:
-    """One site as a list of one."""
-    return [sites] if isinstance(sites, (str, Site)) else sites
+def _listed(sites: Any) -> Sequence[SiteLike]:
+    """One site as a list of one; a list of sites as it is."""
+    if isinstance(sites, (str, Site)):
+        return [sites]
+    if isinstance(sites, (bytes, Mapping)) or not isinstance(sites, Iterable):
+        raise HookError(f"sites must be a site or a list of sites, got {type(sites).__name__}; see lvlm.sites()")
+    listed = list(sites)
+    if wrong := [site for site in listed if not isinstance(site, (str, Site))]:
+        raise HookError(f"sites must be a list of sites or their names, got {wrong[0]!r} in it; see lvlm.sites()")
+    if len(listed) > 1 and all(isinstance(site, str) and len(site) == 1 for site in listed):
+        raise HookError(
+            f"sites must be a list of sites, got the characters of {''.join(map(str, listed))!r}; put the name in a list"
+        )
+    return listed
 
 
 class HookedLVLM(WrappedBridge):
@@ -350,11 +362,12 @@ class HookedLVLM(WrappedBridge):
             self.hf_model.generation_config, {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **kwargs}
         )
         refuse(in_force)
-        n = copies(in_force, stateful=bool(sites) or bool(self._makers))
+        wanted = [self._require(site) for site in _listed(sites)]
+        n = copies(in_force, stateful=bool(wanted) or bool(self._makers))
         if n > 1:
             inputs = inputs.rows([row for row in range(inputs.batch_size) for _ in range(n)])
             passed[COPIES] = 1
-        recorder = Recorder([self._require(site) for site in _listed(sites)])
+        recorder = Recorder(wanted)
         seeing = [str(site) for site in recorder.sites if site.tower != "language"]
         if seeing and inputs.pixel_values is None:
             raise ValueError(f"inputs must hold an image to have activations at {seeing}, got text alone")

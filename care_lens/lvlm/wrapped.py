@@ -44,10 +44,11 @@ def _owned(fn: HookFn, block: Block) -> HookFn:
             return returned
         if not isinstance(returned, Tensor):
             raise HookError(f"a hook at {hook.name} must return a tensor or None, got {type(returned).__name__}")
-        if returned.shape != activation.shape or returned.is_floating_point() != activation.is_floating_point():
+        kinds = [(value.shape, value.device, value.is_floating_point()) for value in (returned, activation)]
+        if kinds[0] != kinds[1]:
             raise HookError(
-                f"a hook at {hook.name} must return what it was given, {activation.dtype} {tuple(activation.shape)}, got "
-                f"{returned.dtype} {tuple(returned.shape)}"
+                f"a hook at {hook.name} must return what it was given, {activation.dtype} {tuple(activation.shape)} on "
+                f"{activation.device}, got {returned.dtype} {tuple(returned.shape)} on {returned.device}"
             )
         return returned
 
@@ -330,6 +331,16 @@ class WrappedBridge:
             made = [pair for make in self._makers for pair in make(inputs)]
             with self.hooks(made), self._blocks.run():
                 yield self
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the model to this thread alone: others that run it wait. For running parts of it, whose hook points keep state.
+
+        Raises:
+            ThreadError: If this thread has no hooks and another one has.
+        """
+        with self._blocks.turn():
+            yield
 
     def carry_hooks(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function for another thread that runs the model with this thread's hooks and repairs.

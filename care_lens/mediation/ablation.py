@@ -176,7 +176,7 @@ def ablate(
                     if cell.tower == "vision":
                         rows = [rows[row] for row in inputs.image_rows]
                     hooks = [(cell, _resample(bank, rows, derive_generator(seed, cell, start)))]
-                texts += lvlm.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=hooks).texts
+                texts += lvlm.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, fwd_hooks=hooks).texts
                 bar.update()
             verdicts = [v.value for v in require_verdicts(judge(examples, texts), len(examples), judge=judge)]
             done.add(_key(cell), {"texts": texts, "verdicts": verdicts})

@@ -102,7 +102,9 @@ def read_scores(
         seen = _Recorder(BatchView(inputs), leaves)
         with torch.no_grad():
             if answers:
-                tokens = lvlm.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=seen.hooks()).new_tokens
+                tokens = lvlm.generate(
+                    inputs, max_new_tokens=max_new_tokens, do_sample=False, fwd_hooks=seen.hooks()
+                ).new_tokens
                 scores = seen.scores(_before_end(tokens, _end_tokens(lvlm)))
             else:
                 lvlm.run_with_hooks(inputs, fwd_hooks=seen.hooks(), logits_to_keep=1)
