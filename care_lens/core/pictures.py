@@ -88,6 +88,10 @@ def shown_picture(image: Image.Image) -> Image.Image:
     Raises:
         PictureError: If its numbers have no meaning as a picture: negative, not finite, or above 65535.
     """
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"image must be a PIL image, got {type(image).__name__}; make one with PIL.Image.fromarray or open_picture"
+        )
     if isinstance(image, PictureFile):
         return image
     turned = isinstance(image, ImageFile.ImageFile) and _orientation(image) != 1
@@ -115,6 +119,8 @@ class PictureFile(Image.Image):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
+        if "\0" in str(path):
+            raise PictureError(f"path must be of a file, got {str(path)!r}, which holds a null character")
         self._path = Path(path).absolute()
         self._stamp = _stamp(self._path)
         self._size = _shown_size(self._path)

@@ -69,6 +69,9 @@ def require_texts(examples: Sequence[Any], texts: Sequence[Any]) -> None:
     Raises:
         JudgeError: Naming the row.
     """
+    for what, given in (("examples", examples), ("texts", texts)):
+        if not hasattr(given, "__len__"):
+            raise JudgeError(f"{what} must be a list, got {type(given).__name__}; give one answer for each example")
     if isinstance(texts, (str, bytes)) or len(examples) != len(texts):
         got = "one text" if isinstance(texts, (str, bytes)) else f"{len(examples)} and {len(texts)}"
         raise JudgeError(f"examples and texts must be of one length, got {got}; give one answer for each example")

@@ -17,6 +17,7 @@ from typing import Any, get_args
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import Judge, UnsafeMargin
+from care_lens.core.require import require_path
 from care_lens.data.jsonl import DataFileError, parse_json, read_examples, read_text
 from care_lens.data.study import SPLITS, Modality, Split, Study, split_by_group
 
@@ -45,7 +46,7 @@ def read_study(directory: str | Path, *, tokenizer: Any, judge: Judge, seed: int
             of its split. It is a ValueError.
         ValueError: as `Study` does.
     """
-    directory = Path(directory)
+    directory = require_path(directory, "directory")
     if not directory.is_dir():
         raise StudyNotFoundError(
             f"{directory} must be a folder with {' and '.join(_FILES)}, but there is no such folder"

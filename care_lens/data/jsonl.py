@@ -21,6 +21,7 @@ from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.files import write_whole
 from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture
+from care_lens.core.require import require_path
 
 _KEYS = ("prompt", "image", "response", "behaviour", "harmful", "channel", "id", "group", "meta")
 _NULLABLE = ("image", "response", "behaviour")
@@ -55,7 +56,7 @@ def read_examples(path: str | Path) -> list[Example]:
         ...     read_examples(path)[0].prompt
         'what is this?'
     """
-    path = Path(path)
+    path = require_path(path)
     examples: list[Example] = []
     lines: dict[str, int] = {}
     # Only line feeds end a line: U+2028, U+2029 and U+0085, at which str.splitlines cuts, may stand inside of JSON texts.
@@ -90,7 +91,11 @@ def write_examples(examples: Iterable[Example], path: str | Path) -> Path:
         TypeError: If one is no `Example`.
         DataFileError: If two have one id, or one holds a value that is not of its type (meta must hold texts). It is a ValueError.
     """
-    path = Path(path)
+    path = require_path(path)
+    if isinstance(examples, str) or not isinstance(examples, Iterable):
+        raise TypeError(
+            f"examples must be a list of care_lens.Example, got {type(examples).__name__}; give [example, ...]"
+        )
     folder = path.parent / f"{path.stem}_images"
     lines: list[str] = []
     seen: dict[str, int] = {}
@@ -121,6 +126,8 @@ def read_text(path: Path) -> str:
     Raises:
         DataFileError: If it is not UTF-8.
     """
+    if path.is_dir():
+        raise DataFileError(f"{path} must be a file, got a folder; name the file in it")
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")

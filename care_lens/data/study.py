@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
+from care_lens.core.require import require_examples
 
 Split = Literal["fit", "calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -66,6 +67,9 @@ class Study:
     about: str = ""
 
     def __post_init__(self) -> None:
+        for what in ("suites", "seen", "pairs", "pair_outcomes"):
+            if not isinstance(getattr(self, what), Mapping):
+                raise TypeError(f"{what} must be a mapping, got {type(getattr(self, what)).__name__}; give a dict")
         for what, keys, known in (("suites", self.suites, SPLITS), ("seen", self.seen, _MODALITIES)):
             if unknown := [key for key in keys if key not in known]:
                 raise StudyError(f"keys of {what} must be out of {list(known)}, got {unknown}; name them so")
@@ -81,9 +85,12 @@ class Study:
     def _require_channels(self) -> None:
         home: dict[str, str] = {}
         for split in SPLITS:
-            for channel, examples in self.suites.get(split, {}).items():
-                if wrong := [type(e).__name__ for e in examples if not isinstance(e, Example)]:
-                    raise TypeError(f"channel {channel!r} of {split!r} must hold examples, got {wrong[0]}")
+            if not isinstance(suites := self.suites.get(split, {}), Mapping):
+                raise TypeError(
+                    f"suites[{split!r}] must be a mapping of channels, got {type(suites).__name__}; give a dict"
+                )
+            for channel, examples in suites.items():
+                require_examples(examples, f"channel {channel!r} of {split!r}")
                 if len({example.harmful for example in examples}) > 1:
                     raise StudyError(f"channel {channel!r} must be all harmful or all benign; split it in two channels")
                 ids: set[str] = set()
@@ -102,7 +109,9 @@ class Study:
 
     def _require_names(self) -> None:
         names: dict[str, str] = {}
-        for name in self.pairs:
+        for name, pairs in self.pairs.items():
+            if not isinstance(pairs, PairedExamples):
+                raise TypeError(f"pairs[{name!r}] must be PairedExamples, got {type(pairs).__name__}")
             if not isinstance(name, str) or len(name) > 80 or not _FILE_NAME.fullmatch(name):
                 raise StudyError(
                     f"names of pair sets must be plain, since files are called by them: at most 80 letters, digits, spaces and "
@@ -115,6 +124,7 @@ class Study:
 
     def channels(self, split: Split, *, harmful: bool) -> dict[str, tuple[Example, ...]]:
         """The attack or the benign channels of a split."""
+        _require_name(split, SPLITS, "split")
         return {c: tuple(e) for c, e in self.suites.get(split, {}).items() if e and e[0].harmful == harmful}
 
     def benign(self, split: Split) -> list[Example]:
@@ -123,6 +133,8 @@ class Study:
 
     def malicious(self, split: Split, modality: Modality) -> list[Example]:
         """Examples of the attack channels that act through a modality and that the fit may use."""
+        _require_name(split, SPLITS, "split")
+        _require_name(modality, _MODALITIES, "modality")
         suites = self.suites.get(split, {})
         return [example for channel in self.seen.get(modality, ()) for example in suites.get(channel, ())]
 
@@ -163,6 +175,11 @@ class Study:
         return replace(self, suites=suites, pairs=pairs, gradient=self.gradient[:n])
 
 
+def _require_name(name: object, known: Sequence[str], what: str) -> None:
+    if name not in known:
+        raise ValueError(f"{what} must be one of {list(known)}, got {name!r}")
+
+
 def split_by_group(
     examples: Sequence[Example],
     *,
@@ -182,6 +199,7 @@ def split_by_group(
     Raises:
         ValueError: if shares do not sum to 1, one is negative or of no split, or examples have neither group nor id.
     """
+    require_examples(examples)
     shares = shares or {"fit": 0.4, "calibration": 0.15, "validation": 0.15, "test": 0.3}
     if unknown := [split for split in shares if split not in SPLITS]:
         raise ValueError(f"shares must be of splits out of {list(SPLITS)}, got {unknown}")

@@ -59,6 +59,10 @@ class ClassifierJudge:
         for what, number in (("batch_size", batch_size), ("max_answer_tokens", max_answer_tokens)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{what} must be a whole number of 1 or more, got {number!r}")
+        if refusals is not None and not callable(refusals):
+            raise TypeError(
+                f"refusals must be a judge, got {type(refusals).__name__}; leave it out for refusal substrings"
+            )
         if missing := [part for part in ("{behavior}", "{generation}") if part not in template]:
             raise ValueError(f"template must contain {{behavior}} and {{generation}}, got one without {missing}")
         self.name, self.model, self.tokenizer, self.template = name, model.eval(), tokenizer, template

@@ -37,6 +37,16 @@ def judge_answers(answers: Sequence[StoredAnswer], judge: Judge, *, examples: Se
         JudgeError: If the judge does not return one verdict for each; it names the row. It is a ValueError.
         ValueError: If examples are given and not one for each answer.
     """
+    if (
+        isinstance(answers, str)
+        or not isinstance(answers, Sequence)
+        or not all(isinstance(a, StoredAnswer) for a in answers)
+    ):
+        raise TypeError(f"answers must be a list of StoredAnswer, got {answers!r:.60}; take GenerationStore.answers()")
+    if not callable(judge):
+        raise JudgeError(
+            f"judge must be a function of (examples, texts), got {type(judge).__name__}; give a judge object"
+        )
     if len(examples) not in (0, len(answers)):
         raise ValueError(
             f"examples must be one for each of {len(answers)} answers, got {len(examples)}; give all or none"
@@ -66,6 +76,10 @@ def judge_store(store: GenerationStore, judge: Judge, *, settings: Collection[st
     Raises:
         ValueError: If the store holds two answers to one example under one defence and seed.
     """
+    if not isinstance(store, GenerationStore):
+        raise TypeError(
+            f"store must be a GenerationStore, got {type(store).__name__}; open one with GenerationStore(path)"
+        )
     answers = store.answers(settings=settings)
     seen: set[tuple[Any, ...]] = set()
     for answer in answers:

@@ -2,12 +2,13 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Verdict
+from care_lens.core.require import require_path
 from care_lens.core.verdicts import require_texts
 
 Position = Literal["anywhere", "start"]
@@ -176,7 +177,11 @@ class SubstringRefusalJudge:
         name: str = "refusal-substring",
     ) -> None:
         for what, given in (("phrases", phrases), ("exceptions", exceptions)):
-            if isinstance(given, str) or not all(isinstance(phrase, str) for phrase in given):
+            if (
+                isinstance(given, str)
+                or not isinstance(given, Iterable)
+                or not all(isinstance(phrase, str) for phrase in given)
+            ):
                 raise TypeError(f"{what} must be a list of texts, got {given!r:.60}; give [...]")
         if position not in get_args(Position):
             raise ValueError(f"position must be one of {get_args(Position)}, got {position!r}")
@@ -217,7 +222,9 @@ class SubstringRefusalJudge:
         name: str = "refusal-substring",
     ) -> "SubstringRefusalJudge":
         """A judge whose phrases are the lines of a text file in UTF-8; empty lines are left out, and there are no exceptions."""
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        if (path := require_path(path)).is_dir():
+            raise ValueError(f"path must be of a text file, got the folder {path}; name the file in it")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         return cls(
             [line.strip() for line in lines if line.strip()],
             case_sensitive=case_sensitive,
