@@ -101,7 +101,7 @@ def save_artifact(
 
 
 def load_artifact(
-    directory: str | Path, name: str, *, kind: str, schema: int
+    directory: str | Path, name: str, *, kind: str, schema: int, oldest: int = 1
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read an artifact and check it against its manifest.
 
@@ -110,6 +110,7 @@ def load_artifact(
         name: Stem of the files.
         kind: What it must be.
         schema: The newest version of the layout that the caller knows.
+        oldest: The first version that was an artifact.
 
     Returns:
         The data files' bytes by suffix, and the manifest's content (its "kind", "schema" and sums included).
@@ -120,6 +121,8 @@ def load_artifact(
     """
     path = Path(directory) / f"{name}.json"
     manifest = read_manifest(path, kind=kind, schema=schema)
+    if manifest["schema"] < oldest:
+        raise ArtifactError(f"schema of {path} must be {oldest} or more, got {manifest['schema']}; make it again")
     data = {}
     for suffix, expected in manifest[_FILES].items():
         if "/" in suffix or "\\" in suffix:

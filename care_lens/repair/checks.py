@@ -24,8 +24,8 @@ def require_number(value: Any, *, name: str, least: float | int = -math.inf, abo
         RepairError: If it is not.
     """
     bound = f"above {above:g}" if above is not None else "finite" if least == -math.inf else f"{least:g} or more"
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < least or (above is not None and not value > above):
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < least or (above is not None and not number > above):
         raise RepairError(f"{name} must be {bound}, got {value!r}; give a finite number")
 
 

@@ -52,9 +52,10 @@ def register_kind(cls: Kind) -> Kind:
         >>> Half()(torch.zeros(2)).tolist()
         [0.5, 0.5]
     """
-    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or not _frozen(cls):
+    found: Any = cls
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found) or not _frozen(found):
         raise KindError(f"a kind must be a frozen dataclass, got {cls!r}; decorate it with @dataclass(frozen=True)")
-    if taken := {field.name for field in dataclasses.fields(cls)} & {*RESERVED}:
+    if taken := {field.name for field in dataclasses.fields(found)} & {*RESERVED}:
         raise KindError(f"fields of {cls.__name__} must not be called {sorted(taken)}; name them otherwise")
     known = _KINDS.get(cls.__name__)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):

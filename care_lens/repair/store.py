@@ -107,7 +107,7 @@ def load_repair(kind: type[Loaded], directory: str | Path) -> Loaded:
         if manifest.get("schema") == 1 and {*manifest} == {"schema", "versions", "repair"}:
             data = {"safetensors": path.with_suffix(".safetensors").read_bytes()}
         else:
-            data, manifest = files.load_artifact(directory, _NAME, kind=_KIND, schema=SCHEMA)
+            data, manifest = files.load_artifact(directory, _NAME, kind=_KIND, schema=SCHEMA, oldest=2)
         tensors = files.tensors_of(data, where=path.with_suffix(".safetensors"))
         repair = _decode(manifest["repair"], tensors, [])
     except RepairFileError:

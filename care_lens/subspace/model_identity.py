@@ -43,11 +43,13 @@ class ModelIdentity:
         Returns:
             The identity.
 
-        Raises:
-            SubspaceError: If its config has neither a name nor an architecture.
         """
-        found = cls.from_config(model.config)
-        return replace(found, fingerprint=model_fingerprint(model))
+        config: Any = getattr(model, "config", None)
+        own = type(model).__name__
+        if not getattr(config, "architectures", None) and not getattr(config, "name_or_path", ""):
+            return cls(own, architecture=own, fingerprint=model_fingerprint(model))
+        found = cls.from_config(config)
+        return replace(found, architecture=found.architecture or own, fingerprint=model_fingerprint(model))
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelIdentity":

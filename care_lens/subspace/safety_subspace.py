@@ -738,6 +738,7 @@ class SafetySubspace:
             The address of the commit.
 
         Raises:
+            SubspaceError: If the subfolder is no plain path within the repository.
             huggingface_hub.errors.HfHubHTTPError: If the hub refuses; log in with ``hf auth login``.
         """
         return hub.push(

@@ -81,7 +81,7 @@ def load_checked(directory: str | Path, names: Sequence[str]) -> tuple[dict[str,
         if manifest.get("schema") in (1, 2) and "files" not in manifest:
             data, manifest = _older(manifest, path)
         else:
-            data, manifest = files.load_artifact(directory, "subspace", kind=_KIND, schema=SCHEMA)
+            data, manifest = files.load_artifact(directory, "subspace", kind=_KIND, schema=SCHEMA, oldest=3)
             manifest = files.unpacked(manifest)
         tensors = files.tensors_of(data, where=path.with_name(TENSORS_FILE))
     except SubspaceFileError:
