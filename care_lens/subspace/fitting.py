@@ -22,6 +22,8 @@ Groups = tuple[Sequence[str], Sequence[str]]
 
 _LARGEST_AUTO_RANK = 64
 _MOST_LOST = 1e-4
+_MOST_OFF = 1e-5
+"""Benign standard deviations by which the rounding of a mean may shift coordinates."""
 _SAME = 1e-9
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def fit_moments(
         target: What both covariances are shrunk towards, see ``care_lens.subspace.shrink``.
 
     Returns:
-        The tensors (float32; the means, and projectors that float32 would not hold, float64) and JSON-able diagnostics.
+        The tensors (float32, or float64 where that would not hold them) and JSON-able diagnostics.
 
     Raises:
         SubspaceError: As for ``SafetySubspace.fit``.
@@ -207,6 +209,9 @@ def _tensors(
     if kept == torch.float64 and projection == "oblique":
         tensors["write"] = torch.linalg.solve(read.T @ tensors["write"], tensors["write"], left=False)
     means = {"mean_benign": moments[0].mean, "mean_malicious": moments[1].mean}
+    off = [mean - mean.float().double() for mean in means.values()]
+    if all(float((read.T @ part).norm()) <= _MOST_OFF for part in off):
+        means = {name: mean.float() for name, mean in means.items()}
     return {name: tensor.to(kept).contiguous() for name, tensor in tensors.items()} | means
 
 

@@ -53,9 +53,9 @@ _RULES: dict[str, RankRule] = {"energy": EnergyRank(), "permutation": Permutatio
 class SafetySubspace:
     """Directions along which malicious activations stand out from benign ones, and the projector onto them.
 
-    Made by :meth:`fit` or :meth:`load`. Tensors are float32, but for the means, which are float64 (a mean far from 0 is not known
-    well enough in float32), and for projectors so oblique that float32 would lose more than 1e-4 of them: those are kept, and
-    applied, in float64. Columns are in the order of the eigenvalues, and
+    Made by :meth:`fit` or :meth:`load`. Tensors are float32. Float64 are kept: means so far from 0 that float32 would shift
+    coordinates by more than 1e-5 benign standard deviations, and projectors so oblique that it would lose more than 1e-4 of them, which
+    are then applied in float64. Columns are in the order of the eigenvalues, and
     each span of the first j columns is the subspace of rank j. ``write @ left.T`` is the projector P; for an
     orthogonal one both are ``basis``, for an oblique one ``left`` is ``read`` and ``write`` is ``C_b read``.
 
