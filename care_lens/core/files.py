@@ -11,17 +11,21 @@ another number. The sums find damage, not malice: whoever can write the files ca
 
 import hashlib
 import json
+import math
 import os
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from care_lens.core.errors import ArtifactError, InUseError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SUM, _FILES = "manifest_sha256", "files"
 
@@ -97,7 +101,7 @@ def save_artifact(
 
 
 def load_artifact(
-    directory: str | Path, name: str, *, kind: str, schema: int
+    directory: str | Path, name: str, *, kind: str, schema: int, oldest: int = 1
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read an artifact and check it against its manifest.
 
@@ -106,6 +110,7 @@ def load_artifact(
         name: Stem of the files.
         kind: What it must be.
         schema: The newest version of the layout that the caller knows.
+        oldest: The first version that was an artifact.
 
     Returns:
         The data files' bytes by suffix, and the manifest's content (its "kind", "schema" and sums included).
@@ -116,8 +121,12 @@ def load_artifact(
     """
     path = Path(directory) / f"{name}.json"
     manifest = read_manifest(path, kind=kind, schema=schema)
+    if manifest["schema"] < oldest:
+        raise ArtifactError(f"schema of {path} must be {oldest} or more, got {manifest['schema']}; make it again")
     data = {}
     for suffix, expected in manifest[_FILES].items():
+        if "/" in suffix or "\\" in suffix:
+            raise ArtifactError(f"{path} must name files beside it, got the suffix {suffix!r}; it is not of care_lens")
         part = path.with_name(f"{name}.{suffix}")
         if not part.exists():
             raise ArtifactError(f"{part} must be there, {path.name} describes it; copy all files of it again")
@@ -138,11 +147,8 @@ def read_manifest(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]
         ArtifactError: If it is damaged, no manifest, of another kind or of a newer schema.
     """
     path = Path(path)
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ArtifactError(f"{path} must be the manifest of a {kind}, got no JSON ({error}); make it again") from None
-    if not isinstance(manifest, dict) or not {"kind", "schema", _FILES, _SUM} <= {*manifest}:
+    manifest = read_object(path, kind=kind)
+    if not {"kind", "schema", _FILES, _SUM} <= {*manifest} or not isinstance(manifest[_FILES], dict):
         raise ArtifactError(f"{path} must be the manifest of a {kind} as care_lens writes it, got another file")
     if manifest[_SUM] != _sum(manifest):
         raise ArtifactError(
@@ -150,9 +156,73 @@ def read_manifest(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]
         )
     if manifest["kind"] != kind:
         raise ArtifactError(f"{path} must hold a {kind}, got a {manifest['kind']}; load it with that class")
+    if type(manifest["schema"]) is not int or manifest["schema"] < 1:
+        raise ArtifactError(
+            f"schema of {path} must be a number of 1 or more, got {manifest['schema']!r}; make it again"
+        )
     if manifest["schema"] > schema:
         raise ArtifactError(f"schema of {path} must be {schema} or less, got {manifest['schema']}; update care_lens")
     return manifest
+
+
+def read_object(path: str | Path, *, kind: str) -> dict[str, Any]:
+    """Read a JSON object, unchecked: what manifests of layouts older than :func:`save_artifact` are told by.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ArtifactError: If it is no JSON object.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} must be the manifest of a {kind}, got no JSON ({error}); make it again") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} must be the manifest of a {kind}, got a {type(found).__name__}; make it again")
+    return found
+
+
+def tensors_of(data: Mapping[str, bytes], suffix: str = "safetensors", *, where: str | Path) -> dict[str, "Tensor"]:
+    """The tensors of a safetensors file that :func:`load_artifact` read, on the CPU.
+
+    Raises:
+        ArtifactError: If there is no such file, or it is none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if suffix not in data:
+        raise ArtifactError(f"{where} must have a .{suffix} file, got {sorted(data)}; save it again")
+    try:
+        return load(data[suffix])
+    except SafetensorError as error:
+        raise ArtifactError(f"{where} must hold a safetensors file, got {error}; save it again") from None
+
+
+def tensor_bytes(tensors: "Mapping[str, Tensor]") -> bytes:
+    """Tensors by name as a safetensors file."""
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+
+
+def packed(value: Any) -> Any:
+    """A JSON-able value in which NaN and the infinities are written as ``{"float": "nan"}``, which strict JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
+    if isinstance(value, Mapping):
+        found = {key: packed(item) for key, item in value.items()}
+        return {"object": found} if [*found] in (["float"], ["object"]) else found
+    return [packed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def unpacked(value: Any) -> Any:
+    """The inverse of :func:`packed`."""
+    if isinstance(value, dict):
+        if [*value] == ["float"] and value["float"] in ("nan", "inf", "-inf"):
+            return float(value["float"])
+        value = value["object"] if [*value] == ["object"] and isinstance(value["object"], dict) else value
+        return {key: unpacked(item) for key, item in value.items()}
+    return [unpacked(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager

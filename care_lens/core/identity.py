@@ -1,14 +1,13 @@
 """Digests that say whether a stored answer belongs to the same model, defence, settings and example."""
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from care_lens.core.content import content_digest
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
 
@@ -48,30 +47,13 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def repair_fingerprint(repair: Repair) -> str:
-    """A digest of a repair's description and of every number in its tensors.
+    """A digest of a repair's description, of every number in its tensors and of every setting, nested ones included.
 
-    Descriptions may give tensors by their norms alone, and two projectors of one rank have the same. Tensors
-    are looked for in the repair's attributes, and there in dataclasses, mappings, tuples and lists.
+    Descriptions may give tensors by their norms alone, and two projectors of one rank have the same. So all that the
+    repair holds counts, see :func:`care_lens.core.content.content_digest`; a repair that keeps a cache in an attribute changes
+    its fingerprint as it fills.
     """
-    content = hashlib.sha256(digest(repair.describe()).encode())
-    for tensor in _tensors(getattr(repair, "__dict__", {})):
-        content.update(f"{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        content.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
-    return content.hexdigest()[:_LENGTH]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
+    return digest([repair.describe(), content_digest(repair)])
 
 
 def _some_values(parameter: Tensor) -> Tensor:

@@ -180,6 +180,9 @@ def class_figures(benign: Float[Tensor, "n_benign d"], malicious: Float[Tensor, 
     if min(len(rows) for rows in classes) < 2:
         raise ValueError(f"each class must have at least 2 rows, got {[len(rows) for rows in classes]}")
     everything = np.concatenate(classes)
+    # A common mean far from 0 costs the distances below their digits, and changes none of the figures.
+    centre = everything.mean(axis=0)
+    classes, everything = [rows - centre for rows in classes], everything - centre
     labels = np.repeat([0, 1], [len(rows) for rows in classes])
     means = [rows.mean(axis=0) for rows in classes]
     residuals = np.concatenate([rows - mean for rows, mean in zip(classes, means, strict=True)])

@@ -12,6 +12,7 @@ from care_lens.subspace.contrast import Contrast, Metric
 from care_lens.subspace.controls import edit_norm_ratio, random_isometry, random_like
 from care_lens.subspace.errors import (
     ConvergenceError,
+    IdenticalClassesWarning,
     NonFiniteError,
     RankError,
     RowsNeededError,
@@ -51,6 +52,7 @@ __all__ = [
     "DirectionOverlap",
     "EnergyRank",
     "FamilyFits",
+    "IdenticalClassesWarning",
     "LinearMap",
     "Match",
     "MemoryPlan",
