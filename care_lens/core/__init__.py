@@ -16,7 +16,7 @@ from care_lens.core.outcome import (
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.core.spans import PatchGrid, TokenSpans
-from care_lens.core.stats import Interval, cluster_bootstrap, paired_difference, rate_ci
+from care_lens.core.stats import Interval, cluster_bootstrap, clustered_rate, paired_difference, rate_ci, ratio_of_means
 
 __all__ = [
     "BLOCK_COMPONENTS",
@@ -40,8 +40,10 @@ __all__ = [
     "UnsafeMargin",
     "Verdict",
     "cluster_bootstrap",
+    "clustered_rate",
     "examples_digest",
     "package_versions",
     "paired_difference",
     "rate_ci",
+    "ratio_of_means",
 ]
