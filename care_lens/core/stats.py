@@ -64,7 +64,8 @@ def cluster_bootstrap(
             axes are so many cells: one call gives the intervals of all of them.
         groups: n labels; rows of one label are drawn together. None: every row is its own group.
         statistic: Function of an array (or of the dict of arrays) of rows, to a number or an array.
-        kind: What the values of a mean are: "numbers", "rates" or "differences" of paired rates. "auto": rates if
+        kind: What the values of a mean are: "numbers", "rates" (or shares, in [0, 1]) or "differences" of paired rates
+            (in [-1, 1]). "auto": rates if
             every value of the array is 0 or 1, differences if every one is -1, 0 or 1, else numbers; an array of zeros
             alone counts as rates, whose interval is the wider one. Say "numbers" where they are measurements.
         bounds: The least and the largest value that another statistic can have (0 and 1 of an AUC): no end lies beyond,
@@ -128,15 +129,17 @@ def _interval(found: Sequence[ndarray], shape: tuple[int, ...]) -> Interval:
 
 def _kind_of(values: ndarray, kind: str) -> str:
     """What the values are; refuses those that are not what was said."""
-    for name, allowed in (("rates", (0.0, 1.0)), ("differences", (-1.0, 0.0, 1.0))):
-        fits = bool(np.isin(values, allowed).all())
-        if kind == name and not fits:
-            raise ValueError(
-                f"values must be among {allowed} to be {name}, got others; use kind='numbers', or divide by their range"
-            )
-        if fits and kind in (name, "auto"):
-            return name
-    return "numbers"
+    if kind == "auto":
+        if not np.isin(values, (-1.0, 0.0, 1.0)).all():
+            return "numbers"
+        return "differences" if (values < 0).any() else "rates"
+    least = {"rates": 0.0, "differences": -1.0}.get(kind)
+    if least is not None and not ((values >= least) & (values <= 1)).all():
+        raise ValueError(
+            f"values must be between {least:g} and 1 to be {kind}, got {np.nanmin(values)} to {np.nanmax(values)}; use "
+            "kind='numbers', or leave out missing ones"
+        )
+    return kind
 
 
 def _of_means(

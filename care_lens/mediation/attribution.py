@@ -336,6 +336,8 @@ def _intervals(
         labels = [groups[i] for i in index.tolist()]
         for start in range(0, len(columns), _CELLS):
             some = columns[start : start + _CELLS]
-            found: Interval = cluster_bootstrap(values[np.ix_(index, some)], labels, n_boot=n_boot, seed=seed)
+            found: Interval = cluster_bootstrap(
+                values[np.ix_(index, some)], labels, kind="numbers", n_boot=n_boot, seed=seed
+            )
             out[:, some] = found
     return out[0], out[1], out[2], finite.sum(axis=0)
