@@ -47,11 +47,11 @@ def generate_all(
         defence_name: Name of the defence in the store.
         repair: The defence; None: the model as it is.
         max_new_tokens: Most tokens of an answer.
-        batch_size: Examples at a time.
+        batch_size: Examples at a time; one where answers are sampled.
         generation: Further options of Hugging Face's ``generate``, such as ``{"do_sample": True}``;
             JSON-able.
-        seed: Recorded with every answer; together with the ids it seeds each batch, which matters for
-            sampling only.
+        seed: Recorded with every answer; together with its id it seeds each sampled answer, which is the same whatever
+            else is answered.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -81,11 +81,19 @@ def generate_all(
         repair.on(lvlm) if repair is not None and todo else nullcontext(),
         tqdm(total=len(todo), desc=f"answers: {defence_name}", disable=not progress or not todo) as bar,
     ):
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+        # Sampled tokens of a batch come from one stream: alone, an example's answer is its own whatever runs beside it.
+        step = 1 if _samples(options) else batch_size
+        for start in range(0, len(todo), step):
+            batch = todo[start : start + step]
             store.add(run.answer([examples[i] for i in batch]))
             bar.update(len(batch))
     return [store.get(blank.key) or blank for blank in blanks]
+
+
+def _samples(options: Mapping[str, Any]) -> bool:
+    """Whether answers are drawn."""
+    config = options.get("generation_config")
+    return bool(options.get("do_sample", getattr(config, "do_sample", False)))
 
 
 @dataclass(frozen=True)

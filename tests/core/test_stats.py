@@ -121,7 +121,7 @@ def test_equal_numbers_are_a_point_and_equal_trials_are_not():
         assert tuple(found) == pytest.approx(tuple(rate_ci(int(8 * value), 8)))
     nothing = cluster_bootstrap(np.zeros(8), kind="differences")
     assert (nothing.low, nothing.high) == pytest.approx((-rate_ci(0, 8).high, rate_ci(0, 8).high))
-    with pytest.raises(ValueError, match="between 0 and 1 to be rates, got -0.5 to 1.0"):
+    with pytest.raises(ValueError, match=r"between 0 and 1 to be rates, got -0\.5 to 1\.0"):
         cluster_bootstrap([-0.5, 1.0], kind="rates")
 
 
