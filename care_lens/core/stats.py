@@ -379,3 +379,37 @@ def paired_difference(
 def are_binary(*values: ArrayLike) -> bool:
     """Whether all values (missing ones apart) are 0 or 1, so that their differences are differences of rates."""
     return all(bool((np.isin(part, (0.0, 1.0)) | np.isnan(part)).all()) for part in map(np.asarray, values))
+
+
+def log_interval(
+    estimate: Float[ndarray, " cells"],
+    resampled: Float[ndarray, "n_boot cells"],
+    *,
+    n_groups: int,
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of positive ratios (of variances, of energies) from resamples that the caller made, on the logarithm.
+
+    The resamples' mean less the estimate is how far the estimate itself is off; both are corrected for:
+    exp(2 log estimate - mean log resampled -+ t sd), with Student's t and the standard deviation widened by
+    sqrt(n / (n - 1)) for n groups.
+
+    Args:
+        estimate: [cells] above 0.
+        resampled: [n_boot, cells] of resamples; those that are missing or not above 0 are left out.
+        n_groups: How many groups were resampled.
+        confidence: Coverage aimed at.
+
+    Returns:
+        ``(estimate, low, high)``; the ends are NaN where the estimate is not above 0, or of fewer than two resamples or groups.
+    """
+    usable = np.where(np.isfinite(resampled) & (resampled > 0), resampled, np.nan)
+    low, high = np.full(len(estimate), np.nan), np.full(len(estimate), np.nan)
+    if n_groups > 1:
+        reach = float(stdtrit(n_groups - 1, 0.5 + confidence / 2)) * float(np.sqrt(n_groups / (n_groups - 1)))
+        for cell in range(len(estimate)):
+            draws = np.log(usable[np.isfinite(usable[:, cell]), cell])
+            if len(draws) > 1 and estimate[cell] > 0:
+                centre = 2 * np.log(estimate[cell]) - draws.mean()
+                low[cell], high[cell] = np.exp(centre + reach * draws.std(ddof=1) * np.array([-1.0, 1.0]))
+    return Interval(estimate, low, high)
