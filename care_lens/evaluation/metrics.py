@@ -218,10 +218,10 @@ def paired_difference(
         what = f"{first!r} against {second!r}, channel {cell[0]!r}, metric {metric!r}"
         _require_few_missing(missing, len(part), max_missing, what)
         groups = [group_of(row) for row in there]
-        sides_there = [np.array([row[side] for row in there]) for side in ("first", "second")]
+        before, after = (np.array([row[side] for row in there]) for side in ("first", "second"))
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
-        value, low, high = difference_of_means(*sides_there, groups, **options)
-        kind = "paired-rates" if are_binary(*sides_there) else "studentised"
+        value, low, high = difference_of_means(before, after, groups, **options)
+        kind = "paired-rates" if are_binary(before, after) else "studentised"
         names = {"channel": cell[0], "metric": metric, "first": first, "second": second}
         figure = {"value": value, "ci_low": low, "ci_high": high}
         counts = {"n": len(there), "missing": missing, "interval": kind}

@@ -12,6 +12,9 @@ That factor is stated, not derived: rounding grows with the width and depth of a
 a quarter of it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -50,7 +53,7 @@ def resolved(
 
 def mean_effect(
     effects: Float[ndarray, "n *cells"],
-    groups: list[str],
+    groups: Sequence[Any],
     *outcomes: Float[ndarray, "..."],
     n_boot: int,
     seed: int,
