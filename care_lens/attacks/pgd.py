@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from care_lens.attacks.pixels import PixelMap, to_images, to_pixels
 from care_lens.attacks.targets import TargetLoss
+from care_lens.core.draws import example_generator
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
 from care_lens.core.pictures import open_picture
@@ -132,7 +133,7 @@ def pgd(
         random_start: Start from a uniform draw in the ball rather than from the picture itself.
         target_tokens: Count only the first so many tokens of each target.
         stop_loss: Leave an example alone once its loss is below this; None: never.
-        seed: Seed of the random starts; they do not depend on ``batch_size``.
+        seed: Seed of the random starts; those of an example depend on it and the example alone.
         batch_size: Examples at a time.
         repair: A defence to attack through.
         progress: Whether to show a progress bar.
@@ -160,7 +161,6 @@ def pgd(
     wanted = _targets_of(examples, targets)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts must be 1 without a random start, got {restarts}: all of them would be the same")
-    generator = torch.Generator().manual_seed(seed)
     images: list[Image.Image] = []
     losses: list[Tensor] = []
     clean: list[Tensor] = []
@@ -177,7 +177,8 @@ def pgd(
             with torch.no_grad():
                 clean.append(loss(loss.pixels, everyone).cpu())
             best, best_loss = loss.pixels, torch.full_like(everyone, math.inf, dtype=torch.float32)
-            draws = torch.rand(len(chunk), restarts, *loss.pixels.shape[1:], generator=generator) * 2 - 1
+            shape = (restarts, *loss.pixels.shape[1:])
+            draws = torch.stack([torch.rand(shape, generator=example_generator(seed, e)) for e in chunk]) * 2 - 1
             for restart in range(restarts):
                 offset = draws[:, restart].to(best.device) * radius if random_start else torch.zeros_like(best)
                 best, best_loss = _descend(loss, offset, best, best_loss, radius, steps, size, stop_loss, bar)

@@ -19,7 +19,7 @@ from care_lens.core.pictures import PictureError, PictureNotFoundError, open_pic
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.core.spans import PatchGrid, TokenSpans
-from care_lens.core.stats import Interval, cluster_bootstrap, paired_difference, rate_ci
+from care_lens.core.stats import Interval, cluster_bootstrap, clustered_rate, paired_difference, rate_ci, ratio_of_means
 from care_lens.core.verdicts import JudgeError, OutcomeError, require_outcome, require_verdicts
 
 __all__ = [
@@ -54,11 +54,13 @@ __all__ = [
     "UnsafeMargin",
     "Verdict",
     "cluster_bootstrap",
+    "clustered_rate",
     "examples_digest",
     "open_picture",
     "package_versions",
     "paired_difference",
     "rate_ci",
+    "ratio_of_means",
     "require_outcome",
     "require_verdicts",
     "shown_picture",

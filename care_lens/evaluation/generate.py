@@ -48,12 +48,11 @@ def generate_all(
         defence_name: Name of the defence in the store.
         repair: The defence; None: the model as it is.
         max_new_tokens: Most tokens of an answer; None: as ``generation`` or the model's own configuration says, else 32.
-        batch_size: Examples at a time.
+        batch_size: Examples at a time. Where answers are sampled they depend on it, and stored ones of another size are not used.
         generation: Further options of ``HookedLVLM.generate``, such as ``{"do_sample": True}`` or ``{"generation_config": config}``;
             JSON-able but for that configuration. The settings of the answers tell what was in force, the model's own
             configuration included.
-        seed: Recorded with every answer; together with the ids it seeds each batch, which matters for
-            sampling only.
+        seed: Recorded with every answer; together with the ids it seeds each batch, which matters for sampling only.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -68,27 +67,34 @@ def generate_all(
     _require_ids(examples)
     options = _options(generation, max_new_tokens)
     in_force = lvlm.generation_settings(**options)
+    samples = bool(in_force.get("do_sample"))
     settings = {
         "model": model_fingerprint(lvlm.hf_model),
         "defence": None if repair is None else repair.describe(),
         "defence_fingerprint": None if repair is None else repair_fingerprint(repair),
         "max_new_tokens": in_force.get("max_new_tokens"),
         "generation": in_force,
+        # What is drawn for a row depends on the rows beside it.
+        **({"batch_size": batch_size} if samples else {}),
     }
     run = _Run(lvlm, defence_name, store.add_settings(settings), options, in_force.get("eos_token_id"), seed)
     blanks = [run.blank(example) for example in examples]
-    lengths = [_length(lvlm, example) for example in examples]
     held = [store.get(blank.key) for blank in blanks]
-    todo = [i for i, answer in enumerate(held) if answer is None or answer.missing]
-    todo.sort(key=lambda i: lengths[i], reverse=True)
+    todo = {i for i, answer in enumerate(held) if answer is None or answer.missing}
+    # Sampled batches are cut from all examples, so that those of a run that goes on are those of one that was never stopped.
+    order = sorted(
+        range(len(examples)) if samples else todo, key=lambda i: (*map(int.__neg__, _length(lvlm, examples[i])), i)
+    )
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with (
         repair.on(lvlm) if repair is not None and todo else nullcontext(),
         tqdm(total=len(todo), desc=f"answers: {defence_name}", disable=not progress or not todo) as bar,
     ):
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            store.add(run.answer([examples[i] for i in batch]))
-            bar.update(len(batch))
+        for batch in batches:
+            if wanted := todo.intersection(batch):
+                made = run.answer([examples[i] for i in batch])
+                store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
+                bar.update(len(wanted))
     return [store.get(blank.key) or blank for blank in blanks]
 
 
@@ -179,7 +185,7 @@ def _require_ids(examples: Sequence[Example]) -> None:
 
 
 def _length(lvlm: HookedLVLM, example: Example) -> tuple[bool, int]:
-    return example.image is not None, len(lvlm.tokenizer(example.prompt)["input_ids"])
+    return bool(example.images), len(lvlm.tokenizer(example.prompt)["input_ids"])
 
 
 def _token_counts(new_tokens: Int[Tensor, "batch new"], eos: int | list[int] | None) -> list[int]:

@@ -35,7 +35,6 @@ from care_lens.core import (
     PairedExamples,
     PrefixMargin,
     Site,
-    cluster_bootstrap,
     examples_digest,
 )
 from care_lens.core.spans import SPAN_NAMES
@@ -50,6 +49,7 @@ from care_lens.mediation.frames import (
 )
 from care_lens.mediation.pairs import logits_needed
 from care_lens.mediation.patching import read_outcome
+from care_lens.mediation.resolution import mean_effect, resolved, spacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -84,7 +84,8 @@ class KnockoutResult(DetailedResult):
             ("3" or "3-5"), mode, position ("image->last": source and target), metric (the outcome's name), effect
             ("change"; of pairs "safe change", "unsafe change" and "TE change"), value (mean over examples or pairs, in
             the outcome's unit), ci_low, ci_high, n, seed.
-        settings: Source, target, windows, modes, whether a token's attention to itself was cut, and what made it.
+        settings: Source, target, windows, modes, whether a token's attention to itself was cut, resolution (relative: changes
+            that cannot be told from rounding are 0, see ``care_lens.mediation.resolution``), and what made it.
         details: One row a window, mode and example: mediator ("3-5, zero"), id, group, pair (index of the example, or of
             its pair), untouched and value (the outcome without and with the cut). Of pairs the safe twins come first.
     """
@@ -191,6 +192,7 @@ def knockout(
         "outcome": describe_outcome(outcome),
         "examples": examples_digest(rows),
         "batch_size": batch_size,
+        "resolution": spacing(lvlm),
         **sampling(len(groups), groups, n_boot, seed),
     }
     return _result(rows, groups, pairs is not None, cells, there, untouched, values, outcome, settings)
@@ -292,7 +294,7 @@ def _result(
     outcome: Outcome,
     settings: dict[str, Any],
 ) -> KnockoutResult:
-    change = values - untouched[:, None]
+    change = resolved(values - untouched[:, None], values, untouched[:, None], spacing=settings["resolution"])
     n = len(groups)
     position = f"{settings['source']}->{settings['target']}"
     kept = np.flatnonzero(there.reshape(-1, n).all(axis=0))
@@ -306,7 +308,7 @@ def _result(
         measured = {"safe change": change[:n], "unsafe change": change[n:], "TE change": change[n:] - change[:n]}
     labels = [groups[i] for i in kept.tolist()]
     found = {
-        effect: cluster_bootstrap(part[kept], labels, n_boot=settings["n_boot"], seed=settings["seed"])
+        effect: mean_effect(part[kept], labels, n_boot=settings["n_boot"], seed=settings["seed"])
         for effect, part in measured.items()
     }
     frame, details = [], []

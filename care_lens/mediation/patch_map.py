@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, examples_digest
+from care_lens.core import Outcome, PairedExamples, Site, SiteLike, examples_digest
 from care_lens.core.spans import PatchGrid
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.frames import (
@@ -29,6 +29,7 @@ from care_lens.mediation.frames import (
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
+from care_lens.mediation.resolution import mean_effect, resolved, spacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +46,8 @@ class PatchMapResult(DetailedResult):
     Attributes:
         frame: One row a patch: tower, layer, component, patch (index in row-major order), row, col, metric,
             effect ("NIE"), value (mean over pairs, in the outcome's unit), ci_low, ci_high, n (pairs), seed.
-        settings: Site, rows and cols of the grid, mean total effect ("TE"), outcome, n_boot, seed, versions.
+        settings: Site, rows and cols of the grid, mean total effect ("TE"), resolution (relative: effects that cannot be
+            told from rounding are 0, see ``care_lens.mediation.resolution``), outcome, n_boot, seed, versions.
         details: One row a patch and pair: its NIE as value, and the rectangle x0, y0, x1, y1 in pixels of the
             unsafe twin's picture that the patch covers.
     """
@@ -100,14 +102,15 @@ def patch_map(
     grid = _shared_grid(batches)
     n_patches = grid.rows * grid.cols
     safe, total = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
-    effects = np.full((len(pairs), n_patches), np.nan)
+    outcomes = np.full((len(pairs), n_patches), np.nan)
     for batch in tqdm(batches, desc="patching", disable=not progress):
         index = list(batch.index)
         untouched, patched = _patched(lvlm, batch, place, outcome, n_patches, batch_size)
         safe[index] = untouched[: batch.n]
         total[index] = untouched[batch.n :] - untouched[: batch.n]
-        effects[index] = patched - safe[index, None]
-    interval = cluster_bootstrap(effects, pairs.groups, n_boot=n_boot, seed=seed)
+        outcomes[index] = patched
+    effects = resolved(outcomes - safe[:, None], outcomes, safe[:, None], spacing=spacing(lvlm))
+    interval = mean_effect(effects, list(pairs.groups), outcomes, safe, n_boot=n_boot, seed=seed)
     cells = [{**site_columns(place), "patch": p, "row": p // grid.cols, "col": p % grid.cols} for p in range(n_patches)]
     shared = {"metric": metric_name(outcome), "effect": "NIE", "n": len(pairs), "seed": seed}
     rows = [
@@ -125,6 +128,7 @@ def patch_map(
         "rows": grid.rows,
         "cols": grid.cols,
         "TE": float(total.mean()),
+        "resolution": spacing(lvlm),
         "outcome": describe_outcome(outcome),
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
         **sampling(len(pairs), pairs.groups, n_boot, seed),

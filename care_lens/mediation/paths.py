@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, cluster_bootstrap, examples_digest
+from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
 from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.frames import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.mediation.mediators import HEADS, Mediator
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+from care_lens.mediation.resolution import mean_effect, resolved, spacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -73,8 +74,9 @@ class PathResult(DetailedResult):
         frame: One row a path and position: tower, layer, component and head of the sender, sender and receiver (their
             names: a receiver is named by the site of its output, or "end", or "blocks.2.attn.q[3]"), mediator ("sender ->
             receiver"), position, metric (the outcome's name), effect ("path"), value (mean over pairs, in the outcome's
-            unit), ci_low, ci_high, n (pairs), seed.
-        settings: Outcome, positions, number of pairs and groups, n_boot, seed, versions.
+            unit), ci_low, ci_high, n (pairs that have the position; missing values with n = 0 where none has), seed.
+        settings: Outcome, positions, number of pairs and groups, resolution (relative: effects that cannot be told from
+            rounding are 0, see ``care_lens.mediation.resolution``), n_boot, seed, versions.
         details: One row a path, position and pair: pair (its index), group, safe = Y(x), safe_patched = Y with the path.
     """
 
@@ -166,7 +168,7 @@ def path_effects(
                     found = run.sent(sender, position, [paths[i].receiver for i in mine])
                     values[np.ix_(index, mine)] = found
                 bar.update(len(mine))
-    return _result(pairs, paths, safe, values, outcome, list(positions), n_boot, seed)
+    return _result(pairs, paths, safe, values, outcome, list(positions), n_boot, seed, spacing(lvlm))
 
 
 def head_paths(
@@ -247,7 +249,7 @@ def head_paths(
                 verbose=False,
             )
         values[list(batch.index)] = np.stack(seen, axis=1)
-    return _result(pairs, paths, safe, values, outcome, ["all"], n_boot, seed)
+    return _result(pairs, paths, safe, values, outcome, ["all"], n_boot, seed, spacing(lvlm))
 
 
 def _require_logits(outcome: Any) -> None:
@@ -364,7 +366,10 @@ class _Batch:
             else self._received(Site.parse(receiver), frozen, written)
             for receiver in receivers
         ]
-        return torch.stack(out, dim=1).numpy()
+        values = torch.stack(out, dim=1)
+        if place.tower == "language":
+            values[~swap.mask.any(dim=1)] = torch.nan
+        return values.numpy()
 
     def _received(self, site: Site, frozen: dict[Site, Tensor], written: dict[Site, Tensor]) -> Tensor:
         """[n] outcomes of the safe run with what one receiver writes."""
@@ -407,6 +412,7 @@ def _result(
     positions: list[str],
     n_boot: int,
     seed: int,
+    resolution: float,
 ) -> PathResult:
     groups = pairs.groups
     rows: list[dict[str, Any]] = []
@@ -415,9 +421,8 @@ def _result(
         kept = np.flatnonzero(np.isfinite(values[:, at]))
         columns = {name: value for name, value in path.sender.columns().items() if name in _SENDER}
         place = {**columns, "mediator": path.name, "position": path.position}
-        value, low, high = cluster_bootstrap(
-            values[kept, at] - safe[kept], [groups[i] for i in kept.tolist()], n_boot=n_boot, seed=seed
-        )
+        effects = resolved(values[kept, at] - safe[kept], values[kept, at], safe[kept], spacing=resolution)
+        value, low, high = mean_effect(effects, [groups[i] for i in kept.tolist()], n_boot=n_boot, seed=seed)
         rows.append(
             {**place, "sender": path.sender.name, "receiver": path.receiver, "metric": metric_name(outcome)}
             | {"effect": "path", "value": value, "ci_low": low, "ci_high": high, "n": len(kept), "seed": seed}
@@ -430,6 +435,7 @@ def _result(
         "outcome": describe_outcome(outcome),
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
         "positions": positions,
+        "resolution": resolution,
         **sampling(len(pairs), groups, n_boot, seed),
     }
     return PathResult(tidy(rows, COLUMNS), settings, tidy(pair_rows, PAIR_COLUMNS))

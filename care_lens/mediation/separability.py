@@ -1,7 +1,8 @@
 """Separability of benign and malicious activations, site by site.
 
 - "probe_auc": area under the ROC curve of a logistic probe on standardised features, scored on items that it
-  was not trained on (cross-validation by group); interval by cluster bootstrap of the held-out scores.
+  was not trained on (cross-validation by group); interval over whole items, by jackknife and
+  bootstrap of the held-out scores, that of a rate where all are in order.
 - "silhouette": mean silhouette coefficient of the two classes, Euclidean, in [-1, 1].
 - "fisher": trace of the between-class scatter over trace of the within-class scatter.
 - "mahalanobis": sqrt(delta^T S^-1 delta) between the class means, S the pooled within-class covariance with
