@@ -1,5 +1,6 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
+from care_lens.core.defence import Defence, defended
 from care_lens.core.examples import Example, PairedExamples, examples_digest
 from care_lens.core.outcome import (
     HasSpans,
@@ -20,6 +21,7 @@ from care_lens.core.stats import Interval, cluster_bootstrap, paired_difference,
 
 __all__ = [
     "BLOCK_COMPONENTS",
+    "Defence",
     "Example",
     "FrameResult",
     "HasSpans",
@@ -40,6 +42,7 @@ __all__ = [
     "UnsafeMargin",
     "Verdict",
     "cluster_bootstrap",
+    "defended",
     "examples_digest",
     "package_versions",
     "paired_difference",

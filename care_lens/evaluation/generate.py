@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from care_lens.core.defence import defended
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
@@ -71,7 +72,7 @@ def generate_all(
         "max_new_tokens": max_new_tokens,
         "generation": options,
     }
-    run = _Run(lvlm, defence_name, store.add_settings(settings), max_new_tokens, options, seed)
+    run = _Run(lvlm, repair, defence_name, store.add_settings(settings), max_new_tokens, options, seed)
     blanks = [run.blank(example) for example in examples]
     lengths = [_length(lvlm, example) for example in examples]
     held = [store.get(blank.key) for blank in blanks]
@@ -93,6 +94,7 @@ class _Run:
     """What all answers of one call share."""
 
     lvlm: HookedLVLM
+    repair: Repair | None
     defence: str
     settings: str
     max_new_tokens: int
@@ -108,7 +110,7 @@ class _Run:
         try:
             with torch.random.fork_rng(devices=[self.lvlm.device] if self.lvlm.device.type == "cuda" else []):
                 torch.manual_seed(int(digest([self.seed, *(example.id for example in examples)]), 16) % 2**63)
-                inputs = self.lvlm.prepare(examples)
+                inputs = self.lvlm.prepare(defended(self.repair, examples))
                 made = self.lvlm.generate(inputs, max_new_tokens=self.max_new_tokens, **self.options)
         except Exception as error:
             if len(examples) > 1:
