@@ -154,8 +154,12 @@ def care_columns(
             this is an error.
     """
     b, m = benign.double().cpu().numpy(), malicious.double().cpu().numpy()
-    if min(len(b), len(m)) < 2 or not (np.isfinite(b).all() and np.isfinite(m).all()):
-        raise FitError(f"each class must have two finite rows or more, got {len(b)} benign and {len(m)} malicious")
+    if min(len(b), len(m)) < 2:
+        raise FitError(f"each class must have two rows or more, got {len(b)} benign and {len(m)} malicious")
+    if not (np.isfinite(b).all() and np.isfinite(m).all()):
+        raise FitError(
+            "rows must be finite, got NaN or infinity; are the model's activations finite on these examples?"
+        )
     if not 1 <= rank <= b.shape[1]:
         raise FitError(f"rank must be from 1 to the width {b.shape[1]}, got {rank}")
     spanned = min(b.shape[1], len(m) - (1 if faults.class_centring else 0))

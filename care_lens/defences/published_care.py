@@ -34,7 +34,6 @@ from care_lens.defences.care_fit import CAREFaults, VisualScore, care_columns, i
 from care_lens.defences.stored import FitError, StoredPart, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
-from care_lens.repair.fuse import adaptive_weight
 
 Side = Literal["visual", "textual"]
 
@@ -277,7 +276,8 @@ class PublishedCARE(HookDefence):
             return torch.zeros_like(h) if only is None else only
         assert parts[0] is not None and parts[1] is not None
         weighed = (seen, said) if self.faults.actual_weights else (parts[0], parts[1])
-        w = adaptive_weight(*weighed)
+        v, t = (part.norm(dim=-1, keepdim=True) for part in weighed)
+        w = v / (v + t).clamp(min=torch.finfo(h.dtype).tiny)
         return w * seen + (1 - w) * said
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -73,7 +73,6 @@ class StoredDefence(StoredPart):
     """
 
     name: str
-    fields_not_described: ClassVar[tuple[str, ...]] = ()
 
     def examples(self, examples: Sequence[Example]) -> list[Example]:
         """The requests as they are."""
@@ -93,8 +92,7 @@ class StoredDefence(StoredPart):
 
     def describe(self) -> dict[str, Any]:
         """Its class and its fields, as JSON-able values; tensors by shape and norm."""
-        described = _encode(self, _summary)
-        return {key: value for key, value in described.items() if key not in self.fields_not_described}
+        return _encode(self, _summary)
 
     def save(self, directory: str | Path) -> None:
         """Write ``defence.json`` and ``defence.safetensors`` into a directory, made if it does not exist.
