@@ -1,6 +1,7 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
 from care_lens.core.conversation import PICTURE, ExampleError, Turn
+from care_lens.core.defence import Defence, defended
 from care_lens.core.errors import ArtifactError, CareLensError, InUseError
 from care_lens.core.examples import Example, PairedExamples, examples_digest
 from care_lens.core.outcome import (
@@ -27,6 +28,7 @@ __all__ = [
     "PICTURE",
     "ArtifactError",
     "CareLensError",
+    "Defence",
     "Example",
     "ExampleError",
     "FrameResult",
@@ -55,6 +57,7 @@ __all__ = [
     "Verdict",
     "cluster_bootstrap",
     "clustered_rate",
+    "defended",
     "examples_digest",
     "open_picture",
     "package_versions",

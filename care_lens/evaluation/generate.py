@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from care_lens.core.defence import defended
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
@@ -77,7 +78,7 @@ def generate_all(
         # What is drawn for a row depends on the rows beside it.
         **({"batch_size": batch_size} if samples else {}),
     }
-    run = _Run(lvlm, defence_name, store.add_settings(settings), options, in_force.get("eos_token_id"), seed)
+    run = _Run(lvlm, repair, defence_name, store.add_settings(settings), options, in_force.get("eos_token_id"), seed)
     blanks = [run.blank(example) for example in examples]
     held = [store.get(blank.key) for blank in blanks]
     todo = {i for i, answer in enumerate(held) if answer is None or answer.missing}
@@ -103,6 +104,7 @@ class _Run:
     """What all answers of one call share."""
 
     lvlm: HookedLVLM
+    repair: Repair | None
     defence: str
     settings: str
     options: dict[str, Any]
@@ -118,7 +120,7 @@ class _Run:
         try:
             with torch.random.fork_rng(devices=[self.lvlm.device] if self.lvlm.device.type == "cuda" else []):
                 torch.manual_seed(int(digest([self.seed, *(example.id for example in examples)]), 16) % 2**63)
-                inputs = self.lvlm.prepare(examples)
+                inputs = self.lvlm.prepare(defended(self.repair, examples))
                 made = self.lvlm.generate(inputs, **self.options)
         except Exception as error:
             if len(examples) > 1:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from care_lens.core.examples import Example
 from care_lens.core.spans import TokenSpans
 
 
@@ -30,6 +31,7 @@ class LVLMInputs:
         counts: For ``pixel_values`` and each extra tensor, how long each row's part of its first axis is; None: ``entries``.
         own_positions: Whether the model counts positions itself (rotary embeddings in several dimensions).
         first_position: Position of a row's first token, where it does not.
+        examples: What the rows were prepared from, for defences that ask the model something more about a request; empty if not known.
     """
 
     input_ids: Int[Tensor, "batch pos"]
@@ -42,6 +44,7 @@ class LVLMInputs:
     counts: dict[str, tuple[int, ...]] | None = None
     own_positions: bool = False
     first_position: int = 0
+    examples: tuple[Example, ...] = ()
 
     @property
     def batch_size(self) -> int:
@@ -114,6 +117,7 @@ class LVLMInputs:
             extra={name: part(name, tensor) for name, tensor in self.extra.items()} if pictured else {},
             token_inputs={name: tensor[rows] for name, tensor in self.token_inputs.items()},
             entries=kept,
+            examples=tuple(self.examples[row] for row in rows) if self.examples else (),
             counts={name: tuple(lengths[row] for row in rows) for name, lengths in counts.items()},
         )
 

@@ -109,7 +109,7 @@ def prepare_batch(
     entries = tuple(family.entries(about) if about.sizes else 0 for about in abouts)
     return LVLMInputs(
         input_ids, attention_mask, spans=spans, token_inputs=token_inputs, entries=entries,
-        own_positions=family.own_positions, first_position=family.first_position, **_collate(rows, family),
+        own_positions=family.own_positions, first_position=family.first_position, examples=tuple(examples), **_collate(rows, family),
     )  # fmt: skip
 
 

@@ -375,6 +375,30 @@ class WrappedBridge:
         """What makes hooks for each batch in this thread."""
         return self._blocks.makers
 
+    @contextmanager
+    def bare(self: Wrapped) -> Iterator[Wrapped]:
+        """The model without any hooks in a ``with`` block, in the middle of a forward pass too; all are back after it.
+
+        A defence that asks the model something more (a caption, the same request with a warning) does so here, so that neither its
+        own hooks, nor another defence's, nor a recorder of activations run on what it asks.
+        """
+        makers, taken = list(self._makers), []
+        try:
+            self._makers.clear()
+            for point in {id(point): point for point in self.bridge.hook_dict.values()}.values():
+                ours = {handle.hook.id for handle in point.fwd_hooks if not handle.is_permanent}
+                hooks = point._forward_hooks
+                if ours & hooks.keys():
+                    taken.append((hooks, list(hooks.items())))
+                    for key in ours & hooks.keys():
+                        del hooks[key]
+            yield self
+        finally:
+            self._makers.extend(makers)
+            for hooks, items in taken:
+                hooks.clear()
+                hooks.update(items)
+
     def acting(self) -> list[str]:
         """What is on the model now: the hook points that have hooks, and what was given to :meth:`hooks_for_each_batch`, a repair
         by a digest of its settings and numbers. Of other hook functions only the places are known."""
