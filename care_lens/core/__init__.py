@@ -1,6 +1,7 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
-from care_lens.core.examples import Example, PairedExamples, examples_digest
+from care_lens.core.digests import content_digest, examples_digest
+from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import (
     HasSpans,
     Judge,
@@ -40,6 +41,7 @@ __all__ = [
     "UnsafeMargin",
     "Verdict",
     "cluster_bootstrap",
+    "content_digest",
     "examples_digest",
     "package_versions",
     "paired_difference",

@@ -1,12 +1,12 @@
 """Examples: what a vision-language model is asked, and pairs of them that differ in their harm only."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
 from PIL import Image
+
+from care_lens.core.digests import examples_digest as examples_digest
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,3 @@ class PairedExamples:
             return PairedExamples(self.safe[index], self.unsafe[index])
         return self.safe[index], self.unsafe[index]
 
-
-def examples_digest(examples: Sequence[Example]) -> str:
-    """A digest of prompts, responses and pictures, in order: what a resumed run is checked against."""
-    content = hashlib.sha256()
-    for example in examples:
-        content.update(json.dumps([example.prompt, example.response]).encode())
-        for picture in example.images:
-            image = picture.convert("RGB")
-            content.update(f"{image.size}".encode() + image.tobytes())
-    return content.hexdigest()[:16]
