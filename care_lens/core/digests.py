@@ -32,8 +32,25 @@ _LENGTH = 16
 _SAMPLES = 32
 _PICTURES = ("image", "more_images")
 #: Methods with names of the language that can change what comes out of an object.
-_CALLED = ("__call__", "__init__", "__post_init__", "__new__", "__getattr__", "__getitem__", "__iter__", "__len__", "__enter__", "__exit__")
-_PLAIN = (types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType, np.ufunc)
+_CALLED = (
+    "__call__",
+    "__init__",
+    "__post_init__",
+    "__new__",
+    "__getattr__",
+    "__getitem__",
+    "__iter__",
+    "__len__",
+    "__enter__",
+    "__exit__",
+)
+_PLAIN = (
+    types.BuiltinFunctionType,
+    types.MethodWrapperType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    np.ufunc,
+)
 
 
 def content_digest(*values: Any) -> str:
@@ -103,7 +120,9 @@ class _Feeder:
 
     def feed(self, value: Any) -> None:
         """One value; what is met again inside of itself counts by where it was met."""
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes)) and not isinstance(value, Enum):
+        if value is None or (
+            isinstance(value, (bool, int, float, complex, str, bytes)) and not isinstance(value, Enum)
+        ):
             return self._put(type(value).__name__, value if isinstance(value, bytes) else repr(value))
         for depth, other in enumerate(self._open):
             if other is value:
@@ -125,7 +144,9 @@ class _Feeder:
             self._module(value)
         elif isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().reshape(-1)
-            self._put("tensor", f"{tuple(value.shape)} {value.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes())
+            self._put(
+                "tensor", f"{tuple(value.shape)} {value.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
+            )
         elif isinstance(value, np.ndarray) and value.dtype != object:
             self._put("array", f"{value.shape} {value.dtype}".encode() + np.ascontiguousarray(value).tobytes())
         elif isinstance(value, np.generic):
@@ -178,7 +199,7 @@ class _Feeder:
             self._class(value)
         elif isinstance(value, types.CodeType):
             self._code(value)
-        elif isinstance(value, _PLAIN) or isinstance(value, (torch.dtype, torch.device, types.GenericAlias, slice, range)):
+        elif isinstance(value, (*_PLAIN, torch.dtype, torch.device, types.GenericAlias, slice, range)):
             self._put("named", f"{getattr(value, '__module__', '')} {getattr(value, '__qualname__', None) or value!r}")
         elif dataclasses.is_dataclass(value) and hasattr(value, "images") and hasattr(value, "prompt"):
             self.example(value)
@@ -193,7 +214,9 @@ class _Feeder:
 
     def _function(self, value: types.FunctionType) -> None:
         if value.__code__.co_filename.startswith("<@beartype"):  # a check of types around the function itself
-            return self.feed(inspect.unwrap(value, stop=lambda one: not one.__code__.co_filename.startswith("<@beartype")))
+            return self.feed(
+                inspect.unwrap(value, stop=lambda one: not one.__code__.co_filename.startswith("<@beartype"))
+            )
         self._put("function")
         if (stated := _version(value)) is not None:
             self._put("version", stated)
@@ -229,7 +252,9 @@ class _Feeder:
     def _code(self, code: types.CodeType) -> None:
         """What a function does: its instructions, names and constants, without line numbers, file names and its documentation."""
         self._put("code", code.co_code)
-        self.feed((code.co_names, code.co_varnames, code.co_freevars, code.co_argcount, code.co_kwonlyargcount, code.co_flags))
+        self.feed(
+            (code.co_names, code.co_varnames, code.co_freevars, code.co_argcount, code.co_kwonlyargcount, code.co_flags)
+        )
         constants = code.co_consts[1:] if _has_documentation(code) else code.co_consts
         for constant in constants:
             if not (isinstance(constant, str) and ".<locals>." in constant):  # an inner function's qualified name
@@ -244,7 +269,11 @@ class _Feeder:
         made = dataclasses.is_dataclass(value)
         for name, part in sorted(vars(value).items()):
             called = name in _CALLED and not (made and name == "__init__")
-            if (name.startswith("__") and not called) or (name.startswith("_") and "cache" in name) or name == "_abc_impl":
+            if (
+                (name.startswith("__") and not called)
+                or (name.startswith("_") and "cache" in name)
+                or name == "_abc_impl"
+            ):
                 continue
             self._put("attribute", name)
             self.feed(part)

@@ -103,4 +103,3 @@ class PairedExamples:
         if isinstance(index, slice):
             return PairedExamples(self.safe[index], self.unsafe[index])
         return self.safe[index], self.unsafe[index]
-

@@ -183,14 +183,15 @@ def read_manifest(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]
         raise ArtifactError(f"{path} must be the manifest of a {kind}, got no JSON ({error}); make it again") from None
     if not isinstance(manifest, dict) or not {"kind", "schema", _FILES, _SUM} <= {*manifest}:
         raise ArtifactError(f"{path} must be the manifest of a {kind} as care_lens writes it, got another file")
+    # Before the sum, which a newer layout may take otherwise.
+    if isinstance(manifest["schema"], int) and manifest["schema"] > schema:
+        raise ArtifactError(f"schema of {path} must be {schema} or less, got {manifest['schema']}; update care_lens")
     if manifest[_SUM] != _sum(manifest):
         raise ArtifactError(
             f"{path} must be as it was written, but its checksum differs; copy it again, or make it again"
         )
     if manifest["kind"] != kind:
         raise ArtifactError(f"{path} must hold a {kind}, got a {manifest['kind']}; load it with that class")
-    if manifest["schema"] > schema:
-        raise ArtifactError(f"schema of {path} must be {schema} or less, got {manifest['schema']}; update care_lens")
     return manifest
 
 

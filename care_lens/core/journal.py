@@ -69,7 +69,9 @@ class Journal:
             file.seek(self._end)
             content = file.read()
             if file.tell() < self._end:
-                raise ArtifactError(f"{self.path} must only grow while it is in use, but it is shorter now; open it again")
+                raise ArtifactError(
+                    f"{self.path} must only grow while it is in use, but it is shorter now; open it again"
+                )
         if not self._end and content:
             if self._converted or not content.startswith(b'{"journal": '):
                 return self._convert(content)
@@ -101,7 +103,8 @@ class Journal:
             if self._end:
                 content = b"".join(map(self._line, rows))
                 try:
-                    self._write(before[0], content)
+                    if content:
+                        self._write(before[0], content)
                 except BaseException:
                     self._end, self._last, self._count = before
                     raise
@@ -155,7 +158,9 @@ class Journal:
         if about != self._about:
             if self._check is None:
                 differ = differing(self._about, about)
-                raise ArtifactError(f"{self.path} must be of the same settings, got others in {differ}; use another path")
+                raise ArtifactError(
+                    f"{self.path} must be of the same settings, got others in {differ}; use another path"
+                )
             self._check(about)
         self._last, self._end = sha256(head + end)[:16], len(head) + 1
         return rest

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.lvlm.hooked import HookedLVLM
 
 logger = logging.getLogger(__name__)
+
+#: What an answer says of its example that the model was not given.
+_OF_THE_EXAMPLE = ("group", "harmful", "reference", "meta")
 
 
 def generate_all(
@@ -64,27 +67,41 @@ def generate_all(
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     _require_ids(examples)
     options = dict(generation or {})
+    sampled = _samples(lvlm, options)
     settings = {
         "model": model_fingerprint(lvlm.hf_model),
         "defence": None if repair is None else repair.describe(),
         "defence_fingerprint": None if repair is None else repair_fingerprint(repair),
         "max_new_tokens": max_new_tokens,
         "generation": options,
+        # Draws depend on which answers share a batch.
+        **({"batch_size": batch_size} if sampled else {}),
     }
     run = _Run(lvlm, defence_name, store.add_settings(settings), max_new_tokens, options, seed)
     blanks = [run.blank(example) for example in examples]
     lengths = [_length(lvlm, example) for example in examples]
     held = [store.get(blank.key) for blank in blanks]
-    todo = [i for i, answer in enumerate(held) if answer is None or answer.missing]
-    todo.sort(key=lambda i: lengths[i], reverse=True)
+    # What is known of the examples may have changed since they were answered.
+    relabelled = [
+        replace(answer, **{name: getattr(blank, name) for name in _OF_THE_EXAMPLE})
+        for answer, blank in zip(held, blanks, strict=True)
+        if answer is not None and any(getattr(answer, name) != getattr(blank, name) for name in _OF_THE_EXAMPLE)
+    ]
+    store.add(relabelled)
+    todo = {i for i, answer in enumerate(held) if answer is None or answer.missing}
+    order = sorted(range(len(examples)) if sampled else todo, key=lambda i: lengths[i], reverse=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with (
         repair.on(lvlm) if repair is not None and todo else nullcontext(),
         tqdm(total=len(todo), desc=f"answers: {defence_name}", disable=not progress or not todo) as bar,
     ):
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            store.add(run.answer([examples[i] for i in batch]))
-            bar.update(len(batch))
+        for batch in batches:
+            wanted = [i in todo for i in batch]
+            if any(wanted):
+                # Where answers are drawn, a batch is run as it was before some of it were kept, so that the draws are the same.
+                made = run.answer([examples[i] for i in batch])
+                store.add([answer for answer, want in zip(made, wanted, strict=True) if want])
+                bar.update(sum(wanted))
     return [store.get(blank.key) or blank for blank in blanks]
 
 
@@ -156,6 +173,11 @@ def _require_ids(examples: Sequence[Example]) -> None:
         if (name := (example.channel, example.id)) in seen:
             raise ValueError(f"ids must differ within a channel, got {example.id!r} twice in {example.channel!r}")
         seen.add(name)
+
+
+def _samples(lvlm: HookedLVLM, options: Mapping[str, Any]) -> bool:
+    """Whether answers are drawn at random."""
+    return bool(options.get("do_sample", getattr(lvlm.hf_model.generation_config, "do_sample", False)))
 
 
 def _length(lvlm: HookedLVLM, example: Example) -> tuple[bool, int]:

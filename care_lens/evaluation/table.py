@@ -1,13 +1,14 @@
 """The table of defences by channels: attack success, refusals, right answers and fidelity, with intervals."""
 
 import html
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from care_lens.core.errors import ArtifactError
 from care_lens.core.results import FrameResult
 from care_lens.evaluation.metrics import RATES, TRIAL_COLUMNS, paired_difference, records, summarise
 
@@ -118,32 +119,28 @@ class DefenceTable(FrameResult):
 
         return plot_asr(self)
 
-    def save(self, directory: str | Path, name: str) -> Path:
-        """Write what :meth:`FrameResult.save` writes, and the trials as ``name.trials.csv``."""
-        path = super().save(directory, name)
-        self.trials.to_csv(path.with_name(f"{name}.trials.csv"), index=False)
-        return path
+    def parts(self) -> dict[str, pd.DataFrame]:
+        """The trials."""
+        return {"trials": self.trials}
 
     @classmethod
-    def load(cls, directory: str | Path, name: str) -> "DefenceTable":
-        """Read what :meth:`save` wrote.
+    def from_parts(cls, frame: pd.DataFrame, settings: dict[str, Any], texts: Mapping[str, str]) -> "DefenceTable":
+        """Build from what was saved.
 
         Raises:
-            FileNotFoundError: If a file is not there.
-            ValueError: If the files hold another kind of result.
+            ArtifactError: If the trials are missing.
         """
-        table = super().load(directory, name)
-        types: dict[Any, Any] = {column: "str" for column in TRIAL_COLUMNS} | {
-            "value": "float64",
-            "seed": "int64",
-        }
+        if "trials" not in texts:
+            raise ArtifactError("the file of trials must be beside the table, got none; copy all files again")
+        types: dict[Any, Any] = {column: "str" for column in TRIAL_COLUMNS} | {"value": "float64", "seed": "int64"}
         trials = pd.read_csv(
-            Path(directory) / f"{name}.trials.csv",
+            io.StringIO(texts["trials"]),
             dtype=types,
             keep_default_na=False,
             na_values={"value": [""]},
+            float_precision="round_trip",
         )
-        return cls(table.frame, table.settings, trials)
+        return cls(frame, settings, trials)
 
     def _cells(self, metrics: Sequence[str]) -> tuple[list[str], list[list[str]], str]:
         """Head, rows and caption of the printed table."""
