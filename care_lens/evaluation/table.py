@@ -1,7 +1,6 @@
 """The table of defences by channels: attack success, refusals, right answers and fidelity, with intervals."""
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from care_lens.core.errors import ArtifactError
-from care_lens.core.results import FrameResult
+from care_lens.core.results import FrameResult, read_frame
 from care_lens.evaluation.metrics import RATES, TRIAL_COLUMNS, paired_difference, records, summarise
 
 if TYPE_CHECKING:
@@ -132,14 +131,8 @@ class DefenceTable(FrameResult):
         """
         if "trials" not in texts:
             raise ArtifactError("the file of trials must be beside the table, got none; copy all files again")
-        types: dict[Any, Any] = {column: "str" for column in TRIAL_COLUMNS} | {"value": "float64", "seed": "int64"}
-        trials = pd.read_csv(
-            io.StringIO(texts["trials"]),
-            dtype=types,
-            keep_default_na=False,
-            na_values={"value": [""]},
-            float_precision="round_trip",
-        )
+        types = {column: "str" for column in TRIAL_COLUMNS} | {"value": "float64", "seed": "int64"}
+        trials = read_frame(texts["trials"].encode(), types)
         return cls(frame, settings, trials)
 
     def _cells(self, metrics: Sequence[str]) -> tuple[list[str], list[list[str]], str]:
