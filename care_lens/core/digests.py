@@ -255,7 +255,7 @@ class _Feeder:
         self.feed(
             (code.co_names, code.co_varnames, code.co_freevars, code.co_argcount, code.co_kwonlyargcount, code.co_flags)
         )
-        constants = code.co_consts[1:] if _has_documentation(code) else code.co_consts
+        constants = (None, *code.co_consts[1:]) if _has_documentation(code) else code.co_consts
         for constant in constants:
             if not (isinstance(constant, str) and ".<locals>." in constant):  # an inner function's qualified name
                 self.feed(constant)
