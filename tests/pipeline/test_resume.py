@@ -2,8 +2,8 @@
 
 import os
 import random
-import signal
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from care_lens.mediation.frames import DetailedResult
 from care_lens.pipeline.resume import Stage
 
 SETTINGS = {"settings": {"seed": 0, "limit": None}, "data": "d", "weights": "w"}
-NAMES = ("effects.typographic", "effects.picture", "ablation")
+NAMES = ("effects.picture", "ablation")
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Effects(DetailedResult):
 
 
 def make(stage: Stage, name: str) -> Effects:
-    """A result of twelve cells, each of which is kept as soon as it is there."""
+    """A result of five cells, each of which is kept as soon as it is there."""
     cells = CellLog(stage.checkpoint(name), settings={"name": name, "seed": 0}, probe=[0.5])
-    values = [cells.get(f"cell {i}", lambda i=i: len(name) / (i + 3)) for i in range(12)]
-    details = pd.DataFrame({"pair": range(12), "value": values})
+    values = [cells.get(f"cell {i}", lambda i=i: len(name) / (i + 3)) for i in range(5)]
+    details = pd.DataFrame({"pair": range(5), "value": values})
     return Effects(pd.DataFrame({"effect": ["TE"], "value": [sum(values)]}), {"seed": 0}, details)
 
 
 def job(out: Path) -> float:
-    """Three results and a store of answers, in the order of a run; what comes out of it."""
+    """Two results and a store of answers, in the order of a run; what comes out of it."""
     with Stage(out / "frames", SETTINGS) as stage:
         found = [stage.result(Effects, name, lambda name=name: make(stage, name)) for name in NAMES]
         store = GenerationStore(stage.directory / "answers.jsonl")
         name = store.add_settings({"max_new_tokens": 3})
-        for i in range(4):
+        for i in range(3):
             row = StoredAnswer("none", "plain", str(i), "g", 0, "how", f"{i}", "", 1, name, "e")
             if store.get(row.key) is None:
                 store.add([row])
@@ -63,9 +63,10 @@ def killed(out: Path, *, at: int | None = None, torn: int = 0, after: float | No
     child = os.fork()
     if child == 0:
         count = 0
-        for name in ("fsync", "replace", "unlink"):
+        reals = {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
+        for name in reals:
 
-            def stop(*args: object, real=getattr(os, name), name=name, **more: object) -> object:
+            def stop(*args: object, name=name, **more: object) -> object:
                 nonlocal count
                 count += 1
                 if count == at:
@@ -73,7 +74,7 @@ def killed(out: Path, *, at: int | None = None, torn: int = 0, after: float | No
                         handle = args[0]
                         os.ftruncate(handle, max(os.fstat(handle).st_size - torn, 0))
                     os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args, **more)
+                return reals[name](*args, **more)
 
             setattr(os, name, stop)
         try:
@@ -84,6 +85,14 @@ def killed(out: Path, *, at: int | None = None, torn: int = 0, after: float | No
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_disk():
+    """A kill takes nothing that was handed to the kernel, so that nothing has to reach the disk here."""
+    real, os.fsync = os.fsync, lambda handle: None
+    yield
+    os.fsync = real
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +110,7 @@ def test_kills_at_every_write_end_in_the_same_bytes(whole, tmp_path):
         if not killed(out, at=at, torn=at % 9):
             break
         assert job(out) == value and files(out) == expected, f"killed at write {at}"
-    assert at > 60 and files(out) == expected
+    assert at > 40 and files(out) == expected
 
 
 def test_a_run_killed_over_and_over_ends_in_the_same_bytes(whole, tmp_path):
@@ -159,8 +168,8 @@ DAMAGES = {
     "details of another result": lambda f: shutil.copy(f / f"{NAMES[0]}.details.csv", f / f"{NAMES[1]}.details.csv"),
     "a foreign manifest": lambda f: (f / "ablation.json").write_text('{"mine": 1}\n'),
     "foreign answers": lambda f: (f / "answers.jsonl").write_text("my notes\n"),
-    "a line of the answers taken out": lambda f: _lines(f / "answers.jsonl", [0, 1, 3, 4, 5]),
-    "a line of the answers copied": lambda f: _lines(f / "answers.jsonl", [0, 1, 2, 2, 3, 4, 5]),
+    "a line of the answers taken out": lambda f: _lines(f / "answers.jsonl", [0, 1, 3, 4]),
+    "a line of the answers copied": lambda f: _lines(f / "answers.jsonl", [0, 1, 2, 2, 3, 4]),
 }
 
 
@@ -209,14 +218,14 @@ def test_results_of_another_run_are_not_taken_for_this_ones(whole, tmp_path):
     with Stage(tmp_path / "frames", {**SETTINGS, "data": "e"}) as stage:
         for path in (whole[2] / "frames").glob("ablation*"):
             shutil.copy(path, tmp_path / "frames" / path.name)
-        with pytest.raises(ArtifactError, match="another\\s+run or was renamed"):
+        with pytest.raises(ArtifactError, match=r"another\s+run or was renamed"):
             stage.result(Effects, "ablation", lambda: make(stage, "ablation"))
 
 
 def test_a_folder_of_somebody_elses_files_is_left_alone(tmp_path):
     (tmp_path / "frames").mkdir()
     (tmp_path / "frames" / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="got notes.txt and none"):
+    with pytest.raises(ArtifactError, match=r"got notes\.txt and none"):
         Stage(tmp_path / "frames", SETTINGS)
     assert [path.name for path in (tmp_path / "frames").iterdir()] == ["notes.txt"]
 
