@@ -265,7 +265,8 @@ def diagnose(
     lvlm, study = _load(model, data, seed, device, dtype, judge, out)
     settings = _settings(study, model, short, seed, batch_size, max_new_tokens)
     study = study.limited(settings.limit) if settings.limit else study
-    found = step(lvlm, study, settings, open_stage(lvlm, out, study, settings, model=model))
+    with open_stage(lvlm, out, study, settings, model=model) as stage:
+        found = step(lvlm, study, settings, stage)
     results = {f"effects_{k}": v for k, v in found.effects.items()} | {
         f"patches_{k}": v for k, v in found.patches.items()
     }
@@ -292,11 +293,14 @@ def fit(
 ) -> None:
     """Rank places, learn on the fit split and choose on validation; saves the repair to OUT/repair."""
     _start(threads)
+    from care_lens.evaluation import GenerationStore
     from care_lens.pipeline.choose import choose
+    from care_lens.pipeline.chosen import chosen
     from care_lens.pipeline.diagnose import measure_pairs, rank_pairs
     from care_lens.pipeline.learn import capture_fit
     from care_lens.pipeline.needs import require_feasible
     from care_lens.pipeline.place import reader_layers
+    from care_lens.pipeline.prove import SEARCH
     from care_lens.pipeline.run import open_stage
 
     lvlm, study = _load(model, data, seed, device, dtype, judge, out)
@@ -304,11 +308,11 @@ def fit(
     study = study.limited(settings.limit) if settings.limit else study
     study.require()
     settings = require_feasible(study, settings)
-    stage = open_stage(lvlm, out, study, settings, model=model)
-    effects, _ = measure_pairs(lvlm, study, settings, stage, maps=False)
-    placement = reader_layers(rank_pairs(effects, settings, stage), lvlm.n_layers(), score=settings.carrier_score)
-    choice = choose(lvlm, study, capture_fit(lvlm, study, settings), settings, placement=placement)
-    choice.repair.save(out / "repair")
+    with open_stage(lvlm, out, study, settings, model=model) as stage:
+        effects, _ = measure_pairs(lvlm, study, settings, stage, maps=False)
+        placement = reader_layers(rank_pairs(effects, settings, stage), lvlm.n_layers(), score=settings.carrier_score)
+        rows, store = capture_fit(lvlm, study, settings), GenerationStore(stage.directory / SEARCH)
+        choice = chosen(stage, out, lambda: choose(lvlm, study, rows, settings, placement=placement, store=store))
     console.print(f"{choice.plan}; written at {choice.writer_site}: {out / 'repair'}")
 
 

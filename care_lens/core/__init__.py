@@ -2,8 +2,9 @@
 
 from care_lens.core.conversation import PICTURE, ExampleError, Turn
 from care_lens.core.defence import Defence, defended
+from care_lens.core.digests import content_digest, examples_digest
 from care_lens.core.errors import ArtifactError, CareLensError, InUseError
-from care_lens.core.examples import Example, PairedExamples, examples_digest
+from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import (
     HasSpans,
     Judge,
@@ -57,6 +58,7 @@ __all__ = [
     "Verdict",
     "cluster_bootstrap",
     "clustered_rate",
+    "content_digest",
     "defended",
     "examples_digest",
     "open_picture",

@@ -23,7 +23,7 @@ _COPIES = frozenset({"_placed"})
 """Attributes that hold copies of others, made while the object is used."""
 
 
-def content_digest(value: Any) -> str:
+def held_digest(value: Any) -> str:
     """The sha256 of all that a value holds, in hexadecimal digits.
 
     Args:
@@ -33,9 +33,9 @@ def content_digest(value: Any) -> str:
         64 digits.
 
     Example:
-        >>> content_digest({"a": 1, "b": 2.0}) == content_digest({"b": 2.0, "a": 1})
+        >>> held_digest({"a": 1, "b": 2.0}) == held_digest({"b": 2.0, "a": 1})
         True
-        >>> content_digest(1) == content_digest(1.0)
+        >>> held_digest(1) == held_digest(1.0)
         False
     """
     return _digest(value, {}).hex()

@@ -1,7 +1,5 @@
 """Examples: what a vision-language model is asked, and pairs of them that differ in their harm only."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -16,6 +14,7 @@ from care_lens.core.conversation import (
     require_text,
     shown_pictures,
 )
+from care_lens.core.digests import examples_digest as examples_digest
 
 
 @dataclass(frozen=True)
@@ -171,13 +170,3 @@ class PairedExamples:
         if isinstance(index, slice):
             return PairedExamples(self.safe[index], self.unsafe[index])
         return self.safe[index], self.unsafe[index]
-
-
-def examples_digest(examples: Sequence[Example]) -> str:
-    """A digest of prompts, responses and pictures, in order: what a resumed run is checked against."""
-    content = hashlib.sha256()
-    for example in examples:
-        content.update(json.dumps([example.prompt, example.response]).encode())
-        for picture in example.images:
-            content.update(f"{picture.size}".encode() + picture.tobytes())
-    return content.hexdigest()[:16]

@@ -15,7 +15,7 @@ import math
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,7 @@ def save_artifact(
         TypeError: If the content is not JSON-able.
         ValueError: If the content has one of the manifest's own keys, or holds NaN or infinity.
         OSError: If a file cannot be written.
+        ArtifactError: If a file of that name is there that no save has written; it is left as it is.
     """
     own = {"kind": kind, "schema": schema, _FILES: {suffix: sha256(found) for suffix, found in data.items()}}
     if taken := {*own, _SUM} & {*content}:
@@ -95,9 +96,44 @@ def save_artifact(
     manifest = json.loads(json.dumps({**own, **content}, allow_nan=False))
     text = json.dumps({**manifest, _SUM: _sum(manifest)}, indent=2, allow_nan=False) + "\n"
     directory = Path(directory)
+    note = directory / f".{name}.saving"
+    _require_own(directory, name, [*data], note)
+    # The note says whose the data files are if the save is cut off before the manifest is there.
+    write_whole(note, json.dumps(sorted(data)) + "\n")
     for suffix, found in data.items():
         write_whole(directory / f"{name}.{suffix}", found)
-    return write_whole(directory / f"{name}.json", text)
+    path = write_whole(directory / f"{name}.json", text)
+    note.unlink(missing_ok=True)
+    return path
+
+
+def _require_own(directory: Path, name: str, suffixes: Sequence[str], note: Path) -> None:
+    """Refuse to write over files that no save of this name has written.
+
+    Raises:
+        ArtifactError: Naming the first of them.
+    """
+    manifest = directory / f"{name}.json"
+    ours = set(suffixes) if note.exists() else set[str]()
+    if manifest.exists():
+        try:
+            held = json.loads(manifest.read_bytes())
+            # Layouts before the sums name no files: they are ours by their kind and schema.
+            known = isinstance(held, dict) and {"kind", "schema"} <= {*held}
+        except ValueError:
+            held, known = {}, note.exists()
+        if not known:
+            raise ArtifactError(
+                f"{manifest} must be free, got a file that care_lens did not write, which is left as it is; use another name"
+            )
+        ours |= {*held[_FILES]} if _FILES in held else set(suffixes)
+    for suffix in suffixes:
+        path = directory / f"{name}.{suffix}"
+        if suffix not in ours and path.exists():
+            raise ArtifactError(
+                f"{path} must be free, got a file without the manifest that care_lens writes, which is left as it is; use another "
+                "name, or remove it"
+            )
 
 
 def load_artifact(
@@ -136,6 +172,9 @@ def load_artifact(
                 f"{part} must be the file that {path.name} describes, but its checksum differs: it is damaged, of another save, or "
                 "its save was cut off; copy all files of it again, or remove them and make it again"
             )
+    # Whole, so that a note left by a kill after the last file has nothing more to say.
+    with suppress(OSError):
+        path.with_name(f".{name}.saving").unlink(missing_ok=True)
     return data, manifest
 
 
@@ -150,6 +189,9 @@ def read_manifest(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]
     manifest = read_object(path, kind=kind)
     if not {"kind", "schema", _FILES, _SUM} <= {*manifest} or not isinstance(manifest[_FILES], dict):
         raise ArtifactError(f"{path} must be the manifest of a {kind} as care_lens writes it, got another file")
+    # Before the sum, which a newer layout may take otherwise.
+    if isinstance(manifest["schema"], int) and manifest["schema"] > schema:
+        raise ArtifactError(f"schema of {path} must be {schema} or less, got {manifest['schema']}; update care_lens")
     if manifest[_SUM] != _sum(manifest):
         raise ArtifactError(
             f"{path} must be as it was written, but its checksum differs; copy it again, or make it again"
@@ -160,8 +202,6 @@ def read_manifest(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]
         raise ArtifactError(
             f"schema of {path} must be a number of 1 or more, got {manifest['schema']!r}; make it again"
         )
-    if manifest["schema"] > schema:
-        raise ArtifactError(f"schema of {path} must be {schema} or less, got {manifest['schema']}; update care_lens")
     return manifest
 
 
@@ -226,33 +266,47 @@ def unpacked(value: Any) -> Any:
 
 
 @contextmanager
-def in_use(path: str | Path) -> Iterator[None]:
+def in_use(path: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     """Hold a folder or a file for this process in a ``with`` block; another process that wants it is refused.
 
     Args:
         path: What is written to. The lock is the file ``.NAME.lock`` beside it, which is freed when the process ends, however it ends.
+        wait: So many seconds the holder is waited for.
 
     Raises:
         InUseError: If another process holds it; the message says which.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=wait)
     holder = path.with_name(f".{path.name}.holder")
     try:
         lock.acquire()
     except Timeout:
-        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        who = _holder(holder)
         raise InUseError(
             f"{path} must be written by one process at a time, {who} holds it; wait for that one, or use another path"
         ) from None
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        holder.write_text(f"{_this_process()}\n", encoding="utf-8")
         yield
     finally:
         with suppress(OSError):
             holder.unlink()
         lock.release()
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as its note says; the note may go at any moment."""
+    try:
+        who = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        who = ""
+    return f"this process ({who})" if who == _this_process() else who or "another process"
 
 
 def sha256(content: bytes) -> str:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from care_lens.lvlm.errors import GenerationOptionError
 from care_lens.lvlm.hooked import HookedLVLM
 
 logger = logging.getLogger(__name__)
+
+#: What an answer says of its example that the model was not given.
+_OF_THE_EXAMPLE = ("group", "harmful", "reference", "meta")
 
 
 def generate_all(
@@ -81,6 +84,13 @@ def generate_all(
     run = _Run(lvlm, repair, defence_name, store.add_settings(settings), options, in_force.get("eos_token_id"), seed)
     blanks = [run.blank(example) for example in examples]
     held = [store.get(blank.key) for blank in blanks]
+    # What is known of the examples may have changed since they were answered.
+    relabelled = [
+        replace(answer, **{name: getattr(blank, name) for name in _OF_THE_EXAMPLE})
+        for answer, blank in zip(held, blanks, strict=True)
+        if answer is not None and any(getattr(answer, name) != getattr(blank, name) for name in _OF_THE_EXAMPLE)
+    ]
+    store.add(relabelled)
     todo = {i for i, answer in enumerate(held) if answer is None or answer.missing}
     # Sampled batches are cut from all examples, so that those of a run that goes on are those of one that was never stopped.
     order = sorted(

@@ -48,7 +48,7 @@ from care_lens.core import (
 )
 from care_lens.core.draws import example_generator
 from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.mediation.checkpoint import CellLog
+from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import DetailedResult, groups_of, site_columns, tidy
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def ablate(
         "reference": examples_digest(reference) if mode in ("mean", "resample") else None,
         "judge": getattr(judge, "name", type(judge).__name__),
         "batch_size": batch_size,
+        **made_by(lvlm, outcome=judge),
     }
     if mode == "resample":
         settings |= {"seed": seed, "draws": "of each example"}

@@ -31,6 +31,7 @@ Source: Nanda 2023, "Attribution patching"; Sundararajan et al. 2017, "Axiomatic
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -51,6 +52,7 @@ from care_lens.core import (
     examples_digest,
 )
 from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
@@ -121,6 +123,7 @@ def attribute(
     n_boot: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | FilePath | None = None,
 ) -> AttributionResult:
     """Attribution of the total effect to every unit of some sites.
 
@@ -142,13 +145,15 @@ def attribute(
         n_boot: Bootstrap resamples of the pairs' groups.
         seed: Seed of the bootstrap.
         progress: Whether to show a progress bar.
+        checkpoint: A file in which what is finished is kept; a stopped sweep goes on from it.
 
     Returns:
         The attributions.
 
     Raises:
         ValueError: If an option is not known, the model has no such site or it cannot be edited, twins are not aligned,
-            no pair has a picture where only such sites are asked for, or the outcome is not one finite number a row with a gradient.
+            no pair has a picture where only such sites are asked for, or the outcome is not one finite number a row with a
+            gradient, or the checkpoint is of another attribution.
 
     Example:
         >>> from care_lens import organism
@@ -174,10 +179,22 @@ def attribute(
         )
     pictured = any(batch.has_images for batch in batches)
     plan = Plan.of(lvlm, sites, patches, positions, path, pictured)
+    made: dict[str, Any] = {
+        "method": method,
+        "path": path,
+        "enters_at": [str(site) for site in plan.entries(pictured)],
+        "positions": list(positions),
+        "outcome": describe_outcome(outcome),
+        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
+        "batch_size": batch_size,
+        **made_by(lvlm, outcome=outcome),
+    }
+    held = {"sites": [str(site) for site in plan.sites], "patches": [str(site) for site in plan.patches]}
+    done = CellLog(checkpoint, settings={**made, "points": points, **held})
     count = (points or FIRST_POINTS) if method == "integrated" else 0
     while True:
         nodes = nodes_of(count) if count else ((0.0, 1.0),)
-        table, total, entering = _swept(lvlm, batches, outcome, plan, nodes, progress)
+        table, total, entering = _swept(lvlm, batches, outcome, plan, nodes, done, progress)
         gap = completeness_gap(entering, total)
         if points is not None or not count or gap <= TOLERANCE or count >= MOST_POINTS:
             break
@@ -190,17 +207,11 @@ def attribute(
     groups = pairs.groups
     frame, details = table.frames(groups, metric_name(outcome), neurons_by_pair, n_boot, seed)
     settings: dict[str, Any] = {
-        "method": method,
+        **made,
         "points": len(nodes),
-        "path": path,
-        "enters_at": [str(site) for site in plan.entries(pictured)],
-        "positions": list(positions),
-        "outcome": describe_outcome(outcome),
         "TE": float(total.mean()),
         "entering": float(entering.mean()),
         "gap": gap,
-        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
-        "batch_size": batch_size,
         **sampling(len(pairs), groups, n_boot, seed),
     }
     return AttributionResult(frame, settings, details)
@@ -212,6 +223,7 @@ def _swept(
     outcome: Any,
     plan: Plan,
     nodes: Sequence[tuple[float, float]],
+    done: CellLog,
     progress: bool,
 ) -> tuple["_Table", ndarray, ndarray]:
     """Attributions, and each pair's total effect and sum of the attributions of what enters, [n] each."""
@@ -220,10 +232,13 @@ def _swept(
     with tqdm(total=len(batches) * len(nodes), desc="attributing", disable=not progress) as bar:
         for batch in batches:
             index = list(batch.index)
-            found = attributed(lvlm, batch, outcome, plan, nodes, bar)
-            total[index], entering[index] = found.untouched[1] - found.untouched[0], found.entering
-            for cell, values in _cells(batch, plan, found):
-                table.add(cell, index, values)
+            untouched, entering[index], cells = done.get(
+                f"from {index[0]} at {len(nodes)} points",
+                lambda batch=batch: _kept(batch, plan, attributed(lvlm, batch, outcome, plan, nodes, bar)),
+            )
+            total[index] = np.asarray(untouched[1]) - np.asarray(untouched[0])
+            for kind, site, position, values in cells:
+                table.add(_Cell(kind, Site.parse(site), position), index, np.asarray(values, dtype=np.float64))
     return table, total, entering
 
 
@@ -260,6 +275,12 @@ class _Cell:
     kind: str
     site: Site
     position: str
+
+
+def _kept(batch: PairBatch, plan: Plan, found: Found) -> list[Any]:
+    """What a checkpoint keeps of a batch, JSON-able: outcomes [2, n], entering [n], and the cells with their values [n, units]."""
+    cells = [[one.kind, str(one.site), one.position, values.tolist()] for one, values in _cells(batch, plan, found)]
+    return [np.asarray(found.untouched).tolist(), np.asarray(found.entering).tolist(), cells]
 
 
 def _cells(batch: PairBatch, plan: Plan, found: Found) -> Iterator[tuple[_Cell, ndarray]]:

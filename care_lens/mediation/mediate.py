@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from care_lens.core import Example, Interval, Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
 from care_lens.core.stats import are_binary
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.checkpoint import CellLog
+from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
 from care_lens.mediation.frames import (
     DetailedResult,
@@ -186,6 +186,7 @@ def mediate(
         "outcome": describe_outcome(outcome),
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
         "batch_size": batch_size,
+        **made_by(lvlm, outcome=outcome),
     }
     untouched = np.full((2, len(run)), np.nan)
     for batch in batches:
@@ -339,8 +340,7 @@ class _Sweep:
                 logits_to_keep=self._keep,
                 replay=self._replay,
             )
-            for cell, row in zip(mine, values.tolist(), strict=True):
-                self._done.add(self._key(cell), row)
+            self._done.add_all({self._key(cell): row for cell, row in zip(mine, values.tolist(), strict=True)})
 
     def _activations(self, sites: Sequence[Site]) -> dict[Site, torch.Tensor]:
         with torch.no_grad():

@@ -8,6 +8,7 @@ mix it with others. Patches interact, so that their effects need not add up to t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from care_lens.core import Outcome, PairedExamples, Site, SiteLike, examples_digest
 from care_lens.core.spans import PatchGrid
 from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
@@ -74,6 +76,7 @@ def patch_map(
     n_boot: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | FilePath | None = None,
 ) -> PatchMapResult:
     """Natural indirect effect of each patch of the picture.
 
@@ -86,13 +89,14 @@ def patch_map(
         n_boot: Bootstrap resamples of the pairs' groups.
         seed: Seed of the bootstrap.
         progress: Whether to show a progress bar.
+        checkpoint: A file in which what is finished is kept; a stopped sweep goes on from it.
 
     Returns:
         The effects, patch by patch.
 
     Raises:
         ValueError: If a pair lacks a picture, grids differ, the model has no such site, or it cannot be
-            edited.
+            edited; or the checkpoint is of another map.
     """
     place = Site.parse(site)
     if not lvlm.site_info(place).editable or place.component == "attn.hook_pattern":
@@ -101,11 +105,25 @@ def patch_map(
     require_shared(batches, ("image",))
     grid = _shared_grid(batches)
     n_patches = grid.rows * grid.cols
+    made = {
+        "site": str(place),
+        "outcome": describe_outcome(outcome),
+        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
+        "batch_size": batch_size,
+        **made_by(lvlm, outcome=outcome),
+    }
+    done = CellLog(checkpoint, settings=made)
     safe, total = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
     outcomes = np.full((len(pairs), n_patches), np.nan)
     for batch in tqdm(batches, desc="patching", disable=not progress):
         index = list(batch.index)
-        untouched, patched = _patched(lvlm, batch, place, outcome, n_patches, batch_size)
+        found = done.get(
+            f"from {index[0]}",
+            lambda batch=batch: [
+                part.tolist() for part in _patched(lvlm, batch, place, outcome, n_patches, batch_size)
+            ],
+        )
+        untouched, patched = map(np.asarray, found)
         safe[index] = untouched[: batch.n]
         total[index] = untouched[batch.n :] - untouched[: batch.n]
         outcomes[index] = patched
@@ -124,13 +142,11 @@ def patch_map(
         for p, cell in enumerate(cells)
     ]
     settings: dict[str, Any] = {
-        "site": str(place),
+        **made,
         "rows": grid.rows,
         "cols": grid.cols,
         "TE": float(total.mean()),
         "resolution": spacing(lvlm),
-        "outcome": describe_outcome(outcome),
-        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
         **sampling(len(pairs), pairs.groups, n_boot, seed),
     }
     return PatchMapResult(tidy(rows, COLUMNS), settings, _pair_frame(batches, pairs, cells, effects))

@@ -216,13 +216,19 @@ def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
 
 
 def answer_verdicts(
-    lvlm: HookedLVLM, examples: Sequence[Example], repair: Repair | None, settings: RunSettings, judge: Judge
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    repair: Repair | None,
+    settings: RunSettings,
+    judge: Judge,
+    *,
+    store: GenerationStore | None = None,
 ) -> list[Verdict]:
-    """Answers under a repair, judged; nothing is kept."""
+    """Answers under a repair, judged; kept in the store, if there is one."""
     answers = generate_all(
         lvlm,
         examples,
-        store=GenerationStore(),
+        store=GenerationStore() if store is None else store,
         defence_name="candidate",
         repair=repair,
         max_new_tokens=settings.max_new_tokens,
@@ -256,7 +262,13 @@ def recalibrated(
 
 
 def choose(
-    lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings, *, placement: Placement | None = None
+    lvlm: HookedLVLM,
+    study: Study,
+    rows: FitRows,
+    settings: RunSettings,
+    *,
+    placement: Placement | None = None,
+    store: GenerationStore | None = None,
 ) -> Choice:
     """Pick readers, gate and writers on the validation split.
 
@@ -272,6 +284,7 @@ def choose(
         settings: of the run.
         placement: after which layers readers are tried, as `reader_layers` gives it from the diagnosis; None: all but the
             last.
+        store: where the candidates' answers are kept, so that a stopped choice goes on.
 
     Raises:
         NoCandidate: if none does, or no plan could be calibrated.
@@ -316,7 +329,7 @@ def choose(
         for site, alpha in itertools.product(sites[row["plan"].layer :], settings.alphas):
             about = {"study": study.name, "plan": str(row["plan"])}
             repair = assemble(row["fitted"], rows, row["plan"], site, alpha=alpha, name="care_lens", provenance=about)
-            verdicts = answer_verdicts(lvlm, attacked, repair, settings, study.judge)
+            verdicts = answer_verdicts(lvlm, attacked, repair, settings, study.judge, store=store)
             asr, refused = share(verdicts, Verdict.COMPLIED), share(verdicts, Verdict.REFUSED)
             runs.append({"plan": row["plan"], "fitted": row["fitted"], "site": site, "alpha": alpha, "asr": asr,
                          "refused": refused, "repair": repair})  # fmt: skip
@@ -324,13 +337,13 @@ def choose(
     runs.sort(key=lambda run: (round(run["asr"], 2), -run["refused"], run["alpha"]))
 
     benign = study.benign("validation")
-    before = share(answer_verdicts(lvlm, benign, None, settings, study.judge), Verdict.COMPLIED)
+    before = share(answer_verdicts(lvlm, benign, None, settings, study.judge, store=store), Verdict.COMPLIED)
     won = None
     for run in runs[: settings.candidates]:
         run["repair"] = recalibrated(lvlm, run["repair"], calibrating, settings, epsilon=run["plan"].epsilon)
         run["benign_before"] = before
         run["benign_after"] = share(
-            answer_verdicts(lvlm, benign, run["repair"], settings, study.judge), Verdict.COMPLIED
+            answer_verdicts(lvlm, benign, run["repair"], settings, study.judge, store=store), Verdict.COMPLIED
         )
         log.info("benign %.3f -> %.3f: %s at %s", before, run["benign_after"], run["plan"], run["site"])
         if run["benign_after"] >= before - settings.benign_loss:
