@@ -196,3 +196,34 @@ def test_contradictions_are_refused_before_anything_is_generated(small, asked, c
     with pytest.raises(GenerationOptionError):
         run(small, asked[:2], store, **options)
     assert counted == [] and store.settings == {}
+
+
+def test_a_kept_answer_takes_the_labels_that_its_example_has_now(lvlm, examples, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    options = {"max_new_tokens": 2, "progress": False}
+    before = generate_all(lvlm, examples, store=GenerationStore(path), **options)
+    changed = [replace(examples[0], harmful=True, group="new", meta={"noun": "x"}, response="other"), *examples[1:]]
+    after = generate_all(lvlm, changed, store=GenerationStore(path), **options)
+    assert [row.response for row in after] == [row.response for row in before]
+    assert (after[0].harmful, after[0].group, after[0].meta, after[0].reference) == (
+        True,
+        "new",
+        {"noun": "x"},
+        "other",
+    )
+    assert after[1:] == before[1:]
+    assert GenerationStore(path).get(after[0].key) == after[0]
+
+
+def test_drawn_answers_depend_on_the_batch_size_and_resume_to_the_same_bytes(lvlm, examples, tmp_path):
+    options = {"max_new_tokens": 4, "progress": False, "generation": {"do_sample": True}, "batch_size": 2}
+    path = tmp_path / "answers.jsonl"
+    generate_all(lvlm, examples, store=GenerationStore(path), **options)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept in range(1, len(lines)):
+        path.write_bytes(b"".join(lines[:kept]) + lines[kept][:9])
+        generate_all(lvlm, examples, store=GenerationStore(path), **options)
+        assert path.read_bytes() == whole
+    found = generate_all(lvlm, examples, store=GenerationStore(path), **{**options, "batch_size": 1})
+    assert {row.settings for row in found}.isdisjoint(row.settings for row in GenerationStore(path).answers()[:3])
