@@ -58,7 +58,7 @@ def test_results_keep_texts_and_numbers(rows):
     with tempfile.TemporaryDirectory() as folder:
         path = Texts(frame, {}).save(folder, "a")
         back = Texts.load(folder, "a").frame
-        content = path.read_text(encoding="utf-8")
+        content = path.read_bytes().decode()
     assert back["answer"].tolist() == [text for text, _ in rows]
     assert back["-value"].tolist() == [value for _, value in rows]
     cells = list(csv.reader(io.StringIO(content, newline="")))
