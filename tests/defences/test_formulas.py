@@ -348,13 +348,17 @@ def test_the_data_filter_of_the_refusal_direction(world_model, kinds):
     everything = [*kinds["refused"], *kinds["benign"]]
     with torch.no_grad():
         p = torch.stack([world_model(world_model.prepare(e))[0, -1].double().softmax(-1) for e in everything])
-    order = (p.argsort(dim=1, descending=True)[:, :40]).flatten().unique()
-    for seed in range(200):
-        keep = torch.rand(len(order), generator=torch.Generator().manual_seed(seed)) < 0.5
-        tokens = order[keep].tolist()
-        mass = p[:, tokens].sum(1)
-        if all(0 < int((part > 0.5).sum()) < len(part) for part in (mass[:6], mass[6:])):
+    tokens: list[int] = []
+    for seed in range(
+        50
+    ):  # token sets whose mass is above one half for some requests of each kind and below for others
+        order = torch.randperm(p.shape[1], generator=torch.Generator().manual_seed(seed))
+        above = p[:, order].cumsum(dim=1) > 0.5
+        mixed = [part.any(0) & ~part.all(0) for part in (above[:6], above[6:])]
+        if bool((mixed[0] & mixed[1]).any()):
+            tokens = order[: int((mixed[0] & mixed[1]).nonzero()[0]) + 1].tolist()
             break
+    mass = p[:, tokens].sum(1)
     refused = [e for e, m in zip(kinds["refused"], mass[:6], strict=True) if m > 0.5]
     answered = [e for e, m in zip(kinds["benign"], mass[6:], strict=True) if m < 0.5]
     assert 0 < len(refused) < 6 and 0 < len(answered) < 9

@@ -95,7 +95,7 @@ def test_a_model_that_cannot_judge_is_said_to_be_one(world_model, kinds):
     assert telling and others
     fit = {"benign": others[:3], "malicious": telling[:3], **WORDS}
     assert SecondLook.fit(world_model, **fit, harmful=(word,)).harmful == (word,)
-    with pytest.raises(CannotJudgeError, match="got 0.00 and 1.00"):
+    with pytest.raises(CannotJudgeError, match=r"got 0\.00 and 1\.00"):
         SecondLook.fit(world_model, benign=telling[:3], malicious=others[:3], **WORDS, harmful=(word,))
 
 
