@@ -20,7 +20,9 @@ from care_lens.defences import (
     HiddenDetect,
     MeanAblation,
     MeanDifference,
+    NoRefusalDirection,
     NoSafetyLayersError,
+    RefusalDirection,
     SafeSteer,
     ShiftDC,
     WrongModelError,
@@ -29,6 +31,7 @@ from care_lens.defences.alphasteer import null_projector, null_steering
 from care_lens.defences.astra import blackened, decisive_patches, target_outcomes
 from care_lens.defences.cast import best_threshold, condition_score
 from care_lens.defences.leace import eraser
+from care_lens.defences.refusal_direction import _filtered
 from care_lens.defences.safesteer import steering_direction
 
 RESID = "blocks.1.hook_resid_post"
@@ -339,3 +342,30 @@ def test_sites_of_leace_are_where_it_acts(world_model, kinds):
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(FitError, match="at least one site"):
         LEACE.fit(world_model, benign=kinds["benign"], malicious=kinds["malicious"], sites=[])
+
+
+def test_the_data_filter_of_the_refusal_direction(world_model, kinds):
+    everything = [*kinds["refused"], *kinds["benign"]]
+    with torch.no_grad():
+        p = torch.stack([world_model(world_model.prepare(e))[0, -1].double().softmax(-1) for e in everything])
+    tokens: list[int] = []
+    for seed in range(
+        50
+    ):  # token sets whose mass is above one half for some requests of each kind and below for others
+        order = torch.randperm(p.shape[1], generator=torch.Generator().manual_seed(seed))
+        above = p[:, order].cumsum(dim=1) > 0.5
+        mixed = [part.any(0) & ~part.all(0) for part in (above[:6], above[6:])]
+        if bool((mixed[0] & mixed[1]).any()):
+            tokens = order[: int((mixed[0] & mixed[1]).nonzero()[0]) + 1].tolist()
+            break
+    mass = p[:, tokens].sum(1)
+    refused = [e for e, m in zip(kinds["refused"], mass[:6], strict=True) if m > 0.5]
+    answered = [e for e, m in zip(kinds["benign"], mass[6:], strict=True) if m < 0.5]
+    assert 0 < len(refused) < 6 and 0 < len(answered) < 9
+    assert _filtered(world_model, kinds["refused"], tokens, "harmful", 4) == refused
+    assert _filtered(world_model, kinds["benign"], tokens, "harmless", 4) == answered
+    with pytest.raises(NoRefusalDirection, match="data filter left nothing"):
+        RefusalDirection.fit(
+            world_model, harmful=kinds["refused"], harmless=answered, harmful_validation=refused, harmless_validation=answered,
+            refusal_tokens=[int(p.sum(0).argmin())], filter_data=True, progress=False,
+        )  # fmt: skip

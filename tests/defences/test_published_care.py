@@ -14,7 +14,7 @@ from care_lens.defences.care_fit import care_columns, image_row, text_row, text_
 
 REFUSALS = ("sorry i cannot help with that", "sorry i cannot help", "i cannot help with that")
 
-#: width, benign and malicious pictures, textual requests, k, layers, strengths, variant. The first two have fewer rows than dimensions.
+#: width, benign and malicious pictures, textual requests, k, layers, strengths, variant. At 24, 32 and 48 there are fewer rows than dimensions.
 SHAPES = [
     (24, 7, 6, 7, 4, [1], (4.0, 4.0), "cross_hsic"),
     (32, 6, 8, 6, 4, [0, 2], (4.5, 1.0), "variance"),

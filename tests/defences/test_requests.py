@@ -86,9 +86,17 @@ def test_a_model_that_cannot_judge_is_said_to_be_one(world_model, kinds):
     sets = {"benign": kinds["benign"][:2], "malicious": kinds["malicious"][:2]}
     with pytest.raises(CannotJudgeError, match="cannot judge its own answers"):
         SecondLook.fit(world_model, **sets, **WORDS, harmful=("zzz",))
-    judged = [judgement(world_model, e, e.response) for e in (*sets["benign"], *sets["malicious"])]
-    telling = next(text for text in judged[2:] if not any(other.startswith(text) for other in judged[:2]))
-    assert SecondLook.fit(world_model, **sets, **WORDS, harmful=(telling,)).harmful == (telling,)
+    # A random model's judgements mean nothing, but they differ: what it says of some answers it does not say of others.
+    everything = [*kinds["malicious"], *kinds["benign"]]
+    judged = [judgement(world_model, e, e.response) for e in everything]
+    word = min(judged, key=lambda text: sum(other.startswith(text) for other in judged))
+    telling = [e for e, text in zip(everything, judged, strict=True) if text.startswith(word)]
+    others = [e for e, text in zip(everything, judged, strict=True) if not text.startswith(word)]
+    assert telling and others
+    fit = {"benign": others[:3], "malicious": telling[:3], **WORDS}
+    assert SecondLook.fit(world_model, **fit, harmful=(word,)).harmful == (word,)
+    with pytest.raises(CannotJudgeError, match=r"got 0\.00 and 1\.00"):
+        SecondLook.fit(world_model, benign=telling[:3], malicious=others[:3], **WORDS, harmful=(word,))
 
 
 def test_another_number_of_requests_is_refused(requests):
