@@ -8,8 +8,7 @@ or with hooks that put back what was there. The resolution of a difference is ta
 with eps the spacing of the model's numbers at 1 and |Y| the larger of the two outcomes. A difference of no more is reported
 as 0: for an outcome of 5 nats that is 1e-5 in float32 and .04 in bfloat16. The raw outcomes stay in ``details``.
 
-That factor is stated, not derived: rounding grows with the width and depth of a model. Measured on the bundled model it is below
-a quarter of it.
+That factor is stated, not derived: rounding grows with the width and depth of a model.
 """
 
 from collections.abc import Sequence
