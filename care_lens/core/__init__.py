@@ -1,5 +1,6 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
+from care_lens.core.arguments import ArgumentError, checked
 from care_lens.core.conversation import PICTURE, ExampleError, Turn
 from care_lens.core.defence import Defence, defended
 from care_lens.core.digests import content_digest, examples_digest
@@ -27,6 +28,7 @@ from care_lens.core.verdicts import JudgeError, OutcomeError, require_outcome, r
 __all__ = [
     "BLOCK_COMPONENTS",
     "PICTURE",
+    "ArgumentError",
     "ArtifactError",
     "CareLensError",
     "Defence",
@@ -70,3 +72,5 @@ __all__ = [
     "require_verdicts",
     "shown_picture",
 ]
+
+checked(globals(), __all__)

@@ -1,5 +1,6 @@
 """Studies: example sets by channel and split, from the bundled world or from the user's own disk."""
 
+from care_lens.core.arguments import checked
 from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture, shown_picture
 from care_lens.data.directory import StudyNotFoundError, read_study
 from care_lens.data.jsonl import DataFileError, read_examples, write_examples
@@ -20,3 +21,5 @@ __all__ = [
     "split_by_group",
     "write_examples",
 ]
+
+checked(globals(), __all__)

@@ -4,6 +4,7 @@ A defence is put on a model by ``with defence.on(lvlm)``, may rewrite requests b
 ``alpha`` 0 (or its own switch) is the undefended model to the bit. See ``docs/howto/add_a_defence.md`` for one of your own.
 """
 
+from care_lens.core.arguments import checked
 from care_lens.core.defence import Defence, defended
 from care_lens.defences.ablation import MeanAblation
 from care_lens.defences.alphasteer import AlphaSteer
@@ -65,3 +66,5 @@ __all__ = [
     "load_defence",
     "register_kind",
 ]
+
+checked(globals(), __all__)

@@ -45,8 +45,12 @@ _LAYER_SHARE = 0.8
 _EPSILON = 1e-8
 
 
-class NoRefusalDirection(FitError):
+class NoRefusalDirectionError(FitError):
     """No candidate passed the filters: this model has no refusal direction in the sense of the method."""
+
+
+NoRefusalDirection = NoRefusalDirectionError
+"""The error under its earlier name."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,6 +1,7 @@
 """Evaluation: the store of answers, judges, metrics with intervals, fidelity, and the table of defences by
 channels."""
 
+from care_lens.core.arguments import checked
 from care_lens.evaluation.classifier import ClassifierJudge
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
@@ -41,3 +42,5 @@ __all__ = [
     "verdict_frame",
     "verdict_trials",
 ]
+
+checked(globals(), __all__)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from care_lens.core.errors import CareLensError
 from care_lens.core.outcome import Verdict
 from care_lens.core.stats import are_binary, cluster_bootstrap, clustered_rate
 from care_lens.core.stats import paired_difference as difference_of_means
@@ -39,8 +40,12 @@ RATES = ("asr", "refusal", "accuracy", "agreement", "retained")
 """Metrics that are shares of trials; the others ("kl", "kl_answer") are means of numbers."""
 
 
-class TooManyMissing(RuntimeError):
+class TooManyMissingError(CareLensError, RuntimeError):
     """More answers are missing than a figure may leave out."""
+
+
+TooManyMissing = TooManyMissingError
+"""The error under its earlier name."""
 
 
 def verdict_trials(verdicts: pd.DataFrame, *, metrics: Mapping[str, Verdict] | None = None) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, ratio_of_means
+from care_lens.core.errors import CareLensError
 from care_lens.core.results import FrameResult
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import effects_of
@@ -44,8 +45,12 @@ COLUMNS = (
 _NEARLY, _SOME = 0.9, 0.1
 
 
-class NothingToLocalise(ValueError):
+class NothingToLocaliseError(CareLensError, ValueError):
     """The unsafe twins are no less safe than the safe ones, by the outcome, or too few to say so."""
+
+
+NothingToLocalise = NothingToLocaliseError
+"""The error under its earlier name."""
 
 
 @dataclass(frozen=True)

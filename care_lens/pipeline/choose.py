@@ -9,7 +9,7 @@ import itertools
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.core import Example, Judge, Repair, Site, Verdict
+from care_lens.core.errors import CareLensError
 from care_lens.data.study import Modality, Study
 from care_lens.evaluation import GenerationStore, generate_all, judge_answers
 from care_lens.lvlm import HookedLVLM
@@ -40,13 +41,17 @@ from care_lens.repair import (
     TooFewCalibration,
     read_scores,
 )
-from care_lens.subspace import RankError, SafetySubspace
+from care_lens.subspace import ModelIdentity, RankError, SafetySubspace
 
 log = logging.getLogger(__name__)
 
 
-class NoCandidate(RuntimeError):
+class NoCandidateError(CareLensError, RuntimeError):
     """No candidate could be made, or none keeps benign accuracy on validation."""
+
+
+NoCandidate = NoCandidateError
+"""The error under its earlier name."""
 
 
 @dataclass(frozen=True)
@@ -356,7 +361,7 @@ def choose(
         )
     drop = ("fitted", "repair")
     return Choice(
-        repair=won["repair"],
+        repair=replace(won["repair"], model=ModelIdentity.from_model(lvlm.hf_model)),
         plan=won["plan"],
         writer_site=won["site"],
         alpha=won["alpha"],

@@ -1,5 +1,6 @@
 """Repair: corrections that read, gate and write, and their fusion into a defence that is put on a model."""
 
+from care_lens.core.arguments import checked
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
@@ -48,3 +49,5 @@ __all__ = [
     "save_repair",
     "shuffled_labels",
 ]
+
+checked(globals(), __all__)

@@ -6,6 +6,7 @@ Sign convention: larger eigenvalues and positive coordinates mean malicious. Fit
 float32.
 """
 
+from care_lens.core.arguments import checked
 from care_lens.subspace.calibration import ConformalScores
 from care_lens.subspace.comparison import SubspaceComparison, compare_bases
 from care_lens.subspace.contrast import Contrast, Metric
@@ -100,3 +101,5 @@ __all__ = [
     "shrinkage_weight",
     "solve_pencil",
 ]
+
+checked(globals(), __all__)

@@ -1026,6 +1026,7 @@ def fate(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, 
         described = f"{type(error).__name__}: {error!s:.160} ({Path(frame.filename).name}:{frame.lineno})"
         missing = isinstance(error, FileNotFoundError) and str(MISSING) in str(error)
         plain = isinstance(error, PLAIN) and not isinstance(error, core_error())
+        ours = ours or isinstance(error, core_error())  # a wrong type is told by beartype, in the package's own error
         return ("clear" if (ours or missing) and not plain and len(str(error)) > 15 else "obscure"), described
     return "silent", ""
 
