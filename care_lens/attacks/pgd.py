@@ -190,8 +190,10 @@ def pgd(
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
     size = 2.5 * radius / steps if step_size is None else float(step_size)
-    if size <= 0:
+    if not 0 < size < math.inf:
         raise ValueError(f"step_size must be above 0, got {step_size}")
+    if target_tokens is not None and target_tokens < 1:
+        raise ValueError(f"target_tokens must be 1 or more, or None for all of them, got {target_tokens}")
     wanted = _targets_of(examples, targets)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts must be 1 without a random start, got {restarts}: all of them would be the same")

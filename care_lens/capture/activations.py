@@ -12,10 +12,20 @@ from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from care_lens.core.errors import CareLensError
 from care_lens.core.files import load_artifact, save_artifact
 from care_lens.core.site import Site, SiteLike
 
 _SCHEMA = 2
+
+
+class NotCapturedError(CareLensError, KeyError):
+    """Activations were asked for that were not captured."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows its message in quotes
+
+
 Key = tuple[Site, str]
 
 
@@ -119,6 +129,8 @@ class Activations:
             if len(which) != len(self):
                 raise ValueError(f"mask must be of length {len(self)}, got {len(which)}")
             which = which.nonzero()[:, 0].tolist()
+        if out := [i for i in which if not -len(self) <= i < len(self)]:
+            raise ValueError(f"which must name some of the {len(self)} examples, got {out[0]}")
         index = torch.tensor(list(which), dtype=torch.long)
         return Activations(
             values={key: rows[index] for key, rows in self.values.items()},
@@ -208,5 +220,5 @@ class Activations:
         key = (Site.parse(site), select)
         if key not in self.values:
             held = sorted({f"{at} {what}" for at, what in self.values})
-            raise KeyError(f"{key[0]} with selection {select!r} was not captured; captured were {held}")
+            raise NotCapturedError(f"{key[0]} with selection {select!r} was not captured; captured were {held}")
         return key

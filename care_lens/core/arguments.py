@@ -18,9 +18,11 @@ class ArgumentError(CareLensError, TypeError, ValueError):
     """An argument is of another type than the function's signature says. The message names both."""
 
 
+_check: Any = beartype
+_overrides: Any = BeartypeHintOverrides
 _CONF = BeartypeConf(
     violation_type=ArgumentError,
-    hint_overrides=BeartypeHintOverrides(
+    hint_overrides=_overrides(
         {int: int | np.integer, float: float | int | np.floating | np.integer, bool: bool | np.bool_}
     ),
 )
@@ -41,6 +43,6 @@ def checked(namespace: dict[str, Any], names: Iterable[str]) -> None:
         if isinstance(value, type) and (getattr(value, "_is_protocol", False) or issubclass(value, BaseException)):
             continue
         try:
-            namespace[name] = beartype(value, conf=_CONF)
+            namespace[name] = _check(value, conf=_CONF)
         except BeartypeDecorHintException as error:
             raise TypeError(f"{room}.{name} must have annotations that can be checked: {error}") from error

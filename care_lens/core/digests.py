@@ -72,6 +72,8 @@ def examples_digest(examples: Sequence[Any]) -> str:
     """
     feeder = _Feeder()
     for example in examples:
+        if not dataclasses.is_dataclass(example) or isinstance(example, type):
+            raise TypeError(f"examples must be of care_lens.Example, got {type(example).__name__}")
         feeder.example(example)
     return feeder.hexdigest()
 

@@ -101,6 +101,16 @@ class Repair(Protocol):
         ...
 
 
+def require_ids(ids: Sequence[int]) -> None:
+    """Refuse what are no ids of tokens.
+
+    Raises:
+        ValueError: If one is negative.
+    """
+    if wrong := [token for token in ids if token < 0]:
+        raise ValueError(f"token ids must be 0 or more, got {wrong[0]}; take them from lvlm.tokenizer")
+
+
 @dataclass(frozen=True)
 class UnsafeMargin:
     """log p(comply) - log p(refuse) for the first token of the answer.
@@ -123,6 +133,7 @@ class UnsafeMargin:
     def __post_init__(self) -> None:
         object.__setattr__(self, "comply", tuple(self.comply))
         object.__setattr__(self, "refuse", tuple(self.refuse))
+        require_ids((*self.comply, *self.refuse))
         if not self.comply or not self.refuse:
             raise ValueError(f"comply and refuse must each have a token id, got {self.comply} and {self.refuse}")
         if both := set(self.comply) & set(self.refuse):
@@ -168,6 +179,7 @@ class LogitDifference:
     def __post_init__(self) -> None:
         object.__setattr__(self, "toward", tuple(self.toward))
         object.__setattr__(self, "away", tuple(self.away))
+        require_ids((*self.toward, *self.away))
         if not self.toward or not self.away:
             raise ValueError(f"toward and away must each have a token id, got {self.toward} and {self.away}")
         if both := set(self.toward) & set(self.away):

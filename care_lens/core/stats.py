@@ -88,9 +88,14 @@ def cluster_bootstrap(
     """
     _check(confidence, n_boot, kind)
     named = isinstance(values, Mapping)
-    arrays: dict[str, NDArray[Any]] = {
-        key: np.asarray(array, dtype=np.float64) for key, array in (values if named else {"": values}).items()
-    }
+    try:
+        arrays: dict[str, NDArray[Any]] = {
+            key: np.asarray(array, dtype=np.float64) for key, array in (values if named else {"": values}).items()
+        }
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"values must be numbers, got {values!r:.60} ({error})") from None
+    if any(array.ndim == 0 for array in arrays.values()):
+        raise ValueError(f"values must be an array of rows, got {values!r:.60}")
     labels = _labels([len(array) for array in arrays.values()], groups)
     if statistic is mean and not named:
         shape = arrays[""].shape[1:]

@@ -12,6 +12,7 @@ from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Verdict
 from care_lens.core.verdicts import JudgeError, require_texts, require_verdicts
 from care_lens.evaluation.refusal import SubstringRefusalJudge, says_something
+from care_lens.lvlm.loading import require_loadable
 
 
 class ClassifierJudge:
@@ -101,6 +102,7 @@ class ClassifierJudge:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        require_loadable(name_or_dir, dtype)
         model = AutoModelForCausalLM.from_pretrained(
             name_or_dir, device_map=device_map, dtype=dtype or "auto", revision=revision
         )

@@ -13,7 +13,7 @@ from care_lens.core.verdicts import require_verdicts
 from care_lens.evaluation.fidelity import fidelity_trials
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.judging import judge_answers, judge_name, verdict_frame
-from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, verdict_trials
+from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, require_options, verdict_trials
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
 from care_lens.lvlm.hooked import HookedLVLM
@@ -72,6 +72,9 @@ def evaluate(
             wanted without an undefended model.
         TooManyMissing: If more answers failed than ``max_missing`` allows.
     """
+    require_options(n_boot, max_missing)
+    if fidelity < 0:
+        raise ValueError(f"fidelity must be True, False or a number of examples from 0, got {fidelity}")
     benign = _benign_channels(suites)
     base = next((name for name, repair in defences.items() if repair is None), None)
     if not defences or (fidelity and benign and base is None):

@@ -1,5 +1,6 @@
 """Generate the answers of examples under a defence into a store, leaving out what is there already."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -71,6 +72,12 @@ def generate_all(
     _require_ids(examples)
     options = _options(generation, max_new_tokens)
     in_force = lvlm.generation_settings(**options)
+    try:
+        json.dumps(in_force)
+    except TypeError as error:
+        raise ValueError(
+            f"generation must hold JSON-able options, which answers are stored under, got {error}"
+        ) from None
     samples = bool(in_force.get("do_sample"))
     settings = {
         "model": model_fingerprint(lvlm.hf_model),

@@ -93,7 +93,13 @@ def judge_store(store: GenerationStore, judge: Judge, *, settings: Collection[st
 
 
 def verdict_frame(answers: Sequence[StoredAnswer], verdicts: Sequence[Verdict], judge: str) -> pd.DataFrame:
-    """Verdicts as a frame, one row an answer."""
+    """Verdicts as a frame, one row an answer.
+
+    Raises:
+        ValueError: If there is not one verdict for each answer.
+    """
+    if len(answers) != len(verdicts):
+        raise ValueError(f"verdicts must be one for each of {len(answers)} answers, got {len(verdicts)}")
     columns = ("defence", "channel", "id", "group", "seed", "harmful")
     frame = pd.DataFrame([[getattr(answer, column) for column in columns] for answer in answers], columns=list(columns))
     return frame.assign(judge=judge, verdict=[verdict.value for verdict in verdicts])

@@ -22,7 +22,7 @@ from care_lens.core.stats import are_binary, cluster_bootstrap, clustered_rate
 from care_lens.core.stats import paired_difference as difference_of_means
 
 if TYPE_CHECKING:
-    from care_lens.evaluation.table import DefenceTable
+    pass
 
 TRIAL_COLUMNS = ("defence", "channel", "metric", "judge", "seed", "id", "group", "value")
 """Columns of a frame of trials; ``value`` is a float, NaN where missing."""
@@ -94,8 +94,7 @@ def summarise(
         TooManyMissing: If a cell misses more than that.
         ValueError: If there are no trials.
     """
-    if trials.empty:
-        raise ValueError("trials must hold at least one row, got none")
+    _require_trials(trials, n_boot, max_missing)
     rows = []
     for cell, part in _cells(records(trials), CELL).items():
         names = dict(zip(CELL, cell, strict=True))
@@ -170,7 +169,7 @@ def group_of(trial: Mapping[str, Any]) -> str:
 
 
 def paired_difference(
-    trials: "pd.DataFrame | DefenceTable",
+    trials: Any,
     first: str,
     second: str,
     *,
@@ -199,7 +198,11 @@ def paired_difference(
         ValueError: If a defence has no such trials, or the two were not tried on the same examples.
         TooManyMissing: If too many are missing.
     """
-    rows = records(trials if isinstance(trials, pd.DataFrame) else trials.trials)
+    table = trials if isinstance(trials, pd.DataFrame) else getattr(trials, "trials", None)
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"trials must be a DefenceTable or a frame of trials, got {type(trials).__name__}")
+    _require_trials(table, n_boot, max_missing)
+    rows = records(table)
     keys = ("channel", "judge", "seed", "id", "group")
     sides: list[dict[tuple[Any, ...], float]] = []
     for name in (first, second):
@@ -232,6 +235,26 @@ def paired_difference(
         counts = {"n": len(there), "missing": missing, "interval": kind}
         found.append({**names, **figure, **counts, "judge": cell[1], "seed": cell[2]})
     return pd.DataFrame(found)
+
+
+def _require_trials(trials: pd.DataFrame, n_boot: int, max_missing: int | float) -> None:
+    if missing := [column for column in TRIAL_COLUMNS if column not in trials.columns]:
+        raise ValueError(f"trials must have the columns {TRIAL_COLUMNS}, got none of {missing}; see verdict_trials")
+    if trials.empty:
+        raise ValueError("trials must hold at least one row, got none")
+    require_options(n_boot, max_missing)
+
+
+def require_options(n_boot: int, max_missing: int | float) -> None:
+    """Refuse numbers of resamples and shares of missing answers that make no sense.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if n_boot < 1:
+        raise ValueError(f"n_boot must be 1 or more, got {n_boot}")
+    if not 0 <= max_missing <= 1:
+        raise ValueError(f"max_missing must be a share in [0, 1], got {max_missing}")
 
 
 def _cells(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:

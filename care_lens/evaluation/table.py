@@ -137,6 +137,8 @@ class DefenceTable(FrameResult):
 
     def _cells(self, metrics: Sequence[str]) -> tuple[list[str], list[list[str]], str]:
         """Head, rows and caption of the printed table."""
+        if isinstance(metrics, str):
+            raise ValueError(f"metrics must be a list of names, got the text {metrics!r}; write ({metrics!r},)")
         rows = [row for row in records(self.frame) if row["metric"] in metrics]
         if not rows:
             raise ValueError(f"metrics must be some of {sorted(set(self.frame['metric']))}, got {list(metrics)}")

@@ -14,6 +14,7 @@ half-precision model.
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,7 @@ from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
-from care_lens.lvlm.loading import load_processor, require_known
+from care_lens.lvlm.loading import load_processor, require_known, require_loadable
 from care_lens.lvlm.options import COPIES, REFUSED, copies, refuse, resolve
 from care_lens.lvlm.plain import remember_attention
 from care_lens.lvlm.prepare import prepare_batch
@@ -87,7 +88,7 @@ class HookedLVLM(WrappedBridge):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_dir: Any,
+        name_or_dir: str | PathLike[str],
         *,
         device_map: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -115,6 +116,7 @@ class HookedLVLM(WrappedBridge):
         """
         from transformers import AutoConfig, AutoModelForImageTextToText
 
+        require_loadable(name_or_dir, dtype)
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         require_known(AutoConfig.from_pretrained(name_or_dir, **common))
         processor = load_processor(name_or_dir, **common)

@@ -97,6 +97,8 @@ class LVLMInputs:
         rows = list(index)
         if not rows:
             raise ValueError("index must name at least one row, got none")
+        if out := [row for row in rows if not 0 <= row < self.batch_size]:
+            raise ValueError(f"index must name rows of the batch of {self.batch_size}, from 0, got {out[0]}")
         entries = self._entries()
         kept = tuple(entries[row] for row in rows)
         counts = {name: self._counts(name) for name in ("pixel_values", *self.extra)}

@@ -94,6 +94,8 @@ def read_scores(
     Raises:
         ValueError: If this model has no such site.
     """
+    if not readers:
+        raise ValueError("readers must hold at least one reader, got none")
     leaves = tuple(dict.fromkeys(leaf for reader in readers for leaf in reader.leaves))
     answers = max_new_tokens > 1 and any(includes_generated(leaf.positions) for leaf in leaves)
     rows: list[Tensor] = []

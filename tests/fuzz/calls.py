@@ -1024,7 +1024,9 @@ def fate(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, 
         frame = traceback.extract_tb(error.__traceback__)[-1]
         ours = "care_lens/" in frame.filename.replace("\\", "/") and (frame.lineno or 0) in raise_lines(frame.filename)
         described = f"{type(error).__name__}: {error!s:.160} ({Path(frame.filename).name}:{frame.lineno})"
-        missing = isinstance(error, FileNotFoundError) and str(MISSING) in str(error)
+        missing = isinstance(error, OSError) and str(FOLDER) in str(
+            error
+        )  # Python's own words about a file, with its name
         plain = isinstance(error, PLAIN) and not isinstance(error, core_error())
         ours = ours or isinstance(error, core_error())  # a wrong type is told by beartype, in the package's own error
         return ("clear" if (ours or missing) and not plain and len(str(error)) > 15 else "obscure"), described
