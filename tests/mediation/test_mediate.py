@@ -257,7 +257,7 @@ def test_another_sweeps_checkpoint_is_refused(model, pictured, margin, llava_mak
         mediate(model, pictured, **{**options, "batch_size": 4})
     with pytest.raises(ValueError, match="examples"):
         mediate(model, pictured[:1], **options)
-    with pytest.raises(ValueError, match="same model"):
+    with pytest.raises(ValueError, match="weights"):
         mediate(HookedLVLM.from_hf(*llava_maker("clip", seed=1)), pictured, **options)
 
 
