@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from care_lens.core.cells import defused, defused_text, restored
+from care_lens.core.cells import csv_text, defused_text, restored
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -78,7 +78,7 @@ class FrameResult(ABC):
         }
         text = json.dumps(manifest, indent=2)
         path = directory / f"{name}.csv"
-        defused(self.frame).to_csv(path, index=False)
+        path.write_bytes(csv_text(self.frame).encode())
         (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         return path
 

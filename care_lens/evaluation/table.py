@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from care_lens.core.cells import defused, restored
+from care_lens.core.cells import csv_text, restored
 from care_lens.core.results import FrameResult
 from care_lens.evaluation.metrics import RATES, TRIAL_COLUMNS, paired_difference, records, summarise
 
@@ -122,7 +122,7 @@ class DefenceTable(FrameResult):
     def save(self, directory: str | Path, name: str) -> Path:
         """Write what :meth:`FrameResult.save` writes, and the trials as ``name.trials.csv``."""
         path = super().save(directory, name)
-        defused(self.trials).to_csv(path.with_name(f"{name}.trials.csv"), index=False)
+        path.with_name(f"{name}.trials.csv").write_bytes(csv_text(self.trials).encode())
         return path
 
     @classmethod

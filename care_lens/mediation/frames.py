@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from care_lens.core import Example, FrameResult, Outcome, Site, package_versions
-from care_lens.core.cells import defused, restored
+from care_lens.core.cells import csv_text, restored
 
 _TEXTUAL = ("tower", "component", "mediator", "position", "group", "id", "channel", "text", "verdict")
 _WHOLE = ("pair", "patch", "row", "col")
@@ -32,7 +32,7 @@ class DetailedResult(FrameResult):
     def save(self, directory: str | Path, name: str) -> Path:
         """Write ``name.csv``, ``name.json`` and ``name.details.csv``; returns the path of the first."""
         path = super().save(directory, name)
-        defused(self.details).to_csv(Path(directory) / f"{name}.details.csv", index=False)
+        (Path(directory) / f"{name}.details.csv").write_bytes(csv_text(self.details).encode())
         return path
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from care_lens.core.cells import defused
+from care_lens.core.cells import csv_text
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
@@ -144,7 +144,7 @@ def run(
             "runs": choice.runs,
         }
         for name, frame in tables.items():
-            defused(frame).to_csv(stage.directory / f"choice.{name}.csv", index=False)
+            (stage.directory / f"choice.{name}.csv").write_bytes(csv_text(frame).encode())
     with step("prove"):
         proof = prove(lvlm, study, choice, rows, printed, settings, stage)
     bar.close()
