@@ -4,10 +4,11 @@ A text that begins with = + - @ or with a tab or a line end is a formula to spre
 user gave. :func:`defused` puts an apostrophe before it, as spreadsheets themselves do, and before a text that looks like one which was
 defused; :func:`restored` takes it away again, so that reading gives back every text. Numbers stay numbers.
 
-    defused(frame).to_csv(path, index=False)
+    path.write_text(csv_text(frame))
     frame = restored(pd.read_csv(path))
 """
 
+import csv
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,21 @@ def defused(frame: pd.DataFrame) -> pd.DataFrame:
         (["'=1+1", 'one'], True)
     """
     return _each(frame, defused_text)
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """A frame as csv without its index, texts defused, line feeds as line ends.
+
+    Where a text holds a carriage return all texts are in quotes: pandas writes it bare otherwise, and reads the end of a row there.
+    """
+    returns = any(
+        isinstance(cell, str) and "\r" in cell
+        for position, dtype in enumerate(frame.dtypes)
+        if not is_numeric_dtype(dtype)
+        for cell in frame.iloc[:, position]
+    )
+    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    return defused(frame).to_csv(index=False, lineterminator="\n", quoting=quoting)
 
 
 def defused_text(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from care_lens.core.cells import defused, defused_text, restored
+from care_lens.core.cells import csv_text, defused_text, restored
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact
 
@@ -93,7 +93,7 @@ class FrameResult(ABC):
             name,
             kind=type(self).__name__,
             schema=_SCHEMA,
-            data={suffix: defused(frame).to_csv(index=False).encode() for suffix, frame in frames.items()},
+            data={suffix: csv_text(frame).encode() for suffix, frame in frames.items()},
             content={
                 "columns": column_types(self.frame),
                 "settings": _finite(self.settings),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from care_lens.core.cells import csv_text
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact
 from care_lens.core.identity import repair_fingerprint
@@ -48,7 +49,7 @@ def chosen(stage: Stage, out: Path, make: Callable[[], Choice]) -> Choice:
         _NAME,
         kind=_KIND,
         schema=_SCHEMA,
-        data={f"{name}.csv": frame.to_csv(index=False).encode() for name, frame in tables.items()},
+        data={f"{name}.csv": csv_text(frame).encode() for name, frame in tables.items()},
         content={
             "context": stage.context(_NAME),
             "plan": asdict(choice.plan),
