@@ -149,6 +149,8 @@ class Activations:
         """
         if not parts:
             raise ValueError("parts must hold at least one Activations, got none")
+        if wrong := [type(part).__name__ for part in parts if not isinstance(part, cls)]:
+            raise ValueError(f"parts must be of care_lens.Activations, got {wrong[0]}")
         first = parts[0]
         if any(part.values.keys() != first.values.keys() for part in parts):
             raise ValueError("parts must have the same sites and selections; capture them with the same arguments")

@@ -374,7 +374,10 @@ def paired_difference(
     Raises:
         ValueError: If the two differ in shape, or as :func:`cluster_bootstrap` does.
     """
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    try:
+        a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"first and second must be numbers, got {first!r:.40} and {second!r:.40} ({error})") from None
     if a.shape != b.shape:
         raise ValueError(f"first and second must be of the same shape, got {a.shape} and {b.shape}")
     kind = "differences" if are_binary(a, b) else "numbers"

@@ -1,7 +1,8 @@
 """Wrong arguments of the public API end in an error that the package raises itself: none obscure, none accepted in silence.
 
-`calls.py` makes the calls, in an interpreter without the type checks of the tests. `open.txt` names the calls that do not end so yet, one JSON text a
-line; a call that is mended is taken out of it, and none may be added.
+`calls.py` makes the calls, in an interpreter without the type checks of the tests. `open.txt` names the calls that do not end so, one JSON text a
+line: those that turned out to be right (a count of tokens given as a number, None for an option that may be None), and those still to be
+mended. None may be added.
 """
 
 import json
@@ -27,6 +28,6 @@ def test_wrong_arguments_end_in_clear_errors():
     made = [json.loads(line) for line in done.stdout.splitlines()]
     still_open = set(map(json.loads, (HERE / "open.txt").read_text(encoding="utf-8").splitlines()))
     fates = Counter(call["fate"] for call in made)
-    assert len({call["call"] for call in made}) == len(made) and fates["clear"] >= 450
+    assert len({call["call"] for call in made}) == len(made) and fates["clear"] >= 1150
     wrong = [call for call in made if call["fate"] != "clear" and call["call"] not in still_open]
     assert not wrong, json.dumps(wrong[:20], indent=1)
