@@ -22,6 +22,15 @@ def make_picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """A test that sets the number of threads (the command line does) does not set it for others: it changes the last bits."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def llava_maker() -> Callable:
     """``make(vision, ...) -> (model, processor)``: plain Hugging Face, always the same weights."""

@@ -58,8 +58,9 @@ def _digest(value: Any, seen: dict[int, int]) -> bytes:
     if isinstance(value, Mapping):
         items = [_join("item", _digest(key, seen), _digest(item, seen)) for key, item in value.items()]
         return _join(kind, *sorted(items))
-    if isinstance(value, (list, tuple)):
-        return _join(kind, *(_digest(item, seen) for item in value))
+    if isinstance(value, (list, tuple)):  # a list comes back from a file as a tuple
+        name = "sequence" if type(value) in (list, tuple) else kind
+        return _join(name, *(_digest(item, seen) for item in value))
     if isinstance(value, AbstractSet):
         return _join(kind, *sorted(_digest(item, seen) for item in value))
     if isinstance(value, type):

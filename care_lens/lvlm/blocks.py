@@ -47,12 +47,26 @@ class Blocks:
     @property
     def mine(self) -> list[Block]:
         """Those that act in this thread, in the order in which they were opened."""
-        return [block for block in self._open if block.acts]
+        return [] if self._muted else [block for block in self._open if block.acts]
 
     @property
     def makers(self) -> list[Callable[..., Any]]:
         """What makes hooks for each batch in this thread."""
         return [block.make for block in self.mine if block.make is not None]
+
+    @property
+    def _muted(self) -> bool:
+        return getattr(self._here, "muted", False)
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Have no block act in this thread, in the middle of a run too."""
+        before = self._muted
+        self._here.muted = True
+        try:
+            yield
+        finally:
+            self._here.muted = before
 
     @property
     def running(self) -> bool:
@@ -97,7 +111,7 @@ class Blocks:
         Raises:
             ThreadError: As said.
         """
-        if self.running:
+        if self.running or self._muted:
             return
         if [block for block in getattr(self._here, "carried", ()) if block not in self._open]:
             raise ThreadError(CARRIED)

@@ -382,9 +382,8 @@ class WrappedBridge:
         A defence that asks the model something more (a caption, the same request with a warning) does so here, so that neither its
         own hooks, nor another defence's, nor a recorder of activations run on what it asks.
         """
-        makers, taken = list(self._makers), []
+        taken = []
         try:
-            self._makers.clear()
             for point in {id(point): point for point in self.bridge.hook_dict.values()}.values():
                 ours = {handle.hook.id for handle in point.fwd_hooks if not handle.is_permanent}
                 hooks = point._forward_hooks
@@ -392,9 +391,9 @@ class WrappedBridge:
                     taken.append((hooks, list(hooks.items())))
                     for key in ours & hooks.keys():
                         del hooks[key]
-            yield self
+            with self._blocks.muted():
+                yield self
         finally:
-            self._makers.extend(makers)
             for hooks, items in taken:
                 hooks.clear()
                 hooks.update(items)

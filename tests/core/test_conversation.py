@@ -99,8 +99,9 @@ def test_messages_become_fields_with_pictures_in_their_places():
     ],
 )
 def test_messages_that_are_none_are_named(messages, message):
-    with pytest.raises(ExampleError, match=message):
-        plain.Example.from_messages(messages)
+    module = unchecked("conversation")
+    with pytest.raises(module.ExampleError, match=message):
+        module.parse_messages(messages)
 
 
 def test_digests_see_every_part_of_a_conversation():

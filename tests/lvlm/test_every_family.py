@@ -105,7 +105,8 @@ def test_conversations_are_what_the_chat_template_makes_of_them(twins, picture):
         inputs = lvlm.prepare(example)
         bos = lvlm.tokenizer.bos_token
         special = bos is None or not text.startswith(bos)
-        raw = lvlm.processor(text=[text], images=list(example.images), add_special_tokens=special, return_tensors="pt")
+        images = [list(example.images)] if lvlm.family.nested_images else list(example.images)
+        raw = lvlm.processor(text=[text], images=images, add_special_tokens=special, return_tensors="pt")
         begun = lvlm.tokenizer("sure i", add_special_tokens=False)["input_ids"]
         assert inputs.input_ids[0].tolist() == raw["input_ids"][0].tolist() + begun
         spans = inputs.spans

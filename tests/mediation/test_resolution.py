@@ -55,7 +55,7 @@ def test_rounding_in_a_path_is_not_an_effect(model, pictured, margin, noise, mon
         module._Batch,
         "sent",
         lambda self, sender, position, receivers: (
-            whole(self, sender, position, receivers) * 0 + self.untouched.numpy()[:, None] + noise
+            whole(self, sender, position, receivers) * 0 + np.array(self.untouched())[:, None] + noise
         ),
     )
     found = path_effects(model, pictured, outcome=margin, senders=["blocks.0.hook_attn_out"], n_boot=20, progress=False)

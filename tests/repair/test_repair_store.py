@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from unchecking import unchecked
 
 from care_lens.core import Site
-from care_lens.core.content import content_digest
+from care_lens.core.content import held_digest
 from care_lens.core.files import _sum
 from care_lens.core.identity import repair_fingerprint
 from care_lens.repair import (
@@ -115,7 +115,7 @@ def test_a_file_of_schema_1_is_loaded_and_saved_as_the_present_one(tmp_path):
     assert torch.equal(loaded.visual[0].writer.write, stored["0"])
     loaded.save(tmp_path)
     assert json.loads((tmp_path / "repair.json").read_text())["schema"] == 2
-    assert content_digest(HybridFusion.load(tmp_path)) == content_digest(loaded)
+    assert held_digest(HybridFusion.load(tmp_path)) == held_digest(loaded)
 
 
 def test_schema_1_with_wrong_numbers_is_refused(tmp_path):
@@ -169,7 +169,7 @@ def test_refused(fusion, tmp_path):
 def test_no_flipped_bit_is_missed(fusion, tmp_path):
     """300 random ones over both files: each is refused, or changed nothing (as in white space)."""
     fusion.save(tmp_path)
-    same = content_digest(fusion)
+    same = held_digest(fusion)
     generator = random.Random(0)
     undetected = 0
     for number in range(300):
@@ -179,10 +179,10 @@ def test_no_flipped_bit_is_missed(fusion, tmp_path):
         data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
         path.write_bytes(data)
         with contextlib.suppress(RepairFileError):
-            undetected += content_digest(HybridFusion.load(tmp_path)) != same
+            undetected += held_digest(HybridFusion.load(tmp_path)) != same
         path.write_bytes(whole)
     assert undetected == 0
-    assert content_digest(HybridFusion.load(tmp_path)) == same
+    assert held_digest(HybridFusion.load(tmp_path)) == same
 
 
 def test_a_save_that_is_cut_off_between_its_files_is_noticed(fusion, tmp_path):
@@ -307,7 +307,7 @@ def test_foreign_kinds_are_described_saved_and_loaded(tmp_path, model, inputs):
     fusion = foreign()
     fusion.save(tmp_path)
     loaded = HybridFusion.load(tmp_path)
-    assert content_digest(loaded) == content_digest(fusion)
+    assert held_digest(loaded) == held_digest(fusion)
     assert loaded.describe() == fusion.describe() and loaded.describe()["visual"][0]["gate"] == {
         "kind": "Square",
         "level": 0.25,

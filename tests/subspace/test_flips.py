@@ -7,7 +7,7 @@ import pytest
 import torch
 from subspace_rows import planted, unchecked
 
-from care_lens.core.content import content_digest
+from care_lens.core.content import held_digest
 from care_lens.subspace import MomentsKey, MomentsTable, SafetySubspace, SubspaceFileError
 
 FILES = Path(__file__).parent / "files"
@@ -34,7 +34,7 @@ def table(directory):
 def test_no_flipped_bit_is_missed(tmp_path, make, cls, name):
     """300 random ones over both files: each is refused, or changed nothing (as in white space)."""
     make(tmp_path)
-    same = content_digest(cls.load(tmp_path))
+    same = held_digest(cls.load(tmp_path))
     generator = random.Random(1)
     missed, refused = [], 0
     for number in range(300):
@@ -45,13 +45,13 @@ def test_no_flipped_bit_is_missed(tmp_path, make, cls, name):
         data[place] ^= 1 << bit
         path.write_bytes(data)
         try:
-            if content_digest(cls.load(tmp_path)) != same:
+            if held_digest(cls.load(tmp_path)) != same:
                 missed.append((path.name, place, bit))
         except SubspaceFileError:
             refused += 1
         path.write_bytes(whole)
     assert missed == [] and refused > 200
-    assert content_digest(cls.load(tmp_path)) == same
+    assert held_digest(cls.load(tmp_path)) == same
 
 
 def test_a_moments_table_of_schema_1_is_loaded_and_saved_as_the_present_one(tmp_path):
