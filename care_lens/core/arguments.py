@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+from beartype import BeartypeConf, FrozenDict, beartype
 from beartype.roar import BeartypeDecorHintException
 
 from care_lens.core.errors import CareLensError
@@ -19,7 +19,7 @@ class ArgumentError(CareLensError, TypeError, ValueError):
 
 
 _check: Any = beartype
-_overrides: Any = BeartypeHintOverrides
+_overrides: Any = FrozenDict
 _CONF = BeartypeConf(
     violation_type=ArgumentError,
     hint_overrides=_overrides(
