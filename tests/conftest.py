@@ -5,6 +5,9 @@ import os
 from jaxtyping import install_import_hook
 
 install_import_hook("care_lens", "beartype.beartype")
+os.environ["CARE_LENS_UNCHECKED"] = (
+    "1"  # types are checked by the hook, everywhere; processes of their own are as users' are
+)
 
 from collections.abc import Callable  # noqa: E402
 
