@@ -95,7 +95,7 @@ class AttributionResult(DetailedResult):
             effect ("NIE estimate"), value (mean over pairs, in the outcome's unit), ci_low, ci_high, n (pairs), seed.
         settings: Method, points, path, where inputs enter, the mean total effect ("TE") and the mean sum of the
             attributions of what enters ("entering", equal to TE if there were enough points), the completeness gap ("gap":
-            mean over pairs of |entering - TE| over mean |TE|), and what made it all.
+            mean over pairs of ``|entering - TE|`` over mean ``|TE|``), and what made it all.
         details: One row a unit, position and pair: pair (its index), group, value. Of neurons only those with the largest
             means, as asked for.
     """
