@@ -82,9 +82,9 @@ def cluster_bootstrap(
         ValueError: If there are no rows, lengths differ, an option is out of range, or values are not of their kind.
 
     Example:
-        >>> estimate, low, high = cluster_bootstrap([0.0, 0.0, 1.0, 1.0], ["a", "a", "b", "b"])
+        >>> estimate, low, high = cluster_bootstrap([0.0, 1.0, 1.0, 1.0, 0.0, 1.0], ["a", "a", "b", "b", "c", "c"])
         >>> round(float(estimate), 2), round(float(low), 2), round(float(high), 2)
-        (0.5, 0.01, 0.99)
+        (0.67, 0.05, 1.0)
     """
     _check(confidence, n_boot, kind)
     named = isinstance(values, Mapping)
