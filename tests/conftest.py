@@ -5,6 +5,9 @@ import os
 from jaxtyping import install_import_hook
 
 install_import_hook("care_lens", "beartype.beartype")
+os.environ["CARE_LENS_UNCHECKED"] = (
+    "1"  # types are checked by the hook, everywhere; processes of their own are as users' are
+)
 
 from collections.abc import Callable  # noqa: E402
 
@@ -20,6 +23,15 @@ def make_picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A test that sets the number of threads (the command line does) does not set it for others: it changes the last bits."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

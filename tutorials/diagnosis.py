@@ -80,7 +80,9 @@ places["picture"].plot()
 # %%
 units = ["blocks.0.attn.hook_z", "blocks.2.attn.hook_z", "blocks.0.mlp.hook_post"]
 estimates = {
-    name: attribute(lvlm, pairs[name], outcome=outcomes[name], sites=units, patches=(), n_boot=300, progress=False)
+    name: attribute(
+        lvlm, pairs[name], outcome=outcomes[name], sites=units, patches=(), points=8, n_boot=300, progress=False
+    )
     for name in pairs
 }
 plot_attribution(estimates["wrapper"], top=6)

@@ -6,6 +6,7 @@ from care_lens.attacks.pixels import PixelMap, as_seen
 from care_lens.attacks.targets import TargetLoss
 from care_lens.attacks.templates import TEMPLATES, wrap
 from care_lens.attacks.typographic import TextStyle, draw_text, typographic
+from care_lens.core.arguments import checked
 
 __all__ = [
     "TEMPLATES",
@@ -20,3 +21,5 @@ __all__ = [
     "typographic",
     "wrap",
 ]
+
+checked(globals(), __all__)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from care_lens.attacks.pixels import require_image, to_images, to_pixels
+from care_lens.core.draws import example_generator
 from care_lens.core.examples import Example
 
 
@@ -25,7 +26,7 @@ def random_noise(
         epsilon: Size of the noise, of 255; rounded down to whole 8-bit steps.
         kind: "sign": every pixel changes by plus or minus epsilon, the corners where gradient attacks end up.
             "uniform": by a whole number drawn uniformly from [-epsilon, epsilon].
-        seed: Seed of the draws.
+        seed: Seed of the draws; those of an example depend on it and the example alone.
         channel: Their new channel; None: as it was.
 
     Returns:
@@ -39,10 +40,10 @@ def random_noise(
     if kind not in ("sign", "uniform"):
         raise ValueError(f"kind must be 'sign' or 'uniform', got {kind!r}")
     radius = int(epsilon + 1e-6)
-    generator = torch.Generator().manual_seed(seed)
     noisy = []
     for example in examples:
         pixels = to_pixels([require_image(example)])
+        generator = example_generator(seed, example)
         if kind == "sign":
             noise = radius * (2 * torch.randint(2, pixels.shape, generator=generator) - 1)
         else:

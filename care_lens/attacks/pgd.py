@@ -12,6 +12,8 @@ gradient the defence hides (a warning is logged where a gradient vanishes).
 a weight is ever computed.
 """
 
+import base64
+import io
 import json
 import logging
 import math
@@ -30,12 +32,18 @@ from tqdm.auto import tqdm
 
 from care_lens.attacks.pixels import PixelMap, to_images, to_pixels
 from care_lens.attacks.targets import TargetLoss
+from care_lens.core.draws import example_generator
 from care_lens.core.examples import Example
+from care_lens.core.files import load_artifact, save_artifact
+from care_lens.core.identity import examples_digest, model_fingerprint, repair_fingerprint
+from care_lens.core.journal import Journal
 from care_lens.core.outcome import Repair
 from care_lens.core.results import package_versions
 from care_lens.lvlm.hooked import HookedLVLM
 
 logger = logging.getLogger(__name__)
+
+_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -72,31 +80,56 @@ class PGDResult:
         ]
 
     def save(self, directory: str | Path) -> Path:
-        """Write the pictures (png, lossless) and ``pgd.json`` into a directory, which is made if need be."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(self.images):
-            image.save(directory / f"{i:05d}.png")
-        content = {
-            "losses": self.losses.tolist(),
-            "clean_losses": self.clean_losses.tolist(),
-            "settings": self.settings,
-        }
-        path = directory / "pgd.json"
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        return path
+        """Write the pictures (``pgd.00000.png``, lossless) and ``pgd.json``, which holds the sums of all, into a directory.
+
+        Returns:
+            The path of ``pgd.json``.
+
+        Raises:
+            ArtifactError: If files of those names are there that care_lens did not write.
+        """
+        return save_artifact(
+            directory,
+            "pgd",
+            kind=type(self).__name__,
+            schema=_SCHEMA,
+            data={f"{i:05d}.png": _png(image) for i, image in enumerate(self.images)},
+            content={
+                "losses": self.losses.tolist(),
+                "clean_losses": self.clean_losses.tolist(),
+                "settings": json.dumps(self.settings),
+            },
+        )
 
     @classmethod
     def load(cls, directory: str | Path) -> "PGDResult":
-        """Read what :meth:`save` wrote."""
-        directory = Path(directory)
-        content = json.loads((directory / "pgd.json").read_text(encoding="utf-8"))
-        images = []
-        for i in range(len(content["losses"])):
-            with Image.open(directory / f"{i:05d}.png") as image:
-                images.append(image.convert("RGB"))
+        """Read what :meth:`save` wrote; folders of earlier versions, which have no sums, are read too.
+
+        Raises:
+            FileNotFoundError: If a file is not there.
+            ArtifactError: If a file is damaged or of another kind.
+        """
+        path = Path(directory) / "pgd.json"
+        content = json.loads(path.read_bytes()) if b'"files"' not in path.read_bytes() else {}
+        if isinstance(content, dict) and {*content} == {"losses", "clean_losses", "settings"}:
+            pictures = [(path.parent / f"{i:05d}.png").read_bytes() for i in range(len(content["losses"]))]
+            settings = content["settings"]
+        else:
+            data, content = load_artifact(directory, "pgd", kind=cls.__name__, schema=_SCHEMA)
+            pictures, settings = [data[name] for name in sorted(data)], json.loads(content["settings"])
         losses, clean = np.array(content["losses"]), np.array(content["clean_losses"])
-        return cls(images, losses, clean, content["settings"])
+        return cls([_of_png(one) for one in pictures], losses, clean, settings)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return file.getvalue()
+
+
+def _of_png(content: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(content)) as image:
+        return image.convert("RGB")
 
 
 def pgd(
@@ -115,6 +148,7 @@ def pgd(
     batch_size: int = 24,
     repair: Repair | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> PGDResult:
     """Change each example's picture, within a bound, so that the model answers with a target.
 
@@ -132,17 +166,18 @@ def pgd(
         random_start: Start from a uniform draw in the ball rather than from the picture itself.
         target_tokens: Count only the first so many tokens of each target.
         stop_loss: Leave an example alone once its loss is below this; None: never.
-        seed: Seed of the random starts; they do not depend on ``batch_size``.
+        seed: Seed of the random starts; those of an example depend on it and the example alone.
         batch_size: Examples at a time.
         repair: A defence to attack through.
         progress: Whether to show a progress bar.
+        checkpoint: A file in which finished restarts of finished batches are kept; a stopped attack goes on from it.
 
     Returns:
         The best pictures found, checked to be within the bound and to reach the model as they are.
 
     Raises:
         ValueError: If an option is out of range, an example has no picture, targets and examples differ in
-            number, or the processor changes the pictures.
+            number, the processor changes the pictures, or the checkpoint is of another attack or damaged.
         RuntimeError: If a picture found does not survive the round trip through the processor, or the defence
             cuts the gradient off.
 
@@ -155,12 +190,36 @@ def pgd(
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
     size = 2.5 * radius / steps if step_size is None else float(step_size)
-    if size <= 0:
+    if not 0 < size < math.inf:
         raise ValueError(f"step_size must be above 0, got {step_size}")
+    if target_tokens is not None and target_tokens < 1:
+        raise ValueError(f"target_tokens must be 1 or more, or None for all of them, got {target_tokens}")
     wanted = _targets_of(examples, targets)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts must be 1 without a random start, got {restarts}: all of them would be the same")
-    generator = torch.Generator().manual_seed(seed)
+    settings = {
+        "attack": "pgd",
+        "epsilon": epsilon,
+        "steps": steps,
+        "step_size": size,
+        "restarts": restarts,
+        "random_start": random_start,
+        "target_tokens": target_tokens,
+        "stop_loss": stop_loss,
+        "seed": seed,
+        "repair": None if repair is None else {"name": repair.name, **repair.describe()},
+        "n": len(examples),
+        "versions": package_versions(),
+    }
+    taken = {
+        "examples": examples_digest(examples),
+        "targets": wanted,
+        "batch_size": batch_size,
+        "weights": model_fingerprint(lvlm.hf_model),
+        "acting": lvlm.acting(),
+        "repair_fingerprint": None if repair is None else repair_fingerprint(repair),
+    }
+    kept = _Kept(checkpoint, {**settings, **taken})
     images: list[Image.Image] = []
     losses: list[Tensor] = []
     clean: list[Tensor] = []
@@ -177,29 +236,51 @@ def pgd(
             with torch.no_grad():
                 clean.append(loss(loss.pixels, everyone).cpu())
             best, best_loss = loss.pixels, torch.full_like(everyone, math.inf, dtype=torch.float32)
-            draws = torch.rand(len(chunk), restarts, *loss.pixels.shape[1:], generator=generator) * 2 - 1
+            shape = (restarts, *loss.pixels.shape[1:])
+            draws = torch.stack([torch.rand(shape, generator=example_generator(seed, e)) for e in chunk]) * 2 - 1
             for restart in range(restarts):
+                if (found := kept.get(start, restart, best)) is not None:
+                    best, best_loss = found
+                    bar.update(steps)
+                    continue
                 offset = draws[:, restart].to(best.device) * radius if random_start else torch.zeros_like(best)
                 best, best_loss = _descend(loss, offset, best, best_loss, radius, steps, size, stop_loss, bar)
-            found = to_images(best)
-            _check_round_trip(lvlm, chunk, found, loss.pixels, radius)
-            images += found
+                kept.add(start, restart, best, best_loss)
+            pictures = to_images(best)
+            _check_round_trip(lvlm, chunk, pictures, loss.pixels, radius)
+            images += pictures
             losses.append(best_loss.cpu())
-    settings = {
-        "attack": "pgd",
-        "epsilon": epsilon,
-        "steps": steps,
-        "step_size": size,
-        "restarts": restarts,
-        "random_start": random_start,
-        "target_tokens": target_tokens,
-        "stop_loss": stop_loss,
-        "seed": seed,
-        "repair": None if repair is None else {"name": repair.name, **repair.describe()},
-        "n": len(examples),
-        "versions": package_versions(),
-    }
     return PGDResult(images, torch.cat(losses).double().numpy(), torch.cat(clean).double().numpy(), settings)
+
+
+class _Kept:
+    """The best pictures after each restart of each batch, in a journal; nothing where there is no path."""
+
+    def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
+        self._journal = None if path is None else Journal(path, kind="PGD", about=settings)
+        self._rows: dict[tuple[int, int], dict[str, Any]] = {}
+        if self._journal is not None:
+            self._take(self._journal.append([]))
+
+    def get(self, start: int, restart: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """[image, channel, height, width] pictures and [image] losses, on the device of a tensor."""
+        row = self._rows.get((start, restart))
+        if row is None:
+            return None
+        pictures = [_of_png(base64.b64decode(one)) for one in row["pictures"]]
+        return to_pixels(pictures).to(like), torch.tensor(row["losses"], dtype=torch.float32, device=like.device)
+
+    def add(self, start: int, restart: int, best: Tensor, losses: Tensor) -> None:
+        """Record a finished restart."""
+        if self._journal is None:
+            return
+        pictures = [base64.b64encode(_png(image)).decode() for image in to_images(best)]
+        row = {"start": start, "restart": restart, "losses": losses.tolist(), "pictures": pictures}
+        self._take(self._journal.append([row]))
+
+    def _take(self, rows: Sequence[dict[str, Any]]) -> None:
+        for row in rows:
+            self._rows[row["start"], row["restart"]] = row
 
 
 def _descend(

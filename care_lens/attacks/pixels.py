@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from care_lens.core.examples import Example
+from care_lens.core.pictures import shown_picture
 from care_lens.lvlm.hooked import HookedLVLM
 
 _TOLERANCE = 0.05
@@ -89,7 +90,7 @@ def to_pixels(images: Sequence[Image.Image]) -> Float[Tensor, "image channel hei
             f"pictures must be of one size, got {sorted(sizes)}; resize them first with "
             "care_lens.attacks.as_seen(lvlm, examples)"
         )
-    arrays = [np.asarray(image.convert("RGB")) for image in images]
+    arrays = [np.asarray(shown_picture(image)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
 
 
@@ -127,7 +128,7 @@ def as_seen(lvlm: HookedLVLM, examples: Sequence[Example]) -> list[Example]:
     """
     seen = []
     for example in examples:
-        image = require_image(example).convert("RGB")
+        image = require_image(example)
         values = lvlm.prepare(replace(example, image=image, more_images=())).pixel_values
         assert values is not None
         if values.ndim != 4 or values.shape[:2] != (1, 3):

@@ -41,18 +41,22 @@ class TargetLoss:
         *,
         target_tokens: int | None = None,
     ) -> None:
-        images = [require_image(example).convert("RGB") for example in examples]
+        images = [require_image(example) for example in examples]
         rows = [
             replace(example, image=image, response=target)
             for example, image, texts in zip(examples, images, targets, strict=True)
             for target in texts
         ]
+        if earlier := [row.id for row in rows if any(turn.images for turn in row.turns)]:
+            raise ValueError(
+                f"an attack changes the only picture of a request, got pictures in earlier turns of {earlier[:3]}"
+            )
         inputs = lvlm.prepare(rows, responses=True)
         owner = torch.tensor([i for i, texts in enumerate(targets) for _ in texts])
         slot = torch.tensor([i for texts in targets for i in range(len(texts))])
         self.pixels = to_pixels(images).to(lvlm.device)
         self._lvlm, self._inputs, self._owner, self._slot = lvlm, inputs, owner, slot
-        self._counted = _counted_tokens(inputs.spans.response, target_tokens)
+        self._counted = _counted_tokens(inputs.spans.response & ~inputs.spans.prefill, target_tokens)
         self._map = PixelMap.of(lvlm.processor.image_processor, device=lvlm.device)
         assert inputs.pixel_values is not None
         self._map.require(self.pixels[owner.to(lvlm.device)], inputs.pixel_values)

@@ -4,11 +4,12 @@ arXiv:2311.05608)."""
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from care_lens.core.examples import Example
+from care_lens.core.pictures import shown_picture
 
 Colour = str | tuple[int, int, int]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -35,6 +36,15 @@ class TextStyle:
     band: Colour | None = None
     margin: int = 8
 
+    def __post_init__(self) -> None:
+        if self.font_size < 1:
+            raise ValueError(f"font_size must be 1 pixel or more, got {self.font_size}")
+        if self.margin < 0:
+            raise ValueError(f"margin must be 0 pixels or more, got {self.margin}")
+        for name, colour in (("colour", self.colour), ("band", self.band)):
+            require_colour(name, colour)
+        self.load_font()
+
     def load_font(self) -> Font:
         """The font at its size.
 
@@ -43,7 +53,25 @@ class TextStyle:
         """
         if self.font is None:
             return ImageFont.load_default(self.font_size)
-        return ImageFont.truetype(str(self.font), self.font_size)
+        try:
+            return ImageFont.truetype(str(self.font), self.font_size)
+        except OSError as error:
+            raise OSError(f"font must be the path of a TrueType or OpenType font, got {self.font} ({error})") from None
+
+
+def require_colour(name: str, colour: Any) -> None:
+    """Refuse what names no colour.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if isinstance(colour, str):
+        try:
+            ImageColor.getrgb(colour)
+        except ValueError:
+            raise ValueError(
+                f"{name} must be a colour as Pillow names them ('white', '#ff8800'), got {colour!r}"
+            ) from None
 
 
 def draw_text(
@@ -71,7 +99,10 @@ def draw_text(
     """
     if not text.strip():
         raise ValueError(f"text must have a letter, got {text!r}")
-    page = Image.new("RGB", size, background) if image is None else image.convert("RGB").copy()
+    require_colour("background", background)
+    if min(size) < 1:
+        raise ValueError(f"size must be a width and a height of 1 pixel or more, got {size}")
+    page = Image.new("RGB", size, background) if image is None else shown_picture(image).copy()
     draw, font = ImageDraw.Draw(page), style.load_font()
     x, top = style.position if isinstance(style.position, tuple) else (style.margin, style.margin)
     lines = _break_lines(text, draw, font, page.width - x - style.margin)

@@ -6,6 +6,7 @@ from care_lens.capture.capturing import SELECTIONS, capture
 from care_lens.capture.gradients import token_gradients
 from care_lens.capture.streaming import capture_moments
 from care_lens.capture.token_scores import TokenScores, score_tokens
+from care_lens.core.arguments import checked
 
 __all__ = [
     "SELECTIONS",
@@ -20,3 +21,5 @@ __all__ = [
     "token_gradients",
     "visual_scores",
 ]
+
+checked(globals(), __all__)

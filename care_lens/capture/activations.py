@@ -8,11 +8,24 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from safetensors.torch import load as tensors_of_bytes
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from care_lens.core.errors import CareLensError
+from care_lens.core.files import load_artifact, save_artifact
 from care_lens.core.site import Site, SiteLike
 
-_SCHEMA = 1
+_SCHEMA = 2
+
+
+class NotCapturedError(CareLensError, KeyError):
+    """Activations were asked for that were not captured."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows its message in quotes
+
+
 Key = tuple[Site, str]
 
 
@@ -116,6 +129,8 @@ class Activations:
             if len(which) != len(self):
                 raise ValueError(f"mask must be of length {len(self)}, got {len(which)}")
             which = which.nonzero()[:, 0].tolist()
+        if out := [i for i in which if not -len(self) <= i < len(self)]:
+            raise ValueError(f"which must name some of the {len(self)} examples, got {out[0]}")
         index = torch.tensor(list(which), dtype=torch.long)
         return Activations(
             values={key: rows[index] for key, rows in self.values.items()},
@@ -134,6 +149,8 @@ class Activations:
         """
         if not parts:
             raise ValueError("parts must hold at least one Activations, got none")
+        if wrong := [type(part).__name__ for part in parts if not isinstance(part, cls)]:
+            raise ValueError(f"parts must be of care_lens.Activations, got {wrong[0]}")
         first = parts[0]
         if any(part.values.keys() != first.values.keys() for part in parts):
             raise ValueError("parts must have the same sites and selections; capture them with the same arguments")
@@ -146,7 +163,7 @@ class Activations:
         )
 
     def save(self, directory: str | Path, name: str) -> Path:
-        """Write ``name.safetensors`` and ``name.json`` into a directory.
+        """Write ``name.safetensors`` and ``name.json``, which holds the sums of both, into a directory.
 
         Args:
             directory: Made if it does not exist.
@@ -154,48 +171,44 @@ class Activations:
 
         Returns:
             The path of the safetensors file.
-        """
-        from safetensors.torch import save_file
 
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        keys = [(str(site), select) for site, select in self.values]
-        manifest = {
-            "schema": _SCHEMA,
-            "kind": type(self).__name__,
-            "keys": keys,
-            "ids": self.ids,
-            "groups": self.groups,
-            "provenance": self.provenance,
-        }
-        text = json.dumps(manifest, indent=2)
+        Raises:
+            ArtifactError: If files of that name are there that care_lens did not write.
+        """
         tensors: dict[str, Tensor] = {}
         for i, key in enumerate(self.values):
             tensors[f"values.{i}"] = self.values[key].contiguous()
             tensors[f"present.{i}"] = self.present[key].contiguous()
-        path = directory / f"{name}.safetensors"
-        save_file(tensors, path)
-        (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-        return path
+        save_artifact(
+            directory,
+            name,
+            kind=type(self).__name__,
+            schema=_SCHEMA,
+            data={"safetensors": tensors_to_bytes(tensors)},
+            content={
+                "keys": [(str(site), select) for site, select in self.values],
+                "ids": self.ids,
+                "groups": self.groups,
+                "provenance": self.provenance,
+            },
+        )
+        return Path(directory) / f"{name}.safetensors"
 
     @classmethod
     def load(cls, directory: str | Path, name: str) -> "Activations":
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; files of schema 1, which have no sums, are read too.
 
         Raises:
             FileNotFoundError: If a file is not there.
-            ValueError: If the files hold something else, or come from a newer schema.
+            ArtifactError: If the files are damaged, hold something else, or come from a newer schema.
         """
-        from safetensors.torch import load_file
-
-        directory = Path(directory)
-        manifest = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
-        if manifest.get("kind") != cls.__name__ or manifest["schema"] > _SCHEMA:
-            raise ValueError(
-                f"{name}.json must hold {cls.__name__} of schema {_SCHEMA} or less, got "
-                f"{manifest.get('kind')!r} of schema {manifest.get('schema')!r}"
-            )
-        tensors = load_file(directory / f"{name}.safetensors")
+        path = Path(directory) / f"{name}.json"
+        held = json.loads(path.read_bytes()) if b'"files"' not in path.read_bytes() else {}
+        if isinstance(held, dict) and held.get("schema") == 1 and held.get("kind") == cls.__name__:
+            manifest, data = held, {"safetensors": path.with_suffix(".safetensors").read_bytes()}
+        else:
+            data, manifest = load_artifact(directory, name, kind=cls.__name__, schema=_SCHEMA)
+        tensors = tensors_of_bytes(data["safetensors"])
         keys = [(Site.parse(site), select) for site, select in manifest["keys"]]
         return cls(
             values={key: tensors[f"values.{i}"] for i, key in enumerate(keys)},
@@ -209,5 +222,5 @@ class Activations:
         key = (Site.parse(site), select)
         if key not in self.values:
             held = sorted({f"{at} {what}" for at, what in self.values})
-            raise KeyError(f"{key[0]} with selection {select!r} was not captured; captured were {held}")
+            raise NotCapturedError(f"{key[0]} with selection {select!r} was not captured; captured were {held}")
         return key

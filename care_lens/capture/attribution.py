@@ -159,6 +159,7 @@ class TokenAttribution:
             ValueError: If there are no tokens of either kind, or the method needs a gradient.
         """
         _require_tokens(visual=visual, text=text)
+
         image = torch.arange(len(visual) + len(text), device=visual.device)[None] < len(visual)
         return self.keep(torch.cat([visual, text])[None], image=image, text=~image)[0, : len(visual)]
 
@@ -240,6 +241,10 @@ def visual_scores(
         [1.0, 0.0]
     """
     _require_tokens(visual=visual, text=text)
+    if visual.shape[1] != text.shape[1]:
+        raise ValueError(f"visual and text must be of one width, got {visual.shape[1]} and {text.shape[1]}")
+    if not bool(visual.isfinite().all() and text.isfinite().all()):
+        raise ValueError("visual and text must hold finite numbers, got NaN or infinity")
     every = [torch.ones(1, len(part), dtype=torch.bool, device=_device(part)) for part in (visual, text)]
     return _visual_scores(_wide(visual)[None], every[0], _wide(text)[None], every[1], kernel)[0]
 
@@ -296,6 +301,8 @@ def select_tokens(
         raise ValueError(f"k must be 1 or more, got {k}")
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    if bool(scores.isnan().any()):
+        raise ValueError("scores must be numbers, got NaN")
     amount = k if k is not None else float(ratio or 0)
     return _best(scores, torch.ones_like(scores, dtype=torch.bool), amount)
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from care_lens.capture.activations import Activations
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.pooling import SELECTIONS, PooledRun
-from care_lens.capture.shards import Shards
+from care_lens.capture.shards import Shards, held
 from care_lens.core import Example, Outcome, SiteLike
 from care_lens.lvlm import HookedLVLM
 
@@ -68,7 +68,8 @@ def capture(
     Raises:
         ValueError: If the model has no such site, a selection is not known or has no meaning at a site, there
             are no examples, a site of the vision tower is asked for and no example has an image, method "gradient"
-            has no outcome or another method has one, or the checkpoint is of another capture.
+            has no outcome or another method has one, or the checkpoint is of another capture or damaged.
+        InUseError: If another process works in the checkpoint.
 
     Example:
         >>> from care_lens import organism
@@ -83,6 +84,7 @@ def capture(
         lvlm, examples, sites, select=select, attribution=attribution, outcome=outcome, responses=responses,
         batch_size=batch_size,
     )  # fmt: skip
-    shards = Shards(checkpoint, run)
-    batches = tqdm(run.batches(), desc="capturing", disable=not progress)
-    return Activations.concatenate([shards.activations(batch) for batch in batches])
+    with held(checkpoint):
+        shards = Shards(checkpoint, run)
+        batches = tqdm(run.batches(), desc="capturing", disable=not progress)
+        return Activations.concatenate([shards.activations(batch) for batch in batches])

@@ -11,8 +11,8 @@ from torch import Tensor
 from care_lens.capture.activations import Activations, Key
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.gradients import token_gradients
-from care_lens.core import Example, Outcome, Site, SiteLike, examples_digest, package_versions
-from care_lens.core.identity import digest, model_fingerprint
+from care_lens.core import Example, Outcome, Site, SiteLike, content_digest, examples_digest, package_versions
+from care_lens.core.identity import model_fingerprint
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
@@ -133,9 +133,9 @@ class PooledRun:
         return {
             "keys": [[str(site), name] for site, name in self.keys],
             "examples": examples_digest(self.examples),
-            "items": digest([[example.id, example.group] for example in self.examples]),
             "weights": model_fingerprint(self.lvlm.hf_model),
             "acting": self.lvlm.acting(),
+            "outcome_digest": content_digest(self.outcome),
             "batch_size": self.batch_size,
             **{name: value for name, value in self.provenance().items() if name != "versions"},
         }

@@ -1,7 +1,9 @@
 """Finished batches of a capture, kept in a directory, so that a run that was stopped goes on from them."""
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +11,45 @@ import torch
 
 from care_lens.capture.activations import Activations
 from care_lens.capture.pooling import PooledRun
+from care_lens.core.errors import ArtifactError
+from care_lens.core.files import in_use, load_artifact, save_artifact
+from care_lens.core.identity import digest
+from care_lens.core.journal import differing
 
-_SETTINGS = "capture.json"
+_SETTINGS = "capture"
+_KIND = "capture settings"
 _TOLERANCE = 1e-3
 
 
-def check_settings(path: Path, settings: dict[str, Any]) -> bool:
-    """Whether a checkpoint is there already; if not, its settings are written.
+def check_settings(directory: Path, settings: dict[str, Any]) -> bool:
+    """Whether a checkpoint is in a directory already; if not, its settings are written.
 
     Raises:
-        ValueError: If it is of other settings.
+        ArtifactError: If it is of other settings, its settings are damaged, or the directory holds files but no settings.
     """
     ours = json.loads(json.dumps(settings))
+    path = directory / f"{_SETTINGS}.json"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(ours, indent=2) + "\n")
+        if others := sorted(part.name for part in directory.glob("*") if not part.name.startswith(".")):
+            raise ArtifactError(
+                f"checkpoint must be an empty directory or one of a capture, {directory} holds {others[0]} and no {path.name}; use "
+                "another directory"
+            )
+        save_artifact(directory, _SETTINGS, kind=_KIND, schema=1, data={}, content={"settings": ours})
         return False
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    if theirs != ours:
-        differ = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-        raise ValueError(
-            f"checkpoint must be of the same capture, {path.parent} differs in {differ}; use another directory"
+    _, content = load_artifact(directory, _SETTINGS, kind=_KIND, schema=1)
+    if differ := differing(ours, content["settings"]):
+        raise ArtifactError(
+            f"checkpoint must be of the same capture, {directory} differs in {differ}; use another directory"
         )
     return True
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def require_same(found: Activations, again: Activations, directory: Path) -> None:
     """Refuse a checkpoint whose numbers this model does not give: single weights and hook functions escape the settings.
 
     Raises:
-        ValueError: If a batch that was captured again differs by more than 1e-3, relative to its largest number.
+        ArtifactError: If a batch that was captured again differs by more than 1e-3, relative to its largest number.
     """
     for key, rows in again.values.items():
         other = found.values[key]
@@ -53,7 +57,7 @@ def require_same(found: Activations, again: Activations, directory: Path) -> Non
         if rows.shape != other.shape or not torch.allclose(
             rows, other, rtol=0, atol=_TOLERANCE * scale, equal_nan=True
         ):
-            raise ValueError(
+            raise ArtifactError(
                 f"checkpoint must be of the same model, {directory} holds other activations at {key[0]}; use another directory"
             )
 
@@ -66,34 +70,64 @@ class Shards:
         run: What is captured. If the directory holds a batch already, the first is captured again and compared.
 
     Raises:
-        ValueError: If the directory is of another capture or model.
+        ArtifactError: If the directory is of another capture or model, or a file in it is damaged.
     """
 
     def __init__(self, directory: str | Path | None, run: PooledRun) -> None:
         self._run, self._directory = run, None if directory is None else Path(directory)
         if self._directory is None:
             return
-        check_settings(self._directory / _SETTINGS, run.settings())
+        self._of = digest(run.settings())
+        check_settings(self._directory, run.settings())
         first = run.batches()[0]
         if self._is_there(self._directory, first):
-            require_same(Activations.load(self._directory, _name(first)), run.activations(first), self._directory)
+            require_same(self._load(self._directory, first), run.activations(first), self._directory)
 
     def activations(self, batch: range) -> Activations:
-        """The batch, captured if it was not yet."""
+        """The batch, captured if it was not yet.
+
+        Raises:
+            ArtifactError: If its file is damaged, or is that of another batch or capture.
+        """
         if self._directory is None:
             return self._run.activations(batch)
         if self._is_there(self._directory, batch):
-            return Activations.load(self._directory, _name(batch))
+            return self._load(self._directory, batch)
         captured = self._run.activations(batch)
-        captured.save(self._directory, "part")
-        for suffix in ("safetensors", "json"):
-            os.replace(self._directory / f"part.{suffix}", self._directory / f"{_name(batch)}.{suffix}")
+        replace(captured, provenance={**captured.provenance, **self._shard(batch)}).save(self._directory, _name(batch))
         return captured
+
+    def _load(self, directory: Path, batch: range) -> Activations:
+        """A batch from its file, which must say that it is that one."""
+        held, shard = Activations.load(directory, _name(batch)), self._shard(batch)
+        if {name: held.provenance.get(name) for name in shard} != shard:
+            raise ArtifactError(
+                f"{directory / _name(batch)}.json must hold examples {batch.start} to {batch.stop} of this capture, got those of "
+                f"another file; remove it, and it is captured again"
+            )
+        return replace(held, provenance=self._run.provenance())
+
+    def _shard(self, batch: range) -> dict[str, Any]:
+        return {"batch": [batch.start, batch.stop], "capture": self._of}
 
     @staticmethod
     def _is_there(directory: Path, batch: range) -> bool:
-        """The manifest is the last to be moved: where it is, the batch is whole."""
+        """The manifest is the last to be written: where it is, the batch is whole."""
         return (directory / f"{_name(batch)}.json").exists()
+
+
+@contextmanager
+def held(directory: str | Path | None) -> Iterator[None]:
+    """Keep a checkpoint's directory to this process for a ``with`` block.
+
+    Raises:
+        InUseError: If another process works there.
+    """
+    if directory is None:
+        yield
+        return
+    with in_use(directory):
+        yield
 
 
 def _name(batch: range) -> str:

@@ -5,9 +5,7 @@ means, scatters and the sums that shrinkage needs, by fold of items, class and m
 the width (``keep="auto"``), so that memory does not grow with the stream.
 """
 
-import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,13 +17,17 @@ from tqdm.auto import tqdm
 from care_lens.capture.activations import Activations, Key
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.pooling import PooledRun
-from care_lens.capture.shards import check_settings, require_same, write_whole
+from care_lens.capture.shards import check_settings, held, require_same
 from care_lens.core import Example, Outcome, SiteLike
+from care_lens.core.errors import ArtifactError
+from care_lens.core.files import load_artifact, save_artifact, sha256
 from care_lens.lvlm import HookedLVLM
 from care_lens.subspace import MomentsTable
 from care_lens.subspace.memory import Keep, plan_memory
 
 logger = logging.getLogger(__name__)
+
+_PROGRESS = "capture progress"
 
 
 def modality_of(key: Key) -> str:
@@ -78,7 +80,8 @@ def capture_moments(
 
     Raises:
         ValueError: As :func:`~care_lens.capture.capture`; or if labels are not as many as the examples, or the checkpoint is of
-            another capture or model.
+            another capture or model or damaged.
+        InUseError: If another process works in the checkpoint.
         SubspaceError: If folds or keep are out of range, or an activation is NaN or infinite.
 
     Example:
@@ -103,17 +106,18 @@ def capture_moments(
         raise ValueError(f"label must be one word or one an example, {len(run.examples)}, got {len(labels)}")
     tables = {key: MomentsTable(lvlm.width(key[0]), folds=folds, keep=keep, seed=seed) for key in run.keys}
     _say_plan(tables, labels, folds, keep)
-    kept = _Kept(checkpoint, run, {"labels": labels, "folds": folds, "keep": keep, "seed": seed})
-    done = kept.resume(tables)
-    saved = time.monotonic()
-    batches = run.batches()
-    for number, batch in enumerate(tqdm(batches, desc="capturing", disable=not progress)):
-        if number < done:
-            continue
-        _add(tables, run.activations(batch), [labels[i] for i in batch])
-        if number + 1 == len(batches) or time.monotonic() - saved >= save_seconds:
-            kept.save(tables, number + 1)
-            saved = time.monotonic()
+    with held(checkpoint):
+        kept = _Kept(checkpoint, run, {"labels": labels, "folds": folds, "keep": keep, "seed": seed})
+        done = kept.resume(tables)
+        saved = time.monotonic()
+        batches = run.batches()
+        for number, batch in enumerate(tqdm(batches, desc="capturing", disable=not progress)):
+            if number < done:
+                continue
+            _add(tables, run.activations(batch), [labels[i] for i in batch])
+            if number + 1 == len(batches) or time.monotonic() - saved >= save_seconds:
+                kept.save(tables, number + 1)
+                saved = time.monotonic()
     return tables
 
 
@@ -139,26 +143,36 @@ def _say_plan(tables: Mapping[Key, MomentsTable], labels: Sequence[str], folds: 
 
 
 class _Kept:
-    """Tables in a directory: a folder a save, and a file that says which is whole."""
+    """Tables in a directory: a folder a save, and a file that says which is whole and what it holds."""
 
     def __init__(self, directory: str | Path | None, run: PooledRun, more: dict[str, Any]) -> None:
         self._run, self._directory, self._there = run, None if directory is None else Path(directory), False
         if self._directory is not None:
-            self._there = check_settings(self._directory / "capture.json", {**run.settings(), **more})
+            self._there = check_settings(self._directory, {**run.settings(), **more})
 
     def resume(self, tables: dict[Key, MomentsTable]) -> int:
-        """Fill the tables with what is there; the number of batches they hold."""
+        """Fill the tables with what is there; the number of batches they hold.
+
+        Raises:
+            ArtifactError: If a file is damaged, or is not the one that was saved.
+        """
         if self._directory is None:
             return 0
         first = self._run.batches()[0]
-        progress = self._directory / "progress.json"
-        if not (self._there and progress.exists()):
+        if not (self._there and (self._directory / "progress.json").exists()):
             self._run.activations(first).save(self._directory, "first")
             return 0
         require_same(Activations.load(self._directory, "first"), self._run.activations(first), self._directory)
-        done = int(json.loads(progress.read_text(encoding="utf-8"))["batches"])
+        _, progress = load_artifact(self._directory, "progress", kind=_PROGRESS, schema=1)
+        done = int(progress["batches"])
         for i, key in enumerate(tables):
-            tables[key] = MomentsTable.load(self._directory / f"after_{done}" / str(i))
+            here = self._directory / f"after_{done}" / str(i)
+            if _sums(here) != progress["tables"][i]:
+                raise ArtifactError(
+                    f"{here} must hold the table that was saved after {done} batches, got other or damaged files; use another directory"
+                )
+            tables[key] = MomentsTable.load(here)
+        self._tidy(done)
         return done
 
     def save(self, tables: Mapping[Key, MomentsTable], done: int) -> None:
@@ -166,9 +180,21 @@ class _Kept:
         if self._directory is None:
             return
         here = self._directory / f"after_{done}"
+        if here.exists():  # of a save that was cut off
+            shutil.rmtree(here)
         for i, table in enumerate(tables.values()):
             table.save(here / str(i))
-        write_whole(self._directory / "progress.json", json.dumps({"batches": done}) + os.linesep)
+        content = {"batches": done, "tables": [_sums(here / str(i)) for i in range(len(tables))]}
+        save_artifact(self._directory, "progress", kind=_PROGRESS, schema=1, data={}, content=content)
+        self._tidy(done)
+
+    def _tidy(self, done: int) -> None:
+        assert self._directory is not None
         for other in self._directory.glob("after_*"):
-            if other != here:
+            if other.name != f"after_{done}":
                 shutil.rmtree(other)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The sum of every file in a folder, by name."""
+    return {path.name: sha256(path.read_bytes()) for path in sorted(folder.glob("*")) if path.is_file()}

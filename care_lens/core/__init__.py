@@ -1,6 +1,11 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
-from care_lens.core.examples import Example, PairedExamples, examples_digest
+from care_lens.core.arguments import ArgumentError, checked
+from care_lens.core.conversation import PICTURE, ExampleError, Turn
+from care_lens.core.defence import Defence, defended
+from care_lens.core.digests import content_digest, examples_digest
+from care_lens.core.errors import ArtifactError, CareLensError, InUseError
+from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import (
     HasSpans,
     Judge,
@@ -13,23 +18,36 @@ from care_lens.core.outcome import (
     UnsafeMargin,
     Verdict,
 )
+from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture, shown_picture
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.core.spans import PatchGrid, TokenSpans
-from care_lens.core.stats import Interval, cluster_bootstrap, paired_difference, rate_ci
+from care_lens.core.stats import Interval, cluster_bootstrap, clustered_rate, paired_difference, rate_ci, ratio_of_means
+from care_lens.core.verdicts import JudgeError, OutcomeError, require_outcome, require_verdicts
 
 __all__ = [
     "BLOCK_COMPONENTS",
+    "PICTURE",
+    "ArgumentError",
+    "ArtifactError",
+    "CareLensError",
+    "Defence",
     "Example",
+    "ExampleError",
     "FrameResult",
     "HasSpans",
+    "InUseError",
     "Interval",
     "Judge",
+    "JudgeError",
     "KLDivergence",
     "LogitDifference",
     "Outcome",
+    "OutcomeError",
     "PairedExamples",
     "PatchGrid",
+    "PictureError",
+    "PictureNotFoundError",
     "PrefixMargin",
     "Repair",
     "ResponseLogProb",
@@ -37,11 +55,22 @@ __all__ = [
     "SiteLike",
     "TokenSpans",
     "Tower",
+    "Turn",
     "UnsafeMargin",
     "Verdict",
     "cluster_bootstrap",
+    "clustered_rate",
+    "content_digest",
+    "defended",
     "examples_digest",
+    "open_picture",
     "package_versions",
     "paired_difference",
     "rate_ci",
+    "ratio_of_means",
+    "require_outcome",
+    "require_verdicts",
+    "shown_picture",
 ]
+
+checked(globals(), __all__)

@@ -1,12 +1,20 @@
 """Examples: what a vision-language model is asked, and pairs of them that differ in their harm only."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 from PIL import Image
+
+from care_lens.core.conversation import (
+    ExampleError,
+    Turn,
+    parse_messages,
+    require_places,
+    require_text,
+    shown_pictures,
+)
+from care_lens.core.digests import examples_digest as examples_digest
 
 
 @dataclass(frozen=True)
@@ -15,8 +23,10 @@ class Example:
 
     Attributes:
         prompt: What the user says, as plain text; the model's chat template and image placeholder are added
-            by ``HookedLVLM.prepare``.
-        image: The picture that goes with it, or None for a request in words alone.
+            by ``HookedLVLM.prepare``. Its pictures stand before it, or where it has the character
+            :data:`~care_lens.core.conversation.PICTURE`.
+        image: The picture that goes with it, or None for a request in words alone. It is kept as a viewer shows it, in RGB on
+            white (:func:`~care_lens.core.pictures.shown_picture`).
         response: An answer to teacher-force, or None.
         harmful: Whether complying would be unsafe.
         channel: How the request is put ("plain", "typographic", ...); rows of a defence table.
@@ -24,10 +34,20 @@ class Example:
         group: The item the request is about (a noun, a behaviour): intervals are clustered by it.
         meta: Anything else about it, as strings.
         more_images: Further pictures, after the first. Attacks and patch maps work on the first alone.
+        behaviour: What the request is after, in plain words, where the prompt does not say it (a typographic attack asks about
+            "the list in the picture"); judges read it. None: the prompt says it.
+        system: The system prompt, or None.
+        turns: Earlier turns of the conversation, in order.
+        prefill: The beginning of the answer, which the model goes on from, or None. A response that is teacher-forced comes after it;
+            stored answers and judges have it at the answer's beginning.
 
     Raises:
-        ValueError: If there are further pictures and no first one.
-        TypeError: If a picture is not a PIL image.
+        ExampleError: If a field is of another type, there are further pictures and no first one, or the prompt has places for
+            another number of pictures. It is a ValueError and a TypeError.
+
+    Example:
+        >>> Example("what is it?", turns=(Turn("user", "hello"), Turn("assistant", "hi"))).turns[1].text
+        'hi'
     """
 
     prompt: str
@@ -39,19 +59,66 @@ class Example:
     group: str = ""
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
     more_images: tuple[Image.Image, ...] = field(default=(), hash=False)
+    behaviour: str | None = None
+    system: str | None = None
+    turns: tuple[Turn, ...] = ()
+    prefill: str | None = None
 
     def __post_init__(self) -> None:
-        if self.more_images and self.image is None:
-            raise ValueError("an example with more_images must have a first image, got None")
-        if wrong := [type(image).__name__ for image in self.images if not isinstance(image, Image.Image)]:
-            raise TypeError(
-                f"image must be a PIL image, got {wrong[0]}; make one with PIL.Image.fromarray or Image.open"
+        for name in ("prompt", "channel", "id", "group"):
+            require_text(name, getattr(self, name))
+        for name in ("response", "behaviour", "system", "prefill"):
+            require_text(name, getattr(self, name), optional=True)
+        if not isinstance(self.harmful, bool):
+            raise ExampleError(f"harmful must be True or False, got {self.harmful!r}; write bool(value)")
+        if not isinstance(self.meta, Mapping):
+            raise ExampleError(f"meta must be a mapping of texts, got {type(self.meta).__name__}; give a dict")
+        object.__setattr__(self, "turns", tuple(self.turns))
+        if wrong := [type(turn).__name__ for turn in self.turns if not isinstance(turn, Turn)]:
+            raise ExampleError(
+                f"turns must be care_lens.Turn, got {wrong[0]}; see Example.from_messages for chat lists"
             )
+        object.__setattr__(self, "more_images", tuple(self.more_images))
+        if self.more_images and self.image is None:
+            raise ExampleError("an example with more_images must have a first image, got None")
+        if self.image is not None:
+            first, *more = shown_pictures("image", (self.image, *self.more_images))
+            object.__setattr__(self, "image", first)
+            object.__setattr__(self, "more_images", tuple(more))
+        require_places("prompt", self.prompt, len(self.own_images))
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[Mapping[str, Any]], **fields: Any) -> "Example":
+        """An example of a conversation in the form that Hugging Face's chat templates take.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each; content is a text, or a list of ``{"type": "text", "text": ...}`` and
+                ``{"type": "image", "image": picture}`` in their places. A system message may come first; the last user message is
+                the prompt; an assistant message after it is the beginning of the answer (``prefill``).
+            **fields: The example's other fields.
+
+        Returns:
+            The example.
+
+        Raises:
+            ExampleError: Naming the message that is not as it must be.
+
+        Example:
+            >>> example = Example.from_messages([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}])
+            >>> example.system, example.prompt
+            ('be brief', 'hello')
+        """
+        return cls(**parse_messages(messages), **fields)
+
+    @property
+    def own_images(self) -> tuple[Image.Image, ...]:
+        """The pictures of the prompt itself, in order."""
+        return () if self.image is None else (self.image, *self.more_images)
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
-        """All its pictures, in order; none for a request in words alone."""
-        return () if self.image is None else (self.image, *self.more_images)
+        """All pictures of the conversation, in order: those of earlier turns, then the prompt's."""
+        return tuple(image for turn in self.turns for image in turn.images) + self.own_images
 
 
 @dataclass(frozen=True)
@@ -103,14 +170,3 @@ class PairedExamples:
         if isinstance(index, slice):
             return PairedExamples(self.safe[index], self.unsafe[index])
         return self.safe[index], self.unsafe[index]
-
-
-def examples_digest(examples: Sequence[Example]) -> str:
-    """A digest of prompts, responses and pictures, in order: what a resumed run is checked against."""
-    content = hashlib.sha256()
-    for example in examples:
-        content.update(json.dumps([example.prompt, example.response]).encode())
-        for picture in example.images:
-            image = picture.convert("RGB")
-            content.update(f"{image.size}".encode() + image.tobytes())
-    return content.hexdigest()[:16]

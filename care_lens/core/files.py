@@ -11,17 +11,21 @@ another number. The sums find damage, not malice: whoever can write the files ca
 
 import hashlib
 import json
+import math
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from care_lens.core.errors import ArtifactError, InUseError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SUM, _FILES = "manifest_sha256", "files"
 
@@ -83,6 +87,7 @@ def save_artifact(
         TypeError: If the content is not JSON-able.
         ValueError: If the content has one of the manifest's own keys, or holds NaN or infinity.
         OSError: If a file cannot be written.
+        ArtifactError: If a file of that name is there that no save has written; it is left as it is.
     """
     own = {"kind": kind, "schema": schema, _FILES: {suffix: sha256(found) for suffix, found in data.items()}}
     if taken := {*own, _SUM} & {*content}:
@@ -91,13 +96,48 @@ def save_artifact(
     manifest = json.loads(json.dumps({**own, **content}, allow_nan=False))
     text = json.dumps({**manifest, _SUM: _sum(manifest)}, indent=2, allow_nan=False) + "\n"
     directory = Path(directory)
+    note = directory / f".{name}.saving"
+    _require_own(directory, name, [*data], note)
+    # The note says whose the data files are if the save is cut off before the manifest is there.
+    write_whole(note, json.dumps(sorted(data)) + "\n")
     for suffix, found in data.items():
         write_whole(directory / f"{name}.{suffix}", found)
-    return write_whole(directory / f"{name}.json", text)
+    path = write_whole(directory / f"{name}.json", text)
+    note.unlink(missing_ok=True)
+    return path
+
+
+def _require_own(directory: Path, name: str, suffixes: Sequence[str], note: Path) -> None:
+    """Refuse to write over files that no save of this name has written.
+
+    Raises:
+        ArtifactError: Naming the first of them.
+    """
+    manifest = directory / f"{name}.json"
+    ours = set(suffixes) if note.exists() else set[str]()
+    if manifest.exists():
+        try:
+            held = json.loads(manifest.read_bytes())
+            # Layouts before the sums name no files: they are ours by their kind and schema.
+            known = isinstance(held, dict) and {"kind", "schema"} <= {*held}
+        except ValueError:
+            held, known = {}, note.exists()
+        if not known:
+            raise ArtifactError(
+                f"{manifest} must be free, got a file that care_lens did not write, which is left as it is; use another name"
+            )
+        ours |= {*held[_FILES]} if _FILES in held else set(suffixes)
+    for suffix in suffixes:
+        path = directory / f"{name}.{suffix}"
+        if suffix not in ours and path.exists():
+            raise ArtifactError(
+                f"{path} must be free, got a file without the manifest that care_lens writes, which is left as it is; use another "
+                "name, or remove it"
+            )
 
 
 def load_artifact(
-    directory: str | Path, name: str, *, kind: str, schema: int
+    directory: str | Path, name: str, *, kind: str, schema: int, oldest: int = 1
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Read an artifact and check it against its manifest.
 
@@ -106,6 +146,7 @@ def load_artifact(
         name: Stem of the files.
         kind: What it must be.
         schema: The newest version of the layout that the caller knows.
+        oldest: The first version that was an artifact.
 
     Returns:
         The data files' bytes by suffix, and the manifest's content (its "kind", "schema" and sums included).
@@ -116,8 +157,12 @@ def load_artifact(
     """
     path = Path(directory) / f"{name}.json"
     manifest = read_manifest(path, kind=kind, schema=schema)
+    if manifest["schema"] < oldest:
+        raise ArtifactError(f"schema of {path} must be {oldest} or more, got {manifest['schema']}; make it again")
     data = {}
     for suffix, expected in manifest[_FILES].items():
+        if "/" in suffix or "\\" in suffix:
+            raise ArtifactError(f"{path} must name files beside it, got the suffix {suffix!r}; it is not of care_lens")
         part = path.with_name(f"{name}.{suffix}")
         if not part.exists():
             raise ArtifactError(f"{part} must be there, {path.name} describes it; copy all files of it again")
@@ -127,6 +172,9 @@ def load_artifact(
                 f"{part} must be the file that {path.name} describes, but its checksum differs: it is damaged, of another save, or "
                 "its save was cut off; copy all files of it again, or remove them and make it again"
             )
+    # Whole, so that a note left by a kill after the last file has nothing more to say.
+    with suppress(OSError):
+        path.with_name(f".{name}.saving").unlink(missing_ok=True)
     return data, manifest
 
 
@@ -138,51 +186,127 @@ def read_manifest(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]
         ArtifactError: If it is damaged, no manifest, of another kind or of a newer schema.
     """
     path = Path(path)
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ArtifactError(f"{path} must be the manifest of a {kind}, got no JSON ({error}); make it again") from None
-    if not isinstance(manifest, dict) or not {"kind", "schema", _FILES, _SUM} <= {*manifest}:
+    manifest = read_object(path, kind=kind)
+    if not {"kind", "schema", _FILES, _SUM} <= {*manifest} or not isinstance(manifest[_FILES], dict):
         raise ArtifactError(f"{path} must be the manifest of a {kind} as care_lens writes it, got another file")
+    # Before the sum, which a newer layout may take otherwise.
+    if isinstance(manifest["schema"], int) and manifest["schema"] > schema:
+        raise ArtifactError(f"schema of {path} must be {schema} or less, got {manifest['schema']}; update care_lens")
     if manifest[_SUM] != _sum(manifest):
         raise ArtifactError(
             f"{path} must be as it was written, but its checksum differs; copy it again, or make it again"
         )
     if manifest["kind"] != kind:
         raise ArtifactError(f"{path} must hold a {kind}, got a {manifest['kind']}; load it with that class")
-    if manifest["schema"] > schema:
-        raise ArtifactError(f"schema of {path} must be {schema} or less, got {manifest['schema']}; update care_lens")
+    if type(manifest["schema"]) is not int or manifest["schema"] < 1:
+        raise ArtifactError(
+            f"schema of {path} must be a number of 1 or more, got {manifest['schema']!r}; make it again"
+        )
     return manifest
 
 
+def read_object(path: str | Path, *, kind: str) -> dict[str, Any]:
+    """Read a JSON object, unchecked: what manifests of layouts older than :func:`save_artifact` are told by.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ArtifactError: If it is no JSON object.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} must be the manifest of a {kind}, got no JSON ({error}); make it again") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} must be the manifest of a {kind}, got a {type(found).__name__}; make it again")
+    return found
+
+
+def tensors_of(data: Mapping[str, bytes], suffix: str = "safetensors", *, where: str | Path) -> dict[str, "Tensor"]:
+    """The tensors of a safetensors file that :func:`load_artifact` read, on the CPU.
+
+    Raises:
+        ArtifactError: If there is no such file, or it is none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if suffix not in data:
+        raise ArtifactError(f"{where} must have a .{suffix} file, got {sorted(data)}; save it again")
+    try:
+        return load(data[suffix])
+    except SafetensorError as error:
+        raise ArtifactError(f"{where} must hold a safetensors file, got {error}; save it again") from None
+
+
+def tensor_bytes(tensors: "Mapping[str, Tensor]") -> bytes:
+    """Tensors by name as a safetensors file."""
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+
+
+def packed(value: Any) -> Any:
+    """A JSON-able value in which NaN and the infinities are written as ``{"float": "nan"}``, which strict JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
+    if isinstance(value, Mapping):
+        found = {key: packed(item) for key, item in value.items()}
+        return {"object": found} if [*found] in (["float"], ["object"]) else found
+    return [packed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def unpacked(value: Any) -> Any:
+    """The inverse of :func:`packed`."""
+    if isinstance(value, dict):
+        if [*value] == ["float"] and value["float"] in ("nan", "inf", "-inf"):
+            return float(value["float"])
+        value = value["object"] if [*value] == ["object"] and isinstance(value["object"], dict) else value
+        return {key: unpacked(item) for key, item in value.items()}
+    return [unpacked(item) for item in value] if isinstance(value, list) else value
+
+
 @contextmanager
-def in_use(path: str | Path) -> Iterator[None]:
+def in_use(path: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     """Hold a folder or a file for this process in a ``with`` block; another process that wants it is refused.
 
     Args:
         path: What is written to. The lock is the file ``.NAME.lock`` beside it, which is freed when the process ends, however it ends.
+        wait: So many seconds the holder is waited for.
 
     Raises:
         InUseError: If another process holds it; the message says which.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=wait)
     holder = path.with_name(f".{path.name}.holder")
     try:
         lock.acquire()
     except Timeout:
-        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        who = _holder(holder)
         raise InUseError(
             f"{path} must be written by one process at a time, {who} holds it; wait for that one, or use another path"
         ) from None
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        holder.write_text(f"{_this_process()}\n", encoding="utf-8")
         yield
     finally:
         with suppress(OSError):
             holder.unlink()
         lock.release()
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as its note says; the note may go at any moment."""
+    try:
+        who = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        who = ""
+    return f"this process ({who})" if who == _this_process() else who or "another process"
 
 
 def sha256(content: bytes) -> str:

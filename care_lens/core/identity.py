@@ -3,17 +3,28 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from care_lens.core.content import held_digest
+from care_lens.core.digests import content_digest, examples_digest, picture_bytes, some_values
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
 
+__all__ = [
+    "content_digest",
+    "digest",
+    "example_fingerprint",
+    "examples_digest",
+    "model_fingerprint",
+    "repair_fingerprint",
+]
+
 _LENGTH = 16
-_SAMPLES = 32
+#: Fields that say what an example is and what is compared with its answer; the model is given the others.
+_ABOUT = {"response", "harmful", "channel", "id", "group", "meta", "behaviour"}
+_GIVEN = {"prompt", "image", "more_images"}
 
 
 def digest(value: Any) -> str:
@@ -26,11 +37,13 @@ def digest(value: Any) -> str:
 
 
 def example_fingerprint(example: Example) -> str:
-    """A digest of what the model is given: the prompt and the pictures' pixels."""
+    """A digest of what the model is given: the prompt, the pictures' pixels, and fields beyond those that are set."""
     content = hashlib.sha256(json.dumps(example.prompt).encode())
     for picture in example.images:
-        image = picture.convert("RGB")
-        content.update(f"{image.size}".encode() + image.tobytes())
+        content.update(picture_bytes(picture))
+    for field in dataclasses.fields(example):
+        if field.name not in _ABOUT | _GIVEN and (value := getattr(example, field.name)):
+            content.update(f"{field.name} {content_digest(value)}".encode())
     return content.hexdigest()[:_LENGTH]
 
 
@@ -44,38 +57,15 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         content.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
         if not parameter.is_meta:
-            content.update(_some_values(parameter).numpy().tobytes())
+            content.update(some_values(parameter))
     return content.hexdigest()[:_LENGTH]
 
 
 def repair_fingerprint(repair: Repair) -> str:
-    """A digest of a repair's description and of every number in its tensors.
+    """A digest of a repair's description, of every number in its tensors and of every setting, nested ones included.
 
-    Descriptions may give tensors by their norms alone, and two projectors of one rank have the same. Tensors
-    are looked for in the repair's attributes, and there in dataclasses, mappings, tuples and lists.
+    Descriptions may give tensors by their norms alone, and two projectors of one rank have the same. So all that the
+    repair holds counts, see :func:`care_lens.core.content.held_digest`; a repair that keeps a cache in an attribute changes
+    its fingerprint as it fills.
     """
-    content = hashlib.sha256(digest(repair.describe()).encode())
-    for tensor in _tensors(getattr(repair, "__dict__", {})):
-        content.update(f"{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        content.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
-    return content.hexdigest()[:_LENGTH]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
-
-
-def _some_values(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)
-    picks = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64)
-    return flat[picks.long().to(flat.device)].to("cpu", torch.float32)
+    return digest([repair.describe(), held_digest(repair)])

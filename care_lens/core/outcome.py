@@ -72,7 +72,7 @@ class Judge(Protocol):
 
     Args:
         examples: The requests.
-        texts: One answer (new tokens only) for each.
+        texts: One answer for each, without the prompt; where the example gives its beginning (``prefill``), with that.
 
     Returns:
         One verdict for each.
@@ -101,6 +101,16 @@ class Repair(Protocol):
         ...
 
 
+def require_ids(ids: Sequence[int]) -> None:
+    """Refuse what are no ids of tokens.
+
+    Raises:
+        ValueError: If one is negative.
+    """
+    if wrong := [token for token in ids if token < 0]:
+        raise ValueError(f"token ids must be 0 or more, got {wrong[0]}; take them from lvlm.tokenizer")
+
+
 @dataclass(frozen=True)
 class UnsafeMargin:
     """log p(comply) - log p(refuse) for the first token of the answer.
@@ -123,6 +133,7 @@ class UnsafeMargin:
     def __post_init__(self) -> None:
         object.__setattr__(self, "comply", tuple(self.comply))
         object.__setattr__(self, "refuse", tuple(self.refuse))
+        require_ids((*self.comply, *self.refuse))
         if not self.comply or not self.refuse:
             raise ValueError(f"comply and refuse must each have a token id, got {self.comply} and {self.refuse}")
         if both := set(self.comply) & set(self.refuse):
@@ -168,6 +179,7 @@ class LogitDifference:
     def __post_init__(self) -> None:
         object.__setattr__(self, "toward", tuple(self.toward))
         object.__setattr__(self, "away", tuple(self.away))
+        require_ids((*self.toward, *self.away))
         if not self.toward or not self.away:
             raise ValueError(f"toward and away must each have a token id, got {self.toward} and {self.away}")
         if both := set(self.toward) & set(self.away):
@@ -275,8 +287,8 @@ class ResponseLogProb:
             ValueError: If a row has no response, or the logits leave out part of one.
         """
         kept = logits.shape[1]
-        response = inputs.spans.response[:, -kept:].to(logits.device)
-        counts = inputs.spans.response.sum(dim=1).to(logits.device)
+        own = inputs.spans.response & ~inputs.spans.prefill  # the model does not choose a prefill
+        response, counts = own[:, -kept:].to(logits.device), own.sum(dim=1).to(logits.device)
         if not bool((counts > 0).all()) or not bool((response[:, 1:].sum(dim=1) == counts).all()):
             raise ValueError(
                 "every row must have a response that the logits cover with the token before it; prepare the "
@@ -353,8 +365,8 @@ class PrefixMargin:
 
 
 def _at_last(logits: Float[Tensor, "batch pos vocab"], inputs: HasSpans) -> Float[Tensor, "batch vocab"]:
-    """The logits at the last prompt position of each row."""
-    last = inputs.spans.last[:, -logits.shape[1] :]
+    """The logits from which each row's first token of its own is taken: at the last prompt token, or at the end of a prefill."""
+    last = inputs.spans.context_end[:, -logits.shape[1] :]
     if not bool(last.any(dim=1).all()):
         raise ValueError(
             f"logits must cover the last prompt position of every row, got the last {logits.shape[1]} "

@@ -5,6 +5,8 @@ from boundary markers. Each image also has its patch grid, so that a position ma
 picture and back.
 """
 
+import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-SPAN_NAMES: tuple[str, ...] = ("all", "image", "text", "prompt", "response", "generated", "last")
+SPAN_NAMES: tuple[str, ...] = ("all", "image", "text", "prompt", "response", "prefill", "generated", "last")
 """The names :meth:`TokenSpans.mask` answers to."""
 
 
@@ -34,6 +36,9 @@ class PatchGrid:
         top: Upper edge of the region.
         stride: Positions from the start of a row of patches to the start of the next; None: ``cols``.
         image: Which of the row's images it belongs to.
+
+    Raises:
+        ValueError: If a size makes no sense.
     """
 
     start: int
@@ -45,6 +50,18 @@ class PatchGrid:
     top: float | int = 0.0
     stride: int | None = None
     image: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1 or self.start < 0:
+            raise ValueError(
+                f"a grid must have rows and cols of 1 or more and a start of 0 or more, got {self.rows} x {self.cols} at {self.start}"
+            )
+        if not (0 < self.width < math.inf and 0 < self.height < math.inf):
+            raise ValueError(f"width and height must be above 0 and finite, got {self.width} and {self.height}")
+        if not (math.isfinite(self.left) and math.isfinite(self.top)):
+            raise ValueError(f"left and top must be finite, got {self.left} and {self.top}")
+        if self.step < self.cols:
+            raise ValueError(f"stride must be cols ({self.cols}) or more, got {self.stride}")
 
     @property
     def step(self) -> int:
@@ -63,31 +80,44 @@ class PatchGrid:
     def rectangle(self, position: int) -> tuple[float, float, float, float]:
         """Pixels ``(x0, y0, x1, y1)`` of the picture that the token at ``position`` covers.
 
+        It covers ``x0 <= x < x1`` and ``y0 <= y < y1``. Neighbours share an edge to the bit, so that each point of the region
+        is of one token.
+
         Raises:
             ValueError: If the position is not one of this grid's tokens.
         """
         row, col = divmod(position - self.start, self.step)
         if not (self.start <= position < self.stop and col < self.cols):
             raise ValueError(f"position must be a token of the grid in [{self.start}, {self.stop}), got {position}")
-        w, h = self.width / self.cols, self.height / self.rows
-        x0, y0 = self.left + col * w, self.top + row * h
-        return float(x0), float(y0), float(x0 + w), float(y0 + h)
+        x, y = _edges(self.left, self.width, self.cols), _edges(self.top, self.height, self.rows)
+        return x[col], y[row], x[col + 1], y[row + 1]
 
     def position(self, x: float | int, y: float | int) -> int:
         """Position of the token that covers the pixel ``(x, y)`` of the picture.
 
+        It is the inverse of :meth:`rectangle`: for the upper left corner of a token's rectangle it is that token.
+
         Raises:
             ValueError: If the model does not see that pixel.
+
+        Example:
+            >>> grid = PatchGrid(start=5, rows=27, cols=27, width=760, height=760)
+            >>> all(grid.position(*grid.rectangle(p)[:2]) == p for p in grid.positions())
+            True
         """
-        col = int((x - self.left) // (self.width / self.cols))
-        row = int((y - self.top) // (self.height / self.rows))
-        if not (0 <= col < self.cols and 0 <= row < self.rows):
+        across, down = _edges(self.left, self.width, self.cols), _edges(self.top, self.height, self.rows)
+        if not (across[0] <= x < across[-1] and down[0] <= y < down[-1]):
             raise ValueError(
-                f"pixel must be in [{self.left}, {self.left + self.width}) x "
-                f"[{self.top}, {self.top + self.height}), got ({x}, {y}): the model does not see "
-                "the rest of the picture"
+                f"pixel must be in [{across[0]}, {across[-1]}) x [{down[0]}, {down[-1]}), got ({x}, {y}): the model does not "
+                "see the rest of the picture"
             )
+        col, row = bisect.bisect_right(across, x) - 1, bisect.bisect_right(down, y) - 1
         return self.start + row * self.step + col
+
+
+def _edges(first: float | int, extent: float | int, n: int) -> list[float]:
+    """The n + 1 edges of n equal parts of a side."""
+    return [float(first + extent * i / n) for i in range(n)] + [float(first + extent)]
 
 
 @dataclass(frozen=True)
@@ -98,11 +128,13 @@ class TokenSpans:
         image: [batch, pos] image tokens.
         text: [batch, pos] every other token that is not padding, the chat template included.
         prompt: [batch, pos] everything up to and including the prompt that asks for an answer.
-        response: [batch, pos] teacher-forced response tokens, with their end-of-sequence token.
+        response: [batch, pos] tokens of the answer: a prefill, then a teacher-forced response with its end-of-sequence token.
         last: [batch, pos] the last token of the prompt, one a row: its logits predict the first token of the
             answer.
         padding: [batch, pos] padding.
         grids: For each row its patch grids, in order of position.
+        prefill: [batch, pos] the beginning of the answer that the model is given, part of ``response``; None: no row has one,
+            which becomes a mask of nothing.
 
     Raises:
         ValueError: If a row has not exactly one last position, or if the masks overlap where they must not.
@@ -115,8 +147,13 @@ class TokenSpans:
     last: Bool[Tensor, "batch pos"]
     padding: Bool[Tensor, "batch pos"]
     grids: tuple[tuple[PatchGrid, ...], ...]
+    prefill: Bool[Tensor, "batch pos"] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.prefill is None:
+            object.__setattr__(self, "prefill", torch.zeros_like(self.response))
+        if bool((self.prefill & ~self.response).any()):
+            raise ValueError("prefill must be part of the response: it is the beginning of the answer")
         if not bool((self.image.int() + self.text.int() + self.padding.int() == 1).all()):
             raise ValueError("each position must be exactly one of image, text and padding")
         if not bool((self.prompt.int() + self.response.int() + self.padding.int() == 1).all()):
@@ -134,14 +171,16 @@ class TokenSpans:
         padding: Bool[Tensor, "batch pos"],
         response: Bool[Tensor, "batch pos"],
         grids: Sequence[Sequence[PatchGrid]],
+        prefill: Bool[Tensor, "batch pos"] | None = None,
     ) -> "TokenSpans":
-        """Derive all masks from the three that are independent.
+        """Derive all masks from those that are independent.
 
         Args:
             image: [batch, pos] image tokens.
             padding: [batch, pos] padding.
-            response: [batch, pos] response tokens.
+            response: [batch, pos] tokens of the answer, a prefill included.
             grids: For each row its patch grids.
+            prefill: [batch, pos] tokens of the answer's given beginning; None: there are none.
 
         Returns:
             The spans, on the masks' device.
@@ -160,6 +199,7 @@ class TokenSpans:
             last=positions == last,
             padding=padding,
             grids=tuple(tuple(row) for row in grids),
+            **({} if prefill is None else {"prefill": prefill}),
         )
 
     def mask(self, name: str) -> Bool[Tensor, "batch pos"]:
@@ -167,7 +207,7 @@ class TokenSpans:
 
         Args:
             name: "all" (everything but padding), "image", "text", "prompt", "response", "generated" (the same
-                as "response": what the model answers) or "last".
+                as "response": what the model answers), "prefill" (the part of it that the model is given) or "last".
 
         Returns:
             [batch, pos] mask.
@@ -182,6 +222,13 @@ class TokenSpans:
         if name not in SPAN_NAMES:
             raise ValueError(f"span must be one of {SPAN_NAMES}, got {name!r}")
         return getattr(self, name)
+
+    @property
+    def context_end(self) -> Bool[Tensor, "batch pos"]:
+        """[batch, pos] the last token before what the model writes itself, one a row: the last one of a prefill, else ``last``."""
+        given = self.prompt | self.prefill
+        positions = torch.arange(given.shape[1], device=given.device)
+        return positions == torch.where(given, positions, -1).amax(dim=1, keepdim=True)
 
     def last_index(self) -> tuple[int, ...]:
         """Position of the last prompt token of each row."""
@@ -198,4 +245,4 @@ class TokenSpans:
         return TokenSpans(**{name: getattr(self, name).to(device) for name in _MASKS}, grids=self.grids)
 
 
-_MASKS = ("image", "text", "prompt", "response", "last", "padding")
+_MASKS = ("image", "text", "prompt", "response", "last", "padding", "prefill")

@@ -1,23 +1,33 @@
 """A study in a folder: `examples.jsonl` and `study.json`, so that any model and any data can be diagnosed and repaired.
 
-study.json: name, about, refusal (a refusal in the model's words), comply and refuse (openings of compliant answers and of
-refusals), seen ({"visual": [channels], "textual": [channels]}), plain (the channel that the model refuses), and, as it
+study.json: name, about, refusal (a refusal in the model's words), comply and refuse (lists of openings of compliant answers
+and of refusals), seen ({"visual": [channels], "textual": [channels]}), plain (the channel that the model refuses), and, as it
 applies, pairs ({name: [[id of the safe twin, id of the unsafe twin], ...]}; examples of the fit split, for mediation) and
 gradient (ids of test requests with pictures and compliant responses, which the model refuses). Each example may name its
 split in meta.split; otherwise items are dealt to splits by group.
+
+    study = read_study("my_folder", tokenizer=lvlm.tokenizer, judge=SubstringRefusalJudge())
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import Judge, UnsafeMargin
-from care_lens.data.jsonl import read_examples
-from care_lens.data.study import SPLITS, Split, Study, split_by_group
+from care_lens.core.require import require_path
+from care_lens.data.jsonl import DataFileError, parse_json, read_examples, read_text
+from care_lens.data.study import SPLITS, Modality, Split, Study, split_by_group
 
 _REQUIRED = ("name", "refusal", "comply", "refuse", "seen")
+_OPTIONAL = ("about", "plain", "pairs", "gradient")
+_FILES = ("examples.jsonl", "study.json")
+
+
+class StudyNotFoundError(CareLensError, FileNotFoundError):
+    """The folder of a study, or one of its files, is missing."""
 
 
 def read_study(directory: str | Path, *, tokenizer: Any, judge: Judge, seed: int = 0) -> Study:
@@ -30,64 +40,139 @@ def read_study(directory: str | Path, *, tokenizer: Any, judge: Judge, seed: int
         seed: of the deal, where examples name no split.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if study.json lacks a key, only some examples name a split, a name is no split, or a pair or gradient id
-            is of no example of its split.
+        StudyNotFoundError: if the folder or a file is missing. It is a FileNotFoundError.
+        DataFileError: if a file is not as the module's text says: a key is missing, unknown, given twice or of another type, comply
+            and refuse begin with one token, only some examples name a split, a name is no split, or a pair or gradient id is of no example
+            of its split. It is a ValueError.
+        ValueError: as `Study` does.
     """
-    directory = Path(directory)
-    settings = json.loads((directory / "study.json").read_text(encoding="utf-8"))
-    if missing := [key for key in _REQUIRED if key not in settings]:
-        raise ValueError(f"study.json must have the keys {_REQUIRED}, got none of {missing}")
-    examples = read_examples(directory / "examples.jsonl")
-    suites = _suites(examples, seed)
+    directory = require_path(directory, "directory")
+    if not directory.is_dir():
+        raise StudyNotFoundError(
+            f"{directory} must be a folder with {' and '.join(_FILES)}, but there is no such folder"
+        )
+    if missing := [name for name in _FILES if not (directory / name).is_file()]:
+        raise StudyNotFoundError(f"{directory} must hold {' and '.join(_FILES)}, got no {' and no '.join(missing)}")
+    settings = _settings(directory / "study.json")
+    suites = _suites(read_examples(directory / "examples.jsonl"), seed)
     return Study(
         name=settings["name"],
         about=settings.get("about", ""),
         suites=suites,
         seen={modality: tuple(channels) for modality, channels in settings["seen"].items()},
         judge=judge,
-        outcome=UnsafeMargin(
-            comply=_first_tokens(tokenizer, settings["comply"]),
-            refuse=_first_tokens(tokenizer, settings["refuse"]),
-        ),
+        outcome=_margin(tokenizer, settings["comply"], settings["refuse"]),
         refusal=settings["refusal"],
         plain=settings.get("plain", "plain"),
         pairs={
             name: PairedExamples(
-                safe=_by_id(suites, "fit", [safe for safe, _ in twins]),
-                unsafe=_by_id(suites, "fit", [unsafe for _, unsafe in twins]),
+                safe=_by_id(suites, "fit", [safe for safe, _ in twins], f"pairs.{name}"),
+                unsafe=_by_id(suites, "fit", [unsafe for _, unsafe in twins], f"pairs.{name}"),
             )
             for name, twins in settings.get("pairs", {}).items()
         },
-        gradient=_by_id(suites, "test", settings.get("gradient", [])),
+        gradient=_by_id(suites, "test", settings.get("gradient", []), "gradient"),
     )
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """study.json, checked key by key."""
+    found = parse_json(read_text(path), path.name)
+    if missing := [key for key in _REQUIRED if key not in found]:
+        raise DataFileError(f"{path.name} must have the keys {list(_REQUIRED)}, got none of {missing}; add them")
+    if unknown := sorted({*found} - {*_REQUIRED, *_OPTIONAL}):
+        raise DataFileError(
+            f"{path.name} must have keys out of {[*_REQUIRED, *_OPTIONAL]}, got {unknown}; take them out"
+        )
+    modalities = get_args(Modality)
+    wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "name": (_text, "a text that is not empty"),
+        "about": (lambda value: isinstance(value, str), "a text"),
+        "refusal": (_text, "a text that is not empty"),
+        "plain": (_text, "the name of a channel"),
+        "comply": (lambda value: _texts(value) and len(value) > 0, 'a list of texts such as ["Sure", "Okay"]'),
+        "refuse": (lambda value: _texts(value) and len(value) > 0, 'a list of texts such as ["Sorry", "I cannot"]'),
+        "seen": (
+            lambda value: isinstance(value, dict) and {*value} <= {*modalities} and all(map(_texts, value.values())),
+            f"an object of lists of channels by modality, out of {list(modalities)}",
+        ),
+        "pairs": (
+            lambda value: isinstance(value, dict) and all(_twins(twins) for twins in value.values()),
+            "an object of lists of [id of the safe twin, id of the unsafe twin]",
+        ),
+        "gradient": (_texts, "a list of ids"),
+    }
+    for key, (right, what) in wanted.items():
+        if key in found and not right(found[key]):
+            text = json.dumps(found[key], ensure_ascii=False)
+            raise DataFileError(f"{path.name}: {key} must be {what}, got {text[:120]}; write it so")
+    return found
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _twins(value: Any) -> bool:
+    return isinstance(value, list) and all(_texts(pair) and len(pair) == 2 for pair in value)
+
+
 def _by_id(
-    suites: Mapping[Split, Mapping[str, Sequence[Example]]], split: Split, ids: Sequence[str]
+    suites: Mapping[Split, Mapping[str, Sequence[Example]]], split: Split, ids: Sequence[str], key: str
 ) -> tuple[Example, ...]:
     found = {e.id: e for examples in suites.get(split, {}).values() for e in examples}
     if unknown := [name for name in ids if name not in found]:
-        raise ValueError(
-            f"pairs and gradient must name examples of the {split} split, got {unknown[:5]}; give them meta.split"
+        raise DataFileError(
+            f"study.json: {key} must name examples of the {split} split, got {unknown[:5]}; give those examples meta.split "
+            f'"{split}", or name others'
         )
     return tuple(found[name] for name in ids)
 
 
 def _suites(examples: Sequence[Example], seed: int) -> dict[Split, dict[str, tuple[Example, ...]]]:
+    if not examples:
+        raise DataFileError("examples.jsonl must hold examples, got none; write one JSON object a line")
     named = [e for e in examples if e.meta.get("split")]
     if not named:
         return split_by_group(examples, seed=seed)
     if len(named) != len(examples):
-        raise ValueError(f"all examples or none must name their split in meta, got {len(named)} of {len(examples)}")
-    out: dict[Split, dict[str, tuple[Example, ...]]] = {split: {} for split in SPLITS}
+        lacking = [e.id for e in examples if not e.meta.get("split")]
+        raise DataFileError(
+            f"examples.jsonl: all examples or none must name their split in meta, got {len(named)} of {len(examples)}; give "
+            f"one to {lacking[:5]}"
+        )
+    lists: dict[Split, dict[str, list[Example]]] = {split: {} for split in SPLITS}
     for example in examples:
         split = example.meta["split"]
         if split not in SPLITS:
-            raise ValueError(f"meta.split must be one of {SPLITS}, got {split!r} in {example.id!r}")
-        out[split][example.channel] = (*out[split].get(example.channel, ()), example)
-    return out
+            raise DataFileError(
+                f"examples.jsonl: meta.split of {example.id!r} must be one of {list(SPLITS)}, got {split!r}"
+            )
+        lists[split].setdefault(example.channel, []).append(example)
+    return {split: {c: tuple(rows) for c, rows in channels.items()} for split, channels in lists.items()}
 
 
-def _first_tokens(tokenizer: Any, openings: Sequence[str]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in openings))
+def _margin(tokenizer: Any, comply: Sequence[str], refuse: Sequence[str]) -> UnsafeMargin:
+    """The outcome: openings by their first tokens, which must tell the two sides apart."""
+    sides = [{text: _first_token(tokenizer, text) for text in texts} for texts in (comply, refuse)]
+    both = [(a, b) for a, i in sides[0].items() for b, j in sides[1].items() if i == j]
+    if both:
+        raise DataFileError(
+            f"study.json: comply and refuse must begin with different tokens of the model, got {both[0][0]!r} and {both[0][1]!r}, "
+            "which begin with the same one; take openings that differ in their first word"
+        )
+    comply_ids, refuse_ids = (tuple(dict.fromkeys(side.values())) for side in sides)
+    return UnsafeMargin(comply=comply_ids, refuse=refuse_ids)
+
+
+def _first_token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise DataFileError(
+            f"study.json: openings must have a token of the model each, got none for {text!r}; take another"
+        )
+    return int(ids[0])

@@ -1,82 +1,271 @@
-"""Examples on disk: one JSON object a line, pictures beside it.
+"""Examples on disk: one JSON object a line, in UTF-8, pictures beside it.
 
-Keys: prompt (required), image (path relative to the file, or a list of paths), response, harmful (bool), channel, id, group, meta (object of
-strings). Readers bring their own data; care_lens ships none that is harmful.
+    {"prompt": "what is in the picture?", "image": "images/1.png", "harmful": false, "channel": "benign", "id": "b1"}
+
+Keys: prompt (required), image (path relative to the file, or a list of paths), response, behaviour (what the request is after, for
+judges), harmful (true or false), channel, id, group, meta (object of strings). image, response and behaviour may be null. Every other
+value must be of its type, and nothing is guessed: "false" in quotes is refused, and so is the number 7 for an id. Readers bring their own data;
+care_lens ships none that is harmful.
 """
 
+import hashlib
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
+from care_lens.core.files import write_whole
+from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture
+from care_lens.core.require import require_path
 
-_KEYS = {"prompt", "image", "response", "harmful", "channel", "id", "group", "meta"}
+_KEYS = ("prompt", "image", "response", "behaviour", "harmful", "channel", "id", "group", "meta")
+_NULLABLE = ("image", "response", "behaviour")
+
+
+class DataFileError(CareLensError, ValueError):
+    """A file of examples or of a study is not as it must be; the message names the file, the line and what to write."""
 
 
 def read_examples(path: str | Path) -> list[Example]:
     """Read a jsonl file of examples.
 
+    Args:
+        path: The file, in UTF-8. Lines end in a line feed (Windows ends too); blank lines are left out.
+
+    Returns:
+        The examples in the file's order. Pictures are read from the disk when they are used
+        (:func:`~care_lens.core.pictures.open_picture`). An example without an id is called ``stem/line``; one without a group is
+        grouped by its id.
+
     Raises:
-        ValueError: naming file and line, where a line is no JSON object, has no prompt, or has unknown keys.
-        FileNotFoundError: where a picture is missing.
+        DataFileError: Naming file and line, where a line is no JSON object, lacks a prompt, has unknown keys or values of another type, has
+            the id of an earlier line, or names a file that is no picture. It is a ValueError.
+        PictureNotFoundError: Naming file and line, where a picture is missing. It is a FileNotFoundError.
+        FileNotFoundError: Where the file itself is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_examples([Example("what is this?", id="a")], Path(folder) / "examples.jsonl")
+        ...     read_examples(path)[0].prompt
+        'what is this?'
     """
-    path = Path(path)
-    out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    path = require_path(path)
+    examples: list[Example] = []
+    lines: dict[str, int] = {}
+    # Only line feeds end a line: U+2028, U+2029 and U+0085, at which str.splitlines cuts, may stand inside of JSON texts.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name}:{number} must be a JSON object, got {line[:60]!r} ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{path.name}:{number} must have a 'prompt' that is a string")
-        if unknown := set(row) - _KEYS:
-            raise ValueError(f"{path.name}:{number} has unknown keys {sorted(unknown)}; keys are {sorted(_KEYS)}")
-        named = row.get("image") or []
-        images = []
-        for name in [named] if isinstance(named, str) else named:
-            with Image.open(path.parent / name) as opened:
-                images.append(opened.convert("RGB"))
-        out.append(
-            Example(
-                prompt=row["prompt"],
-                image=images[0] if images else None,
-                more_images=tuple(images[1:]),
-                response=row.get("response"),
-                harmful=bool(row.get("harmful", False)),
-                channel=row.get("channel", ""),
-                id=row.get("id") or f"{path.stem}/{number}",
-                group=row.get("group") or row.get("id") or f"{path.stem}/{number}",
-                meta={str(k): str(v) for k, v in row.get("meta", {}).items()},
+        where = f"{path.name}:{number}"
+        example = _example(parse_json(line, where), where, f"{path.stem}/{number}", path.parent)
+        if (first := lines.setdefault(example.id, number)) != number:
+            raise DataFileError(
+                f"{where} must have an id of its own, got {example.id!r}, which line {first} has; change one of them"
             )
-        )
-    return out
+        examples.append(example)
+    return examples
 
 
 def write_examples(examples: Iterable[Example], path: str | Path) -> Path:
-    """Write examples to a jsonl file, and their pictures as PNG into a folder beside it."""
-    path = Path(path)
+    """Write examples to a jsonl file, and their pictures as PNG into the folder ``STEM_images`` beside it.
+
+    :func:`read_examples` gives the same examples back; one without an id is given the id ``stem/line``. The file is whole or not
+    written. A picture's file is named by its pixels, so that examples can be written over the file that they were read from;
+    pictures of an earlier content are left there.
+
+    Args:
+        examples: Their ids must differ.
+        path: The file; its folder is made if it does not exist.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: If one is no `Example`.
+        DataFileError: If two have one id, or one holds a value that is not of its type (meta must hold texts). It is a ValueError.
+    """
+    path = require_path(path)
+    if isinstance(examples, str) or not isinstance(examples, Iterable):
+        raise TypeError(
+            f"examples must be a list of care_lens.Example, got {type(examples).__name__}; give [example, ...]"
+        )
     folder = path.parent / f"{path.stem}_images"
-    lines = []
-    for index, example in enumerate(examples):
-        row: dict = {"prompt": example.prompt, "harmful": example.harmful, "channel": example.channel}
-        row |= {
-            "id": example.id or f"{path.stem}/{index}",
-            "group": example.group,
-            "meta": dict(example.meta),
-        }
-        if example.response is not None:
-            row["response"] = example.response
-        names = [f"{index}.png", *(f"{index}_{n}.png" for n in range(1, len(example.images)))]
-        for name, image in zip(names, example.images):
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / name)
+    lines: list[str] = []
+    seen: dict[str, int] = {}
+    for number, example in enumerate(examples, 1):
+        if not isinstance(example, Example):
+            raise TypeError(
+                f"examples must be of care_lens.Example, got {type(example).__name__} at index {number - 1}"
+            )
+        name = example.id or f"{path.stem}/{number}"
+        if (first := seen.setdefault(name, number)) != number:
+            raise DataFileError(
+                f"examples must have ids that differ, got {name!r} for number {first} and number {number}"
+            )
+        row: dict[str, Any] = {"prompt": example.prompt, "harmful": example.harmful, "channel": example.channel}
+        row |= {"id": name, "group": example.group, "meta": dict(example.meta)}
+        row |= {key: getattr(example, key) for key in ("response", "behaviour") if getattr(example, key) is not None}
+        _require_types(row, f"example {name!r}")
         if example.images:
-            paths = [f"{folder.name}/{name}" for name in names]
+            paths = [f"{folder.name}/{_write_picture(image, folder)}" for image in example.images]
             row["image"] = paths if example.more_images else paths[0]
-        lines.append(json.dumps(row, ensure_ascii=False))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+        lines.append(_line(row))
+    return write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark and with line feeds as line ends.
+
+    Raises:
+        DataFileError: If it is not UTF-8.
+    """
+    if path.is_dir():
+        raise DataFileError(f"{path} must be a file, got a folder; name the file in it")
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataFileError(f"{path.name}:{line} must be UTF-8 text ({error}); save the file as UTF-8") from None
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object from its text; a key given twice is refused.
+
+    Raises:
+        DataFileError: Naming where it stands.
+    """
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := sorted({key for i, (key, _) in enumerate(items) if key in [k for k, _ in items[:i]]}):
+            raise DataFileError(f"{where} must give each key once, got {twice} twice; take one out")
+        return dict(items)
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique)
+    except DataFileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataFileError(f"{where} must be a JSON object, got {text[:60]!r} ({error})") from None
+    if not isinstance(found, dict):
+        raise DataFileError(f"{where} must be a JSON object, got {text[:60]!r}")
+    return found
+
+
+def _example(row: Mapping[str, Any], where: str, name: str, folder: Path) -> Example:
+    if unknown := sorted(set(row) - {*_KEYS}):
+        raise DataFileError(
+            f"{where} must have keys out of {list(_KEYS)}, got {unknown}; put what else you have in meta"
+        )
+    if "prompt" not in row:
+        raise DataFileError(f"{where} must have a 'prompt', got the keys {sorted(row)}")
+    _require_types(row, where)
+    if row.get("id") == "":
+        raise DataFileError(f"{where}: id must not be empty; leave it out to have the example called {name!r}")
+    images = _pictures(row.get("image"), where, folder)
+    id_ = row.get("id", name)
+    return Example(
+        prompt=row["prompt"],
+        image=images[0] if images else None,
+        more_images=tuple(images[1:]),
+        response=row.get("response"),
+        harmful=row.get("harmful", False),
+        channel=row.get("channel", ""),
+        id=id_,
+        group=row.get("group", id_),
+        meta=row.get("meta", {}),
+        behaviour=row.get("behaviour"),
+    )
+
+
+def _require_types(row: Mapping[str, Any], where: str) -> None:
+    """Refuse values that are not of the type of their key."""
+    for key in ("prompt", "response", "behaviour", "channel", "id", "group"):
+        if key in row and not (isinstance(row[key], str) or (row[key] is None and key in _NULLABLE)):
+            raise DataFileError(f"{where}: {key} must be a text, got {_shown(row[key])}; {_advice(row[key], key)}")
+    if not isinstance(harmful := row.get("harmful", False), bool):
+        raise DataFileError(
+            f"{where}: harmful must be true or false without quotes, got {_shown(harmful)}; write it so"
+        )
+    if not isinstance(meta := row.get("meta", {}), dict):
+        raise DataFileError(f"{where}: meta must be an object of texts, got {_shown(meta)}; leave it out or write {{}}")
+    for key, value in meta.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise DataFileError(f"{where}: meta.{key} must be a text, got {_shown(value)}; {_advice(value, key)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _advice(value: Any, key: str) -> str:
+    if isinstance(value, (bool, int, float)):
+        return f'write it in quotes: "{json.dumps(value)}"'
+    return "leave the key out" if value is None else f"give {key} as one text in quotes"
+
+
+def _pictures(named: Any, where: str, folder: Path) -> list[Image.Image]:
+    names = [] if named is None else [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise DataFileError(
+            f"{where}: image must be a path or a list of paths, got {_shown(named)}; write it in quotes"
+        )
+    images = []
+    for name in names:
+        try:
+            images.append(open_picture(folder / name))
+        except PictureNotFoundError:
+            raise PictureNotFoundError(
+                f"{where}: image must be there, got no file {name!r} in {folder}; paths are relative to the jsonl file"
+            ) from None
+        except (PictureError, ValueError) as error:
+            raise DataFileError(f"{where}: image {name!r} must be a picture: {error}") from None
+    return images
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as one line of JSON, in which no other program sees a line end, and lone surrogates are escaped."""
+    text = json.dumps(row, ensure_ascii=False)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return json.dumps(row)
+    for letter in "\x85\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text
+
+
+def _write_picture(image: Image.Image, folder: Path) -> str:
+    """Write a picture under a name made of its pixels, unless it is there; returns the name."""
+    size = f"{image.width}x{image.height}"
+    name = f"{hashlib.sha256(size.encode() + image.tobytes()).hexdigest()[:20]}.png"
+    path = folder / name
+    if not path.exists() or _differs(path, image):
+        content = _png(image)
+        write_whole(path, content)
+    return name
+
+
+def _differs(path: Path, image: Image.Image) -> bool:
+    try:
+        held = open_picture(path)
+        return held.size != image.size or held.tobytes() != image.tobytes()
+    except PictureError:
+        return True
+
+
+def _png(image: Image.Image) -> bytes:
+
+    buffer = io.BytesIO()
+    # A fresh image: the info of an opened file (its EXIF, its gamma) must not be written beside pixels that are final.
+    Image.frombytes(image.mode, image.size, image.tobytes()).save(buffer, "PNG")
+    return buffer.getvalue()

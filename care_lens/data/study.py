@@ -5,16 +5,26 @@ here. test: reported, and read once. No item (group) stands in two splits.
 """
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
+from care_lens.core.require import require_examples
 
 Split = Literal["fit", "calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Modality = Literal["visual", "textual"]
+_MODALITIES = get_args(Modality)
+#: Names that become names of files: letters and digits of any script, spaces, and . _ + - , ( ) = inside.
+_FILE_NAME = re.compile(r"\w(?:[\w .+,()=-]*[\w+)=-])?")
+
+
+class StudyError(CareLensError, ValueError):
+    """A study contradicts itself, or lacks what a step needs."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,8 @@ class Study:
         suites: examples by split, then by channel.
         seen: attack channels that the fit may use, by the modality through which they act; every other
             harmful channel is held out, to measure transfer.
-        pairs: counterfactual twins by channel, from the fit split, for mediation.
+        pairs: counterfactual twins by channel, from the fit split, for mediation. Results are written to files of these names, so
+            that they must be plain: letters, digits, spaces and ._+-,()= within.
         judge: says whether an answer complies, or is right.
         outcome: number read off the logits, larger = less safe, for mediation.
         pair_outcomes: another outcome for some pair sets.
@@ -37,7 +48,10 @@ class Study:
         about: what it is, in a sentence or two for the report.
 
     Raises:
-        ValueError: if a group stands in two splits, a seen channel has no fit examples, or a channel mixes harmful and benign.
+        StudyError: if a split or modality is unknown, a group stands in two splits, an id stands twice in a channel of a split, a seen channel
+            has no fit examples, a channel mixes harmful and benign, or the name of a pair set is no plain file name. It is
+            a ValueError.
+        TypeError: if a channel holds other things than examples, or seen names channels by one text.
     """
 
     name: str
@@ -53,23 +67,64 @@ class Study:
     about: str = ""
 
     def __post_init__(self) -> None:
-        home: dict[str, str] = {}
-        for split in SPLITS:
-            for channel, examples in self.suites.get(split, {}).items():
-                if len({example.harmful for example in examples}) > 1:
-                    raise ValueError(f"channel {channel!r} must be all harmful or all benign; split it in two channels")
-                for example in examples:
-                    if home.setdefault(example.group, split) != split:
-                        raise ValueError(
-                            f"group {example.group!r} must stand in one split, got {home[example.group]!r} and {split!r}; "
-                            "use split_by_group"
-                        )
+        for what in ("suites", "seen", "pairs", "pair_outcomes"):
+            if not isinstance(getattr(self, what), Mapping):
+                raise TypeError(f"{what} must be a mapping, got {type(getattr(self, what)).__name__}; give a dict")
+        for what, keys, known in (("suites", self.suites, SPLITS), ("seen", self.seen, _MODALITIES)):
+            if unknown := [key for key in keys if key not in known]:
+                raise StudyError(f"keys of {what} must be out of {list(known)}, got {unknown}; name them so")
+        for modality, channels in self.seen.items():
+            if isinstance(channels, str):
+                raise TypeError(f"seen[{modality!r}] must be a tuple of channels, got the text {channels!r}")
+        self._require_channels()
+        self._require_names()
         missing = [c for channels in self.seen.values() for c in channels if not self.suites.get("fit", {}).get(c)]
         if missing:
-            raise ValueError(f"seen channels must have examples in the fit split, got none for {missing}")
+            raise StudyError(f"seen channels must have examples in the fit split, got none for {missing}")
+
+    def _require_channels(self) -> None:
+        home: dict[str, str] = {}
+        for split in SPLITS:
+            if not isinstance(suites := self.suites.get(split, {}), Mapping):
+                raise TypeError(
+                    f"suites[{split!r}] must be a mapping of channels, got {type(suites).__name__}; give a dict"
+                )
+            for channel, examples in suites.items():
+                require_examples(examples, f"channel {channel!r} of {split!r}")
+                if len({example.harmful for example in examples}) > 1:
+                    raise StudyError(f"channel {channel!r} must be all harmful or all benign; split it in two channels")
+                ids: set[str] = set()
+                for example in examples:
+                    if example.id and example.id in ids:
+                        raise StudyError(
+                            f"ids must differ in channel {channel!r} of {split!r}, got {example.id!r} twice"
+                        )
+                    ids.add(example.id)
+                    group = example.group or example.id
+                    if group and home.setdefault(group, split) != split:
+                        raise StudyError(
+                            f"group {group!r} must stand in one split, got {home[group]!r} and {split!r}; "
+                            "use split_by_group"
+                        )
+
+    def _require_names(self) -> None:
+        names: dict[str, str] = {}
+        for name, pairs in self.pairs.items():
+            if not isinstance(pairs, PairedExamples):
+                raise TypeError(f"pairs[{name!r}] must be PairedExamples, got {type(pairs).__name__}")
+            if not isinstance(name, str) or len(name) > 80 or not _FILE_NAME.fullmatch(name):
+                raise StudyError(
+                    f"names of pair sets must be plain, since files are called by them: at most 80 letters, digits, spaces and "
+                    f"._+-,()= within, got {name!r}; rename it"
+                )
+            if (other := names.setdefault(name.casefold(), name)) != name:
+                raise StudyError(f"names of pair sets must differ in more than case, got {other!r} and {name!r}")
+        if unknown := [name for name in self.pair_outcomes if name not in self.pairs]:
+            raise StudyError(f"pair_outcomes must be for pair sets out of {list(self.pairs)}, got {unknown}")
 
     def channels(self, split: Split, *, harmful: bool) -> dict[str, tuple[Example, ...]]:
         """The attack or the benign channels of a split."""
+        _require_name(split, SPLITS, "split")
         return {c: tuple(e) for c, e in self.suites.get(split, {}).items() if e and e[0].harmful == harmful}
 
     def benign(self, split: Split) -> list[Example]:
@@ -78,6 +133,8 @@ class Study:
 
     def malicious(self, split: Split, modality: Modality) -> list[Example]:
         """Examples of the attack channels that act through a modality and that the fit may use."""
+        _require_name(split, SPLITS, "split")
+        _require_name(modality, _MODALITIES, "modality")
         suites = self.suites.get(split, {})
         return [example for channel in self.seen.get(modality, ()) for example in suites.get(channel, ())]
 
@@ -89,7 +146,7 @@ class Study:
         """Refuse a study that lacks what the four steps need, before anything is run.
 
         Raises:
-            ValueError: naming every gap: splits without benign or seen attack channels, missing plain requests, and examples
+            StudyError: naming every gap: splits without benign or seen attack channels, missing plain requests, and examples
                 without the response that is teacher-forced.
         """
         gaps = [f"{split}: no benign examples" for split in SPLITS if not self.benign(split)]
@@ -103,13 +160,24 @@ class Study:
             gaps += [f"{split}: example {e.id!r} of {e.channel!r} has no response" for e in rows if e.response is None]
         if gaps:
             more = f" and {len(gaps) - 12} more" if len(gaps) > 12 else ""
-            raise ValueError(f"the study must hold what the steps need, got gaps: {'; '.join(gaps[:12])}{more}")
+            raise StudyError(f"the study must hold what the steps need, got gaps: {'; '.join(gaps[:12])}{more}")
 
     def limited(self, n: int) -> "Study":
-        """The same study with at most n examples a channel and n pairs: for a quick look."""
+        """The same study with at most n examples a channel and n pairs: for a quick look.
+
+        Raises:
+            ValueError: if n is below 1.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a whole number of 1 or more, got {n!r}")
         suites = {s: {c: e[:n] for c, e in channels.items()} for s, channels in self.suites.items()}
         pairs = {channel: p[:n] for channel, p in self.pairs.items()}
         return replace(self, suites=suites, pairs=pairs, gradient=self.gradient[:n])
+
+
+def _require_name(name: object, known: Sequence[str], what: str) -> None:
+    if name not in known:
+        raise ValueError(f"{what} must be one of {list(known)}, got {name!r}")
 
 
 def split_by_group(
@@ -127,10 +195,20 @@ def split_by_group(
 
     Returns:
         Examples by split and channel, as `Study` takes them.
+
+    Raises:
+        ValueError: if shares do not sum to 1, one is negative or of no split, or examples have neither group nor id.
     """
+    require_examples(examples)
     shares = shares or {"fit": 0.4, "calibration": 0.15, "validation": 0.15, "test": 0.3}
-    if abs(sum(shares.values()) - 1.0) > 1e-6:
-        raise ValueError(f"shares must sum to 1, got {dict(shares)}")
+    if unknown := [split for split in shares if split not in SPLITS]:
+        raise ValueError(f"shares must be of splits out of {list(SPLITS)}, got {unknown}")
+    if not all(share >= 0 for share in shares.values()) or abs(sum(shares.values()) - 1.0) > 1e-6:
+        raise ValueError(f"shares must be 0 or more and sum to 1, got {dict(shares)}")
+    if nameless := [i for i, example in enumerate(examples) if not (example.group or example.id)]:
+        raise ValueError(
+            f"examples must have a group or an id to be dealt by, got neither at {nameless[:5]}; give them ids"
+        )
     groups = sorted({example.group or example.id for example in examples})
     random.Random(seed).shuffle(groups)
     home: dict[str, Split] = {}
@@ -138,8 +216,7 @@ def split_by_group(
     for split, share in shares.items():
         home |= dict.fromkeys(groups[round(start * len(groups)) : round((start + share) * len(groups))], split)
         start += share
-    out: dict[Split, dict[str, tuple[Example, ...]]] = {split: {} for split in SPLITS}
+    out: dict[Split, dict[str, list[Example]]] = {split: {} for split in SPLITS}
     for example in examples:
-        split = home[example.group or example.id]
-        out[split][example.channel] = (*out[split].get(example.channel, ()), example)
-    return out
+        out[home[example.group or example.id]].setdefault(example.channel, []).append(example)
+    return {split: {channel: tuple(rows) for channel, rows in channels.items()} for split, channels in out.items()}

@@ -1,11 +1,12 @@
 """Evaluation: the store of answers, judges, metrics with intervals, fidelity, and the table of defences by
 channels."""
 
+from care_lens.core.arguments import checked
 from care_lens.evaluation.classifier import ClassifierJudge
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
 from care_lens.evaluation.generate import generate_all
-from care_lens.evaluation.judging import judge_answers, judge_name, judge_store, verdict_frame
+from care_lens.evaluation.judging import JudgeError, judge_answers, judge_name, judge_store, verdict_frame
 from care_lens.evaluation.metrics import (
     TooManyMissing,
     interval,
@@ -13,15 +14,18 @@ from care_lens.evaluation.metrics import (
     summarise,
     verdict_trials,
 )
-from care_lens.evaluation.refusal import REFUSALS, SubstringRefusalJudge
+from care_lens.evaluation.refusal import NOT_REFUSALS, PUBLISHED_REFUSALS, REFUSALS, SubstringRefusalJudge
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
 
 __all__ = [
+    "NOT_REFUSALS",
+    "PUBLISHED_REFUSALS",
     "REFUSALS",
     "ClassifierJudge",
     "DefenceTable",
     "GenerationStore",
+    "JudgeError",
     "StoredAnswer",
     "SubstringRefusalJudge",
     "TooManyMissing",
@@ -38,3 +42,5 @@ __all__ = [
     "verdict_frame",
     "verdict_trials",
 ]
+
+checked(globals(), __all__)

@@ -9,10 +9,11 @@ import pandas as pd
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.core.results import package_versions
+from care_lens.core.verdicts import require_verdicts
 from care_lens.evaluation.fidelity import fidelity_trials
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.judging import judge_answers, judge_name, verdict_frame
-from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, verdict_trials
+from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, require_options, verdict_trials
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
 from care_lens.lvlm.hooked import HookedLVLM
@@ -30,7 +31,7 @@ def evaluate(
     judge: Judge,
     accuracy: Accuracy | None = None,
     store: GenerationStore | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     batch_size: int = 32,
     generation: Mapping[str, Any] | None = None,
     fidelity: bool | int = True,
@@ -53,7 +54,7 @@ def evaluate(
         accuracy: What says whether a benign answer is right; None: the judge, which must then know right
             answers (one that only looks for refusals does not).
         store: Where answers are kept, so that a rerun generates only what is missing; None: in memory.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Most tokens of an answer; None: as ``generation`` or the model's own configuration says, else 32.
         batch_size: Examples at a time.
         generation: Further options of Hugging Face's ``generate``.
         fidelity: Whether to measure fidelity in benign suites; a number: on at most so many examples a suite, at even
@@ -71,6 +72,9 @@ def evaluate(
             wanted without an undefended model.
         TooManyMissing: If more answers failed than ``max_missing`` allows.
     """
+    require_options(n_boot, max_missing)
+    if fidelity < 0:
+        raise ValueError(f"fidelity must be True, False or a number of examples from 0, got {fidelity}")
     benign = _benign_channels(suites)
     base = next((name for name, repair in defences.items() if repair is None), None)
     if not defences or (fidelity and benign and base is None):
@@ -178,9 +182,7 @@ class _Judged:
         return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
     def _as_judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
-        said = self._accuracy(examples, texts)
-        yes_no = {True: Verdict.COMPLIED, False: Verdict.OTHER}
-        return [Verdict(answer) if isinstance(answer, str) else yes_no[bool(answer)] for answer in said]
+        return require_verdicts(self._accuracy(examples, texts), len(texts), judge=self.accuracy_name, yes_no=True)
 
 
 def _benign_channels(suites: Mapping[str, Sequence[Example]]) -> list[str]:

@@ -17,16 +17,16 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from care_lens.core.defence import defended
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
 from care_lens.evaluation.metrics import TRIAL_COLUMNS
 from care_lens.evaluation.store import StoredAnswer
 from care_lens.lvlm.hooked import HookedLVLM
-from care_lens.lvlm.inputs import LVLMInputs
 
 
 def next_token_kl(
@@ -61,10 +61,10 @@ def next_token_kl(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(answers[i]))
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="fidelity", disable=not progress):
-        inputs = lvlm.prepare([rows[i] for i in order[start : start + batch_size]], responses=True)
-        base = _log_probs(lvlm, inputs, None)
+        batch = [rows[i] for i in order[start : start + batch_size]]
+        base, *_ = _answer_log_probs(lvlm, batch, None)
         for name, repair in repairs.items():
-            found[name].append(_divergences(base, _log_probs(lvlm, inputs, repair), inputs))
+            found[name].append(_divergences(base, *_answer_log_probs(lvlm, batch, repair)))
     back = torch.tensor(sorted(range(len(rows)), key=lambda place: order[place]), dtype=torch.long)
     return {name: torch.cat(parts)[back] for name, parts in found.items()}
 
@@ -119,22 +119,35 @@ def fidelity_trials(
 
 
 @torch.no_grad()
-def _log_probs(lvlm: HookedLVLM, inputs: LVLMInputs, repair: Repair | None) -> Float[Tensor, "batch kept vocab"]:
-    """Log probabilities from the earliest last prompt position of the batch on."""
-    keep = inputs.input_ids.shape[1] - min(inputs.spans.last_index())
+def _answer_log_probs(
+    lvlm: HookedLVLM, batch: Sequence[Example], repair: Repair | None
+) -> tuple[Float[Tensor, "batch steps vocab"], Bool[Tensor, "batch steps"]]:
+    """Log probabilities of the answers' tokens, the first one's at index 0, and which of them exist.
+
+    A defence may rewrite the requests, so that its prompts have another length: what is compared is aligned by the answer.
+    """
     with repair.on(lvlm) if repair is not None else nullcontext():
-        return lvlm(inputs, logits_to_keep=keep).float().log_softmax(-1)
+        # An answer is stored with the beginning that it was given, so that it is forced as a whole.
+        pairs = zip(defended(repair, batch), batch, strict=True)
+        asked = [replace(e, response=own.response, prefill=None) for e, own in pairs]
+        inputs = lvlm.prepare(asked, responses=True)
+        last = torch.tensor(inputs.spans.last_index())
+        width = inputs.input_ids.shape[1]
+        keep = width - int(last.min())
+        logits = lvlm(inputs, logits_to_keep=keep).float().log_softmax(-1)
+    counts = inputs.spans.response.sum(dim=1).cpu()
+    steps = torch.arange(int(counts.max()))
+    index = (last[:, None] + steps - (width - keep)).clamp(max=keep - 1).to(logits.device)
+    rows = torch.arange(len(asked), device=logits.device)[:, None]
+    return logits[rows, index], (steps < counts[:, None]).to(logits.device)
 
 
 def _divergences(
-    base: Float[Tensor, "batch kept vocab"], other: Float[Tensor, "batch kept vocab"], inputs: LVLMInputs
+    base: Float[Tensor, "batch steps vocab"],
+    other: Float[Tensor, "batch steps vocab"],
+    there: Bool[Tensor, "batch steps"],
 ) -> Float[Tensor, "batch 2"]:
     """[batch, 2] KL(base || other) after the prompt, and averaged over what predicts the answer."""
     each = torch.nn.functional.kl_div(other, base, reduction="none", log_target=True).sum(-1).clamp(min=0)
-    kept = each.shape[1]
-    last, response = inputs.spans.last[:, -kept:], inputs.spans.response[:, -kept:]
-    predicts = torch.zeros_like(response)
-    predicts[:, :-1] = response[:, 1:]
-    first = torch.where(last, each, 0.0).sum(dim=1)
-    mean = torch.where(predicts, each, 0.0).sum(dim=1) / predicts.sum(dim=1)
-    return torch.stack([first, mean], dim=1).cpu()
+    mean = torch.where(there, each, 0.0).sum(dim=1) / there.sum(dim=1)
+    return torch.stack([each[:, 0], mean], dim=1).cpu()

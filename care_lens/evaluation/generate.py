@@ -1,9 +1,10 @@
 """Generate the answers of examples under a defence into a store, leaving out what is there already."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +12,18 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from care_lens.core.defence import defended
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
+from care_lens.lvlm.errors import GenerationOptionError
 from care_lens.lvlm.hooked import HookedLVLM
 
 logger = logging.getLogger(__name__)
+
+#: What an answer says of its example that the model was not given.
+_OF_THE_EXAMPLE = ("group", "harmful", "reference", "meta")
 
 
 def generate_all(
@@ -27,7 +33,7 @@ def generate_all(
     store: GenerationStore,
     defence_name: str = "none",
     repair: Repair | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     batch_size: int = 32,
     generation: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -46,45 +52,67 @@ def generate_all(
             example, are not generated again.
         defence_name: Name of the defence in the store.
         repair: The defence; None: the model as it is.
-        max_new_tokens: Most tokens of an answer.
-        batch_size: Examples at a time.
-        generation: Further options of Hugging Face's ``generate``, such as ``{"do_sample": True}``;
-            JSON-able.
-        seed: Recorded with every answer; together with the ids it seeds each batch, which matters for
-            sampling only.
+        max_new_tokens: Most tokens of an answer; None: as ``generation`` or the model's own configuration says, else 32.
+        batch_size: Examples at a time. Where answers are sampled they depend on it, and stored ones of another size are not used.
+        generation: Further options of ``HookedLVLM.generate``, such as ``{"do_sample": True}`` or ``{"generation_config": config}``;
+            JSON-able but for that configuration. The settings of the answers tell what was in force, the model's own
+            configuration included.
+        seed: Recorded with every answer; together with the ids it seeds each batch, which matters for sampling only.
         progress: Whether to show a progress bar.
 
     Returns:
         One answer an example, in the examples' order.
 
     Raises:
-        ValueError: If ids are missing or repeated in a channel, or ``batch_size`` is below 1.
+        ValueError: If ids are missing or repeated in a channel, ``batch_size`` is below 1, or options of generation contradict
+            one another.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     _require_ids(examples)
-    options = dict(generation or {})
+    options = _options(generation, max_new_tokens)
+    in_force = lvlm.generation_settings(**options)
+    try:
+        json.dumps(in_force)
+    except TypeError as error:
+        raise ValueError(
+            f"generation must hold JSON-able options, which answers are stored under, got {error}"
+        ) from None
+    samples = bool(in_force.get("do_sample"))
     settings = {
         "model": model_fingerprint(lvlm.hf_model),
         "defence": None if repair is None else repair.describe(),
         "defence_fingerprint": None if repair is None else repair_fingerprint(repair),
-        "max_new_tokens": max_new_tokens,
-        "generation": options,
+        "max_new_tokens": in_force.get("max_new_tokens"),
+        "generation": in_force,
+        # What is drawn for a row depends on the rows beside it.
+        **({"batch_size": batch_size} if samples else {}),
     }
-    run = _Run(lvlm, defence_name, store.add_settings(settings), max_new_tokens, options, seed)
+    run = _Run(lvlm, repair, defence_name, store.add_settings(settings), options, in_force.get("eos_token_id"), seed)
     blanks = [run.blank(example) for example in examples]
-    lengths = [_length(lvlm, example) for example in examples]
     held = [store.get(blank.key) for blank in blanks]
-    todo = [i for i, answer in enumerate(held) if answer is None or answer.missing]
-    todo.sort(key=lambda i: lengths[i], reverse=True)
+    # What is known of the examples may have changed since they were answered.
+    relabelled = [
+        replace(answer, **{name: getattr(blank, name) for name in _OF_THE_EXAMPLE})
+        for answer, blank in zip(held, blanks, strict=True)
+        if answer is not None and any(getattr(answer, name) != getattr(blank, name) for name in _OF_THE_EXAMPLE)
+    ]
+    store.add(relabelled)
+    todo = {i for i, answer in enumerate(held) if answer is None or answer.missing}
+    # Sampled batches are cut from all examples, so that those of a run that goes on are those of one that was never stopped.
+    order = sorted(
+        range(len(examples)) if samples else todo, key=lambda i: (*map(int.__neg__, _length(lvlm, examples[i])), i)
+    )
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with (
         repair.on(lvlm) if repair is not None and todo else nullcontext(),
         tqdm(total=len(todo), desc=f"answers: {defence_name}", disable=not progress or not todo) as bar,
     ):
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            store.add(run.answer([examples[i] for i in batch]))
-            bar.update(len(batch))
+        for batch in batches:
+            if wanted := todo.intersection(batch):
+                made = run.answer([examples[i] for i in batch])
+                store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
+                bar.update(len(wanted))
     return [store.get(blank.key) or blank for blank in blanks]
 
 
@@ -93,10 +121,11 @@ class _Run:
     """What all answers of one call share."""
 
     lvlm: HookedLVLM
+    repair: Repair | None
     defence: str
     settings: str
-    max_new_tokens: int
     options: dict[str, Any]
+    ends: int | list[int] | None
     seed: int
 
     def blank(self, example: Example, *, missing: str = "not generated") -> StoredAnswer:
@@ -108,8 +137,8 @@ class _Run:
         try:
             with torch.random.fork_rng(devices=[self.lvlm.device] if self.lvlm.device.type == "cuda" else []):
                 torch.manual_seed(int(digest([self.seed, *(example.id for example in examples)]), 16) % 2**63)
-                inputs = self.lvlm.prepare(examples)
-                made = self.lvlm.generate(inputs, max_new_tokens=self.max_new_tokens, **self.options)
+                inputs = self.lvlm.prepare(defended(self.repair, examples))
+                made = self.lvlm.generate(inputs, **self.options)
         except Exception as error:
             if len(examples) > 1:
                 half = len(examples) // 2
@@ -123,10 +152,10 @@ class _Run:
                 error,
             )
             return [self.blank(examples[0], missing=name)]
-        counts = _token_counts(made.new_tokens, self.lvlm.hf_model.generation_config.eos_token_id)
+        counts = _token_counts(made.new_tokens, self.ends)
         return [
             self._record(example, response=text, missing="", tokens=count)
-            for example, text, count in zip(examples, made.texts, counts, strict=True)
+            for example, text, count in zip(examples, made.answers, counts, strict=True)
         ]
 
     def _record(self, example: Example, *, response: str | None, missing: str, tokens: int) -> StoredAnswer:
@@ -145,7 +174,23 @@ class _Run:
             harmful=example.harmful,
             reference=example.response,
             meta=dict(example.meta),
+            behaviour=example.behaviour,
         )
+
+
+def _options(generation: Mapping[str, Any] | None, max_new_tokens: int | None) -> dict[str, Any]:
+    """The options of generation of a call, each given once."""
+    options = dict(generation or {})
+    if max_new_tokens is not None and options.setdefault("max_new_tokens", max_new_tokens) != max_new_tokens:
+        raise GenerationOptionError(
+            f"max_new_tokens must be given once, got {max_new_tokens} and {options['max_new_tokens']} in generation"
+        )
+    if options.get("num_return_sequences") not in (None, 1):
+        raise GenerationOptionError(
+            f"num_return_sequences must be 1, got {options['num_return_sequences']}: one answer an example is stored; "
+            "call generate_all with another seed for more"
+        )
+    return options
 
 
 def _require_ids(examples: Sequence[Example]) -> None:
@@ -159,7 +204,7 @@ def _require_ids(examples: Sequence[Example]) -> None:
 
 
 def _length(lvlm: HookedLVLM, example: Example) -> tuple[bool, int]:
-    return example.image is not None, len(lvlm.tokenizer(example.prompt)["input_ids"])
+    return bool(example.images), len(lvlm.tokenizer(example.prompt)["input_ids"])
 
 
 def _token_counts(new_tokens: Int[Tensor, "batch new"], eos: int | list[int] | None) -> list[int]:

@@ -2,10 +2,10 @@
  Trials are one row a measured value: a verdict turned into 0 or 1, or a number such as a divergence; NaN
 where the answer is missing. Missing values are left out of denominators and counted; above a share of them
 there is no figure at all.
- Intervals of a rate are exact (Clopper-Pearson) where every trial of the cell has a group of its own. Where
-trials share groups, whole groups are resampled (percentile bootstrap); a bootstrap says nothing if all trials
-came out alike, so there the exact interval is taken with the groups as the trials. The column ``interval``
-says which it is.
+ Intervals are those of ``care_lens.core.stats``; the column ``interval`` says which it is. A rate: "clopper-pearson", exact, where
+every trial of the cell has a group of its own; "korn-graubard", at the effective number of trials, where trials share
+groups. A number: "studentised", by group. A difference of rates: "paired-rates", from the bounds of both shares. No rate and no
+difference of rates is a point because all trials came out alike.
 """
 
 import math
@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from care_lens.core.errors import CareLensError
 from care_lens.core.outcome import Verdict
-from care_lens.core.stats import cluster_bootstrap, rate_ci
+from care_lens.core.stats import are_binary, cluster_bootstrap, clustered_rate
 from care_lens.core.stats import paired_difference as difference_of_means
 
 if TYPE_CHECKING:
-    from care_lens.evaluation.table import DefenceTable
+    pass
 
 TRIAL_COLUMNS = ("defence", "channel", "metric", "judge", "seed", "id", "group", "value")
 """Columns of a frame of trials; ``value`` is a float, NaN where missing."""
@@ -39,8 +40,12 @@ RATES = ("asr", "refusal", "accuracy", "agreement", "retained")
 """Metrics that are shares of trials; the others ("kl", "kl_answer") are means of numbers."""
 
 
-class TooManyMissing(RuntimeError):
+class TooManyMissingError(CareLensError, RuntimeError):
     """More answers are missing than a figure may leave out."""
+
+
+TooManyMissing = TooManyMissingError
+"""The error under its earlier name."""
 
 
 def verdict_trials(verdicts: pd.DataFrame, *, metrics: Mapping[str, Verdict] | None = None) -> pd.DataFrame:
@@ -89,8 +94,7 @@ def summarise(
         TooManyMissing: If a cell misses more than that.
         ValueError: If there are no trials.
     """
-    if trials.empty:
-        raise ValueError("trials must hold at least one row, got none")
+    _require_trials(trials, n_boot, max_missing)
     rows = []
     for cell, part in _cells(records(trials), CELL).items():
         names = dict(zip(CELL, cell, strict=True))
@@ -137,23 +141,20 @@ def interval(
         seed: Their seed.
         confidence: Coverage.
 
-    Returns: ``value``, ``ci_low``, ``ci_high`` and ``interval``: "clopper-pearson", "clopper-pearson-groups"
-        (all trials alike, groups as trials), "bootstrap" or "cluster-bootstrap".
+    Returns: ``value``, ``ci_low``, ``ci_high`` and ``interval``: "clopper-pearson", "korn-graubard" or "studentised".
 
     Raises:
         ValueError: If there are no values.
     """
     if not len(values):
         raise ValueError("values must hold at least one number, got none")
-    n_groups = len(set(groups))
-    single = n_groups == len(values)
-    alike = bool((values == values[0]).all())
-    if rate and (single or alike):
-        share, low, high = rate_ci(round(float(values.mean()) * n_groups), n_groups, confidence=confidence)
-        kind = "clopper-pearson" if single else "clopper-pearson-groups"
+    if rate:
+        share, low, high = clustered_rate(values, list(groups), confidence=confidence)
+        kind = "clopper-pearson" if len(set(groups)) == len(values) else "korn-graubard"
     else:
-        share, low, high = cluster_bootstrap(values, list(groups), n_boot=n_boot, seed=seed, confidence=confidence)
-        kind = "bootstrap" if single else "cluster-bootstrap"
+        options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
+        share, low, high = cluster_bootstrap(values, list(groups), kind="numbers", **options)
+        kind = "studentised"
     return {"value": share, "ci_low": low, "ci_high": high, "interval": kind}
 
 
@@ -168,7 +169,7 @@ def group_of(trial: Mapping[str, Any]) -> str:
 
 
 def paired_difference(
-    trials: "pd.DataFrame | DefenceTable",
+    trials: Any,
     first: str,
     second: str,
     *,
@@ -191,14 +192,17 @@ def paired_difference(
         max_missing: Largest share of trials that either defence misses.
 
     Returns: Frame with the columns channel, metric, first, second, value, ci_low, ci_high, n, missing,
-        interval, judge, seed. An interval without width means that every trial differs by the same amount:
-        the bootstrap cannot say how sure that is.
+        interval, judge, seed.
 
     Raises:
         ValueError: If a defence has no such trials, or the two were not tried on the same examples.
         TooManyMissing: If too many are missing.
     """
-    rows = records(trials if isinstance(trials, pd.DataFrame) else trials.trials)
+    table = trials if isinstance(trials, pd.DataFrame) else getattr(trials, "trials", None)
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"trials must be a DefenceTable or a frame of trials, got {type(trials).__name__}")
+    _require_trials(table, n_boot, max_missing)
+    rows = records(table)
     keys = ("channel", "judge", "seed", "id", "group")
     sides: list[dict[tuple[Any, ...], float]] = []
     for name in (first, second):
@@ -222,20 +226,35 @@ def paired_difference(
         what = f"{first!r} against {second!r}, channel {cell[0]!r}, metric {metric!r}"
         _require_few_missing(missing, len(part), max_missing, what)
         groups = [group_of(row) for row in there]
-        value, low, high = difference_of_means(
-            [row["first"] for row in there],
-            [row["second"] for row in there],
-            groups,
-            n_boot=n_boot,
-            seed=seed,
-            confidence=confidence,
-        )
-        kind = "bootstrap" if len(set(groups)) == len(groups) else "cluster-bootstrap"
+        before, after = (np.array([row[side] for row in there]) for side in ("first", "second"))
+        options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
+        value, low, high = difference_of_means(before, after, groups, **options)
+        kind = "paired-rates" if are_binary(before, after) else "studentised"
         names = {"channel": cell[0], "metric": metric, "first": first, "second": second}
         figure = {"value": value, "ci_low": low, "ci_high": high}
         counts = {"n": len(there), "missing": missing, "interval": kind}
         found.append({**names, **figure, **counts, "judge": cell[1], "seed": cell[2]})
     return pd.DataFrame(found)
+
+
+def _require_trials(trials: pd.DataFrame, n_boot: int, max_missing: int | float) -> None:
+    if missing := [column for column in TRIAL_COLUMNS if column not in trials.columns]:
+        raise ValueError(f"trials must have the columns {TRIAL_COLUMNS}, got none of {missing}; see verdict_trials")
+    if trials.empty:
+        raise ValueError("trials must hold at least one row, got none")
+    require_options(n_boot, max_missing)
+
+
+def require_options(n_boot: int, max_missing: int | float) -> None:
+    """Refuse numbers of resamples and shares of missing answers that make no sense.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if n_boot < 1:
+        raise ValueError(f"n_boot must be 1 or more, got {n_boot}")
+    if not 0 <= max_missing <= 1:
+        raise ValueError(f"max_missing must be a share in [0, 1], got {max_missing}")
 
 
 def _cells(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:

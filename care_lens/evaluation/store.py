@@ -1,22 +1,24 @@
 """The store of generated answers: generate once, judge as often as one likes.
- A file of JSON lines that only ever grows. A line is one answer (an example, under a defence, in a channel,
-with a seed) or the settings that a digest stands for. Every batch is one write, flushed to the disk; a line
-cut off by a kill is dropped when the file is opened again and overwritten by the next write. Of two answers
-with one key the later counts, so that a failed one can be tried again. One process writes to a file at a
-time.
+
+A journal (:mod:`care_lens.core.journal`) that only ever grows. A line is one answer (an example, under a defence, in a channel, with a
+seed) or the settings that a digest stands for. Every batch is one write, flushed to the disk; a line cut off by a kill is dropped when
+the file is opened again and overwritten by the next write. Of two answers with one key the later counts, so that a failed one can be
+tried again. Several stores, in one process or in several, may stand on one file: each takes over what the others wrote before it
+writes, and none is lost.
 """
 
 import json
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest
+from care_lens.core.journal import Journal, Row
 
 Key = tuple[str, str, str, int, str, str]
 
@@ -32,7 +34,7 @@ class StoredAnswer:
         group: The item that intervals are clustered by.
         seed: Seed of the run.
         prompt: What was asked.
-        response: The answer, new tokens only; None where it is missing.
+        response: The answer from its beginning on, a prefill included; None where it is missing.
         missing: Name of the error for which there is no answer; empty where there is one.
         tokens: New tokens of the answer, its end of sequence included.
         settings: Digest of the model, the defence and the options of generation.
@@ -40,6 +42,7 @@ class StoredAnswer:
         harmful: Whether complying would be unsafe.
         reference: The example's own response, where it has one.
         meta: The example's metadata.
+        behaviour: What the request is after, where the prompt does not say it.
     """
 
     defence: str
@@ -56,6 +59,7 @@ class StoredAnswer:
     harmful: bool = False
     reference: str | None = None
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+    behaviour: str | None = None
 
     @property
     def key(self) -> Key:
@@ -72,6 +76,7 @@ class StoredAnswer:
             id=self.id,
             group=self.group,
             meta=self.meta,
+            behaviour=self.behaviour,
         )
 
 
@@ -79,19 +84,19 @@ class GenerationStore:
     """Answers by key, in memory and, if a path is given, in a file of JSON lines.
 
     Args:
-        path: The file; it and its folder are made at the first write. None: in memory only.
+        path: The file; it and its folder are made at the first write. None: in memory only. Stores of earlier versions, whose lines
+            have no sums, are read too, and get sums at the first write.
 
     Raises:
-        ValueError: If a line of the file other than its last is damaged.
+        ArtifactError: If a line of the file other than its last is damaged, or the file is no store; it is left as it is.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._answers: dict[Key, StoredAnswer] = {}
         self._settings: dict[str, Any] = {}
-        self._intact = 0
-        if self.path is not None and self.path.exists():
-            self._read(self.path.read_bytes())
+        self._journal = None if self.path is None else Journal(self.path, kind="GenerationStore", older=_older)
+        self.refresh()
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -99,6 +104,11 @@ class GenerationStore:
     def get(self, key: Key) -> StoredAnswer | None:
         """The answer of that key, or None."""
         return self._answers.get(key)
+
+    def refresh(self) -> None:
+        """Take over what other stores on the same file have written since."""
+        if self._journal is not None:
+            self._take(self._journal.read())
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -138,34 +148,41 @@ class GenerationStore:
         """The answers as a frame, one row an answer."""
         return pd.DataFrame([asdict(answer) for answer in self._answers.values()])
 
-    def _read(self, content: bytes) -> None:
-        whole, _, _ = content.rpartition(b"\n")
-        self._intact = len(whole) + 1 if whole else 0
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-            try:
-                row = json.loads(line)
-                kind = row.pop("kind")
-                if kind == "settings":
-                    self._settings[row["digest"]] = row["value"]
-                else:
-                    answer = StoredAnswer(**row)
-                    self._answers[answer.key] = answer
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"line {number} of {self.path} must be a stored answer, got {line[:50]!r}; take it "
-                    "out, and what it held is generated again"
-                ) from error
+    def _write(self, rows: list[Row]) -> None:
+        if self._journal is not None and rows:
+            self._take(self._journal.append(rows))
 
-    def _write(self, rows: Iterable[dict[str, Any]]) -> None:
-        if self.path is None:
-            return
-        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        with self.path.open("r+b") as file:
-            file.seek(self._intact)
-            file.truncate()
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        self._intact += len(content)
+    def _take(self, rows: list[Row]) -> None:
+        for row in rows:
+            kind, held = row["kind"], {name: value for name, value in row.items() if name != "kind"}
+            if kind == "settings":
+                self._settings[held["digest"]] = held["value"]
+            else:
+                answer = StoredAnswer(**held)
+                self._answers[answer.key] = answer
+
+
+def _older(content: bytes) -> list[Row] | None:
+    """Rows of a store without sums; None if it is none.
+
+    Raises:
+        ArtifactError: If a line other than the last is damaged.
+    """
+    whole, _, cut = content.rpartition(b"\n")
+    lines = whole.split(b"\n") if whole else []
+    if not (lines[0] if lines else cut).startswith((b'{"kind": "answ', b'{"kind": "sett')):
+        return None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if row["kind"] != "settings":
+                StoredAnswer(**{name: value for name, value in row.items() if name != "kind"})
+            elif {*row} != {"kind", "digest", "value"}:
+                raise ValueError("settings have a digest and a value")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(
+                f"line {number} of the store must be a stored answer, got {line[:50]!r}; take it out, and what it held is generated again"
+            ) from error
+        rows.append(row)
+    return rows

@@ -3,12 +3,12 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from care_lens.core.results import FrameResult
+from care_lens.core.errors import ArtifactError
+from care_lens.core.results import FrameResult, read_frame
 from care_lens.evaluation.metrics import RATES, TRIAL_COLUMNS, paired_difference, records, summarise
 
 if TYPE_CHECKING:
@@ -118,35 +118,27 @@ class DefenceTable(FrameResult):
 
         return plot_asr(self)
 
-    def save(self, directory: str | Path, name: str) -> Path:
-        """Write what :meth:`FrameResult.save` writes, and the trials as ``name.trials.csv``."""
-        path = super().save(directory, name)
-        self.trials.to_csv(path.with_name(f"{name}.trials.csv"), index=False)
-        return path
+    def parts(self) -> dict[str, pd.DataFrame]:
+        """The trials."""
+        return {"trials": self.trials}
 
     @classmethod
-    def load(cls, directory: str | Path, name: str) -> "DefenceTable":
-        """Read what :meth:`save` wrote.
+    def from_parts(cls, frame: pd.DataFrame, settings: dict[str, Any], texts: Mapping[str, str]) -> "DefenceTable":
+        """Build from what was saved.
 
         Raises:
-            FileNotFoundError: If a file is not there.
-            ValueError: If the files hold another kind of result.
+            ArtifactError: If the trials are missing.
         """
-        table = super().load(directory, name)
-        types: dict[Any, Any] = {column: "str" for column in TRIAL_COLUMNS} | {
-            "value": "float64",
-            "seed": "int64",
-        }
-        trials = pd.read_csv(
-            Path(directory) / f"{name}.trials.csv",
-            dtype=types,
-            keep_default_na=False,
-            na_values={"value": [""]},
-        )
-        return cls(table.frame, table.settings, trials)
+        if "trials" not in texts:
+            raise ArtifactError("the file of trials must be beside the table, got none; copy all files again")
+        types = {column: "str" for column in TRIAL_COLUMNS} | {"value": "float64", "seed": "int64"}
+        trials = read_frame(texts["trials"].encode(), types)
+        return cls(frame, settings, trials)
 
     def _cells(self, metrics: Sequence[str]) -> tuple[list[str], list[list[str]], str]:
         """Head, rows and caption of the printed table."""
+        if isinstance(metrics, str):
+            raise ValueError(f"metrics must be a list of names, got the text {metrics!r}; write ({metrics!r},)")
         rows = [row for row in records(self.frame) if row["metric"] in metrics]
         if not rows:
             raise ValueError(f"metrics must be some of {sorted(set(self.frame['metric']))}, got {list(metrics)}")

@@ -1,5 +1,6 @@
 """The model: HookedLVLM, its inputs, and how families of models are described."""
 
+from care_lens.core.arguments import checked
 from care_lens.lvlm.bound import BoundLVLM
 from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.hooked import HookedLVLM
@@ -8,3 +9,5 @@ from care_lens.lvlm.sites import SiteInfo
 from care_lens.lvlm.wrapped import FwdHooks, HookFn
 
 __all__ = ["BoundLVLM", "FwdHooks", "Generation", "HookFn", "HookedLVLM", "LVLMCache", "LVLMInputs", "SiteInfo"]
+
+checked(globals(), __all__)

@@ -12,6 +12,7 @@ from transformer_lens import ActivationCache
 
 from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.inputs import LVLMInputs
+from care_lens.lvlm.plain import COPYING, refuse_copies
 
 if TYPE_CHECKING:
     from care_lens.lvlm.hooked import HookedLVLM
@@ -49,12 +50,26 @@ class BoundLVLM:
         with self._batch(input) as tokens:
             logits, cache = self._lvlm.bridge.run_with_cache(tokens, **self._fixed, **kwargs)
         if isinstance(cache, ActivationCache):
-            cache = LVLMCache(cache.cache_dict, self._lvlm.bridge, has_batch_dim=cache.has_batch_dim)
+            cache = LVLMCache(
+                cache.cache_dict,
+                self._lvlm.bridge,
+                has_batch_dim=cache.has_batch_dim,
+                image_rows=self.inputs.image_rows,
+                batch_size=self.inputs.batch_size,
+            )
         return logits, cache
 
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """``TransformerBridge.to_tokens``: words alone, without a chat template."""
         return self._lvlm.bridge.to_tokens(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: Always; it says what to do instead.
+        """
+        return refuse_copies("a bound model", COPYING)()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lvlm.bridge, name)

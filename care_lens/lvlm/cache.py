@@ -1,5 +1,6 @@
 """TransformerLens's activation cache, with a residual stream that adds up at image positions too."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,8 +10,11 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
 from care_lens.core.site import Site
+from care_lens.lvlm.plain import refuse_copies
 
 _START, _SCALE = "blocks.0.hook_resid_pre", "ln_final.hook_scale"
+_PICTURES = ("vision", "projector.")
+"""How the names of activations about pictures begin, the sites' and TransformerLens's own."""
 
 
 class LVLMCache(ActivationCache):
@@ -19,11 +23,46 @@ class LVLMCache(ActivationCache):
     What enters the language tower is not the token embeddings alone: image features take the place of those of the
     placeholders, and some models (DeepStack) add features again between the first blocks. So ``cache["hook_embed"]`` is what
     enters the first block, if that is in the cache, and :meth:`decompose_resid` has a component for what is added later.
+
+    The first axis of the language tower's activations is the batch; that of the vision tower's and the projector's goes over
+    the pictures (or their tiles) of all rows, of which a row may have none or several.
+
+    Args:
+        cache_dict: Activations by name.
+        model: The bridge.
+        has_batch_dim: Whether language activations have the batch axis.
+        image_rows: The row of each entry of vision activations; None: not known, so that rows cannot be taken.
+        batch_size: Number of rows; None: the first axis of the language tower's activations.
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Any, *, has_batch_dim: bool = True) -> None:
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        *,
+        has_batch_dim: bool = True,
+        image_rows: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
         super().__init__(cache_dict, model, has_batch_dim)
         self.has_embed = self.has_embed or _START in cache_dict
+        self.image_rows = None if image_rows is None else tuple(image_rows)
+        self._rows = batch_size
+
+    def __deepcopy__(self, memo: Any) -> "LVLMCache":
+        """A cache of copies of the activations, of the same model."""
+        copies = {name: value.detach().clone() for name, value in self.cache_dict.items()}
+        return type(self)(copies, self.model, has_batch_dim=self.has_batch_dim)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: Always; it says what to do instead.
+        """
+        return refuse_copies(
+            "a cache", "write its tensors, cache.cache_dict, with safetensors.torch.save_file(cache.cache_dict, file)"
+        )()
 
     def __getitem__(self, key: Any) -> Tensor:
         """As in TransformerLens, and by site.
@@ -132,16 +171,78 @@ class LVLMCache(ActivationCache):
                 "not add up to it; use decompose_resid, or exchange them with care_lens.mediation"
             )
 
+    def _batch_size(self) -> int:
+        """Number of rows, which the entries of vision activations say nothing about."""
+        if self._rows is not None:
+            return self._rows
+        language = [value for name, value in self.cache_dict.items() if name.startswith("blocks.")]
+        return len(language[0]) if language else super()._batch_size()
+
     def remove_batch_dim(self, batch_size: int | None = None) -> ActivationCache:
-        """As in TransformerLens; the batch is that of the language tower, since pictures may be cut in tiles.
+        """As in TransformerLens; the batch is that of the language tower, since pictures may be cut in tiles. Vision activations
+        lose their first axis where the row has one picture in one piece.
 
         Args:
             batch_size: The batch size, if it is known better.
         """
-        if batch_size is None:
-            language = [value for name, value in self.cache_dict.items() if name.startswith("blocks.")]
-            batch_size = len(language[0]) if language else None
-        return super().remove_batch_dim(batch_size)
+        return super().remove_batch_dim(self._batch_size() if batch_size is None else batch_size)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "LVLMCache":
+        """The cache of some rows, as if they had been run alone (but for padding).
+
+        Args:
+            batch_slice: As in TransformerLens: a number (whose row loses its batch axis, as :meth:`remove_batch_dim` does), a slice,
+                indices or None.
+
+        Returns:
+            Their cache: of vision activations the entries of those rows' pictures. Rows without any have none.
+
+        Raises:
+            ValueError: If there is no batch axis, a row is not there, it is not known whose the pictures are, or an activation about
+                pictures has other entries than the batch (TransformerLens's own points in towers that lay all pictures in one row).
+        """
+        wanted = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        if wanted.mode == "identity":
+            return self._with(dict(self.cache_dict), self.has_batch_dim, self.image_rows, self._rows)
+        if not self.has_batch_dim:
+            raise ValueError("the cache must have its batch axis for rows to be taken, got one that was removed")
+        n = self._batch_size()
+        try:
+            kept = wanted.apply(torch.arange(n), dim=0).reshape(-1).tolist()
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"batch_slice must name rows of the batch of {n}, got {batch_slice!r}") from error
+        if not kept:
+            raise ValueError(f"batch_slice must name at least one row of the batch of {n}, got {batch_slice!r}")
+        single = wanted.mode == "int"
+        owners = self.image_rows
+        # Entries of rows in the new order; a row that is taken twice has its pictures twice.
+        picked = [(new, entry) for new, row in enumerate(kept) for entry, of in enumerate(owners or ()) if of == row]
+        made: dict[str, Tensor] = {}
+        for name, value in self.cache_dict.items():
+            if not name.startswith(_PICTURES) or value.ndim == 0:
+                batched = value.ndim > 0 and len(value) == n
+                made[name] = (value[kept[0]] if single else value[kept]) if batched else value
+                continue
+            if owners is None or len(value) != len(owners):
+                about = (
+                    "it is not known which rows its pictures are of"
+                    if owners is None
+                    else f"the batch has {len(owners)}"
+                )
+                raise ValueError(
+                    f"rows must be told apart at {name}, got {len(value)} entries on its first axis, and {about}; take the cache with "
+                    "lvlm.run_with_cache(inputs, sites=...), by the sites' names"
+                )
+            if picked:
+                part = value[[entry for _, entry in picked]]
+                made[name] = part[0] if single and len(picked) == 1 else part
+        rows = None if owners is None else tuple(new for new, _ in picked)
+        return self._with(made, not single, rows, len(kept))
+
+    def _with(
+        self, cache_dict: dict[str, Tensor], has_batch_dim: bool, image_rows: Sequence[int] | None, rows: int | None
+    ) -> "LVLMCache":
+        return LVLMCache(cache_dict, self.model, has_batch_dim=has_batch_dim, image_rows=image_rows, batch_size=rows)
 
     def added_between(self, layer: int) -> Float[Tensor, "..."] | None:
         """What is added to the stream between a block and the next: DeepStack features, or None.

@@ -13,7 +13,8 @@ half-precision model.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -32,30 +33,43 @@ from care_lens.core.site import Site, SiteLike
 from care_lens.lvlm.attention import NAME as ATTENTION
 from care_lens.lvlm.bound import BoundLVLM
 from care_lens.lvlm.cache import LVLMCache
+from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
-from care_lens.lvlm.loading import load_processor, require_known
+from care_lens.lvlm.loading import load_processor, require_known, require_loadable
+from care_lens.lvlm.options import COPIES, REFUSED, copies, refuse, resolve
+from care_lens.lvlm.plain import remember_attention
 from care_lens.lvlm.prepare import prepare_batch
 from care_lens.lvlm.recorder import Recorder
-from care_lens.lvlm.wrapped import FwdHooks, HookFn, WrappedBridge
+from care_lens.lvlm.wrapped import FwdHooks, HookFn, WrappedBridge, _checked
 
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "assistant_model": (None,),
-    "prompt_lookup_num_tokens": (None, 0),
-    "use_mtp": (None, False),
-    "prefill_chunk_size": (None, 0),
-    "guidance_scale": (None, 1),
-    "use_cache": (None, True),
-    "return_dict_in_generate": (None, False),
-}
-"""Options of decoding that are refused unless they have one of these values."""
-
-COPIES = "num_return_sequences"
+__all__ = ["REFUSED", "HookedLVLM"]
 
 
-def _listed(sites: Sequence[SiteLike] | SiteLike) -> Sequence[SiteLike]:
-    """One site as a list of one."""
-    return [sites] if isinstance(sites, (str, Site)) else sites
+def _count(logits_to_keep: Any, inputs: LVLMInputs) -> int:
+    """The number of positions whose logits are computed, if it is one."""
+    n_pos = inputs.input_ids.shape[1]
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or not 0 <= logits_to_keep <= n_pos:
+        raise ValueError(
+            f"logits_to_keep must be a whole number from 0 (all positions) to {n_pos}, the batch's positions, got {logits_to_keep!r}"
+        )
+    return logits_to_keep
+
+
+def _listed(sites: Any) -> Sequence[SiteLike]:
+    """One site as a list of one; a list of sites as it is."""
+    if isinstance(sites, (str, Site)):
+        return [sites]
+    if isinstance(sites, (bytes, Mapping)) or not isinstance(sites, Iterable):
+        raise HookError(f"sites must be a site or a list of sites, got {type(sites).__name__}; see lvlm.sites()")
+    listed = list(sites)
+    if wrong := [site for site in listed if not isinstance(site, (str, Site))]:
+        raise HookError(f"sites must be a list of sites or their names, got {wrong[0]!r} in it; see lvlm.sites()")
+    if len(listed) > 1 and all(isinstance(site, str) and len(site) == 1 for site in listed):
+        raise HookError(
+            f"sites must be a list of sites, got the characters of {''.join(map(str, listed))!r}; put the name in a list"
+        )
+    return listed
 
 
 class HookedLVLM(WrappedBridge):
@@ -74,7 +88,7 @@ class HookedLVLM(WrappedBridge):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_dir: Any,
+        name_or_dir: str | PathLike[str],
         *,
         device_map: Any = None,
         dtype: torch.dtype | str | None = None,
@@ -102,6 +116,7 @@ class HookedLVLM(WrappedBridge):
         """
         from transformers import AutoConfig, AutoModelForImageTextToText
 
+        require_loadable(name_or_dir, dtype)
         common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         require_known(AutoConfig.from_pretrained(name_or_dir, **common))
         processor = load_processor(name_or_dir, **common)
@@ -140,6 +155,7 @@ class HookedLVLM(WrappedBridge):
             architecture = f"CareLens{cls_name}"
             ArchitectureAdapterFactory.register_adapter(architecture, family.adapters[cls_name])
             break
+        remember_attention(model)
         model.set_attn_implementation("eager")  # type: ignore[operator]
         bridge = build_bridge_from_module(model.eval(), architecture, hf_config=model.config)
         bridge.tokenizer = processor.tokenizer
@@ -248,8 +264,9 @@ class HookedLVLM(WrappedBridge):
         Warns:
             UserWarning: If hooks are at the vision tower or the projector and the batch has no image, so that they do not run.
         """
-        if require_inputs(inputs).pixel_values is None and (unseen := self._outside(fwd_hooks)):
+        if require_inputs(inputs).pixel_values is None and (unseen := self._outside(_checked(fwd_hooks))):
             warnings.warn(f"hooks at {unseen} do not run: the batch holds no image", stacklevel=2)
+        logits_to_keep = _count(logits_to_keep, inputs)
         with self.batch_hooks(inputs), self.hooks(fwd_hooks):
             kwargs = inputs.model_kwargs()
             return self.bridge(kwargs.pop("input_ids"), logits_to_keep=logits_to_keep, **kwargs)
@@ -297,19 +314,22 @@ class HookedLVLM(WrappedBridge):
             fwd_hooks=[*fwd_hooks, *((site, saver(str(site))) for site in dict.fromkeys(wanted))],
             logits_to_keep=logits_to_keep,
         )
-        return logits, LVLMCache(store, self.bridge)
+        return logits, LVLMCache(store, self.bridge, image_rows=inputs.image_rows, batch_size=inputs.batch_size)
 
     def generate(
         self,
         inputs: LVLMInputs,
         *,
-        max_new_tokens: int = 32,
-        do_sample: bool = False,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
         fwd_hooks: FwdHooks = (),
         sites: Sequence[SiteLike] | SiteLike = (),
         **kwargs: Any,
     ) -> Generation:
         """Answer a batch, by the Hugging Face model's own ``generate`` with the hooks on.
+
+        What is not given is not passed, so that ``generation_config`` and then the model's own generation configuration say, as
+        they do in Hugging Face; :meth:`generation_settings` tells what is in force.
 
         Language hooks see [batch, pos, d] at the first step and [batch, 1, d] at each of the others; vision
         hooks run once. With ``num_return_sequences`` the batch is expanded first: each row stands as many times in it, one
@@ -318,8 +338,8 @@ class HookedLVLM(WrappedBridge):
 
         Args:
             inputs: The batch, padded on the left, without responses.
-            max_new_tokens: Most tokens of an answer.
-            do_sample: Whether to sample; else the likeliest token is taken.
+            max_new_tokens: Most tokens of an answer; None: as ``max_length`` or a configuration says, else 32.
+            do_sample: Whether to sample; False: the likeliest token is taken; None: as a configuration says, else False.
             fwd_hooks: Pairs of a place and a function.
             sites: Sites whose activations are kept, at the prompt and at every generated token that the model was given
                 (all but the last); see ``Generation.activations``.
@@ -329,63 +349,64 @@ class HookedLVLM(WrappedBridge):
             The answers.
 
         Raises:
-            ValueError: If the batch is padded on the right or holds responses; for options in ``REFUSED``,
-                under which hooks do not see each token once or the answer is no Generation; for beams with sites or with hooks
+            ValueError: If the batch is padded on the right or holds responses; for options that contradict one another, two lengths
+                for instance, and those in ``REFUSED`` (GenerationOptionError), under which hooks do not see each token once or the answer is no Generation; for beams with sites or with hooks
                 that are made for each batch (beams change places, and state kept for a row would be another's); or if a
                 pattern is to be kept, whose axes grow with each token.
         """
         spans = require_inputs(inputs).spans
-        if bool(spans.response.any()) or not bool(spans.last[:, -1].all()):
+        if bool((spans.response & ~spans.prefill).any()) or not bool(spans.context_end[:, -1].all()):
             raise ValueError(
-                "inputs must end with the prompt in every row; prepare them with responses=False and "
+                "inputs must end with the prompt (and a prefill) in every row; prepare them with responses=False and "
                 "padding_side='left'"
             )
-        copies = self._copies(kwargs, stateful=bool(sites) or bool(self._makers))
-        if copies > 1:
-            inputs = inputs.rows([row for row in range(inputs.batch_size) for _ in range(copies)])
-            kwargs[COPIES] = 1
-        recorder = Recorder([self._require(site) for site in _listed(sites)])
+        passed, in_force = resolve(
+            self.hf_model.generation_config, {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **kwargs}
+        )
+        refuse(in_force)
+        wanted = [self._require(site) for site in _listed(sites)]
+        n = copies(in_force, stateful=bool(wanted) or bool(self._makers))
+        if n > 1:
+            inputs = inputs.rows([row for row in range(inputs.batch_size) for _ in range(n)])
+            passed[COPIES] = 1
+        recorder = Recorder(wanted)
         seeing = [str(site) for site in recorder.sites if site.tower != "language"]
         if seeing and inputs.pixel_values is None:
             raise ValueError(f"inputs must hold an image to have activations at {seeing}, got text alone")
-        pad = self.tokenizer.pad_token_id
-        options = {
-            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
-            "do_sample": do_sample,
-            **kwargs,
-        }
+        if in_force.get("pad_token_id") is None:
+            pad = self.tokenizer.pad_token_id
+            passed["pad_token_id"] = self.tokenizer.eos_token_id if pad is None else pad
         with self.batch_hooks(inputs), self.hooks([*fwd_hooks, *recorder.hooks()]), torch.no_grad():
-            sequences = self.hf_model.generate(**inputs.generate_kwargs(), max_new_tokens=max_new_tokens, **options)
+            sequences = self.hf_model.generate(**inputs.generate_kwargs(), **passed)
         new_tokens = sequences[:, inputs.input_ids.shape[1] :]
         texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        return Generation(sequences, new_tokens, texts, recorder.activations())
+        # Decoded in one piece, so that a word that the prefill begins is not cut in two.
+        given = inputs.spans.prefill
+        whole = [torch.cat([inputs.input_ids[i][row], new_tokens[i]]) for i, row in enumerate(given)]
+        answers = self.tokenizer.batch_decode(whole, skip_special_tokens=True) if bool(given.any()) else list(texts)
+        return Generation(sequences, new_tokens, texts, recorder.activations(), answers)
+
+    def generation_settings(self, **options: Any) -> dict[str, Any]:
+        """What :meth:`generate` with these options goes by.
+
+        Args:
+            **options: Options of :meth:`generate`, ``generation_config`` included.
+
+        Returns:
+            The settings in force that are not transformers' defaults, ``do_sample`` and the length always: the call's before those of
+            its ``generation_config`` before the model's own.
+
+        Raises:
+            GenerationOptionError: If they contradict one another or are refused.
+        """
+        _, in_force = resolve(self.hf_model.generation_config, options)
+        refuse(in_force)
+        return in_force
 
     def _outside(self, fwd_hooks: FwdHooks) -> list[str]:
         """Names of the sites outside the language tower among the places of hooks."""
         listed = {str(site) for site in self.sites() if site.tower != "language"}
         return sorted({str(place) for place, _ in fwd_hooks if isinstance(place, (str, Site)) and str(place) in listed})
-
-    def _copies(self, kwargs: Mapping[str, Any], *, stateful: bool) -> int:
-        """How many times each row is to stand in the batch before it is generated from."""
-        configs = (kwargs.get("generation_config"), self.hf_model.generation_config)
-
-        def option(name: str) -> Any:
-            values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in values if value is not None), None)
-
-        if refused := [name for name, allowed in REFUSED.items() if option(name) not in allowed]:
-            raise ValueError(
-                f"hooks must see each token once, and what is returned is a Generation: got {refused}, which are not "
-                "defined here (assisted decoding, prompt lookup, chunked prefill, guidance, decoding without a cache, transformers' "
-                "own output); call lvlm.hf_model.generate inside `with lvlm.hooks(...)` for what they do"
-            )
-        beams = option("num_beams") or 1
-        if beams > 1 and stateful:
-            raise ValueError(
-                f"num_beams must be 1 where activations are kept or a repair is on, got {beams}: beams change places, and "
-                "what is known of a row would be another beam's"
-            )
-        return 1 if beams > 1 else option(COPIES) or 1
 
     def bind(self, inputs: LVLMInputs) -> BoundLVLM:
         """The model with this batch's images fixed, which TransformerLens's own tools take as their model.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from care_lens.core.examples import Example
 from care_lens.core.spans import TokenSpans
 
 
@@ -30,6 +31,7 @@ class LVLMInputs:
         counts: For ``pixel_values`` and each extra tensor, how long each row's part of its first axis is; None: ``entries``.
         own_positions: Whether the model counts positions itself (rotary embeddings in several dimensions).
         first_position: Position of a row's first token, where it does not.
+        examples: What the rows were prepared from, for defences that ask the model something more about a request; empty if not known.
     """
 
     input_ids: Int[Tensor, "batch pos"]
@@ -42,6 +44,7 @@ class LVLMInputs:
     counts: dict[str, tuple[int, ...]] | None = None
     own_positions: bool = False
     first_position: int = 0
+    examples: tuple[Example, ...] = ()
 
     @property
     def batch_size(self) -> int:
@@ -94,6 +97,8 @@ class LVLMInputs:
         rows = list(index)
         if not rows:
             raise ValueError("index must name at least one row, got none")
+        if out := [row for row in rows if not 0 <= row < self.batch_size]:
+            raise ValueError(f"index must name rows of the batch of {self.batch_size}, from 0, got {out[0]}")
         entries = self._entries()
         kept = tuple(entries[row] for row in rows)
         counts = {name: self._counts(name) for name in ("pixel_values", *self.extra)}
@@ -114,6 +119,7 @@ class LVLMInputs:
             extra={name: part(name, tensor) for name, tensor in self.extra.items()} if pictured else {},
             token_inputs={name: tensor[rows] for name, tensor in self.token_inputs.items()},
             entries=kept,
+            examples=tuple(self.examples[row] for row in rows) if self.examples else (),
             counts={name: tuple(lengths[row] for row in rows) for name, lengths in counts.items()},
         )
 
@@ -139,7 +145,9 @@ class LVLMInputs:
     def fingerprint(self) -> str:
         """A digest of tokens, masks, pixels and whose they are: two batches with the same one are the same batch."""
         digest = hashlib.sha256(repr((self._entries(), self.counts)).encode())
-        for name, tensor in sorted({**self.generate_kwargs(), "response": self.spans.response}.items()):
+        for name, tensor in sorted(
+            {**self.generate_kwargs(), "response": self.spans.response, "prefill": self.spans.prefill}.items()
+        ):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -152,15 +160,17 @@ class Generation:
     Attributes:
         sequences: [batch, pos + new] prompt and answer.
         new_tokens: [batch, new] the answer, padded on the right after its end.
-        texts: The answers as text, without special tokens.
+        texts: What the model wrote, as text, without special tokens.
         activations: By site name, if any were asked for: [batch, pos + new - 1, ...] in the language tower, since the
             model is never given the last token; [image, patch, ...] in the vision tower.
+        answers: The whole answers as text: the beginning that the example gave (``prefill``), then what the model wrote.
     """
 
     sequences: Int[Tensor, "batch total"]
     new_tokens: Int[Tensor, "batch new"]
     texts: list[str]
     activations: dict[str, Tensor] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
 
 
 def require_inputs(inputs: Any) -> LVLMInputs:

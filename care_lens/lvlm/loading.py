@@ -1,8 +1,33 @@
 """Loading, with messages that say what is missing."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from care_lens.core.errors import CareLensError
 from care_lens.lvlm.families import families
+
+
+class LoadingError(CareLensError, ValueError, OSError):
+    """There is no model where one was to be loaded from, or it cannot be loaded as asked."""
+
+
+def require_loadable(name_or_dir: Any, dtype: Any) -> None:
+    """Refuse what is neither a folder with a model nor a hub's name, and types of numbers that torch does not have.
+
+    Raises:
+        LoadingError: It is a ValueError and an OSError.
+    """
+    path = Path(name_or_dir)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise LoadingError(f"name_or_dir must be a folder with a model, got {path}, which has no config.json")
+    if not path.exists() and (path.is_absolute() or str(name_or_dir).startswith((".", "~")) or len(path.parts) > 2):
+        raise LoadingError(
+            f"name_or_dir must be a folder with a model or a name on the hub, got {name_or_dir}, which is no folder"
+        )
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise LoadingError(f"dtype must be one of torch's, such as 'bfloat16', or 'auto', got {dtype!r}")
 
 
 def require_known(config: Any) -> None:

@@ -1,21 +1,25 @@
-"""From examples to a batch: chat template, image placeholders, teacher-forced responses, padding, spans.
+"""From examples to a batch: chat template, image placeholders, answers that are begun or teacher-forced, padding, spans.
 
-Each prompt is put through the processor's chat template as one user turn, images first, and tokenised by the
-processor. A response is tokenised on its own and its ids are appended, followed by the end-of-sequence id, so
-that the prompt's tokens are the same with and without it and the response mask is exact. Which positions are
-image tokens is read off the ids.
+Each conversation is put through the processor's chat template and tokenised by the processor. The beginning of an answer
+(``prefill``) is tokenised on its own and its ids are appended, then those of a response, followed by the end-of-sequence id, so
+that the prompt's tokens are the same with and without them and the masks are exact. Which positions are image tokens is read
+off the ids.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from care_lens.core.conversation import ExampleError
 from care_lens.core.examples import Example
 from care_lens.core.spans import PatchGrid, TokenSpans
+from care_lens.lvlm.chat import format_prompt, require_no_markers
 from care_lens.lvlm.families import Family, ImageLayout, Pictured
 from care_lens.lvlm.inputs import LVLMInputs
+
+Encoded = TypeVar("Encoded")
 
 
 class _Row(NamedTuple):
@@ -42,27 +46,32 @@ def prepare_batch(
         processor: The model's processor.
         config: The model's config.
         family: The model's family.
-        responses: Whether to append each example's response, teacher-forced, and an end-of-sequence token.
+        responses: Whether to append each example's response, teacher-forced, and an end-of-sequence token. A prefill is
+            appended in any case.
         padding_side: "left" or "right".
 
     Returns:
         The batch, on the CPU.
 
     Raises:
-        ValueError: If there are no examples, placeholders and images do not match, or a response is missing.
+        ExampleError: Naming the row and the id, if placeholders and images do not match, a response is missing, or the processor
+            cannot take a text or a picture. It is a ValueError.
+        ValueError: If there are no examples.
     """
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-    texts = [format_prompt(processor, example, family) for example in examples]
-    placeholder = family.image_text(processor)
-    for i, (text, example) in enumerate(zip(texts, examples, strict=True)):
-        _check_placeholders(text.count(placeholder), len(example.images), i, placeholder)
+    placeholder, texts = family.image_text(processor), []
+    for i, example in enumerate(examples):
+        require_no_markers(processor, example, family, _named(i, example))
+        texts.append(format_prompt(processor, example, family))
+        _check_placeholders(texts[-1].count(placeholder), len(example.images), _named(i, example), placeholder)
     rows = _encode(processor, texts, examples, family)
+    begun = [_prefill_ids(processor.tokenizer, example, _named(i, example)) for i, example in enumerate(examples)]
     answers = [
-        _response_ids(processor.tokenizer, example, i, config.image_token_id) if responses else []
-        for i, example in enumerate(examples)
+        ids + (_response_ids(processor.tokenizer, example, _named(i, example)) if responses else [])
+        for i, (ids, example) in enumerate(zip(begun, examples, strict=True))
     ]
     abouts = [
         Pictured(config, processor, [image.size for image in example.images], row.images)
@@ -72,8 +81,8 @@ def prepare_batch(
     for i, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
         expected = sum(image.tokens for image in layout)
         if (found := row.ids.count(config.image_token_id)) != expected:
-            raise ValueError(
-                f"example {i} must have {expected} image tokens, got {found}; the processor's settings (patch_size, "
+            raise ExampleError(
+                f"{_named(i, examples[i])} must have {expected} image tokens, got {found}; the processor's settings (patch_size, "
                 "num_additional_image_tokens, vision_feature_select_strategy, ...) must be those of the model"
             )
     lengths = [len(row.ids) + len(answer) for row, answer in zip(rows, answers, strict=True)]
@@ -81,7 +90,7 @@ def prepare_batch(
     pad = processor.tokenizer.pad_token_id
     input_ids = torch.full((n, width), processor.tokenizer.eos_token_id or 0 if pad is None else pad)
     attention_mask = torch.zeros((n, width), dtype=torch.long)
-    response = torch.zeros((n, width), dtype=torch.bool)
+    response, prefill = torch.zeros((n, width), dtype=torch.bool), torch.zeros((n, width), dtype=torch.bool)
     token_inputs = {name: torch.zeros((n, width), dtype=torch.long) for name in family.token_inputs}
     for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         start = width - lengths[i] if padding_side == "left" else 0
@@ -89,15 +98,18 @@ def prepare_batch(
         input_ids[i, here] = torch.tensor(row.ids + answer)
         attention_mask[i, here] = 1
         response[i, start + len(row.ids) : start + lengths[i]] = True
+        prefill[i, start + len(row.ids) : start + len(row.ids) + len(begun[i])] = True
         for name, value in family.token_inputs.items():
             token_inputs[name][i, here] = torch.tensor(row.tokens[name] + [value] * len(answer))
     image = (input_ids == config.image_token_id) & (attention_mask == 1)
     grids = [_grids(layout, image[i].nonzero()[:, 0].tolist()) for i, layout in enumerate(layouts)]
-    spans = TokenSpans.from_masks(image=image, padding=attention_mask == 0, response=response, grids=grids)
+    spans = TokenSpans.from_masks(
+        image=image, padding=attention_mask == 0, response=response, grids=grids, prefill=prefill
+    )
     entries = tuple(family.entries(about) if about.sizes else 0 for about in abouts)
     return LVLMInputs(
         input_ids, attention_mask, spans=spans, token_inputs=token_inputs, entries=entries,
-        own_positions=family.own_positions, first_position=family.first_position, **_collate(rows, family),
+        own_positions=family.own_positions, first_position=family.first_position, examples=tuple(examples), **_collate(rows, family),
     )  # fmt: skip
 
 
@@ -121,37 +133,21 @@ def _padded(tensor: Tensor, size: Sequence[int]) -> Tensor:
     return out
 
 
-def format_prompt(processor: Any, example: Example, family: Family) -> str:
-    """The example's prompt in the processor's chat template: one user turn, images first.
-
-    Raises:
-        ValueError: If the processor has no chat template, and the family needs one.
-    """
-    if family.prompt is not None:
-        return family.prompt(processor, example.prompt, len(example.images))
-    if not processor.chat_template:
-        raise ValueError("processor must have a chat template, got none; set processor.chat_template")
-    content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.prompt}]
-    turns = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+def _named(row: int, example: Example) -> str:
+    """What to call an example in a message."""
+    return f"example {row}" + (f" (id {example.id!r})" if example.id else "")
 
 
-def _check_placeholders(found: int, images: int, row: int, token: str) -> None:
+def _check_placeholders(found: int, images: int, row: str, token: str) -> None:
     if found == images:
         return
-    if images == 0:
-        raise ValueError(
-            f"example {row} has {found} image placeholders ({token}) and no image; give it an image, or take "
-            f"{token} out of its prompt"
-        )
     if found == 0:
-        raise ValueError(
-            f"example {row} has an image and no placeholder for it; the processor's chat template must write "
-            f"{token} for an image"
+        raise ExampleError(
+            f"{row} has an image and no placeholder for it; the processor's chat template must write {token} for an image"
         )
-    raise ValueError(
-        f"example {row} has {found} image placeholders ({token}) and {images} image; the chat template adds "
-        f"the placeholder, so take {token} out of its prompt"
+    raise ExampleError(
+        f"{row} has {found} image placeholders ({token}) and {images} image; the processor's chat template must write {token} once "
+        "for each"
     )
 
 
@@ -159,20 +155,41 @@ def _encode(processor: Any, texts: list[str], examples: Sequence[Example], famil
     bos = processor.tokenizer.bos_token
     special = [bos is None or not text.startswith(bos) for text in texts]
     if family.batched and all(len(example.images) <= 1 for example in examples):
-        return _encode_together(processor, texts, examples, special[0])
-    rows = []
-    for text, example, add in zip(texts, examples, special, strict=True):
-        kwargs: dict[str, Any] = {"text": [text], "add_special_tokens": add, "return_tensors": "pt"}
-        if example.images:
-            kwargs["images"] = [list(example.images)] if family.nested_images else list(example.images)
-        alone = family.needs_images and not example.images
-        encoded = processor.tokenizer(**kwargs) if alone else processor(**kwargs)
-        ids = encoded["input_ids"][0].tolist()
-        tokens = {
-            name: encoded[name][0].tolist() if name in encoded else [0] * len(ids) for name in family.token_inputs
-        }
-        rows.append(_Row(ids, _image_tensors(encoded, family) if example.images else {}, tokens))
-    return rows
+        try:
+            return _encode_together(processor, texts, examples, special[0])
+        except Exception:
+            # Which of them it was is found by giving them one by one; if none is refused alone, the batch's own error stands.
+            for i, (text, example, add) in enumerate(zip(texts, examples, special, strict=True)):
+                _say_which(
+                    i, example, lambda text=text, row=example, add=add: _encode_together(processor, [text], [row], add)
+                )
+            raise
+    return [
+        _say_which(i, example, lambda text=text, row=example, add=add: _encode_one(processor, text, row, family, add))
+        for i, (text, example, add) in enumerate(zip(texts, examples, special, strict=True))
+    ]
+
+
+def _say_which(index: int, example: Example, encode: Callable[[], Encoded]) -> Encoded:
+    try:
+        return encode()
+    except Exception as error:
+        sizes = [f"{image.width} x {image.height}" for image in example.images]
+        about = f" (pictures of {', '.join(sizes)} pixels)" if sizes else ""
+        raise ExampleError(
+            f"{_named(index, example)} must be one that the model's processor takes, got {type(error).__name__}: {error}{about}"
+        ) from error
+
+
+def _encode_one(processor: Any, text: str, example: Example, family: Family, special: bool) -> _Row:
+    kwargs: dict[str, Any] = {"text": [text], "add_special_tokens": special, "return_tensors": "pt"}
+    if example.images:
+        kwargs["images"] = [list(example.images)] if family.nested_images else list(example.images)
+    alone = family.needs_images and not example.images
+    encoded = processor.tokenizer(**kwargs) if alone else processor(**kwargs)
+    ids = encoded["input_ids"][0].tolist()
+    tokens = {name: encoded[name][0].tolist() if name in encoded else [0] * len(ids) for name in family.token_inputs}
+    return _Row(ids, _image_tensors(encoded, family) if example.images else {}, tokens)
 
 
 def _image_tensors(encoded: Mapping[str, Any], family: Family) -> dict[str, Tensor]:
@@ -182,25 +199,31 @@ def _image_tensors(encoded: Mapping[str, Any], family: Family) -> dict[str, Tens
 
 def _encode_together(processor: Any, texts: list[str], examples: Sequence[Example], special: bool) -> list[_Row]:
     """One call of the processor for all rows; each picture is one tensor of the same size."""
-    images = [example.image for example in examples if example.image is not None]
+    images = [image for example in examples for image in example.images]
     kwargs: dict[str, Any] = {"images": images} if images else {}
     encoded = processor(text=texts, add_special_tokens=special, padding=False, **kwargs)
     pixels = iter([torch.as_tensor(pixel) for pixel in encoded["pixel_values"]] if images else [])
     return [
-        _Row(ids, {} if example.image is None else {"pixel_values": next(pixels)[None]}, {})
+        _Row(ids, {"pixel_values": next(pixels)[None]} if example.images else {}, {})
         for ids, example in zip(encoded["input_ids"], examples, strict=True)
     ]
 
 
-def _response_ids(tokenizer: Any, example: Example, row: int, image_token: int) -> list[int]:
+def _response_ids(tokenizer: Any, example: Example, row: str) -> list[int]:
     if example.response is None:
-        raise ValueError(f"example {row} must have a response, got None; give it one, or leave responses=False")
+        raise ExampleError(f"{row} must have a response, got None; give it one, or leave responses=False")
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an end-of-sequence token to end responses with; set tokenizer.eos_token")
-    ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-    if image_token in ids:
-        raise ValueError(f"the response of example {row} must hold no image placeholder, got {example.response!r}")
-    return [*ids, tokenizer.eos_token_id]
+    return [*tokenizer(example.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def _prefill_ids(tokenizer: Any, example: Example, row: str) -> list[int]:
+    if not example.prefill:
+        return []
+    ids = tokenizer(example.prefill, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id in ids:
+        raise ExampleError(f"{row} must have a prefill that the model can go on from, got the end of an answer in it")
+    return list(ids)
 
 
 def _grids(layout: Sequence[ImageLayout], positions: Sequence[int]) -> list[PatchGrid]:

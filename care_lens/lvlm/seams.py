@@ -32,8 +32,10 @@ from transformer_lens.hook_points import HookPoint
 
 from care_lens.core.site import Site, Tower
 from care_lens.lvlm import attention
+from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families.base import Family, TowerMap
 from care_lens.lvlm.packing import Packing
+from care_lens.lvlm.precision import keep_precision
 
 _MARK = "_care_lens_seams"
 
@@ -45,11 +47,12 @@ class _Layout(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     @classmethod
     def of(cls, value: Tensor) -> "_Layout":
         """That of a tensor."""
-        return cls(id(value), value.shape, value.stride(), value.dtype)
+        return cls(id(value), value.shape, value.stride(), value.dtype, value.device)
 
     def like(self, value: Tensor) -> Tensor:
         """The value in this dtype and, where it can be, in this memory layout."""
@@ -84,7 +87,7 @@ class HonestConversion(BaseTensorConversion):
         self.read_only = read_only
         self.splits_attention_heads = getattr(inner, "splits_attention_heads", False)
         self._packing, self._heads = packing, heads
-        self._layout = _Layout(0, torch.Size(), (), torch.float32)
+        self._layout = _Layout(0, torch.Size(), (), torch.float32, torch.device("cpu"))
         self._native = self._layout
         self._split = False
 
@@ -103,13 +106,18 @@ class HonestConversion(BaseTensorConversion):
     def revert(self, input_value: Any, *full_context: Any) -> Any:
         """What goes on into the model for what the hook returned."""
         if not isinstance(input_value, Tensor):
-            raise TypeError(f"a hook at {self.name} must return a tensor or None, got {type(input_value).__name__}")
+            raise HookError(f"a hook at {self.name} must return a tensor or None, got {type(input_value).__name__}")
         if self.read_only is not None and id(input_value) != self._layout.identity:
-            raise ValueError(f"{self.name} is read-only, got an edit: {self.read_only}")
+            raise HookError(f"{self.name} is read-only, got an edit: {self.read_only}")
         if input_value.shape != self._layout.shape:
-            raise ValueError(
+            raise HookError(
                 f"a hook at {self.name} must return the shape it was given, {tuple(self._layout.shape)}, got "
                 f"{tuple(input_value.shape)}"
+            )
+        if not input_value.is_floating_point() or input_value.device != self._layout.device:
+            raise HookError(
+                f"a hook at {self.name} must return real numbers of floating point on {self._layout.device}, got {input_value.dtype} "
+                f"on {input_value.device}; write value.to(activation)"
             )
         value = self._layout.like(input_value)
         if self._split:
@@ -297,6 +305,8 @@ def install(bridge: Any, family: Family) -> Seams:
     seams.points = dict(sorted(seams.points.items()))
     _watch_packing(seams, family)
     _guard_placeholders(seams)
+    for undo in keep_precision(bridge):
+        seams.on_remove(undo)
     return seams
 
 

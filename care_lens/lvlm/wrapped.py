@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar, get_args
 
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
+from care_lens.lvlm.blocks import Block, Blocks
+from care_lens.lvlm.doors import Doors
+from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.inputs import LVLMInputs, require_inputs
-from care_lens.lvlm.seams import install
+from care_lens.lvlm.plain import COPYING, KEYED, make_plain, plain, refuse_copies
+from care_lens.lvlm.seams import HonestConversion, install
 from care_lens.lvlm.sites import SiteInfo, describe, why_missing
 
 HookFn: TypeAlias = Callable[..., Any]
@@ -26,6 +31,45 @@ FwdHooks: TypeAlias = Sequence[tuple[Site | str | Callable[[str], bool], HookFn]
 names and, of the language tower, the bridge's other names; each hook point it accepts runs the function once."""
 
 Wrapped = TypeVar("Wrapped", bound="WrappedBridge")
+
+
+def _owned(fn: HookFn, block: Block) -> HookFn:
+    """A hook that acts in its block's threads alone, and whose returns are checked where the hook point does not do so itself."""
+
+    def hook_of_its_thread(activation: Any, hook: Any) -> Any:
+        if not block.acts:
+            return None
+        returned = fn(activation, hook=hook)
+        if returned is None or isinstance(hook.hook_conversion, HonestConversion) or not isinstance(activation, Tensor):
+            return returned
+        if not isinstance(returned, Tensor):
+            raise HookError(f"a hook at {hook.name} must return a tensor or None, got {type(returned).__name__}")
+        kinds = [(value.shape, value.device, value.is_floating_point()) for value in (returned, activation)]
+        if kinds[0] != kinds[1]:
+            raise HookError(
+                f"a hook at {hook.name} must return what it was given, {activation.dtype} {tuple(activation.shape)} on "
+                f"{activation.device}, got {returned.dtype} {tuple(returned.shape)} on {returned.device}"
+            )
+        return returned
+
+    return wraps(fn)(hook_of_its_thread) if hasattr(fn, "__name__") else hook_of_its_thread
+
+
+def _checked(fwd_hooks: Any) -> list[tuple[Any, HookFn]]:
+    """The pairs, if they are pairs of a place and a function."""
+    if isinstance(fwd_hooks, (str, bytes, dict)) or not isinstance(fwd_hooks, Sequence):
+        raise HookError(
+            f"fwd_hooks must be a list of pairs of a place and a function, got {type(fwd_hooks).__name__}; write "
+            "[(site, function), ...]"
+        )
+    if len(fwd_hooks) == 2 and callable(fwd_hooks[1]):
+        raise HookError("fwd_hooks must be a list of pairs of a place and a function, got one pair; put it in a list")
+    for pair in fwd_hooks:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[1]):
+            raise HookError(
+                f"fwd_hooks must be a list of pairs of a place and a function, got {pair!r} in it; write (site, function)"
+            )
+    return [(place, fn) for place, fn in fwd_hooks]
 
 
 class WrappedBridge:
@@ -55,11 +99,47 @@ class WrappedBridge:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self._seams = install(bridge, self.family)
-        self._makers: list[Callable[[LVLMInputs], FwdHooks]] = []
+        self._blocks = Blocks()
+        doors = Doors(self)
+        self._seams.on_remove(doors.remove)
+        for name in KEYED:
+            doors.stand_in(model, name, self._as_plain)
+        refuse = refuse_copies("a wrapped model", COPYING)
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            model.__dict__[name] = refuse
+            self._seams.on_remove(lambda name=name: model.__dict__.pop(name, None))
 
     def close(self) -> None:
         """Take the hook points off the bridge, which is then as it was before. Closing twice does nothing."""
-        self._seams.remove()
+        with self._blocks.lock:
+            self._seams.remove()
+
+    def unwrap(self) -> Any:
+        """Close this, take the bridge's components out of the Hugging Face model, and give the model back.
+
+        It is then what it was before :meth:`HookedLVLM.from_hf`: the same logits, names of weights and attention implementation, in
+        evaluation mode, with the weights that it has now. The bridge must not be used any more. To save a model there is no need
+        for this: ``hf_model.save_pretrained``, ``state_dict`` and ``load_state_dict`` have plain names while it is wrapped.
+
+        Returns:
+            The plain model.
+        """
+        model = self.hf_model
+        self.close()
+        make_plain(model)
+        return model
+
+    def _as_plain(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._blocks.lock, plain(self.hf_model):
+            return original(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: Always; it says what to do instead.
+        """
+        return refuse_copies(f"a {type(self).__name__}", COPYING)()
 
     def __enter__(self: Wrapped) -> Wrapped:
         return self
@@ -185,59 +265,138 @@ class WrappedBridge:
     def hooks(self: Wrapped, fwd_hooks: FwdHooks = ()) -> Iterator[Wrapped]:
         """Have hooks on the model in a ``with`` block; they are gone after it, come what may.
 
+        Hooks belong to the thread that opened the block, and blocks may be left in any order. While a block is open, a run in a
+        thread that has no block of its own is refused; ``with lvlm.hooks():`` there says that the model is meant as it is, and
+        :meth:`carry_hooks` takes these hooks along.
+
         Args:
             fwd_hooks: Pairs of a place and a function. Where one place has several, each sees what those
                 before returned.
 
         Raises:
-            ValueError: If this model has no such site or hook point; the message says why.
+            ValueError: If this model has no such site or hook point, the message says why; or these are no such pairs (HookError).
 
         Warns:
             UserWarning: If a place is TransformerLens's own name of a point in the vision tower or the projector: an edit there may do
                 nothing, which the sites' names exclude.
         """
         self._require_open()
-        if len(fwd_hooks) == 2 and callable(fwd_hooks[1]):
-            raise ValueError(
-                "fwd_hooks must be a list of pairs of a place and a function, got one pair; put it in a list"
+        placed = [(name, fn) for place, fn in _checked(fwd_hooks) for name in self._places(place)]
+        with self._blocks.opened() as block:
+            # A forward pass of another thread must not see the hooks come and go.
+            context = (
+                self.bridge.hooks(fwd_hooks=[(name, _owned(fn, block)) for name, fn in placed]) if placed else None
             )
-        placed = [(name, fn) for place, fn in fwd_hooks for name in self._places(place)]
-        if not placed:
-            yield self
-            return
-        with self.bridge.hooks(fwd_hooks=placed):
-            yield self
+            if context is not None:
+                with self._blocks.lock:
+                    context.__enter__()
+            try:
+                yield self
+            finally:
+                if context is not None:
+                    with self._blocks.lock:
+                        context.__exit__(None, None, None)
 
     @contextmanager
     def hooks_for_each_batch(self: Wrapped, make: Callable[[LVLMInputs], FwdHooks]) -> Iterator[Wrapped]:
         """Have hooks made anew for every batch that is run or generated from in a ``with`` block.
 
         They come after the hooks of a ``with lvlm.hooks(...)`` block and before those given to the call
-        itself, so that caches and interventions see what they did. Blocks nest: the outer one's come first.
+        itself, so that caches and interventions see what they did. Where blocks nest, the outer one's come first; they may be
+        left in any order. They belong to the thread that opened the block, as those of :meth:`hooks` do.
+
+        Calls of ``lvlm.hf_model(...)`` and ``lvlm.hf_model.generate(...)`` with a processor's outputs have them too.
 
         Args:
             make: From a batch to its hooks.
         """
         self._require_open()
-        self._makers.append(make)
-        try:
+        with self._blocks.opened(make):
             yield self
-        finally:
-            self._makers.pop()
 
     @contextmanager
     def batch_hooks(self: Wrapped, inputs: LVLMInputs) -> Iterator[Wrapped]:
-        """Have the hooks of :meth:`hooks_for_each_batch` for this batch on.
+        """Have the hooks of :meth:`hooks_for_each_batch` for this batch on, and the model to this thread alone.
 
         Every way of running the model does this.
 
         Raises:
             TypeError: If the inputs are not a prepared batch.
             ValueError: If its pixels are of other images than the batch's.
+            ThreadError: If this thread has no hooks and another one has.
         """
         require_inputs(inputs).require_pixels()
-        with self.hooks([pair for make in self._makers for pair in make(inputs)]):
-            yield self
+        self._require_open()
+        with self._blocks.turn():
+            made = [pair for make in self._makers for pair in make(inputs)]
+            with self.hooks(made), self._blocks.run():
+                yield self
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the model to this thread alone: others that run it wait. For running parts of it, whose hook points keep state.
+
+        Raises:
+            ThreadError: If this thread has no hooks and another one has.
+        """
+        with self._blocks.turn():
+            yield
+
+    def carry_hooks(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function for another thread that runs the model with this thread's hooks and repairs.
+
+        Args:
+            function: What the other thread is to do, for instance ``lvlm.generate``.
+
+        Returns:
+            The function, to be given to ``threading.Thread(target=...)`` or to a pool. The blocks must be open until it has run.
+
+        Raises:
+            ThreadError: When it is called after one of the blocks was left.
+
+        Example:
+            >>> with repair.on(lvlm):  # doctest: +SKIP
+            ...     thread = threading.Thread(target=lvlm.carry_hooks(lvlm.generate), args=(inputs,))
+            ...     thread.start()
+            ...     thread.join()
+        """
+        self._require_open()
+        blocks = self._blocks.mine
+
+        @wraps(function)
+        def with_hooks(*args: Any, **kwargs: Any) -> Any:
+            with self._blocks.lent(blocks):
+                return function(*args, **kwargs)
+
+        return with_hooks
+
+    @property
+    def _makers(self) -> list[Callable[[LVLMInputs], FwdHooks]]:
+        """What makes hooks for each batch in this thread."""
+        return self._blocks.makers
+
+    @contextmanager
+    def bare(self: Wrapped) -> Iterator[Wrapped]:
+        """The model without any hooks in a ``with`` block, in the middle of a forward pass too; all are back after it.
+
+        A defence that asks the model something more (a caption, the same request with a warning) does so here, so that neither its
+        own hooks, nor another defence's, nor a recorder of activations run on what it asks.
+        """
+        taken = []
+        try:
+            for point in {id(point): point for point in self.bridge.hook_dict.values()}.values():
+                ours = {handle.hook.id for handle in point.fwd_hooks if not handle.is_permanent}
+                hooks = point._forward_hooks
+                if ours & hooks.keys():
+                    taken.append((hooks, list(hooks.items())))
+                    for key in ours & hooks.keys():
+                        del hooks[key]
+            with self._blocks.muted():
+                yield self
+        finally:
+            for hooks, items in taken:
+                hooks.clear()
+                hooks.update(items)
 
     def acting(self) -> list[str]:
         """What is on the model now: the hook points that have hooks, and what was given to :meth:`hooks_for_each_batch`, a repair

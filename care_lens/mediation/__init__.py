@@ -1,5 +1,6 @@
 """Diagnosis: mediation by exchanging activations between twins, ablation by generation, separability."""
 
+from care_lens.core.arguments import checked
 from care_lens.mediation.ablation import MODES, AblationResult, ablate
 from care_lens.mediation.attribution import AttributionResult, attribute
 from care_lens.mediation.counterfactuals import neutralise, remove_noise, swap_drawn_text, swap_text
@@ -69,3 +70,5 @@ __all__ = [
     "windows",
     "writes_towards",
 ]
+
+checked(globals(), __all__)

@@ -8,17 +8,20 @@ components this is the paper's comparison of FFN and attention by attack success
   same vector everywhere. Of these it leaves the model nearest to what it is used to.
 - "resample": at each position the output at a random position of another example, the same example for a row
   everywhere and of another group where there is one. It keeps the component's own distribution, and takes what it
-  says about this example away. The draws are those of the seed.
+  says about this example away. Every example has draws of its own, made from the seed and the example: batch size and order
+  change nothing, and the other examples only as far as they are the reference.
 - "zero": zeros.
 - "skip": the component writes nothing to the residual stream; at the outputs of attention and MLP that is
   zeros as well.
 
-Shares are of judged answers: missing ones are counted apart. Intervals are Clopper-Pearson where every
-example has its own group, else cluster bootstraps over groups; changes from the baseline are paired.
+Shares are of judged answers: missing ones are counted apart. Intervals are those of rates whose trials share groups
+(Clopper-Pearson where every example has its own); changes from the baseline are paired. None is a point because all
+answers came out alike.
 
 Source: Fu et al. 2026 (arXiv:2603.27240), who skip layers l and l + 1 together.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +31,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.utilities.statistics import derive_generator
 
 from care_lens.capture import capture
 from care_lens.core import (
@@ -38,14 +40,15 @@ from care_lens.core import (
     Site,
     Tower,
     Verdict,
-    cluster_bootstrap,
+    clustered_rate,
     examples_digest,
     package_versions,
     paired_difference,
-    rate_ci,
+    require_verdicts,
 )
-from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.checkpoint import CellLog
+from care_lens.core.draws import example_generator
+from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import DetailedResult, groups_of, site_columns, tidy
 
 if TYPE_CHECKING:
@@ -153,9 +156,10 @@ def ablate(
         "reference": examples_digest(reference) if mode in ("mean", "resample") else None,
         "judge": getattr(judge, "name", type(judge).__name__),
         "batch_size": batch_size,
+        **made_by(lvlm, outcome=judge),
     }
     if mode == "resample":
-        settings["seed"] = seed
+        settings |= {"seed": seed, "draws": "of each example"}
     done = CellLog(checkpoint, settings=settings, probe=_probe(lvlm, examples[:batch_size]))
     cells: list[Cell] = [None, *sites]
     todo = [cell for cell in cells if _key(cell) not in done]
@@ -171,13 +175,19 @@ def ablate(
                 inputs = lvlm.prepare(examples[start : start + batch_size])
                 hooks = [(cell, _replace(means.get(cell)))] if cell else []
                 if cell and bank is not None:
-                    rows = donors[start : start + batch_size]
-                    if cell.tower == "vision":
-                        rows = [rows[row] for row in inputs.image_rows]
-                    hooks = [(cell, _resample(bank, rows, derive_generator(seed, cell, start)))]
-                texts += lvlm.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=hooks).texts
+                    batch = range(start, min(start + batch_size, len(examples)))
+                    hooks = [
+                        (
+                            cell,
+                            _resample(
+                                bank, [donors[i] for i in batch], [examples[i] for i in batch], inputs, cell, seed
+                            ),
+                        )
+                    ]
+                made = lvlm.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, fwd_hooks=hooks)
+                texts += made.answers
                 bar.update()
-            verdicts = [verdict.value for verdict in judge(examples, texts)]
+            verdicts = [v.value for v in require_verdicts(judge(examples, texts), len(examples), judge=judge)]
             done.add(_key(cell), {"texts": texts, "verdicts": verdicts})
     settings |= {
         "n": len(examples),
@@ -240,13 +250,19 @@ def _replace(mean: Tensor | None) -> Callable[..., Tensor]:
 
 
 def _donors(examples: Sequence[Example], reference: Sequence[Example], seed: int) -> list[int]:
-    """For each example the index of a reference example: of another group if there is one, else another, else any."""
-    theirs, rng = groups_of(reference), np.random.default_rng(seed)
+    """For each example the index of a reference example: of another group if there is one, else another, else any.
+
+    Each reference example gets a number from the seed and both; the smallest is taken, so that neither order nor other
+    examples have a part in it.
+    """
+    theirs = groups_of(reference)
+    names = [f"{other.id} {examples_digest([other])}" for other in reference]
     out = []
     for example, group in zip(examples, groups_of(examples), strict=True):
+        own = f"{seed} {example.id} {examples_digest([example])}"
         away = [i for i, other in enumerate(theirs) if other != group]
         away = away or [i for i, other in enumerate(reference) if other is not example] or list(range(len(reference)))
-        out.append(int(rng.choice(away)))
+        out.append(min(away, key=lambda i: hashlib.sha256(f"{own} {names[i]}".encode()).digest()))
     return out
 
 
@@ -273,24 +289,61 @@ def _bank(
             tokens = held[entry][where[entry]]
             if (before := bank[some[row]]) is not None:
                 tokens = torch.cat([before, tokens])  # another tile of the same example
-            drawn = torch.randperm(len(tokens), generator=derive_generator(seed, site, some[row]))[:BANK]
+            generator = example_generator(seed, reference[some[row]], site)
+            drawn = torch.randperm(len(tokens), generator=generator)[:BANK]
             bank[some[row]] = tokens[drawn.to(tokens.device)]
     return bank
 
 
-def _resample(bank: Sequence[Tensor | None], rows: Sequence[int], generator: torch.Generator) -> Callable[..., Tensor]:
-    """A hook that puts random activations of one reference example at every position of a row."""
+class _Draws:
+    """The numbers that one row draws, a position after the other; drawn in blocks, so that how many are asked for at once
+    changes nothing."""
+
+    def __init__(self, high: int, generator: torch.Generator) -> None:
+        self._high, self._generator, self._left = high, generator, torch.empty(0, dtype=torch.long)
+
+    def take(self, count: int) -> Tensor:
+        while len(self._left) < count:
+            block = torch.randint(self._high, (256,), generator=self._generator)
+            self._left = torch.cat([self._left, block])
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
+
+
+def _resample(
+    bank: Sequence[Tensor | None],
+    donors: Sequence[int],
+    examples: Sequence[Example],
+    inputs: LVLMInputs,
+    site: Site,
+    seed: int,
+) -> Callable[..., Tensor]:
+    """A hook that puts random activations of one reference example at every position of a row, padding apart."""
     filled = [i for i, part in enumerate(bank) if part is not None]
     if not filled:
         raise ValueError("reference must include an example with an image to resample the vision tower, got text alone")
-    chosen = [bank[row] if bank[row] is not None else bank[filled[row % len(filled)]] for row in rows]
+    rows = list(range(len(examples))) if site.tower == "language" else list(inputs.image_rows)
+    padding = inputs.spans.padding.sum(dim=1).tolist() if site.tower == "language" else [0] * len(examples)
+    parts: list[Tensor] = []
+    draws: list[_Draws] = []
+    for entry, row in enumerate(rows):
+        donor = donors[row] if bank[donors[row]] is not None else filled[donors[row] % len(filled)]
+        part = bank[donor]
+        assert part is not None
+        parts.append(part)
+        tile = entry - rows.index(row)
+        draws.append(_Draws(len(part), example_generator(seed, examples[row], site, tile)))
+    before = True
 
     def replace_all(activation: Tensor, hook: Any) -> Tensor:
+        nonlocal before
         drawn = []
-        for part in chosen:
-            assert part is not None
-            index = torch.randint(len(part), (activation.shape[1],), generator=generator)
+        for entry, (part, own) in enumerate(zip(parts, draws, strict=True)):
+            # Left padding, of the prompt alone, is what differs between batches: it takes no draws.
+            pad = padding[rows[entry]] if before else 0
+            index = torch.cat([torch.zeros(pad, dtype=torch.long), own.take(activation.shape[1] - pad)])
             drawn.append(part[index.to(part.device)])
+        before = False
         return torch.stack(drawn).to(activation.device, activation.dtype)
 
     return replace_all
@@ -357,20 +410,18 @@ def _measures(
     rows = []
     for verdict in _JUDGED:
         hits = verdicts == verdict.value
-        rows.append((verdict.value, "share", _share(hits[judged], labels[judged], n_boot, seed), int(judged.sum())))
+        rows.append((verdict.value, "share", _share(hits[judged], labels[judged]), int(judged.sum())))
         if not is_baseline:
             change = Interval(np.nan, np.nan, np.nan)
             if both.any():
                 before = baseline == verdict.value
                 change = paired_difference(hits[both], before[both], labels[both].tolist(), n_boot=n_boot, seed=seed)
             rows.append((f"{verdict.value} change", "difference", change, int(both.sum())))
-    rows.append((Verdict.MISSING.value, "share", _share(~judged, labels, n_boot, seed), len(verdicts)))
+    rows.append((Verdict.MISSING.value, "share", _share(~judged, labels), len(verdicts)))
     return rows
 
 
-def _share(hits: np.ndarray, labels: np.ndarray, n_boot: int, seed: int) -> Interval:
+def _share(hits: np.ndarray, labels: np.ndarray) -> Interval:
     if len(hits) == 0:
         return Interval(np.nan, np.nan, np.nan)
-    if len(set(labels.tolist())) == len(labels):
-        return rate_ci(int(hits.sum()), len(hits))
-    return cluster_bootstrap(hits, labels.tolist(), n_boot=n_boot, seed=seed)
+    return clustered_rate(hits, labels.tolist())

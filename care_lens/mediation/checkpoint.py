@@ -1,17 +1,40 @@
 """A log of finished cells, so that a long sweep goes on where it was stopped.
 
-JSON lines: first the settings and a probe (outcomes of the untouched model), then one line a finished cell. A
-line cut off by a kill is dropped. Python writes floats so that reading them gives the same number, so that a
+A journal (:mod:`care_lens.core.journal`): its first line holds the settings and a probe (outcomes of the untouched model), every other
+line finished cells. A line cut off by a kill is dropped. Python writes floats so that reading them gives the same number, so that a
 resumed sweep gives the same frame as one that was never stopped.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from care_lens.core import Outcome, content_digest
+from care_lens.core.errors import ArtifactError
+from care_lens.core.identity import model_fingerprint
+from care_lens.core.journal import Journal, Row, differing
+from care_lens.lvlm import HookedLVLM
+
 _TOLERANCE = 1e-3
+
+
+def made_by(lvlm: HookedLVLM, *, outcome: Outcome | Callable[..., Any]) -> dict[str, Any]:
+    """What the cells of any sweep depend on beside the examples, for the settings of a log.
+
+    Args:
+        lvlm: The model, with what is on it.
+        outcome: The outcome or judge.
+
+    Returns:
+        JSON-able digests of the weights, of what acts on the model, and of the outcome: its settings, code and what it closes over.
+    """
+    return {
+        "weights": model_fingerprint(lvlm.hf_model),
+        "acting": lvlm.acting(),
+        "outcome_digest": content_digest(outcome),
+    }
 
 
 class CellLog:
@@ -23,22 +46,18 @@ class CellLog:
         probe: Numbers that tell the model and the examples apart; the file's must agree to 1e-3.
 
     Raises:
-        ValueError: If the file is of other settings, another model or other examples.
+        ArtifactError: If the file is of other settings, another model or other examples, is damaged, or is no such log; it is left
+            as it is.
     """
 
-    def __init__(self, path: str | Path | None, *, settings: dict[str, Any], probe: Sequence[float]) -> None:
-        self._path = None if path is None else Path(path)
+    def __init__(self, path: str | Path | None, *, settings: dict[str, Any], probe: Sequence[float] = ()) -> None:
         self._cells: dict[str, Any] = {}
-        if self._path is None:
-            return
-        header = {"settings": json.loads(json.dumps(settings)), "probe": list(probe)}
-        lines = self._read()
-        if lines:
-            self._check(lines[0], header)
-            self._cells = {line["cell"]: line["value"] for line in lines[1:]}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [lines[0] if lines else header, *lines[1:]]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._settings, self._probe, self._path = json.loads(json.dumps(settings)), list(probe), path
+        self._journal = None
+        if path is not None:
+            about = {"settings": settings, "probe": self._probe}
+            self._journal = Journal(path, kind="finished cells", about=about, check=self._check)
+            self._take(self._journal.append([]))
 
     def __contains__(self, cell: str) -> bool:
         return cell in self._cells
@@ -48,30 +67,35 @@ class CellLog:
 
     def add(self, cell: str, value: Any) -> None:
         """Record a finished cell's JSON-able value."""
-        self._cells[cell] = value
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"cell": cell, "value": value}) + "\n")
+        self.add_all({cell: value})
 
-    def _read(self) -> list[dict[str, Any]]:
-        if self._path is None or not self._path.exists():
-            return []
-        whole, _, _ = self._path.read_text(encoding="utf-8").rpartition("\n")
-        return [json.loads(line) for line in whole.split("\n")] if whole else []
+    def add_all(self, cells: Mapping[str, Any]) -> None:
+        """Record cells that were run together, all or none: cells that share a forward pass depend on one another in the last bits."""
+        self._cells.update(cells)
+        if self._journal is not None:
+            self._take(self._journal.append([{"cells": dict(cells)}]))
 
-    def _check(self, found: dict[str, Any], header: dict[str, Any]) -> None:
-        theirs, ours = found.get("settings", {}), header["settings"]
-        if theirs != ours:
-            differ = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-            raise ValueError(
+    def get(self, cell: str, make: Callable[[], Any]) -> Any:
+        """A cell's value; made and recorded if it is not there."""
+        if cell not in self._cells:
+            self.add(cell, make())
+        return self._cells[cell]
+
+    def _take(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._cells.update(row["cells"])
+
+    def _check(self, found: Row) -> None:
+        theirs, ours = found["settings"], self._settings
+        if differ := differing(ours, theirs):
+            raise ArtifactError(
                 f"checkpoint must be of the same settings, {self._path} differs in {differ}; use another file"
             )
-        same = len(found["probe"]) == len(header["probe"]) and all(
-            math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-            for a, b in zip(found["probe"], header["probe"], strict=True)
+        same = len(found["probe"]) == len(self._probe) and all(
+            math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) or (a != a and b != b)
+            for a, b in zip(found["probe"], self._probe, strict=True)
         )
         if not same:
-            raise ValueError(
-                f"checkpoint must be of the same model and examples, {self._path} was made with others; use "
-                "another file"
+            raise ArtifactError(
+                f"checkpoint must be of the same model and examples, {self._path} was made with others; use another file"
             )

@@ -11,8 +11,8 @@ Let x be the safe input, x* its unsafe twin, M a mediator and Y an outcome in wh
 - interaction = TE - NDE - NIE = TIE - NIE, zero in a linear model.
 - p-values are of a sign-flip permutation test: were an effect symmetric about 0, every group's effects could as well
   have the other sign.
-- proportion = mean NIE / mean TE, a ratio of means, bootstrapped jointly; missing where TE's interval
-  contains 0.
+- proportion = mean NIE / mean TE, a ratio of means with Fieller's interval; missing where TE's interval contains 0,
+  its ends also where TE is not clear enough of 0 for a bounded interval.
 
 Source: Pearl 2001; Vig et al. 2020, "Investigating gender bias in language models using causal mediation
 analysis".
@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
-from care_lens.core import Interval, cluster_bootstrap
+from care_lens.core import Interval, cluster_bootstrap, ratio_of_means
 
 EFFECTS: tuple[str, ...] = ("TE", "NIE", "NDE", "TIE", "interaction", "proportion")
 """The effects that :func:`summarise` gives, in its order."""
@@ -59,8 +59,9 @@ def summarise(
     n_boot: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
+    binary: bool = False,
 ) -> dict[str, Interval]:
-    """Means over pairs with intervals from resampled groups, the same resamples for all effects and cells.
+    """Means over pairs with intervals by group, the same resamples for all effects and cells.
 
     Args:
         effects: What :func:`effects_of` gives; [n, cells] each.
@@ -68,26 +69,25 @@ def summarise(
         n_boot: Number of resamples.
         seed: Seed of the resamples.
         confidence: Coverage aimed at.
+        binary: Whether outcomes are 0 or 1 (judged answers), so that effects are differences of rates: no point where
+            nothing changed. Of other outcomes an effect that is 0 in every pair is [0, 0]: the patch changes nothing.
 
     Returns:
-        For each of ``EFFECTS``, the estimate and its interval as [cells] arrays. The proportion is NaN in the
+        For each of ``EFFECTS``, the estimate and its interval as [cells] arrays; the ends are missing with one group. The proportion is NaN in the
         cells where TE's interval contains 0.
     """
     names = list(effects)
     stacked = np.stack([effects[name] for name in names], axis=1)
-    means = cluster_bootstrap(stacked, groups, n_boot=n_boot, seed=seed, confidence=confidence)
+    options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
+    # Of outcomes of 0 or 1 an interaction, the difference of two differences, is between -2 and 2.
+    span = np.array([[2.0 if binary and name == "interaction" else 1.0] for name in names])
+    found = cluster_bootstrap(stacked / span, groups, kind="differences" if binary else "numbers", **options)
+    means = Interval(*(part * span for part in found))
     out = {name: Interval(means.estimate[i], means.low[i], means.high[i]) for i, name in enumerate(names)}
     clear = (out["TE"].low > 0) | (out["TE"].high < 0)
     proportion = np.full((3, len(clear)), np.nan)
     if clear.any():
-        proportion[:, clear] = cluster_bootstrap(
-            {name: effects[name][:, clear] for name in ("NIE", "TE")},
-            groups,
-            statistic=_ratio_of_means,
-            n_boot=n_boot,
-            seed=seed,
-            confidence=confidence,
-        )
+        proportion[:, clear] = ratio_of_means(effects["NIE"][:, clear], effects["TE"][:, clear], groups, **options)
     out["proportion"] = Interval(*proportion)
     return {name: out[name] for name in EFFECTS}
 
@@ -133,8 +133,3 @@ def p_values(
 
 _CELLS = 64
 """Cells whose flips are held at once."""
-
-
-def _ratio_of_means(values: Mapping[str, ndarray]) -> ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return values["NIE"].mean(axis=0) / values["TE"].mean(axis=0)

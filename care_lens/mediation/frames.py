@@ -1,13 +1,15 @@
 """What the results of this room share: a frame of details, names of outcomes, digests, site columns."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
-from pathlib import Path
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar
 
 import pandas as pd
 
 from care_lens.core import Example, FrameResult, Outcome, Site, package_versions
+from care_lens.core.cells import restored
+from care_lens.core.errors import ArtifactError
 
 _TEXTUAL = ("tower", "component", "mediator", "position", "group", "id", "channel", "text", "verdict")
 _WHOLE = ("pair", "patch", "row", "col")
@@ -28,18 +30,23 @@ class DetailedResult(FrameResult):
 
     details: pd.DataFrame = field(default_factory=pd.DataFrame)
 
-    def save(self, directory: str | Path, name: str) -> Path:
-        """Write ``name.csv``, ``name.json`` and ``name.details.csv``; returns the path of the first."""
-        path = super().save(directory, name)
-        self.details.to_csv(Path(directory) / f"{name}.details.csv", index=False)
-        return path
+    def parts(self) -> dict[str, pd.DataFrame]:
+        """The details."""
+        return {"details": self.details}
 
     @classmethod
-    def load(cls: type[Result], directory: str | Path, name: str) -> Result:
-        """Read what :meth:`save` wrote; raises as ``FrameResult.load`` does."""
-        result = super().load(directory, name)
-        written = pd.read_csv(Path(directory) / f"{name}.details.csv", dtype="str", keep_default_na=False)
-        return replace(result, details=written.apply(_typed))
+    def from_parts(
+        cls: type[Result], frame: pd.DataFrame, settings: dict[str, Any], texts: Mapping[str, str]
+    ) -> Result:
+        """Build from what was saved.
+
+        Raises:
+            ArtifactError: If the details are missing.
+        """
+        if "details" not in texts:
+            raise ArtifactError("the file of details must be beside the frame, got none; copy all files again")
+        written = restored(pd.read_csv(io.StringIO(texts["details"]), dtype="str", keep_default_na=False))
+        return cls(frame, settings, pd.DataFrame({name: _typed(written[name]) for name in written.columns}))
 
 
 def metric_name(outcome: Outcome) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from care_lens.core import Site, SiteLike
+from care_lens.core import Site, SiteLike, require_outcome
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.frames import metric_name
 from care_lens.mediation.mediators import HEADS, NEURONS
@@ -207,9 +207,7 @@ def attributed(
 
 
 def _outcomes(outcome: Any, logits: Tensor, inputs: Any, rows: int) -> ndarray:
-    values = outcome(logits, inputs)
-    if values.shape != (rows,) or not bool(torch.isfinite(values).all()):
-        raise ValueError(f"outcome must give one finite number a row ({rows}), got shape {tuple(values.shape)}")
+    values = require_outcome(outcome(logits, inputs), rows, outcome=outcome)
     return values.detach().double().cpu().numpy()
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from care_lens.core import Example, Judge, Verdict
+from care_lens.core import Example, Judge, Verdict, require_verdicts
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
 
@@ -55,8 +55,10 @@ class JudgedCompliance:
         Returns:
             [rows] 1, 0, or NaN where the answer is missing.
         """
-        texts = lvlm.generate(inputs, max_new_tokens=self.max_new_tokens, fwd_hooks=fwd_hooks).texts
-        verdicts = self.judge([self.examples[row] for row in rows], texts)
+        made = lvlm.generate(inputs, max_new_tokens=self.max_new_tokens, do_sample=False, fwd_hooks=fwd_hooks)
+        verdicts = require_verdicts(
+            self.judge([self.examples[row] for row in rows], made.answers), len(rows), judge=self.judge
+        )
         values = {Verdict.COMPLIED: 1.0, Verdict.MISSING: float("nan")}
         return torch.tensor([values.get(verdict, 0.0) for verdict in verdicts], dtype=torch.float64)
 

@@ -21,6 +21,8 @@ Source: Geva et al. 2023, "Dissecting recall of factual associations in auto-reg
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -35,11 +37,11 @@ from care_lens.core import (
     PairedExamples,
     PrefixMargin,
     Site,
-    cluster_bootstrap,
     examples_digest,
 )
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
@@ -50,6 +52,7 @@ from care_lens.mediation.frames import (
 )
 from care_lens.mediation.pairs import logits_needed
 from care_lens.mediation.patching import read_outcome
+from care_lens.mediation.resolution import mean_effect, resolved, spacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -84,7 +87,8 @@ class KnockoutResult(DetailedResult):
             ("3" or "3-5"), mode, position ("image->last": source and target), metric (the outcome's name), effect
             ("change"; of pairs "safe change", "unsafe change" and "TE change"), value (mean over examples or pairs, in
             the outcome's unit), ci_low, ci_high, n, seed.
-        settings: Source, target, windows, modes, whether a token's attention to itself was cut, and what made it.
+        settings: Source, target, windows, modes, whether a token's attention to itself was cut, resolution (relative: changes
+            that cannot be told from rounding are 0, see ``care_lens.mediation.resolution``), and what made it.
         details: One row a window, mode and example: mediator ("3-5, zero"), id, group, pair (index of the example, or of
             its pair), untouched and value (the outcome without and with the cut). Of pairs the safe twins come first.
     """
@@ -111,6 +115,7 @@ def knockout(
     n_boot: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | FilePath | None = None,
 ) -> KnockoutResult:
     """Effect of cutting the attention from one span to another, by window of layers.
 
@@ -128,13 +133,14 @@ def knockout(
         n_boot: Bootstrap resamples of the groups.
         seed: Seed of the bootstrap.
         progress: Whether to show a progress bar.
+        checkpoint: A file in which what is finished is kept; a stopped sweep goes on from it.
 
     Returns:
         The effects.
 
     Raises:
         ValueError: If an option is out of range, the model's attention patterns cannot be edited, or no example (no
-            pair, in both twins) has anything to be cut. Those that have not are left out; ``n`` counts the rest.
+            pair, in both twins) has anything to be cut, or the checkpoint is of another sweep. Those that have not are left out; ``n`` counts the rest.
 
     Example:
         >>> from care_lens import organism
@@ -159,6 +165,16 @@ def knockout(
     if not rows:
         raise ValueError("examples must hold at least one example, got none")
     cells: list[tuple[tuple[int, ...], KnockoutMode]] = [(some, mode) for some in windows for mode in modes]
+    made: dict[str, Any] = {
+        "source": source,
+        "target": target,
+        "itself": itself,
+        "outcome": describe_outcome(outcome),
+        "examples": examples_digest(rows),
+        "batch_size": batch_size,
+        **made_by(lvlm, outcome=outcome),
+    }
+    done = CellLog(checkpoint, settings=made)
     untouched = np.full(len(rows), np.nan)
     values = np.full((len(rows), len(cells)), np.nan)
     there = np.zeros(len(rows), dtype=bool)
@@ -166,31 +182,20 @@ def knockout(
     with tqdm(total=len(starts) * len(cells), desc="knocking out", disable=not progress) as bar:
         for start in starts:
             part = slice(start, start + batch_size)
-            inputs = lvlm.prepare(rows[part], responses=bool(getattr(outcome, "responses", False)))
-            cut = _cut(inputs, source, target, itself)
-            there[part] = cut.any(dim=(1, 2)).cpu().numpy()
-            keep = logits_needed(outcome, inputs)
-            with torch.no_grad():
-                logits = lvlm(inputs, logits_to_keep=keep)
-                bound: Any = outcome
-                if hasattr(bound, "with_reference"):
-                    bound = bound.with_reference(logits, inputs, list(range(inputs.batch_size)))
-                untouched[part] = read_outcome(bound, logits, inputs).numpy()
-                for at, (some, mode) in enumerate(cells):
-                    hooks = [(Site("language", layer, PATTERN), _hook(cut, mode)) for layer in some]
-                    logits = lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=keep)
-                    values[part, at] = read_outcome(bound, logits, inputs).numpy()
-                    bar.update()
+            run = _Batch(lvlm, rows[part], outcome, source, target, itself)
+            there[part], untouched[part] = done.get(f"untouched from {start}", run.untouched)
+            for at, (some, mode) in enumerate(cells):
+                values[part, at] = done.get(
+                    f"{_name(some)} {mode} from {start}",
+                    lambda run=run, some=some, mode=mode: run.cut_off(some, mode),
+                )
+                bar.update()
     groups = groups_of(rows) if pairs is None else pairs.groups
     settings: dict[str, Any] = {
-        "source": source,
-        "target": target,
+        **made,
         "windows": [list(some) for some in windows],
         "modes": list(modes),
-        "itself": itself,
-        "outcome": describe_outcome(outcome),
-        "examples": examples_digest(rows),
-        "batch_size": batch_size,
+        "resolution": spacing(lvlm),
         **sampling(len(groups), groups, n_boot, seed),
     }
     return _result(rows, groups, pairs is not None, cells, there, untouched, values, outcome, settings)
@@ -218,6 +223,40 @@ def cut_attention(
     before, after = pattern.float().sum(-1, keepdim=True), left.float().sum(-1, keepdim=True)
     scale = torch.where(after > 0, before / after.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
     return torch.where(cut.any(-1)[:, None, :, None], (left.float() * scale).to(pattern.dtype), pattern)
+
+
+class _Batch:
+    """The runs of some examples; what they have in common is run when it is first needed."""
+
+    def __init__(
+        self, lvlm: HookedLVLM, rows: Sequence[Example], outcome: Any, source: str, target: str, itself: bool
+    ) -> None:
+        self._lvlm, self._rows, self._outcome = lvlm, rows, outcome
+        self._source, self._target, self._itself = source, target, itself
+
+    @cached_property
+    def _ready(self) -> tuple[LVLMInputs, Tensor, int, Any, Tensor]:
+        inputs = self._lvlm.prepare(self._rows, responses=bool(getattr(self._outcome, "responses", False)))
+        keep, bound = logits_needed(self._outcome, inputs), self._outcome
+        with torch.no_grad():
+            logits = self._lvlm(inputs, logits_to_keep=keep)
+            if hasattr(bound, "with_reference"):
+                bound = bound.with_reference(logits, inputs, list(range(inputs.batch_size)))
+            untouched = read_outcome(bound, logits, inputs)
+        return inputs, _cut(inputs, self._source, self._target, self._itself), keep, bound, untouched
+
+    def untouched(self) -> tuple[list[bool], list[float]]:
+        """[n] whether there is anything to cut, and the outcomes with nothing cut."""
+        _, cut, _, _, values = self._ready
+        return cut.any(dim=(1, 2)).tolist(), values.tolist()
+
+    def cut_off(self, layers: Sequence[int], mode: KnockoutMode) -> list[float]:
+        """[n] outcomes with the attention of some layers cut."""
+        inputs, cut, keep, bound, _ = self._ready
+        hooks = [(Site("language", layer, PATTERN), _hook(cut, mode)) for layer in layers]
+        with torch.no_grad():
+            logits = self._lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=keep)
+            return read_outcome(bound, logits, inputs).tolist()
 
 
 def _check(source: str, target: str, modes: Sequence[str], outcome: Any, batch_size: int) -> None:
@@ -292,7 +331,7 @@ def _result(
     outcome: Outcome,
     settings: dict[str, Any],
 ) -> KnockoutResult:
-    change = values - untouched[:, None]
+    change = resolved(values - untouched[:, None], values, untouched[:, None], spacing=settings["resolution"])
     n = len(groups)
     position = f"{settings['source']}->{settings['target']}"
     kept = np.flatnonzero(there.reshape(-1, n).all(axis=0))
@@ -306,7 +345,7 @@ def _result(
         measured = {"safe change": change[:n], "unsafe change": change[n:], "TE change": change[n:] - change[:n]}
     labels = [groups[i] for i in kept.tolist()]
     found = {
-        effect: cluster_bootstrap(part[kept], labels, n_boot=settings["n_boot"], seed=settings["seed"])
+        effect: mean_effect(part[kept], labels, n_boot=settings["n_boot"], seed=settings["seed"])
         for effect, part in measured.items()
     }
     frame, details = [], []

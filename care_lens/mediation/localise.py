@@ -3,8 +3,8 @@
 Every attention and MLP output of both towers is exchanged between the twins, in both directions. A place that carries the
 answer is sufficient (put into the safe run, it brings the unsafe answer: NIE / TE near 1) and necessary (taken out of the unsafe run,
 the answer is safe: TIE / TE near 1). Carriers upstream are often one of the two only: there are others beside them. The score is the mean
-of the two shares, each cut off at 0 and 1; ranks are bootstrapped over the pairs' groups, so that a reader sees how often
-another place would have come first.
+of the two shares, each cut off at 0 and 1; its interval is the mean of theirs, which is no narrower than that of a mean. Ranks
+are bootstrapped over the pairs' groups, so that a reader sees how often another place would have come first.
 
 Residual streams are not candidates: everything passes through them. The method knows what the pairs tell apart and nothing
 else, and redundant places (each sufficient, none necessary) share the middle of the ranking.
@@ -20,7 +20,8 @@ import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap
+from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, ratio_of_means
+from care_lens.core.errors import CareLensError
 from care_lens.core.results import FrameResult
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import effects_of
@@ -44,8 +45,12 @@ COLUMNS = (
 _NEARLY, _SOME = 0.9, 0.1
 
 
-class NothingToLocalise(ValueError):
+class NothingToLocaliseError(CareLensError, ValueError):
     """The unsafe twins are no less safe than the safe ones, by the outcome, or too few to say so."""
+
+
+NothingToLocalise = NothingToLocaliseError
+"""The error under its earlier name."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,9 @@ def rank_places(
     cells, shares, groups = _shares(details, found.settings.get("text_only", []), of_pictures)
     if len(set(groups)) < 2:
         raise NothingToLocalise(f"pairs must be about two items or more to have intervals, got {len(set(groups))}")
-    total = cluster_bootstrap(shares[:, 0, 0], groups, n_boot=n_boot, seed=seed)
+    binary = bool(np.isin(shares, (-1.0, 0.0, 1.0)).all())
+    kind = "differences" if binary else "numbers"
+    total = cluster_bootstrap(shares[:, 0, 0], groups, kind=kind, n_boot=n_boot, seed=seed)
     if not total.low > 0:
         raise NothingToLocalise(
             f"unsafe twins must be less safe by the outcome, got a total effect of {total.estimate:.3g} "
@@ -181,7 +188,7 @@ def rank_places(
     estimate = _score(mean)
     leads = boot >= boot.max(axis=1, keepdims=True) - 1e-9
     first = (leads / leads.sum(axis=1, keepdims=True)).mean(axis=0)
-    low, high = np.quantile(boot, [0.025, 0.975], axis=0)
+    low, high = _ends(shares, groups, n_boot=n_boot, seed=seed)
     sufficient, necessary = mean[:, 1] / mean[:, 0], mean[:, 2] / mean[:, 0]
     rows = []
     # Of equal scores (both shares cut off at 1) the larger uncut sum comes first.
@@ -268,6 +275,17 @@ def _shares(
 def _score(mean: Float[ndarray, "*draws place 3"]) -> Float[ndarray, "*draws place"]:
     shares = mean[..., 1:] / mean[..., :1]
     return np.clip(np.nan_to_num(shares), 0.0, 1.0).mean(axis=-1)
+
+
+def _ends(
+    shares: Float[ndarray, "pair place 3"], groups: Sequence[str], *, n_boot: int, seed: int
+) -> tuple[Float[ndarray, " place"], Float[ndarray, " place"]]:
+    """The mean of both shares' intervals; a share without a bounded one may be anything."""
+    ends = []
+    for found in (shares[..., 1], shares[..., 2]):
+        _, low, high = ratio_of_means(found, shares[..., 0], groups, n_boot=n_boot, seed=seed)
+        ends.append((np.nan_to_num(np.clip(low, 0, 1), nan=0.0), np.nan_to_num(np.clip(high, 0, 1), nan=1.0)))
+    return (ends[0][0] + ends[1][0]) / 2, (ends[0][1] + ends[1][1]) / 2
 
 
 def _resampled(

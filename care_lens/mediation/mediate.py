@@ -11,8 +11,9 @@ Positions in the language tower are spans: "image", "text", "last" (the last pro
 others of ``TokenSpans.mask``; "each" stands for every token by itself, named by its index counted from the row's first
 token ("0", "1", ...), and such indices can be given too. In the vision tower and at the projector all patches of the
 picture are exchanged together, class token included, and the position is called "all"; single patches are the
-business of ``patch_map``. Cells that a pair cannot have (image positions of a pair without pictures, tokens after its
-end) leave that pair out; ``n`` counts the pairs of a cell.
+business of ``patch_map``. A pair that lacks a position (image positions without pictures, a response where there is none,
+tokens after its end) is left out of that cell; ``n`` counts the pairs of a cell. A cell that no pair has is missing, with
+n = 0. Effects that cannot be told from rounding are 0 (``care_lens.mediation.resolution``).
 
 Cost: for each mediator and position the twins whose activations differ there are run once. In the language tower only
 what the patch can change is run (``care_lens.mediation.replay``); in the vision tower whole forward passes are.
@@ -30,10 +31,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from care_lens.core import Example, Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
+from care_lens.core import Example, Interval, Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
+from care_lens.core.stats import are_binary
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.checkpoint import CellLog
-from care_lens.mediation.effects import effects_of, p_values, summarise
+from care_lens.mediation.checkpoint import CellLog, made_by
+from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
@@ -53,6 +55,7 @@ from care_lens.mediation.pairs import (
 )
 from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
+from care_lens.mediation.resolution import resolved, spacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -82,9 +85,10 @@ class MediationResult(DetailedResult):
             "NIE", "NDE", "TIE", "interaction", "proportion"), value, ci_low, ci_high, p_value (two-sided, of a mean of
             0 under flips of the groups' signs; not corrected for the number of cells), n (pairs), seed. In the
             outcome's unit, except for the proportion, which is a ratio, missing where TE's interval contains 0,
-            and has no p-value.
+            and has no p-value. A cell that no pair has is missing, with n = 0.
         settings: Outcome, positions, number of pairs and groups, text_only (indices of the pairs without any picture),
-            of_pictures (names of the mediators outside the language tower), n_boot, n_permutations, seed, versions.
+            of_pictures (names of the mediators outside the language tower), resolution (relative, of a difference of
+            outcomes: see ``care_lens.mediation.resolution``), n_boot, n_permutations, seed, versions.
         details: One row a mediator, position and pair: pair (its index), group, and the four outcomes safe =
             Y(x), unsafe = Y(x*), safe_patched = Y(x with M := M(x*)), unsafe_patched = Y(x* with M := M(x)).
             Every effect follows from them.
@@ -182,6 +186,7 @@ def mediate(
         "outcome": describe_outcome(outcome),
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
         "batch_size": batch_size,
+        **made_by(lvlm, outcome=outcome),
     }
     untouched = np.full((2, len(run)), np.nan)
     for batch in batches:
@@ -203,6 +208,7 @@ def mediate(
     pictures = [mediator.name for mediator in wanted if not mediator.in_language]
     settings |= {"positions": list(positions), "n_permutations": n_permutations}
     settings |= {"text_only": text_only, "of_pictures": pictures}
+    settings["resolution"] = spacing(lvlm)
     return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings)
 
 
@@ -334,8 +340,7 @@ class _Sweep:
                 logits_to_keep=self._keep,
                 replay=self._replay,
             )
-            for cell, row in zip(mine, values.tolist(), strict=True):
-                self._done.add(self._key(cell), row)
+            self._done.add_all({self._key(cell): row for cell, row in zip(mine, values.tolist(), strict=True)})
 
     def _activations(self, sites: Sequence[Site]) -> dict[Site, torch.Tensor]:
         with torch.no_grad():
@@ -353,7 +358,7 @@ class _Sweep:
         }
 
     def _present(self, cell: Cell, values: Sequence[float]) -> list[float]:
-        if not (cell[0].in_language and is_index(cell[1])):
+        if not cell[0].in_language:
             return list(values)
         has = self._batch.mask(cell[1]).any(dim=1).tolist()
         return [value if there else float("nan") for value, there in zip(values, has, strict=True)]
@@ -380,17 +385,27 @@ def _result(
     groups = pairs.groups
     rows: dict[int, list[dict[str, Any]]] = {}
     pair_rows: list[dict[str, Any]] = []
+    binary = are_binary(untouched, patched)
     measured = np.isfinite(patched).all(axis=0) & np.asarray(np.isfinite(untouched).all(axis=0))[:, None]
     for kept in {tuple(column.tolist()) for column in measured.T}:
         index = np.flatnonzero(kept)
         columns = np.flatnonzero((np.asarray(kept) == measured.T).all(axis=1))
         safe, unsafe = (np.repeat(part[index, None], len(columns), axis=1) for part in untouched)
-        effects = effects_of(safe, unsafe, *(part[np.ix_(index, columns)] for part in patched))
-        if not len(index):
-            continue
-        labels = [groups[i] for i in index]
-        intervals = summarise(effects, labels, n_boot=n_boot, seed=seed)
-        p = p_values(effects, labels, n_permutations=settings["n_permutations"], seed=seed)
+        if len(index):
+            effects = effects_of(safe, unsafe, *(part[np.ix_(index, columns)] for part in patched))
+            effects = {
+                name: resolved(part, safe, unsafe, spacing=settings["resolution"]) for name, part in effects.items()
+            }
+            labels = [groups[i] for i in index]
+            intervals = summarise(effects, labels, n_boot=n_boot, seed=seed, binary=binary)
+            p = p_values(effects, labels, n_permutations=settings["n_permutations"], seed=seed)
+        else:
+            lacking = list(dict.fromkeys(cells[column][1] for column in columns.tolist()))
+            log.warning(
+                "no pair was measured in %d cells, at positions %s: they are missing, with n = 0", len(columns), lacking
+            )
+            missing = np.full(len(columns), np.nan)
+            intervals, p = dict.fromkeys(EFFECTS, Interval(missing, missing, missing)), {}
         for at, column in enumerate(columns.tolist()):
             mediator, position = cells[column]
             shared = {**mediator.columns(), "position": position, "metric": metric_name(outcome)}

@@ -8,6 +8,7 @@ mix it with others. Patches interact, so that their effects need not add up to t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, examples_digest
+from care_lens.core import Outcome, PairedExamples, Site, SiteLike, examples_digest
 from care_lens.core.spans import PatchGrid
 from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import (
     DetailedResult,
     describe_outcome,
@@ -29,6 +31,7 @@ from care_lens.mediation.frames import (
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
+from care_lens.mediation.resolution import mean_effect, resolved, spacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +48,8 @@ class PatchMapResult(DetailedResult):
     Attributes:
         frame: One row a patch: tower, layer, component, patch (index in row-major order), row, col, metric,
             effect ("NIE"), value (mean over pairs, in the outcome's unit), ci_low, ci_high, n (pairs), seed.
-        settings: Site, rows and cols of the grid, mean total effect ("TE"), outcome, n_boot, seed, versions.
+        settings: Site, rows and cols of the grid, mean total effect ("TE"), resolution (relative: effects that cannot be
+            told from rounding are 0, see ``care_lens.mediation.resolution``), outcome, n_boot, seed, versions.
         details: One row a patch and pair: its NIE as value, and the rectangle x0, y0, x1, y1 in pixels of the
             unsafe twin's picture that the patch covers.
     """
@@ -72,6 +76,7 @@ def patch_map(
     n_boot: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | FilePath | None = None,
 ) -> PatchMapResult:
     """Natural indirect effect of each patch of the picture.
 
@@ -84,13 +89,14 @@ def patch_map(
         n_boot: Bootstrap resamples of the pairs' groups.
         seed: Seed of the bootstrap.
         progress: Whether to show a progress bar.
+        checkpoint: A file in which what is finished is kept; a stopped sweep goes on from it.
 
     Returns:
         The effects, patch by patch.
 
     Raises:
         ValueError: If a pair lacks a picture, grids differ, the model has no such site, or it cannot be
-            edited.
+            edited; or the checkpoint is of another map.
     """
     place = Site.parse(site)
     if not lvlm.site_info(place).editable or place.component == "attn.hook_pattern":
@@ -99,15 +105,30 @@ def patch_map(
     require_shared(batches, ("image",))
     grid = _shared_grid(batches)
     n_patches = grid.rows * grid.cols
+    made = {
+        "site": str(place),
+        "outcome": describe_outcome(outcome),
+        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
+        "batch_size": batch_size,
+        **made_by(lvlm, outcome=outcome),
+    }
+    done = CellLog(checkpoint, settings=made)
     safe, total = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
-    effects = np.full((len(pairs), n_patches), np.nan)
+    outcomes = np.full((len(pairs), n_patches), np.nan)
     for batch in tqdm(batches, desc="patching", disable=not progress):
         index = list(batch.index)
-        untouched, patched = _patched(lvlm, batch, place, outcome, n_patches, batch_size)
+        found = done.get(
+            f"from {index[0]}",
+            lambda batch=batch: [
+                part.tolist() for part in _patched(lvlm, batch, place, outcome, n_patches, batch_size)
+            ],
+        )
+        untouched, patched = map(np.asarray, found)
         safe[index] = untouched[: batch.n]
         total[index] = untouched[batch.n :] - untouched[: batch.n]
-        effects[index] = patched - safe[index, None]
-    interval = cluster_bootstrap(effects, pairs.groups, n_boot=n_boot, seed=seed)
+        outcomes[index] = patched
+    effects = resolved(outcomes - safe[:, None], outcomes, safe[:, None], spacing=spacing(lvlm))
+    interval = mean_effect(effects, list(pairs.groups), outcomes, safe, n_boot=n_boot, seed=seed)
     cells = [{**site_columns(place), "patch": p, "row": p // grid.cols, "col": p % grid.cols} for p in range(n_patches)]
     shared = {"metric": metric_name(outcome), "effect": "NIE", "n": len(pairs), "seed": seed}
     rows = [
@@ -121,12 +142,11 @@ def patch_map(
         for p, cell in enumerate(cells)
     ]
     settings: dict[str, Any] = {
-        "site": str(place),
+        **made,
         "rows": grid.rows,
         "cols": grid.cols,
         "TE": float(total.mean()),
-        "outcome": describe_outcome(outcome),
-        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
+        "resolution": spacing(lvlm),
         **sampling(len(pairs), pairs.groups, n_boot, seed),
     }
     return PatchMapResult(tidy(rows, COLUMNS), settings, _pair_frame(batches, pairs, cells, effects))

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from care_lens.core import Outcome, Site
+from care_lens.core import Outcome, Site, require_outcome
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.replay import Edit, Replay
 
@@ -321,15 +321,10 @@ def read_outcome(
         [rows] float64 on the CPU.
 
     Raises:
-        ValueError: If it is not one finite number a row.
+        OutcomeError: If it is not one finite number for each row. It is a ValueError.
     """
     for_rows = getattr(outcome, "for_rows", None)
     if for_rows is not None and rows is not None:
         outcome = for_rows(rows)
-    values = outcome(logits, inputs)
-    if values.shape != (inputs.batch_size,) or not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            f"outcome must give one finite number a row ({inputs.batch_size}), got shape "
-            f"{tuple(values.shape)} with {int((~torch.isfinite(values)).sum())} not finite"
-        )
+    values = require_outcome(outcome(logits, inputs), inputs.batch_size, outcome=outcome)
     return values.detach().to("cpu", torch.float64)

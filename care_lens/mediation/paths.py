@@ -23,6 +23,8 @@ patching".
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -30,13 +32,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, cluster_bootstrap, examples_digest
+from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
 from care_lens.core.site import Tower
-from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.mediation.mediators import HEADS, Mediator
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+from care_lens.mediation.resolution import mean_effect, resolved, spacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -73,8 +77,9 @@ class PathResult(DetailedResult):
         frame: One row a path and position: tower, layer, component and head of the sender, sender and receiver (their
             names: a receiver is named by the site of its output, or "end", or "blocks.2.attn.q[3]"), mediator ("sender ->
             receiver"), position, metric (the outcome's name), effect ("path"), value (mean over pairs, in the outcome's
-            unit), ci_low, ci_high, n (pairs), seed.
-        settings: Outcome, positions, number of pairs and groups, n_boot, seed, versions.
+            unit), ci_low, ci_high, n (pairs that have the position; missing values with n = 0 where none has), seed.
+        settings: Outcome, positions, number of pairs and groups, resolution (relative: effects that cannot be told from
+            rounding are 0, see ``care_lens.mediation.resolution``), n_boot, seed, versions.
         details: One row a path, position and pair: pair (its index), group, safe = Y(x), safe_patched = Y with the path.
     """
 
@@ -108,6 +113,7 @@ def path_effects(
     n_boot: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | FilePath | None = None,
 ) -> PathResult:
     """Effects of the direct paths from senders to later components of the same tower.
 
@@ -124,13 +130,15 @@ def path_effects(
         n_boot: Bootstrap resamples of the pairs' groups.
         seed: Seed of the bootstrap.
         progress: Whether to show a progress bar.
+        checkpoint: A file in which what is finished is kept; a stopped sweep goes on from it.
 
     Returns:
         The effects.
 
     Raises:
         ValueError: If a sender or receiver is of another kind, the model has no such site or it cannot be edited, there
-            is no path, twins are not aligned as the positions need, or no pair has the pictures that are needed.
+            is no path, twins are not aligned as the positions need, no pair has the pictures that are needed, or the
+            checkpoint is of another sweep.
 
     Example:
         >>> from care_lens import organism
@@ -154,19 +162,25 @@ def path_effects(
     require_shared(batches, spans)
     if not any(batch.has_images for batch in batches) and any(_needs_image(path) for path in paths):
         raise ValueError("pairs must have images for senders of the vision tower and image positions, got text alone")
+    done = CellLog(checkpoint, settings=_made(lvlm, pairs, outcome, batch_size))
     safe, values = np.full(len(pairs), np.nan), np.full((len(pairs), len(paths)), np.nan)
     with tqdm(total=len(batches) * len(paths), desc="tracing paths", disable=not progress) as bar:
         for batch in batches:
             index = list(batch.index)
             run = _Batch(lvlm, batch, outcome, batch_size)
-            safe[index] = run.untouched.numpy()
+            safe[index] = done.get(f"untouched from {index[0]}", run.untouched)
             for sender, position in dict.fromkeys((path.sender, path.position) for path in paths):
                 mine = [i for i, path in enumerate(paths) if (path.sender, path.position) == (sender, position)]
                 if batch.has_images or not _needs_image(paths[mine[0]]):
-                    found = run.sent(sender, position, [paths[i].receiver for i in mine])
-                    values[np.ix_(index, mine)] = found
+                    ends = [paths[i].receiver for i in mine]
+                    values[np.ix_(index, mine)] = done.get(
+                        f"{sender.key} {position} to {', '.join(ends)} from {index[0]}",
+                        lambda run=run, sender=sender, position=position, ends=ends: run.sent(
+                            sender, position, ends
+                        ).tolist(),
+                    )
                 bar.update(len(mine))
-    return _result(pairs, paths, safe, values, outcome, list(positions), n_boot, seed)
+    return _result(pairs, paths, safe, values, outcome, list(positions), n_boot, seed, spacing(lvlm))
 
 
 def head_paths(
@@ -181,6 +195,7 @@ def head_paths(
     n_boot: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | FilePath | None = None,
 ) -> PathResult:
     """Effects of the direct paths from a head of the language tower to queries, keys or values of each later head.
 
@@ -198,6 +213,7 @@ def head_paths(
         n_boot: Bootstrap resamples of the pairs' groups.
         seed: Seed of the bootstrap.
         progress: Whether to show a progress bar.
+        checkpoint: A file in which what is finished is kept; a stopped sweep goes on from it.
 
     Returns:
         The effects, by receiving head.
@@ -207,8 +223,6 @@ def head_paths(
             the path on this model.
         NotImplementedError: If its attention cannot be split by reader.
     """
-    from transformer_lens.patching import get_act_patch_direct_path
-
     _require_logits(outcome)
     if component not in get_args(Component):
         raise ValueError(f"component must be one of {get_args(Component)}, got {component!r}")
@@ -220,34 +234,57 @@ def head_paths(
     paths = [_Path(sender, f"blocks.{m}.attn.{component}[{h}]", "all") for m, h in later]
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
     require_shared(batches, ("all",))
+    place = {"layer": layer, "head": head, "component": component}
+    done = CellLog(checkpoint, settings={**_made(lvlm, pairs, outcome, batch_size), **place})
     safe, values = np.full(len(pairs), np.nan), np.full((len(pairs), len(paths)), np.nan)
     for batch in tqdm(batches, desc="tracing paths", disable=not progress):
-        inputs = batch.inputs.rows(range(batch.n))
-        with torch.no_grad():
-            logits, cache = lvlm.run_with_cache(batch.inputs, sites=sender.sites)
-            bound = _with_reference(outcome, logits, batch)
-            own = _part(bound, batch.n)
-            safe[list(batch.index)] = read_outcome(own, logits[: batch.n], inputs).numpy()
-            seen: list[np.ndarray] = []
+        index = list(batch.index)
+        safe[index], values[index] = done.get(
+            f"from {index[0]}", lambda batch=batch: _to_heads(lvlm, batch, outcome, sender, place)
+        )
+    return _result(pairs, paths, safe, values, outcome, ["all"], n_boot, seed, spacing(lvlm))
 
-            def metric(found: Tensor, own: Any = own, inputs: LVLMInputs = inputs, seen: Any = seen) -> Tensor:
-                seen.append(read_outcome(own, found, inputs).numpy())
-                return found.new_zeros(())
 
-            name = str(sender.sites[0])
-            get_act_patch_direct_path(
-                lvlm.bind(inputs),  # type: ignore[arg-type]
-                inputs.input_ids,
-                {name: cache[name][batch.n :]},  # type: ignore[arg-type]
-                {name: cache[name][: batch.n]},  # type: ignore[arg-type]
-                metric,
-                layer,
-                head,
-                component,
-                verbose=False,
-            )
-        values[list(batch.index)] = np.stack(seen, axis=1)
-    return _result(pairs, paths, safe, values, outcome, ["all"], n_boot, seed)
+def _to_heads(
+    lvlm: HookedLVLM, batch: PairBatch, outcome: Outcome, sender: Mediator, place: dict[str, Any]
+) -> tuple[list[float], list[list[float]]]:
+    """[n] outcomes of the safe rows, and [n, head] with one path each."""
+    from transformer_lens.patching import get_act_patch_direct_path
+
+    inputs = batch.inputs.rows(range(batch.n))
+    with torch.no_grad():
+        logits, cache = lvlm.run_with_cache(batch.inputs, sites=sender.sites)
+        own = _part(_with_reference(outcome, logits, batch), batch.n)
+        safe = read_outcome(own, logits[: batch.n], inputs)
+        seen: list[np.ndarray] = []
+
+        def metric(found: Tensor) -> Tensor:
+            seen.append(read_outcome(own, found, inputs).numpy())
+            return found.new_zeros(())
+
+        name = str(sender.sites[0])
+        get_act_patch_direct_path(
+            lvlm.bind(inputs),  # type: ignore[arg-type]
+            inputs.input_ids,
+            {name: cache[name][batch.n :]},  # type: ignore[arg-type]
+            {name: cache[name][: batch.n]},  # type: ignore[arg-type]
+            metric,
+            place["layer"],
+            place["head"],
+            place["component"],
+            verbose=False,
+        )
+    return safe.tolist(), np.stack(seen, axis=1).tolist()
+
+
+def _made(lvlm: HookedLVLM, pairs: PairedExamples, outcome: Outcome, batch_size: int) -> dict[str, Any]:
+    """What a checkpoint must agree with."""
+    return {
+        "outcome": describe_outcome(outcome),
+        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
+        "batch_size": batch_size,
+        **made_by(lvlm, outcome=outcome),
+    }
 
 
 def _require_logits(outcome: Any) -> None:
@@ -331,10 +368,19 @@ class _Batch:
         self._keep = logits_needed(outcome, batch.inputs)
         self._inputs = batch.inputs.rows(range(batch.n))
         self._held: dict[Tower, dict[Site, Tensor]] = {}
+        self._given = outcome
+
+    @cached_property
+    def _read(self) -> tuple[Any, Tensor]:
+        """The outcome for the safe rows, and what it is of them untouched; run when it is first needed."""
         with torch.no_grad():
-            logits = lvlm(batch.inputs, logits_to_keep=self._keep)
-        self._outcome = _part(_with_reference(outcome, logits, batch), batch.n)
-        self.untouched = read_outcome(self._outcome, logits[: batch.n], self._inputs)
+            logits = self._lvlm(self._batch.inputs, logits_to_keep=self._keep)
+        outcome = _part(_with_reference(self._given, logits, self._batch), self._batch.n)
+        return outcome, read_outcome(outcome, logits[: self._batch.n], self._inputs)
+
+    def untouched(self) -> list[float]:
+        """[n] outcomes of the safe rows."""
+        return self._read[1].tolist()
 
     def sent(self, sender: Mediator, position: str, receivers: Sequence[str]) -> np.ndarray:
         """[n, receiver] outcomes of the safe rows with one path each."""
@@ -359,12 +405,15 @@ class _Batch:
         with torch.no_grad():
             logits = self._lvlm.run_with_hooks(self._inputs, fwd_hooks=hooks, logits_to_keep=self._keep)
         out = [
-            read_outcome(self._outcome, logits, self._inputs)
+            read_outcome(self._read[0], logits, self._inputs)
             if receiver == END
             else self._received(Site.parse(receiver), frozen, written)
             for receiver in receivers
         ]
-        return torch.stack(out, dim=1).numpy()
+        values = torch.stack(out, dim=1)
+        if place.tower == "language":
+            values[~swap.mask.any(dim=1)] = torch.nan
+        return values.numpy()
 
     def _received(self, site: Site, frozen: dict[Site, Tensor], written: dict[Site, Tensor]) -> Tensor:
         """[n] outcomes of the safe run with what one receiver writes."""
@@ -375,8 +424,8 @@ class _Batch:
             patches=[{site: Swap.everything(*own.shape[:2])}],
             own={site: own},
             donor={site: written[site]},
-            untouched=self.untouched,
-            outcome=self._outcome,
+            untouched=self._read[1],
+            outcome=self._read[0],
             batch_size=self._batch_size,
             logits_to_keep=self._keep,
         )[0]
@@ -407,6 +456,7 @@ def _result(
     positions: list[str],
     n_boot: int,
     seed: int,
+    resolution: float,
 ) -> PathResult:
     groups = pairs.groups
     rows: list[dict[str, Any]] = []
@@ -415,9 +465,8 @@ def _result(
         kept = np.flatnonzero(np.isfinite(values[:, at]))
         columns = {name: value for name, value in path.sender.columns().items() if name in _SENDER}
         place = {**columns, "mediator": path.name, "position": path.position}
-        value, low, high = cluster_bootstrap(
-            values[kept, at] - safe[kept], [groups[i] for i in kept.tolist()], n_boot=n_boot, seed=seed
-        )
+        effects = resolved(values[kept, at] - safe[kept], values[kept, at], safe[kept], spacing=resolution)
+        value, low, high = mean_effect(effects, [groups[i] for i in kept.tolist()], n_boot=n_boot, seed=seed)
         rows.append(
             {**place, "sender": path.sender.name, "receiver": path.receiver, "metric": metric_name(outcome)}
             | {"effect": "path", "value": value, "ci_low": low, "ci_high": high, "n": len(kept), "seed": seed}
@@ -430,6 +479,7 @@ def _result(
         "outcome": describe_outcome(outcome),
         "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
         "positions": positions,
+        "resolution": resolution,
         **sampling(len(pairs), groups, n_boot, seed),
     }
     return PathResult(tidy(rows, COLUMNS), settings, tidy(pair_rows, PAIR_COLUMNS))

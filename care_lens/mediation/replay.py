@@ -285,7 +285,8 @@ class Replay:
             for name, value in self._kwargs[layer].items()
         }
         given |= {_CACHE: keys, "use_cache": False} if "use_cache" in given else {_CACHE: keys}
-        output = self._blocks[layer](hidden, **given)
+        with self._lvlm.turn():
+            output = self._blocks[layer](hidden, **given)
         return output[0] if isinstance(output, tuple) else output
 
     def _before(self, layer: int, rows: list[int], start: int) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,8 @@ attribution, and ``random`` of the others, are patched exactly, one at a time: N
   estimated from those drawn, it is (N - top) p / ((N - top) p + L). Its interval is that of p (Clopper-Pearson) put through the
   same formula; it knows nothing of the sampling of pairs.
 
-Intervals of rank correlations are bootstraps over units, for these pairs.
+Intervals of rank correlations are over units, for these pairs. Exact effects that cannot be told from rounding are 0
+(``care_lens.mediation.resolution``).
 
 Cost: a forward pass a unit and pair, many in a batch. Memory: the activations of one site at a time, and what replay keeps.
 """
@@ -33,6 +34,7 @@ from care_lens.mediation.frames import DetailedResult, describe_outcome, samplin
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
+from care_lens.mediation.resolution import mean_effect, resolved, spacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -236,10 +238,11 @@ class _Run:
             logits_to_keep=self._keep,
             replay=self._replay if site.tower == "language" else None,
         )
-        effects = patched - self._untouched
+        before = self._untouched.numpy()
+        found = resolved(patched.numpy() - before, patched.numpy(), before, spacing=spacing(self._lvlm))
         for at, swap in enumerate(swaps):
-            effects[at, ~swap.mask.any(dim=1)] = torch.nan
-        return effects.T.numpy()
+            found[at, ~swap.mask.any(dim=1).numpy()] = np.nan
+        return found.T
 
     def _swap(self, site: Site, unit: Mapping[str, Any], length: int, picture: torch.Tensor | None) -> Swap:
         n = self._batch.n
@@ -262,9 +265,8 @@ def _details(
     rows = []
     for at, unit in enumerate(units):
         kept = np.flatnonzero(np.isfinite(exact[:, at]))
-        value, low, high = cluster_bootstrap(
-            exact[kept, at], [groups[i] for i in kept.tolist()], n_boot=n_boot, seed=seed
-        )
+        labels = [groups[i] for i in kept.tolist()]
+        value, low, high = mean_effect(exact[kept, at], labels, n_boot=n_boot, seed=seed)
         rows.append(
             {name: unit[name] for name in UNIT_COLUMNS if name in unit}
             | {"estimate": unit["value"], "value": value, "ci_low": low, "ci_high": high, "n": float(len(kept))}
@@ -312,7 +314,8 @@ def miss_rate(top: np.ndarray, others: np.ndarray, *, size: int) -> Interval:
 def _spearman(estimate: np.ndarray, exact: np.ndarray, n_boot: int, seed: int) -> Interval:
     if len(exact) < 3 or np.ptp(exact) == 0 or np.ptp(estimate) == 0:
         return Interval(np.nan, np.nan, np.nan)
-    return cluster_bootstrap({"x": estimate, "y": exact}, statistic=_rank_correlation, n_boot=n_boot, seed=seed)
+    both = {"x": estimate, "y": exact}
+    return cluster_bootstrap(both, statistic=_rank_correlation, bounds=(-1, 1), n_boot=n_boot, seed=seed)
 
 
 def _rank_correlation(values: Mapping[str, np.ndarray]) -> float:

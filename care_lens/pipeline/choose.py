@@ -9,7 +9,7 @@ import itertools
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.core import Example, Judge, Repair, Site, Verdict
+from care_lens.core.errors import CareLensError
 from care_lens.data.study import Modality, Study
 from care_lens.evaluation import GenerationStore, generate_all, judge_answers
 from care_lens.lvlm import HookedLVLM
@@ -40,13 +41,17 @@ from care_lens.repair import (
     TooFewCalibration,
     read_scores,
 )
-from care_lens.subspace import RankError, SafetySubspace
+from care_lens.subspace import ModelIdentity, RankError, SafetySubspace
 
 log = logging.getLogger(__name__)
 
 
-class NoCandidate(RuntimeError):
+class NoCandidateError(CareLensError, RuntimeError):
     """No candidate could be made, or none keeps benign accuracy on validation."""
+
+
+NoCandidate = NoCandidateError
+"""The error under its earlier name."""
 
 
 @dataclass(frozen=True)
@@ -216,13 +221,19 @@ def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
 
 
 def answer_verdicts(
-    lvlm: HookedLVLM, examples: Sequence[Example], repair: Repair | None, settings: RunSettings, judge: Judge
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    repair: Repair | None,
+    settings: RunSettings,
+    judge: Judge,
+    *,
+    store: GenerationStore | None = None,
 ) -> list[Verdict]:
-    """Answers under a repair, judged; nothing is kept."""
+    """Answers under a repair, judged; kept in the store, if there is one."""
     answers = generate_all(
         lvlm,
         examples,
-        store=GenerationStore(),
+        store=GenerationStore() if store is None else store,
         defence_name="candidate",
         repair=repair,
         max_new_tokens=settings.max_new_tokens,
@@ -256,7 +267,13 @@ def recalibrated(
 
 
 def choose(
-    lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings, *, placement: Placement | None = None
+    lvlm: HookedLVLM,
+    study: Study,
+    rows: FitRows,
+    settings: RunSettings,
+    *,
+    placement: Placement | None = None,
+    store: GenerationStore | None = None,
 ) -> Choice:
     """Pick readers, gate and writers on the validation split.
 
@@ -272,6 +289,7 @@ def choose(
         settings: of the run.
         placement: after which layers readers are tried, as `reader_layers` gives it from the diagnosis; None: all but the
             last.
+        store: where the candidates' answers are kept, so that a stopped choice goes on.
 
     Raises:
         NoCandidate: if none does, or no plan could be calibrated.
@@ -316,7 +334,7 @@ def choose(
         for site, alpha in itertools.product(sites[row["plan"].layer :], settings.alphas):
             about = {"study": study.name, "plan": str(row["plan"])}
             repair = assemble(row["fitted"], rows, row["plan"], site, alpha=alpha, name="care_lens", provenance=about)
-            verdicts = answer_verdicts(lvlm, attacked, repair, settings, study.judge)
+            verdicts = answer_verdicts(lvlm, attacked, repair, settings, study.judge, store=store)
             asr, refused = share(verdicts, Verdict.COMPLIED), share(verdicts, Verdict.REFUSED)
             runs.append({"plan": row["plan"], "fitted": row["fitted"], "site": site, "alpha": alpha, "asr": asr,
                          "refused": refused, "repair": repair})  # fmt: skip
@@ -324,13 +342,13 @@ def choose(
     runs.sort(key=lambda run: (round(run["asr"], 2), -run["refused"], run["alpha"]))
 
     benign = study.benign("validation")
-    before = share(answer_verdicts(lvlm, benign, None, settings, study.judge), Verdict.COMPLIED)
+    before = share(answer_verdicts(lvlm, benign, None, settings, study.judge, store=store), Verdict.COMPLIED)
     won = None
     for run in runs[: settings.candidates]:
         run["repair"] = recalibrated(lvlm, run["repair"], calibrating, settings, epsilon=run["plan"].epsilon)
         run["benign_before"] = before
         run["benign_after"] = share(
-            answer_verdicts(lvlm, benign, run["repair"], settings, study.judge), Verdict.COMPLIED
+            answer_verdicts(lvlm, benign, run["repair"], settings, study.judge, store=store), Verdict.COMPLIED
         )
         log.info("benign %.3f -> %.3f: %s at %s", before, run["benign_after"], run["plan"], run["site"])
         if run["benign_after"] >= before - settings.benign_loss:
@@ -343,7 +361,7 @@ def choose(
         )
     drop = ("fitted", "repair")
     return Choice(
-        repair=won["repair"],
+        repair=replace(won["repair"], model=ModelIdentity.from_model(lvlm.hf_model)),
         plan=won["plan"],
         writer_site=won["site"],
         alpha=won["alpha"],

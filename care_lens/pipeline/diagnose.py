@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -120,7 +121,7 @@ def measure_pairs(
         effects[name] = stage.result(
             MediationResult,
             f"effects.{name}",
-            lambda few=few, outcome=outcome, sites=sites, positions=positions: mediate(
+            lambda name=name, few=few, outcome=outcome, sites=sites, positions=positions: mediate(
                 lvlm,
                 few,
                 outcome=outcome,
@@ -130,6 +131,7 @@ def measure_pairs(
                 n_boot=settings.n_boot,
                 seed=settings.seed,
                 progress=False,
+                checkpoint=stage.checkpoint(f"effects.{name}"),
             ),
         )
         if not maps or not pictures_differ(few):
@@ -140,13 +142,14 @@ def measure_pairs(
         patches[name] = stage.result(
             PatchMapResult,
             f"patches.{name}",
-            lambda few=few, outcome=outcome: patch_map(
+            lambda name=name, few=few, outcome=outcome: patch_map(
                 lvlm,
                 few,
                 outcome=outcome,
                 site="blocks.0.hook_resid_pre",
                 batch_size=settings.batch_size,
                 progress=False,
+                checkpoint=stage.checkpoint(f"patches.{name}"),
             ),
         )
     return effects, patches
@@ -156,7 +159,7 @@ def rank_pairs(effects: dict[str, MediationResult], settings: RunSettings, stage
     """The places of each pair set, ranked and kept beside the effects."""
     places = localised(effects, n_boot=settings.n_boot, seed=settings.seed)
     for name, ranking in places.items():
-        ranking.save(stage.directory, f"places.{name}")
+        stage.result(Localisation, f"places.{name}", lambda ranking=ranking: ranking)
     return places
 
 
@@ -175,7 +178,9 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
         for channel in channels:
             attacked += study.suites["fit"][channel][: settings.ablated]
     ablation = stage.result(
-        AblationResult, "ablation", lambda: _ablate(lvlm, attacked, study.benign("fit"), study, settings)
+        AblationResult,
+        "ablation",
+        lambda: _ablate(lvlm, attacked, study.benign("fit"), study, settings, stage.checkpoint("ablation")),
     )
     return Diagnosis(effects, rank_pairs(effects, settings, stage), ablation, patches)
 
@@ -186,6 +191,7 @@ def _ablate(
     benign: Sequence[Example],
     study: Study,
     settings: RunSettings,
+    checkpoint: Path,
 ) -> AblationResult:
     return ablate(
         lvlm,
@@ -196,4 +202,5 @@ def _ablate(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         progress=False,
+        checkpoint=checkpoint,
     )

@@ -7,11 +7,14 @@ therefore rises over the whole range of scores that the attacked requests have u
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from care_lens.attacks import pgd, random_noise
 from care_lens.core.examples import Example
+from care_lens.core.identity import digest, examples_digest, repair_fingerprint
 from care_lens.core.outcome import Repair, Verdict
 from care_lens.data.study import Study
+from care_lens.evaluation import GenerationStore
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import answer_verdicts, offline
 from care_lens.pipeline.learn import token_rows
@@ -45,8 +48,12 @@ def attack(
     target_tokens: int | None,
     repair: Repair | None = None,
     seed: int = 0,
+    directory: Path | None = None,
 ) -> list[Example]:
-    """PGD within the run's bound for the examples' own compliant answers."""
+    """PGD within the run's bound for the examples' own compliant answers; what is finished of it is kept in a folder, if one is given."""
+    options = (settings.pgd_epsilon, settings.pgd_steps, target_tokens, settings.seed + seed, settings.batch_size)
+    by = None if repair is None else repair_fingerprint(repair)
+    name = f"pgd.{digest([examples_digest(examples), options, by])[:8]}.jsonl"
     result = pgd(
         lvlm,
         examples,
@@ -57,11 +64,14 @@ def attack(
         batch_size=settings.batch_size,
         repair=repair,
         progress=False,
+        checkpoint=None if directory is None else directory / name,
     )
     return result.apply(examples)
 
 
-def gradient_suites(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> dict[str, list[Example]]:
+def gradient_suites(
+    lvlm: HookedLVLM, study: Study, settings: RunSettings, *, directory: Path | None = None
+) -> dict[str, list[Example]]:
     """Refused requests over clean pictures, under noise of the attack's size, and under PGD against the undefended model with either loss."""
     base = bases(study, settings)
     if not base:
@@ -69,8 +79,8 @@ def gradient_suites(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> di
     return {
         CLEAN: named(base, CLEAN),
         NOISE: named(random_noise(base, epsilon=settings.pgd_epsilon, seed=settings.seed), NOISE),
-        OPENING: named(attack(lvlm, base, settings, target_tokens=LOSSES["opening"]), OPENING),
-        ANSWER: named(attack(lvlm, base, settings, target_tokens=LOSSES["whole answer"]), ANSWER),
+        OPENING: named(attack(lvlm, base, settings, target_tokens=LOSSES["opening"], directory=directory), OPENING),
+        ANSWER: named(attack(lvlm, base, settings, target_tokens=LOSSES["whole answer"], directory=directory), ANSWER),
     }
 
 
@@ -90,7 +100,15 @@ def softened(
     return repair.with_gate(replace(gate, width=1.2 * max(highest - gate.threshold, 1.0)))
 
 
-def adaptive_suite(lvlm: HookedLVLM, study: Study, repair: HybridFusion, settings: RunSettings) -> list[Example]:
+def adaptive_suite(
+    lvlm: HookedLVLM,
+    study: Study,
+    repair: HybridFusion,
+    settings: RunSettings,
+    *,
+    directory: Path | None = None,
+    store: GenerationStore | None = None,
+) -> list[Example]:
     """For every request the picture that got through the repair, if any of the losses and restarts found one, else the last one tried."""
     base = bases(study, settings)
     seen = softened(lvlm, repair, base, settings)
@@ -102,9 +120,15 @@ def adaptive_suite(lvlm: HookedLVLM, study: Study, repair: HybridFusion, setting
             if not left:
                 break
             tried = attack(
-                lvlm, [base[i] for i in left], settings, target_tokens=target_tokens, repair=seen, seed=100 + restart
+                lvlm,
+                [base[i] for i in left],
+                settings,
+                target_tokens=target_tokens,
+                repair=seen,
+                seed=100 + restart,
+                directory=directory,
             )
-            verdicts = answer_verdicts(lvlm, tried, repair, settings, study.judge)
+            verdicts = answer_verdicts(lvlm, tried, repair, settings, study.judge, store=store)
             for i, example, verdict in zip(left, tried, verdicts):
                 found[i] = example
                 if verdict is Verdict.COMPLIED:

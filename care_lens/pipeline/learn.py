@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -204,7 +205,12 @@ def refusal_writer(rows: FitRows, site: Site, *, offset: int, alpha: float) -> W
 
 
 def printed_subspaces(
-    lvlm: HookedLVLM, study: Study, layers: Sequence[int], settings: RunSettings
+    lvlm: HookedLVLM,
+    study: Study,
+    layers: Sequence[int],
+    settings: RunSettings,
+    *,
+    checkpoint: Path | None = None,
 ) -> dict[tuple[Modality, int], SafetySubspace]:
     """Subspaces of CARE as printed: covariance contrast at MLP outputs, orthogonal projection.
 
@@ -216,6 +222,7 @@ def printed_subspaces(
         study: its fit split is used.
         layers: of the language tower.
         settings: of the run.
+        checkpoint: a folder in which captured batches are kept.
 
     Returns:
         By modality and layer.
@@ -233,8 +240,17 @@ def printed_subspaces(
             continue
         span = SPAN[modality]
         held = [
-            capture(lvlm, rows, sites, select=(span,), responses=True, batch_size=settings.batch_size, progress=False)
-            for rows in (benign, malicious)
+            capture(
+                lvlm,
+                rows,
+                sites,
+                select=(span,),
+                responses=True,
+                batch_size=settings.batch_size,
+                progress=False,
+                checkpoint=None if checkpoint is None else checkpoint / f"{modality}.{label}",
+            )
+            for label, rows in (("benign", benign), ("malicious", malicious))
         ]
         for site in sites:
             assert site.layer is not None

@@ -27,6 +27,8 @@ from care_lens.subspace import SafetySubspace
 log = logging.getLogger(__name__)
 
 NONE = "none"
+#: Where answers of candidates are kept, on validation; those of the test split are apart.
+SEARCH = "search.jsonl"
 RANDOM, SHUFFLED = "control: random writer", "control: shuffled labels"
 
 
@@ -133,6 +135,7 @@ def prove(
         stage: where answers and tables are kept.
     """
     store = GenerationStore(stage.directory / "answers.jsonl")
+    searched = GenerationStore(stage.directory / SEARCH)
     key = repair_fingerprint(choice.repair)[:8]
 
     def table(
@@ -162,14 +165,18 @@ def prove(
         except NoRefusalDirection as error:
             left_out["refusal direction"] = str(error)
         tuned = (
-            difference_of_means(lvlm, study, rows, settings),
-            best_printed(lvlm, study, printed, settings, rows.modalities),
+            difference_of_means(lvlm, study, rows, settings, store=searched),
+            best_printed(lvlm, study, printed, settings, rows.modalities, store=searched),
         )
         shuffled = shuffled_control(lvlm, study, choice, rows, settings)
         for defence in (*(rival for rival, _ in tuned), choice.repair, draws[RANDOM], shuffled):
             defences[defence.name] = defence
         suites: dict[str, Sequence[Example]] = {c: list(e) for c, e in study.suites["test"].items()}
-        found = table({**suites, **gradient_suites(lvlm, study, settings)}, defences, fidelity=settings.fidelity)
+        found = table(
+            {**suites, **gradient_suites(lvlm, study, settings, directory=stage.directory)},
+            defences,
+            fidelity=settings.fidelity,
+        )
         opened = opening_rate(lvlm, study, choice.repair, settings)
         about = {rival.name: chosen for rival, chosen in tuned}
         return replace(found, settings={**found.settings, "left_out": left_out, "opened": opened, "tuned": about})
@@ -179,7 +186,7 @@ def prove(
         return table(seen, draws, fidelity=False)
 
     def attack_repair() -> DefenceTable:
-        found = adaptive_suite(lvlm, study, choice.repair, settings)
+        found = adaptive_suite(lvlm, study, choice.repair, settings, directory=stage.directory, store=searched)
         return table({ADAPTIVE: found}, {NONE: None, choice.repair.name: choice.repair}, fidelity=False)
 
     return Proof(

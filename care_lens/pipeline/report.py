@@ -3,6 +3,7 @@
 import datetime
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,11 @@ caption { text-align: left; color: #5a6675; padding: .3rem 0; } pre { background
 
 #: Pictures shown with their patch effects.
 PICTURES = 3
+
+
+def share_text(share: float, digits: int = 1) -> str:
+    """A share in per cent; a dash where there is nothing to take a share of, as without held-out channels."""
+    return f"{100 * share:.{digits}f} %" if math.isfinite(share) else "- (none in the study)"
 
 
 def rates(run: Run, defence: str, metric: str, channels: Sequence[str]) -> pd.DataFrame:
@@ -124,7 +130,8 @@ def write_report(run: Run, out: str | Path) -> Path:
         for i, (name, figure) in enumerate(made.items())
     }
     key = summary(run)
-    (out / "summary.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    known = {name: value if math.isfinite(value) else None for name, value in key.items()}
+    (out / "summary.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     table = run.proof.table
     plan = run.choice.plan
     gate = run.choice.repair.corrections[0].gate
@@ -132,7 +139,7 @@ def write_report(run: Run, out: str | Path) -> Path:
     seen = ", ".join(c for channels in run.study.seen.values() for c in channels)
 
     def percent(name: str) -> str:
-        return f"{100 * key[f'{name} before']:.0f} % to {100 * key[f'{name} after']:.0f} %"
+        return f"{share_text(key[f'{name} before'], 0)} to {share_text(key[f'{name} after'], 0)}"
 
     def draw(prefix: str) -> str:
         chosen = {name: body for name, body in made_html.items() if name.startswith(prefix)}

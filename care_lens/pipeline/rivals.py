@@ -10,6 +10,7 @@ from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
 from care_lens.core.site import Site
 from care_lens.data.study import Modality, Study
+from care_lens.evaluation import GenerationStore
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import answer_verdicts, share
 from care_lens.pipeline.learn import FitRows, printed_form
@@ -34,6 +35,8 @@ def tuned(
     candidates: Sequence[Callable[[], Repair]],
     settings: RunSettings,
     modalities: Sequence[Modality],
+    *,
+    store: GenerationStore | None = None,
 ) -> tuple[Repair, dict[str, float]]:
     """The candidate with the lowest attack success among those that keep benign accuracy, on validation.
 
@@ -46,6 +49,7 @@ def tuned(
         candidates: makers of repairs.
         settings: of the run.
         modalities: whose seen attack channels count.
+        store: where the candidates' answers are kept, so that a stopped search goes on.
 
     Returns:
         The candidate, and what it reached on validation: its attack success, benign answers that were right without and with it.
@@ -56,17 +60,22 @@ def tuned(
 
     def right(repair: Repair | None) -> float:
         if repair is not None:
-            screened = share(answer_verdicts(lvlm, few, repair, settings, study.judge), Verdict.COMPLIED)
+            screened = share(answer_verdicts(lvlm, few, repair, settings, study.judge, store=store), Verdict.COMPLIED)
             if screened < before - HOPELESS:
                 return screened
-        return share(answer_verdicts(lvlm, benign, repair, settings, study.judge), Verdict.COMPLIED)
+        return share(answer_verdicts(lvlm, benign, repair, settings, study.judge, store=store), Verdict.COMPLIED)
 
     before = 0.0
     before = right(None)
     tried = []
     for make in candidates:
         repair = make()
-        tried.append((share(answer_verdicts(lvlm, attacked, repair, settings, study.judge), Verdict.COMPLIED), repair))
+        tried.append(
+            (
+                share(answer_verdicts(lvlm, attacked, repair, settings, study.judge, store=store), Verdict.COMPLIED),
+                repair,
+            )
+        )
     rest: list[tuple[float, float, Repair]] = []
     for asr, repair in sorted(
         tried, key=lambda row: row[0]
@@ -86,6 +95,8 @@ def best_printed(
     subspaces: dict[tuple[Modality, int], SafetySubspace],
     settings: RunSettings,
     modalities: Sequence[Modality],
+    *,
+    store: GenerationStore | None = None,
 ) -> tuple[HybridFusion, dict[str, object]]:
     """CARE as printed on the best window of neighbouring layers, at the best of its strengths."""
     n = min(settings.printed_layers, lvlm.n_layers())
@@ -94,13 +105,13 @@ def best_printed(
         lambda w=window, a=alpha: printed_form(subspaces, list(w), alpha=a)
         for window, alpha in product(windows, settings.printed_alphas)
     ]
-    best, validation = tuned(lvlm, study, makers, settings, modalities)
+    best, validation = tuned(lvlm, study, makers, settings, modalities, store=store)
     assert isinstance(best, HybridFusion)
     return best, {**best.provenance, "validation": validation}
 
 
 def difference_of_means(
-    lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings
+    lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings, *, store: GenerationStore | None = None
 ) -> tuple[RefusalDirection, dict[str, object]]:
     """c (mean of refused - mean of complied requests) added at the input of one block, at all tokens and always.
 
@@ -111,6 +122,7 @@ def difference_of_means(
         study: its validation split is used.
         rows: of the fit split; last prompt tokens.
         settings: of the run.
+        store: where the candidates' answers are kept.
     """
 
     def make(layer: int, c: float) -> RefusalDirection:
@@ -122,7 +134,7 @@ def difference_of_means(
     makers = [
         lambda layer=layer, c=c: make(layer, c) for layer, c in product(range(1, lvlm.n_layers()), settings.steering)
     ]
-    best, validation = tuned(lvlm, study, makers, settings, rows.modalities)
+    best, validation = tuned(lvlm, study, makers, settings, rows.modalities, store=store)
     assert isinstance(best, RefusalDirection)
     return best, {"layer": best.layer, "coefficient": best.coefficient, "validation": validation}
 

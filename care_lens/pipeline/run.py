@@ -4,28 +4,32 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from tqdm.auto import tqdm
 
-from care_lens.core.identity import digest, example_fingerprint, model_fingerprint
+from care_lens.core.identity import content_digest, model_fingerprint
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
-from care_lens.evaluation import judge_name
+from care_lens.evaluation import GenerationStore, judge_name
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, choose
+from care_lens.pipeline.chosen import chosen, subspace_folder
 from care_lens.pipeline.diagnose import Diagnosis, diagnose
 from care_lens.pipeline.learn import capture_fit, printed_subspaces
+from care_lens.pipeline.needs import require_feasible
 from care_lens.pipeline.place import reader_layers
-from care_lens.pipeline.prove import Proof, prove
+from care_lens.pipeline.prove import SEARCH, Proof, prove
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
 from care_lens.subspace import SafetySubspace
 
 log = logging.getLogger(__name__)
+
+#: What a study says of itself, which no figure depends on.
+_TEXT = ("about",)
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,9 @@ class Run:
 
 
 def study_digest(study: Study) -> str:
-    """A digest of everything a run takes from a study: examples with their responses and splits, pairs, judge."""
-    content = {
-        split: [
-            [e.id, e.channel, e.group, e.harmful, e.response, example_fingerprint(e)]
-            for examples in channels.values()
-            for e in examples
-        ]
-        for split, channels in study.suites.items()
-    }
-    pairs = {name: [[example_fingerprint(e) for e in pair] for pair in pairs] for name, pairs in study.pairs.items()}
-    rest = [example_fingerprint(e) for e in study.gradient]
-    return digest([content, pairs, rest, judge_name(study.judge), dict(study.seen), study.refusal, study.plain])
+    """A digest of everything a run takes from a study: every field of its examples, in their splits, channels and pairs, the outcomes
+    with their settings and code, and the judge by its code or stated version."""
+    return content_digest({part.name: getattr(study, part.name) for part in fields(study) if part.name not in _TEXT})
 
 
 def _provenance(lvlm: HookedLVLM, study: Study, model: str) -> dict[str, Any]:
@@ -72,6 +67,7 @@ def _provenance(lvlm: HookedLVLM, study: Study, model: str) -> dict[str, Any]:
         "study": study.name,
         "data": study_digest(study),
         "judge": judge_name(study.judge),
+        "acting": lvlm.acting(),
         "versions": package_versions(),
     }
 
@@ -104,13 +100,16 @@ def run(
         All results; `care_lens.pipeline.write_report` makes the report of them.
 
     Raises:
-        ValueError: if `out` holds a run of other settings, weights or data, or the study lacks what a step needs.
+        NeedsError: if the study is too small for the settings, with the numbers needed; nothing has run then. It is a ValueError.
+        ValueError: if the study lacks what a step needs.
+        ArtifactError: if `out` holds a run of other settings, weights or data, or files of it are damaged.
+        InUseError: if another process runs in `out`.
         NoCandidate: if no repair keeps benign accuracy on validation.
     """
     settings = settings or RunSettings()
     study = study.limited(settings.limit) if settings.limit else study
     study.require()
-    stage = open_stage(lvlm, out, study, settings, model=model)
+    settings = require_feasible(study, settings)
     seconds: dict[str, float] = {}
     bar = tqdm(total=4, desc="diagnose", disable=not progress)
 
@@ -123,26 +122,21 @@ def run(
         bar.update()
         log.info("%s: %.1f s", name, seconds[name])
 
-    with step("diagnose"):
-        diagnosis = diagnose(lvlm, study, settings, stage)
-    with step("learn"):
-        rows = capture_fit(lvlm, study, settings)
-        printed = printed_subspaces(lvlm, study, range(lvlm.n_layers()), settings)
-    with step("choose"):
-        placement = reader_layers(diagnosis.places, lvlm.n_layers(), score=settings.carrier_score)
-        choice = choose(lvlm, study, rows, settings, placement=placement)
-        choice.repair.save(Path(out) / "repair")
-        for subspace in (*choice.subspaces, *printed.values()):
-            form = subspace.provenance["form" if "form" in subspace.provenance else "rows"].replace(" ", "_")
-            subspace.save(Path(out) / "subspaces" / f"{subspace.site}.{subspace.modality}.{form}")
-        tables: dict[str, pd.DataFrame] = {
-            "readers": choice.readers,
-            "runs": choice.runs,
-        }
-        for name, frame in tables.items():
-            frame.to_csv(stage.directory / f"choice.{name}.csv", index=False)
-    with step("prove"):
-        proof = prove(lvlm, study, choice, rows, printed, settings, stage)
-    bar.close()
-    provenance = _provenance(lvlm, study, model)
+    out = Path(out)
+    with open_stage(lvlm, out, study, settings, model=model) as stage, bar:
+        provenance = _provenance(lvlm, study, model)
+        with step("diagnose"):
+            diagnosis = diagnose(lvlm, study, settings, stage)
+        with step("learn"):
+            rows = capture_fit(lvlm, study, settings)
+            kept = stage.directory / "learn"
+            printed = printed_subspaces(lvlm, study, range(lvlm.n_layers()), settings, checkpoint=kept)
+            for subspace in printed.values():
+                subspace.save(out / "subspaces" / subspace_folder(subspace))
+        with step("choose"):
+            placement = reader_layers(diagnosis.places, lvlm.n_layers(), score=settings.carrier_score)
+            store = GenerationStore(stage.directory / SEARCH)
+            choice = chosen(stage, out, lambda: choose(lvlm, study, rows, settings, placement=placement, store=store))
+        with step("prove"):
+            proof = prove(lvlm, study, choice, rows, printed, settings, stage)
     return Run(study, settings, diagnosis, choice, proof, list(printed.values()), seconds, provenance)

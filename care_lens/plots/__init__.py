@@ -5,6 +5,7 @@ safe), red is negative. What an interval says stands in the figure: as a bar, as
 cells whose interval excludes 0 (cell by cell, without a correction for their number).
 """
 
+from care_lens.core.arguments import checked
 from care_lens.plots.ablation import plot_ablation
 from care_lens.plots.attribution import plot_attribution, plot_knockout, plot_paths, plot_verified
 from care_lens.plots.defence import plot_asr
@@ -36,3 +37,5 @@ __all__ = [
     "plot_writing",
     "save_figure",
 ]
+
+checked(globals(), __all__)

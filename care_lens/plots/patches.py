@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from PIL import Image
 
+from care_lens.core.pictures import shown_picture
 from care_lens.core.results import FrameResult
 from care_lens.core.spans import PatchGrid
 from care_lens.plots import theme
@@ -103,7 +104,7 @@ def _heatmap(frame: pd.DataFrame, grid: PatchGrid, *, over_picture: bool) -> go.
 
 def _add_picture(figure: go.Figure, image: Image.Image) -> None:
     figure.add_layout_image(
-        source=image.convert("L").convert("RGB"),
+        source=shown_picture(image).convert("L").convert("RGB"),
         xref="x",
         yref="y",
         x=0,

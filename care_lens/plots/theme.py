@@ -7,6 +7,8 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from care_lens.core.errors import CareLensError
+
 log = logging.getLogger(__name__)
 
 TEMPLATE = "care_lens"
@@ -26,7 +28,7 @@ STATIC_FORMATS = (".pdf", ".svg", ".png")
 _WIDTH, _HEIGHT, _PNG_SCALE = 640, 420, 3
 
 
-class ExportError(RuntimeError):
+class ExportError(CareLensError, RuntimeError):
     """A static picture could not be made; the interactive figure was written."""
 
 

@@ -32,7 +32,7 @@ def plot_uncertainty(result: SubspaceUncertainty) -> go.Figure:
                 error_y={
                     "type": "data",
                     "symmetric": False,
-                    # An inflated value may lie outside its own percentile interval: the bar then ends at the marker.
+                    # An inflated value may lie outside its own interval: the bar then ends at the marker.
                     "array": np.maximum(high - value, 0),
                     "arrayminus": np.maximum(value - low, 0),
                 },

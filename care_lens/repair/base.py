@@ -47,7 +47,9 @@ class HookRepair(ABC):
         """Put the repair on a model: all it runs and generates is repaired until the block is left.
 
         Hooks are made anew for every batch. They come before the hooks given to a call, so caches and
-        interventions see the repaired model.
+        interventions see the repaired model. Calls of ``lvlm.hf_model`` and ``lvlm.hf_model.generate`` with a processor's
+        outputs are repaired too. Blocks may be left in any order. The repair belongs to this thread: while the block is open,
+        another thread that has none is refused (ThreadError); ``lvlm.carry_hooks(function)`` takes the repair there.
 
         Args:
             lvlm: The model.

@@ -103,6 +103,10 @@ def shuffled_labels(
     Raises:
         ValueError: If groups are not as long as the rows.
     """
+    if benign.shape[1] != malicious.shape[1]:
+        raise ValueError(
+            f"benign and malicious must be of one width, got {benign.shape[1]} and {malicious.shape[1]}; capture both at one site"
+        )
     labels = groups or (range(len(benign)), range(len(malicious)))
     if [len(names) for names in labels] != [len(benign), len(malicious)]:
         raise ValueError(

@@ -1,9 +1,13 @@
 """A correction: a reader gives a score, a gate opens on it, a writer edits. The paper's has no gate."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from care_lens.core.site import Site
+from care_lens.repair.checks import require_flag, require_text
+from care_lens.repair.errors import RepairError
 from care_lens.repair.gate import AlwaysOpen, Gate
+from care_lens.repair.kinds import register_kind
 from care_lens.repair.positions import Positions
 from care_lens.repair.reader import Reader, SiteReader
 from care_lens.repair.writer import Writer
@@ -12,6 +16,7 @@ from care_lens.subspace import Modality, SafetySubspace
 _OPEN = AlwaysOpen()
 
 
+@register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Correction:
     """``h' = h - alpha g W L^T (h - target)``, with g from what the reader sees.
@@ -32,7 +37,7 @@ class Correction:
         name: A label.
 
     Raises:
-        ValueError: If the reader sits above the writer, or a gate has no reader.
+        RepairError: If the reader sits above the writer, a gate has no reader, or a part or option is of another kind.
     """
 
     writer: Writer
@@ -43,13 +48,23 @@ class Correction:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.writer, Writer):
+            raise RepairError(f"writer must be a Writer, got a {type(self.writer).__name__}")
+        if self.reader is not None and not isinstance(self.reader, Reader):
+            raise RepairError(f"reader must be a Reader or None, got a {type(self.reader).__name__}")
+        if not callable(self.gate):
+            raise RepairError(f"gate must be a function of the score, got a {type(self.gate).__name__}")
+        if self.modality not in (None, *get_args(Modality)):
+            raise RepairError(f"modality must be one of {get_args(Modality)} or None, got {self.modality!r}")
+        require_flag(self.pulse, name="pulse")
+        require_text(self.name, name="name")
         if self.reader is None and not isinstance(self.gate, AlwaysOpen):
-            raise ValueError(f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score")
+            raise RepairError(f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score")
         if self.pulse and (self.reader is None or isinstance(self.gate, AlwaysOpen)):
-            raise ValueError("pulse needs a reader and a gate that can open, got none; it acts where the gate opens")
+            raise RepairError("pulse needs a reader and a gate that can open, got none; it acts where the gate opens")
         late = [str(leaf.site) for leaf in self.leaves if leaf.site > self.writer.site]
         if late:
-            raise ValueError(
+            raise RepairError(
                 f"reader must sit at or before its writer ({self.writer.site}), got {late}, which the model "
                 "computes later; move the reader down or the writer up"
             )
@@ -80,7 +95,7 @@ class Correction:
             The correction, of the subspace's modality.
 
         Raises:
-            ValueError: If the subspace does not say which site it belongs to.
+            RepairError: If the subspace does not say which site it belongs to.
         """
         writer = Writer.from_subspace(subspace, alpha=alpha, beta=beta, scope=scope)
         return cls(writer=writer, modality=subspace.modality)

@@ -37,8 +37,9 @@ def modality_edit(
     """
     edit = torch.zeros_like(activation)
     for writer, openness in writers:
-        alpha = 1.0 if unit else writer.alpha
-        edit = edit + alpha * openness[..., None] * writer.delta(activation + edit)
+        alpha, opened = 1.0 if unit else writer.alpha, openness[..., None]
+        # 0 times an edit that is not finite would be NaN: what is not opened is not edited, whatever stands there.
+        edit = edit + alpha * opened * torch.where(opened != 0, writer.delta(activation + edit), 0.0)
     return edit
 
 

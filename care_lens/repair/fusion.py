@@ -23,7 +23,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,18 +32,23 @@ from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair import store
 from care_lens.repair.base import HookPair, HookRepair
+from care_lens.repair.checks import require_mapping, require_number, require_text
 from care_lens.repair.correction import Correction
+from care_lens.repair.errors import RepairError, RepairMismatchError
 from care_lens.repair.fuse import GatedWriter, fused_edit
-from care_lens.repair.gate import Gate
+from care_lens.repair.gate import Gate, openness
+from care_lens.repair.kinds import register_kind
 from care_lens.repair.placed import compute_dtype
 from care_lens.repair.positions import BatchView, Positions, check_positions
 from care_lens.repair.reader import Reader
 from care_lens.repair.reading import Readings
+from care_lens.subspace import Match, ModelIdentity, SubspaceMismatchError
 
 Rule = Literal["adaptive", "sequential", "parallel", "modality"]
 RULES: tuple[str, ...] = ("adaptive", "sequential", "parallel", "modality")
 
 
+@register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HybridFusion(HookRepair):
     """Visual and textual corrections, and how they are combined.
@@ -55,10 +60,13 @@ class HybridFusion(HookRepair):
         weights: Of visual and textual edits under "parallel".
         scope: Which tokens are edited; a writer's own scope narrows it.
         name: Row of a defence table.
-        provenance: What it came from, JSON-able: model, data, fit.
+        provenance: What it came from, JSON-able: data, fit.
+        model: The model it was made for; None: any that is as wide at its sites.
+        match: How much of that model must agree when it is put on one: "exact" (the weights), "architecture", or "width" (what
+            is checked without a model, too).
 
     Raises:
-        ValueError: If there is no correction, one is of the other modality, or an option is not known.
+        RepairError: If there is no correction, one is of the other modality, or an option is not known or makes no sense.
     """
 
     visual: tuple[Correction, ...] = ()
@@ -68,19 +76,37 @@ class HybridFusion(HookRepair):
     scope: Positions = "all"
     name: str = "care"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    model: ModelIdentity | None = None
+    match: Match = "exact"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "visual", tuple(self.visual))
-        object.__setattr__(self, "textual", tuple(self.textual))
+        for side in ("visual", "textual"):
+            given = getattr(self, side)
+            if not isinstance(given, (tuple, list)) or not all(isinstance(one, Correction) for one in given):
+                raise RepairError(f"{side} must be a tuple of corrections, got {given!r}")
+            object.__setattr__(self, side, tuple(given))
         if not self.corrections:
-            raise ValueError("visual or textual must hold a correction, got none; for the model as it is use NoRepair")
+            raise RepairError("visual or textual must hold a correction, got none; for the model as it is use NoRepair")
         if self.rule not in RULES:
-            raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
+            raise RepairError(f"rule must be one of {RULES}, got {self.rule!r}")
         check_positions(self.scope, name="scope")
+        if not isinstance(self.weights, (tuple, list)) or len(self.weights) != 2:
+            raise RepairError(f"weights must be two numbers, of visual and of textual edits, got {self.weights!r}")
+        object.__setattr__(self, "weights", tuple(self.weights))
+        for weight in self.weights:
+            require_number(weight, name="weights", least=0)
+        require_text(self.name, name="name")
+        require_mapping(self.provenance, name="provenance")
+        if self.model is not None and not isinstance(self.model, ModelIdentity):
+            raise RepairError(
+                f"model must be a ModelIdentity or None, got {self.model!r}; use ModelIdentity.from_model"
+            )
+        if self.match not in get_args(Match):
+            raise RepairError(f"match must be one of {get_args(Match)}, got {self.match!r}")
         for modality, corrections in (("visual", self.visual), ("textual", self.textual)):
             wrong = [c.modality for c in corrections if c.modality not in (None, modality)]
             if wrong:
-                raise ValueError(f"corrections given as {modality} must be fitted for that, got {wrong}; swap them")
+                raise RepairError(f"corrections given as {modality} must be fitted for that, got {wrong}; swap them")
 
     @property
     def corrections(self) -> tuple[Correction, ...]:
@@ -112,12 +138,19 @@ class HybridFusion(HookRepair):
             lvlm: The model.
 
         Raises:
-            ValueError: If a site is not there, or of another width than what is read or written there.
+            ValueError: If a site is not there.
+            RepairMismatchError: If a site is of another width than what is read or written there, or the model is not the
+                one it was made for, as far as ``match`` asks.
         """
+        if self.model is not None and self.match != "width":
+            try:
+                self.model.require(ModelIdentity.from_model(lvlm.hf_model), self.match)
+            except SubspaceMismatchError as error:
+                raise RepairMismatchError(f"this repair was made for another model: {error}") from None
         for correction in self.corrections:
             for part in (correction.writer, *correction.leaves):
                 if (width := lvlm.width(part.site)) != part.width:
-                    raise ValueError(
+                    raise RepairMismatchError(
                         f"{type(part).__name__} at {part.site} must be as wide as the model there ({width}), "
                         f"got {part.width}; it was fitted on another model or site"
                     )
@@ -168,13 +201,13 @@ class HybridFusion(HookRepair):
         mask = view.mask(own, prefill=prefill)
         for scope in (self.scope, correction.writer.scope):
             mask = mask & view.mask(scope, prefill=prefill)
-        openness = mask.to(activation.device, compute_dtype(activation.dtype))
+        acting = mask.to(activation.device, compute_dtype(activation.dtype))
         if correction.reader is not None:
-            opened = correction.gate(readings.score(correction.reader))
+            opened = openness(correction.gate, readings.score(correction.reader))
             if correction.pulse:
-                opened = opened - correction.gate(readings.score_before(correction.reader))
-            openness = openness * opened.to(openness)
-        return GatedWriter(correction.writer, openness)
+                opened = opened - openness(correction.gate, readings.score_before(correction.reader))
+            acting = acting * opened.to(acting)
+        return GatedWriter(correction.writer, acting)
 
     def describe(self) -> dict[str, Any]:
         """Its settings as JSON-able values; tensors by shape and norm."""
@@ -182,14 +215,19 @@ class HybridFusion(HookRepair):
 
     def save(self, directory: str | Path) -> None:
         """Write ``repair.json`` and ``repair.safetensors`` into a directory, made if it does not exist."""
-        store.save(self, directory)
+        store.save_repair(self, directory)
 
     @classmethod
-    def load(cls, directory: str | Path) -> "HybridFusion":
-        """Read what :meth:`save` wrote.
+    def load(cls, directory: str | Path, *, match: Match | None = None) -> "HybridFusion":
+        """Read what :meth:`save` wrote, in this version or an older one.
+
+        Args:
+            directory: Where from.
+            match: Another level at which the model must agree; None: the one it was saved with.
 
         Raises:
             FileNotFoundError: If a file is not there.
-            ValueError: If the files hold something else, or come from a newer version.
+            RepairFileError: If the files are damaged, hold something else, or come from a newer version.
         """
-        return store.load(cls, directory)
+        loaded = store.load_repair(cls, directory)
+        return loaded if match is None else dataclasses.replace(loaded, match=match)

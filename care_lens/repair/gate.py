@@ -9,6 +9,10 @@ ceil((n + 1)(1 - epsilon))-th smallest. A new benign prompt, exchangeable with t
 probability at most epsilon, on average over calibration sets. When several corrections are gated, calibrate
 one threshold on the row's maximum over their (standardised) readers: that bounds the chance of any of them
 opening, and nothing has to be corrected for their number.
+
+A score that is no number says that reading failed: an activation or a sum overflowed. The gate then opens, whatever gate it is
+(:func:`openness`), so that a request which breaks the reading is corrected and not let through; a score of -inf says that there
+was nothing to read, and leaves a gate closed.
 """
 
 import math
@@ -19,9 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.repair.checks import require_number
+from care_lens.repair.errors import RepairError, TooFewCalibrationError
+from care_lens.repair.kinds import register_kind
 
-class TooFewCalibration(ValueError):
-    """There are too few benign scores for the epsilon asked for."""
+TooFewCalibration = TooFewCalibrationError
+"""The former name of :class:`TooFewCalibrationError`."""
 
 
 @runtime_checkable
@@ -29,7 +36,8 @@ class Gate(Protocol):
     """How far a correction opens.
 
     Args:
-        score: Scores of any shape, larger where the request looks more harmful; -inf where nothing was read.
+        score: Scores of any shape, larger where the request looks more harmful; -inf where nothing was read, NaN where
+            reading failed (a repair opens there, whatever the gate returns).
 
     Returns:
         Numbers in [0, 1] of that shape, which do not fall as the score grows.
@@ -38,6 +46,32 @@ class Gate(Protocol):
     def __call__(self, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
 
 
+def openness(gate: Gate, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """How far a gate opens, 1 where its score is NaN.
+
+    Args:
+        gate: Any gate.
+        score: The scores.
+
+    Returns:
+        Numbers in [0, 1] of the shape and dtype of the scores.
+
+    Raises:
+        RepairError: If the gate returns another shape, or a number that is not in [0, 1] at a score that is one.
+    """
+    opened = gate(score)
+    if not isinstance(opened, Tensor) or opened.shape != score.shape or opened.is_complex():
+        got = list(opened.shape) if isinstance(opened, Tensor) else type(opened).__name__
+        raise RepairError(
+            f"a {type(gate).__name__} must return real numbers of the shape of its scores {list(score.shape)}, got {got}"
+        )
+    opened = torch.where(score.isnan(), 1.0, opened.to(score.dtype))
+    if not isinstance(gate, (AlwaysOpen, ConformalGate)) and not bool(((opened >= 0) & (opened <= 1)).all()):
+        raise RepairError(f"a {type(gate).__name__} must return numbers in [0, 1], got others; clamp what it returns")
+    return opened
+
+
+@register_kind
 @dataclass(frozen=True)
 class AlwaysOpen:
     """Corrects everything: the paper's form."""
@@ -47,9 +81,10 @@ class AlwaysOpen:
         return torch.ones_like(score)
 
 
+@register_kind
 @dataclass(frozen=True)
 class ConformalGate:
-    """Opens where the score exceeds what benign prompts reach.
+    """Opens where the score exceeds what benign prompts reach, and where it is NaN.
 
     Attributes:
         threshold: Closed up to and at this score.
@@ -59,7 +94,9 @@ class ConformalGate:
             it, so that a prompt is touched exactly where it would be with 0, only less.
 
     Raises:
-        ValueError: If the threshold is not finite, or the width is below 0.
+        RepairError: If the threshold or width is not finite, the width is below 0, epsilon is not between 0 and 1 or n is no
+            number of prompts.
+        TooFewCalibrationError: If n prompts cannot bound such an epsilon: n < 1/epsilon - 1.
     """
 
     threshold: float
@@ -68,18 +105,22 @@ class ConformalGate:
     width: float = 0.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.threshold):
-            raise ValueError(
+        if isinstance(self.threshold, float) and not math.isfinite(self.threshold):
+            raise RepairError(
                 f"threshold must be finite, got {self.threshold}; do the benign prompts have what is read?"
             )
-        if not self.width >= 0:
-            raise ValueError(f"width must be 0 or more, got {self.width}")
+        require_number(self.threshold, name="threshold")
+        require_number(self.width, name="width", least=0)
+        _check_epsilon(self.epsilon)
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
+            raise RepairError(f"n must be the number of calibration prompts, 1 or more, got {self.n!r}")
+        _check_enough(self.n, self.epsilon)
 
     def __call__(self, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """How far it opens at each score."""
         if self.width == 0:
-            return (score > self.threshold).to(score.dtype)
-        return ((score - self.threshold) / self.width).clamp(0.0, 1.0)
+            return (~(score <= self.threshold)).to(score.dtype)
+        return torch.where(score.isnan(), 1.0, ((score - self.threshold) / self.width).clamp(0.0, 1.0))
 
     @classmethod
     def calibrate(cls, scores: Float[Tensor, "n"], *, epsilon: float, width: float = 0.0) -> "ConformalGate":
@@ -94,7 +135,8 @@ class ConformalGate:
             The gate.
 
         Raises:
-            ValueError: If epsilon is out of range, a score is not a number, or n < 1/epsilon - 1.
+            RepairError: If epsilon is out of range, a score is not a number, or the threshold would not be finite.
+            TooFewCalibrationError: If n < 1/epsilon - 1.
 
         Example:
             >>> import torch
@@ -102,17 +144,30 @@ class ConformalGate:
             >>> ConformalGate.calibrate(torch.arange(19.0), epsilon=0.1).threshold
             17.0
         """
-        if not 0 < epsilon < 1:
-            raise ValueError(f"epsilon must be between 0 and 1, got {epsilon}")
+        _check_epsilon(epsilon)
+        if scores.ndim != 1:
+            raise RepairError(f"scores must be [n], one a benign prompt, got shape {list(scores.shape)}")
         if bool(scores.isnan().any()):
-            raise ValueError("scores must be numbers, got NaN")
+            raise RepairError("scores must be numbers, got NaN; leave out prompts that the model cannot be read on")
         n = len(scores)
-        above = math.floor((n + 1) * epsilon + 1e-9)
-        if above < 1:
-            needed = math.ceil(1 / epsilon - 1 - 1e-9)
-            raise TooFewCalibration(
-                f"scores must be at least {needed} for epsilon={epsilon}, got {n}; give more benign prompts "
-                "or a larger epsilon"
-            )
+        above = _check_enough(n, epsilon)
         threshold = float(scores.sort().values[n - above])
         return cls(threshold=threshold, epsilon=epsilon, n=n, width=width)
+
+
+def _check_epsilon(epsilon: float) -> None:
+    require_number(epsilon, name="epsilon", above=0)
+    if not epsilon < 1:
+        raise RepairError(f"epsilon must be between 0 and 1, got {epsilon}")
+
+
+def _check_enough(n: int, epsilon: float) -> int:
+    """How many of n scores may lie above the threshold."""
+    above = math.floor((n + 1) * epsilon + 1e-9)
+    if above < 1:
+        needed = math.ceil(1 / epsilon - 1 - 1e-9)
+        raise TooFewCalibrationError(
+            f"scores must be at least {needed} for epsilon={epsilon}, got {n}; give more benign prompts "
+            "or a larger epsilon"
+        )
+    return above

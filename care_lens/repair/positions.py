@@ -16,6 +16,7 @@ from torch import Tensor
 from care_lens.core.site import Site
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import LVLMInputs
+from care_lens.repair.errors import RepairError
 
 Positions: TypeAlias = str | tuple[str, ...]
 """The name of a span, or several whose union is meant."""
@@ -33,21 +34,23 @@ def check_positions(positions: Positions, *, name: str) -> None:
         name: The argument they came in, for the message.
 
     Raises:
-        ValueError: If a name is not known, or there is none.
+        RepairError: If a name is not known, or there is none.
     """
-    names = _names(positions)
-    if not names or any(span not in SPAN_NAMES for span in names):
-        raise ValueError(f"{name} must be one of {SPAN_NAMES} or a tuple of them, got {positions!r}")
+    named = isinstance(positions, (str, tuple))
+    if not named or not positions or any(span not in SPAN_NAMES for span in _names(positions)):
+        raise RepairError(f"{name} must be one of {SPAN_NAMES} or a tuple of them, got {positions!r}")
 
 
 def check_site(site: Site, *, name: str) -> None:
     """Refuse a site whose activation is not [batch, pos, d] of the language tower.
 
     Raises:
-        ValueError: If the site is of another tower, or has a head axis.
+        RepairError: If it is no site, the site is of another tower, or has a head axis.
     """
+    if not isinstance(site, Site):
+        raise RepairError(f"{name} must be a Site, got {site!r}; make one with Site.parse")
     if site.tower != "language" or site.component in _PER_HEAD:
-        raise ValueError(
+        raise RepairError(
             f"{name} must be a [batch, pos, d] site of the language tower, where every position is known to "
             f"be image or text, got {site}; take a residual stream, hook_attn_out, hook_mlp_out or "
             "mlp.hook_post"

@@ -3,7 +3,8 @@
 A reader gives every row of a batch a score, larger where the request looks more harmful, from activations at
 one site (:class:`EnergyReader`, :class:`LinearReader`) or at several (:class:`MaxReader`). At a site each
 token has a score; the prompt's are pooled over the positions that are read, a generated token counts by
-itself, and what holds from a token on is the largest so far. A score is ``(raw - location) / scale``;
+itself, and what holds from a token on is the largest so far. A token whose score is NaN or -inf (activations or sums that are
+not finite) makes the row's score NaN from there on, and a gate opens on it. A score is ``(raw - location) / scale``;
 :meth:`Reader.standardised` takes the two from benign scores, so that readers of different units can be
 compared and combined.
 
@@ -11,6 +12,7 @@ Reader and writer of a correction may differ in site and subspace: generalised e
 write badly, the difference of means is the reverse.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +23,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from care_lens.core.site import Site
+from care_lens.repair.checks import require_number, require_tensor
+from care_lens.repair.errors import RepairError
+from care_lens.repair.kinds import register_kind
 from care_lens.repair.placed import PlacedTensors, compute_dtype
 from care_lens.repair.positions import Positions, check_positions, check_site
 from care_lens.subspace import SafetySubspace
@@ -37,15 +42,15 @@ class Reader(ABC):
         scale: Divides it after that; above 0.
 
     Raises:
-        ValueError: If the scale is not above 0.
+        RepairError: If the scale is not above 0, or one of them is not finite.
     """
 
     location: float = 0.0
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"scale must be above 0, got {self.scale}")
+        require_number(self.location, name="location")
+        require_number(self.scale, name="scale", above=0)
 
     @property
     @abstractmethod
@@ -69,8 +74,10 @@ class Reader(ABC):
             ValueError: If the scores do not vary or are not finite.
         """
         mean, spread = float(benign.double().mean()), float(benign.double().std())
-        if not 0 < spread < float("inf"):
-            raise ValueError(f"benign scores must be finite and vary, got {len(benign)} of standard deviation {spread}")
+        if not (0 < spread < float("inf") and math.isfinite(mean)):
+            raise RepairError(
+                f"benign scores must be finite and vary, got {len(benign)} of standard deviation {spread}"
+            )
         return replace(self, location=self.location + self.scale * mean, scale=self.scale * spread)
 
 
@@ -85,7 +92,7 @@ class SiteReader(Reader, PlacedTensors):
         pooling: How the prompt's tokens make one score: "max" or "mean".
 
     Raises:
-        ValueError: If site, positions or pooling are not such.
+        RepairError: If site, positions or pooling are not such.
     """
 
     site: Site
@@ -97,7 +104,7 @@ class SiteReader(Reader, PlacedTensors):
         check_site(self.site, name="site of a reader")
         check_positions(self.positions, name="positions")
         if self.pooling not in ("max", "mean"):
-            raise ValueError(f"pooling must be 'max' or 'mean', got {self.pooling!r}")
+            raise RepairError(f"pooling must be 'max' or 'mean', got {self.pooling!r}")
 
     @property
     @abstractmethod
@@ -124,17 +131,23 @@ class SiteReader(Reader, PlacedTensors):
             activation: [batch, pos, d] at the site.
 
         Returns:
-            [batch, pos] scores in float32 (float64 for a float64 activation).
+            [batch, pos] scores in float32 (float64 for a float64 activation); NaN where one is NaN or -inf.
 
         Raises:
-            ValueError: If the activation's width is not the reader's.
+            RepairError: If the activation's width is not the reader's, or its dtype is not floating.
         """
+        if not activation.is_floating_point():
+            raise RepairError(
+                f"activation at {self.site} must be floating point, got {activation.dtype}; give it as float32"
+            )
         if activation.shape[-1] != self.width:
-            raise ValueError(
+            raise RepairError(
                 f"activation at {self.site} must be {self.width} wide for this reader, got "
                 f"{activation.shape[-1]}; fit it on this model and site"
             )
-        return (self.raw(activation.to(compute_dtype(activation.dtype))) - self.location) / self.scale
+        scores = (self.raw(activation.to(compute_dtype(activation.dtype))) - self.location) / self.scale
+        # -inf means "nothing was read", which a token that overflowed must not pass for.
+        return scores.masked_fill(scores == -torch.inf, torch.nan)
 
     def score(
         self, activation: Float[Tensor, "batch pos d"], mask: Bool[Tensor, "batch pos"]
@@ -160,6 +173,7 @@ def pool(scores: Float[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], po
     return mean.masked_fill(count == 0, -torch.inf)
 
 
+@register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EnergyReader(SiteReader):
     """Energy of a subspace: raw score ``||read^T (h - centre)||^2``, in units of benign variance summed over
@@ -168,10 +182,18 @@ class EnergyReader(SiteReader):
     Attributes:
         read: [d, k] directions, scaled so that benign activations have unit variance along each.
         centre: [d] benign mean.
+
+    Raises:
+        RepairError: If a tensor is not floating, finite and of that shape.
     """
 
     read: Float[Tensor, "d k"]
     centre: Float[Tensor, "d"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_tensor(self.read, name="read", shape=(None, None), where=self.site)
+        require_tensor(self.centre, name="centre", shape=(self.width,), where=self.site)
 
     @classmethod
     def from_subspace(
@@ -204,10 +226,11 @@ class EnergyReader(SiteReader):
 
     def raw(self, activation: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
         """The energy of each token."""
-        read, centre = self.placed("read", "centre", like=activation)
-        return ((activation - centre) @ read).square().sum(dim=-1)
+        (read,) = self.placed("read", like=activation)
+        return (self.centred(activation, "centre") @ read).square().sum(dim=-1)
 
 
+@register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LinearReader(SiteReader):
     """Coordinate along a direction: raw score ``(h - centre) . direction``, signed.
@@ -215,10 +238,18 @@ class LinearReader(SiteReader):
     Attributes:
         direction: [d] points from benign to malicious.
         centre: [d] where the score is 0.
+
+    Raises:
+        RepairError: If a tensor is not floating, finite and of that shape.
     """
 
     direction: Float[Tensor, "d"]
     centre: Float[Tensor, "d"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_tensor(self.direction, name="direction", shape=(None,), where=self.site)
+        require_tensor(self.centre, name="centre", shape=(self.width,), where=self.site)
 
     @classmethod
     def from_subspace(
@@ -259,10 +290,11 @@ class LinearReader(SiteReader):
 
     def raw(self, activation: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
         """The coordinate of each token."""
-        direction, centre = self.placed("direction", "centre", like=activation)
-        return (activation - centre) @ direction
+        (direction,) = self.placed("direction", like=activation)
+        return self.centred(activation, "centre") @ direction
 
 
+@register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MaxReader(Reader):
     """The largest score of several readers, of one site or of several.
@@ -271,15 +303,18 @@ class MaxReader(Reader):
         readers: The readers; standardise them first, so that their scores are of one unit.
 
     Raises:
-        ValueError: If there are none.
+        RepairError: If there are none, or one is no reader.
     """
 
     readers: tuple[Reader, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.readers, (tuple, list)) or not all(isinstance(one, Reader) for one in self.readers):
+            raise RepairError(f"readers must be a tuple of readers, got {self.readers!r}")
+        object.__setattr__(self, "readers", tuple(self.readers))
         if not self.readers:
-            raise ValueError("readers must hold at least one reader, got none")
+            raise RepairError("readers must hold at least one reader, got none")
 
     @property
     def leaves(self) -> tuple[SiteReader, ...]:
@@ -287,7 +322,7 @@ class MaxReader(Reader):
         return tuple(dict.fromkeys(leaf for reader in self.readers for leaf in reader.leaves))
 
     def combine(self, scores: Mapping[SiteReader, Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
-        """The largest of its readers' scores."""
+        """The largest of its readers' scores; NaN where one of them is."""
         largest = torch.stack([reader.combine(scores) for reader in self.readers]).amax(dim=0)
         return (largest - self.location) / self.scale
 
@@ -300,5 +335,5 @@ def fitted_site(subspace: SafetySubspace) -> Site:
     """
     site: Any = subspace.site
     if site is None:
-        raise ValueError("subspace must say which site it was fitted on, got None; fit it with site=...")
+        raise RepairError("subspace must say which site it was fitted on, got None; fit it with site=...")
     return Site.parse(site)

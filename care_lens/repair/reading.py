@@ -94,6 +94,8 @@ def read_scores(
     Raises:
         ValueError: If this model has no such site.
     """
+    if not readers:
+        raise ValueError("readers must hold at least one reader, got none")
     leaves = tuple(dict.fromkeys(leaf for reader in readers for leaf in reader.leaves))
     answers = max_new_tokens > 1 and any(includes_generated(leaf.positions) for leaf in leaves)
     rows: list[Tensor] = []
@@ -102,7 +104,9 @@ def read_scores(
         seen = _Recorder(BatchView(inputs), leaves)
         with torch.no_grad():
             if answers:
-                tokens = lvlm.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=seen.hooks()).new_tokens
+                tokens = lvlm.generate(
+                    inputs, max_new_tokens=max_new_tokens, do_sample=False, fwd_hooks=seen.hooks()
+                ).new_tokens
                 scores = seen.scores(_before_end(tokens, _end_tokens(lvlm)))
             else:
                 lvlm.run_with_hooks(inputs, fwd_hooks=seen.hooks(), logits_to_keep=1)

@@ -1,72 +1,96 @@
-"""Repairs on disk and in reports: one traversal of their frozen dataclasses.
+"""Repairs on disk and in reports: one traversal of the registered kinds they are made of.
 
-``repair.json`` holds the structure, ``repair.safetensors`` the tensors; each is written whole, and an object
-that occurs twice (a reader shared by two corrections) is written once and shared again when loaded.
+``repair.json`` holds the structure, ``repair.safetensors`` the tensors; they are an artifact of :mod:`care_lens.core.files`, with
+checksums of both. An object that occurs twice (a reader shared by two corrections) is written once and shared again when loaded.
+Whatever is loaded goes through the constructors of its kinds, which check shapes, types and numbers.
+
+Schema 1 had no checksums and named no modules; it is brought up to date by loading, and its files are left as they are.
 """
 
 import dataclasses
-import json
+import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from care_lens.core import files
+from care_lens.core.errors import ArtifactError, CareLensError
 from care_lens.core.results import package_versions
 from care_lens.core.site import Site
+from care_lens.repair.errors import KindError, RepairError, RepairFileError
+from care_lens.repair.kinds import RESERVED, kind_of, name_of
+from care_lens.subspace import ModelIdentity
 
-_SCHEMA = 1
-_JSON, _TENSORS = "repair.json", "repair.safetensors"
+SCHEMA = 2
+"""Version of the files that :func:`save_repair` writes."""
+_KIND, _NAME = "care_lens.Repair", "repair"
 
 Loaded = TypeVar("Loaded")
 
 
 def describe(repair: Any) -> dict[str, Any]:
-    """A repair as JSON-able values, its tensors by shape and norm.
+    """A repair as JSON-able values, its tensors by shape, norm and digest.
 
     Args:
-        repair: A frozen dataclass of the kinds this module knows.
+        repair: Of a registered kind.
 
     Returns:
         Its fields by name, nested, each part with its ``kind``.
 
     Raises:
-        TypeError: If a part is of a kind that is not known.
+        KindError: If a part is of a kind that is not registered.
     """
-    return _encode(repair, lambda t: {"shape": list(t.shape), "norm": round(float(t.double().norm()), 6)}, None)
+
+    def told(tensor: Tensor) -> dict[str, Any]:
+        exact = tensor.detach().cpu().double().contiguous()
+        digest = hashlib.sha256(exact.numpy().tobytes()).hexdigest()[:16]
+        return {"shape": list(tensor.shape), "norm": round(float(exact.norm()), 6), "digest": digest}
+
+    return _encode(repair, told, None)
 
 
-def save(repair: Any, directory: str | Path) -> None:
-    """Write a repair into a directory, which is made if it does not exist.
+def save_repair(repair: Any, directory: str | Path) -> Path:
+    """Write ``repair.json`` and ``repair.safetensors`` into a directory, each whole or not at all.
 
     Args:
-        repair: A frozen dataclass of the kinds this module knows.
-        directory: Where to.
+        repair: Of a registered kind: a defence, or any part of one.
+        directory: Where to; made if it does not exist.
+
+    Returns:
+        The directory.
 
     Raises:
-        TypeError: If a part is of a kind that is not known, or the provenance is not JSON-able.
+        KindError: If a part is of a kind that is not registered, or a field holds what cannot be stored.
+        OSError: If a file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
 
     def keep(tensor: Tensor) -> dict[str, Any]:
         name = str(len(tensors))
-        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        tensors[name] = tensor
         return {"tensor": name}
 
-    manifest = {"schema": _SCHEMA, "versions": package_versions(), "repair": _encode(repair, keep, {})}
-    text = json.dumps(manifest, indent=2)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / _TENSORS)
-    (directory / _JSON).write_text(text + "\n", encoding="utf-8")
+    name_of(repair)
+    encoded = _encode(repair, keep, {})
+    files.save_artifact(
+        directory,
+        _NAME,
+        kind=_KIND,
+        schema=SCHEMA,
+        data={"safetensors": files.tensor_bytes(tensors)},
+        content={"versions": package_versions(), "repair": encoded},
+    )
+    return Path(directory)
 
 
-def load(kind: type[Loaded], directory: str | Path) -> Loaded:
-    """Read what :func:`save` wrote.
+def load_repair(kind: type[Loaded], directory: str | Path) -> Loaded:
+    """Read what :func:`save_repair` wrote, in this version or an older one. Nothing is executed or imported.
 
     Args:
-        kind: The class expected.
+        kind: The class expected; a base class of it serves.
         directory: Where from.
 
     Returns:
@@ -74,55 +98,63 @@ def load(kind: type[Loaded], directory: str | Path) -> Loaded:
 
     Raises:
         FileNotFoundError: If a file is not there.
-        ValueError: If the files hold another kind, or come from a newer version.
+        RepairFileError: If the files are damaged, hold another kind or one that is not registered, hold settings or tensors
+            that make no repair, or come from a newer version.
     """
-    directory = Path(directory)
-    manifest = json.loads((directory / _JSON).read_text(encoding="utf-8"))
-    if manifest["schema"] > _SCHEMA:
-        raise ValueError(f"schema must be {_SCHEMA} or less, got {manifest['schema']}; update care_lens")
-    repair = _decode(manifest["repair"], load_file(directory / _TENSORS), [])
+    path = Path(directory) / f"{_NAME}.json"
+    try:
+        manifest = files.read_object(path, kind="repair")
+        if manifest.get("schema") == 1 and {*manifest} == {"schema", "versions", "repair"}:
+            data = {"safetensors": path.with_suffix(".safetensors").read_bytes()}
+        else:
+            data, manifest = files.load_artifact(directory, _NAME, kind=_KIND, schema=SCHEMA, oldest=2)
+        tensors = files.tensors_of(data, where=path.with_suffix(".safetensors"))
+        repair = _decode(manifest["repair"], tensors, [])
+    except RepairFileError:
+        raise
+    except ArtifactError as error:
+        raise RepairFileError(str(error)) from None
+    except (CareLensError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise RepairFileError(f"{path} must hold a repair, got one that cannot be made: {error}") from error
     if not isinstance(repair, kind):
-        raise ValueError(f"{directory} must hold a {kind.__name__}, got a {type(repair).__name__}")
+        raise RepairFileError(f"{directory} must hold a {kind.__name__}, got a {type(repair).__name__}")
     return repair
 
 
-def _kinds() -> dict[str, type]:
-    from care_lens.repair import correction, fusion, gate, reader, writer
-
-    known = (
-        fusion.HybridFusion,
-        correction.Correction,
-        writer.Writer,
-        reader.EnergyReader,
-        reader.LinearReader,
-        reader.MaxReader,
-        gate.AlwaysOpen,
-        gate.ConformalGate,
-    )
-    return {kind.__name__: kind for kind in known}
+save, load = save_repair, load_repair
 
 
-def _encode(value: Any, on_tensor: Callable[[Tensor], Any], seen: dict[int, int] | None) -> Any:
+def _encode(value: Any, on_tensor: Callable[[Tensor], Any], seen: dict[int, int] | None, name: str = "repair") -> Any:
     """JSON-able form; with ``seen``, an object met again becomes a reference to when it was completed."""
     if isinstance(value, Tensor):
         return on_tensor(value)
     if isinstance(value, Site):
         return {"site": str(value)} if seen is not None else str(value)
+    if isinstance(value, ModelIdentity):
+        return {"model": value.to_dict()} if seen is not None else value.to_dict()
     if isinstance(value, tuple):
-        return [_encode(item, on_tensor, seen) for item in value]
+        return [_encode(item, on_tensor, seen, name) for item in value]
     if isinstance(value, Mapping):
-        return {"mapping": dict(value)} if seen is not None else dict(value)
-    if not dataclasses.is_dataclass(value):
+        return {"mapping": files.packed(value)} if seen is not None else dict(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise KindError(f"{name} must be finite to be saved or described, got {value}")
         return value
-    name = type(value).__name__
-    if _kinds().get(name) is not type(value):
-        raise TypeError(f"parts of a repair must be one of {sorted(_kinds())} to be saved or described, got {name}")
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        raise KindError(
+            f"{name} must hold tensors, sites, numbers, texts, None, mappings, registered kinds or tuples of these to be saved "
+            f"or described, got a {type(value).__name__}; give it in one of these forms"
+        )
+    kind = name_of(value)
     if seen is not None and id(value) in seen:
         return {"same_as": seen[id(value)]}
-    encoded = {f.name: _encode(getattr(value, f.name), on_tensor, seen) for f in dataclasses.fields(value)}
-    if seen is not None:
-        seen[id(value)] = len(seen)
-    return {"kind": name, **encoded}
+    made = {
+        f.name: _encode(getattr(value, f.name), on_tensor, seen, f.name) for f in dataclasses.fields(value) if f.init
+    }
+    if seen is None:
+        return {"kind": kind, **made}
+    seen[id(value)] = len(seen)
+    return {"kind": kind, "module": type(value).__module__, **made}
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor], made: list[Any]) -> Any:
@@ -130,17 +162,30 @@ def _decode(value: Any, tensors: Mapping[str, Tensor], made: list[Any]) -> Any:
         return tuple(_decode(item, tensors, made) for item in value)
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "site" in value and len(value) == 1:
-        return Site.parse(value["site"])
-    if "mapping" in value:
-        return value["mapping"]
-    if "same_as" in value:
-        return made[value["same_as"]]
-    kind = _kinds().get(value["kind"])
-    if kind is None:
-        raise ValueError(f"kind must be one of {sorted(_kinds())}, got {value['kind']!r}; update care_lens")
-    fields = {name: _decode(item, tensors, made) for name, item in value.items() if name != "kind"}
+    if "kind" not in value:
+        return _decode_leaf(value, tensors, made)
+    kind = kind_of(value["kind"], value.get("module"))
+    fields = {name: _decode(item, tensors, made) for name, item in value.items() if name not in RESERVED}
+    known = {field.name for field in dataclasses.fields(kind) if field.init}
+    if strange := {*fields} - known:
+        raise RepairFileError(
+            f"a {kind.__name__} must have no other fields than {sorted(known)}, got {sorted(strange)}"
+        )
     made.append(kind(**fields))
     return made[-1]
+
+
+def _decode_leaf(value: dict[str, Any], tensors: Mapping[str, Tensor], made: list[Any]) -> Any:
+    if len(value) == 1:
+        (form, held), *_ = value.items()
+        if form == "tensor" and held in tensors:
+            return tensors[held]
+        if form == "site":
+            return Site.parse(held)
+        if form == "model":
+            return ModelIdentity(**held)
+        if form == "mapping" and isinstance(held, dict):
+            return files.unpacked(held)
+        if form == "same_as" and isinstance(held, int) and 0 <= held < len(made):
+            return made[held]
+    raise RepairError(f"a part must be a tensor, site, model, mapping or an earlier part, got {value!r}")

@@ -5,7 +5,6 @@ of the target, all the way at alpha = 1, and nothing else changes. W L^T is a pr
 L has orthonormal columns, else oblique. It is never formed: cost and memory are O(d k) a token.
 """
 
-import math
 import warnings
 from dataclasses import dataclass
 
@@ -14,6 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.core.site import Site, SiteLike
+from care_lens.repair.checks import require_number, require_tensor
+from care_lens.repair.errors import RepairError
+from care_lens.repair.kinds import register_kind
 from care_lens.repair.placed import PlacedTensors
 from care_lens.repair.positions import Positions, check_positions, check_site
 from care_lens.repair.reader import fitted_site
@@ -22,6 +24,7 @@ from care_lens.subspace import SafetySubspace
 _DUALITY_TOLERANCE = 1e-2
 
 
+@register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Writer(PlacedTensors):
     """Moves some coordinates of an activation towards a target.
@@ -35,7 +38,7 @@ class Writer(PlacedTensors):
         scope: Which tokens are edited; padding never is.
 
     Raises:
-        ValueError: If shapes, ``left.T @ write``, alpha, site or scope are not as said.
+        RepairError: If shapes, ``left.T @ write``, alpha, site or scope are not as said, or a tensor is not finite.
     """
 
     site: Site
@@ -48,13 +51,19 @@ class Writer(PlacedTensors):
     def __post_init__(self) -> None:
         check_site(self.site, name="site of a writer")
         check_positions(self.scope, name="scope")
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"alpha must be 0 or more, got {self.alpha}")
+        require_number(self.alpha, name="alpha", least=0)
+        require_tensor(self.write, name="write", shape=(None, None), where=self.site)
+        require_tensor(self.left, name="left", shape=(self.width, self.rank), where=self.site)
+        require_tensor(self.target, name="target", shape=(self.width,), where=self.site)
+        if self.rank > self.width:
+            raise RepairError(
+                f"rank must be at most the width {self.width}, got {self.rank}; take both from one SafetySubspace"
+            )
         gap = self.left.double().T @ self.write.double() - torch.eye(
             self.rank, dtype=torch.float64, device=self.left.device
         )
         if not float(gap.abs().max()) < _DUALITY_TOLERANCE:
-            raise ValueError(
+            raise RepairError(
                 f"left.T @ write must be the identity, got entries off by {float(gap.abs().max()):.2g}; "
                 "take both from one SafetySubspace"
             )
@@ -79,15 +88,22 @@ class Writer(PlacedTensors):
             [..., d] what to add to it.
 
         Raises:
-            ValueError: If the activation's width is not the writer's.
+            RepairError: If the activation's width is not the writer's, or its dtype is not floating.
         """
+        if not activation.is_floating_point():
+            raise RepairError(
+                f"activation at {self.site} must be floating point, got {activation.dtype}; give it as float32"
+            )
         if activation.shape[-1] != self.width:
-            raise ValueError(
+            raise RepairError(
                 f"activation at {self.site} must be {self.width} wide for this writer, got "
                 f"{activation.shape[-1]}; fit it on this model and site"
             )
-        write, left, target = self.placed("write", "left", "target", like=activation)
-        return -((activation - target) @ left) @ write.T
+        if torch.float64 in (self.write.dtype, self.left.dtype) and activation.dtype != torch.float64:
+            # A fit keeps float64 where float32 would lose too much of so oblique a projector.
+            return self.delta(activation.double()).to(activation.dtype)
+        write, left = self.placed("write", "left", like=activation)
+        return -(self.centred(activation, "target") @ left) @ write.T
 
     @classmethod
     def from_subspace(
@@ -115,8 +131,9 @@ class Writer(PlacedTensors):
             removed.
 
         Raises:
-            ValueError: If the subspace does not say which site it belongs to, or an option is out of range.
+            RepairError: If the subspace does not say which site it belongs to, or an option is out of range.
         """
+        require_number(beta, name="beta")
         _warn_beyond(alpha)
         return cls(
             site=fitted_site(subspace),
@@ -150,18 +167,24 @@ class Writer(PlacedTensors):
             The writer.
 
         Raises:
-            ValueError: If target and source are the same.
+            RepairError: If target and source are the same, or not finite [d] of one width.
         """
+        site = Site.parse(site)
+        require_tensor(target, name="target", shape=(None,), where=site)
+        require_tensor(source, name="source", shape=(len(target),), where=site)
         _warn_beyond(alpha)
         difference = target.double() - source.double()
         norm = difference.norm()
         if not norm > 0:
-            raise ValueError("target and source must differ, got the same activation")
+            raise RepairError(
+                "target and source must differ, got the same activation; there is no direction between them"
+            )
         direction = (difference / norm).to(target.dtype)[:, None]
-        return cls(site=Site.parse(site), write=direction, left=direction, target=target, alpha=alpha, scope=scope)
+        return cls(site=site, write=direction, left=direction, target=target, alpha=alpha, scope=scope)
 
 
 def _warn_beyond(alpha: float) -> None:
+    require_number(alpha, name="alpha", least=0)
     if alpha > 1:
         warnings.warn(
             f"alpha={alpha} moves the coordinates past their target (at 2 they are reflected about it)",

@@ -6,12 +6,14 @@ Sign convention: larger eigenvalues and positive coordinates mean malicious. Fit
 float32.
 """
 
+from care_lens.core.arguments import checked
 from care_lens.subspace.calibration import ConformalScores
 from care_lens.subspace.comparison import SubspaceComparison, compare_bases
 from care_lens.subspace.contrast import Contrast, Metric
 from care_lens.subspace.controls import edit_norm_ratio, random_isometry, random_like
 from care_lens.subspace.errors import (
     ConvergenceError,
+    IdenticalClassesWarning,
     NonFiniteError,
     RankError,
     RowsNeededError,
@@ -51,6 +53,7 @@ __all__ = [
     "DirectionOverlap",
     "EnergyRank",
     "FamilyFits",
+    "IdenticalClassesWarning",
     "LinearMap",
     "Match",
     "MemoryPlan",
@@ -98,3 +101,5 @@ __all__ = [
     "shrinkage_weight",
     "solve_pencil",
 ]
+
+checked(globals(), __all__)

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.subspace.errors import NonFiniteError
+
 
 @dataclass(frozen=True, eq=False)
 class SubspaceComparison:
@@ -41,6 +43,11 @@ def compare_bases(first: Float[Tensor, "d k1"], second: Float[Tensor, "d k2"]) -
         An angle below about 1e-7 is not resolved from its cosine; float32 bases are no better than 1e-3 to
         1e-4 radians.
     """
+    for name, basis in (("first", first), ("second", second)):
+        if not bool(basis.isfinite().all()):
+            raise NonFiniteError(f"{name} must hold finite numbers, got NaN or infinity")
+        if torch.linalg.matrix_rank(basis.detach().to("cpu", torch.float64)) == 0:
+            raise ValueError(f"{name} must span a direction, got a matrix of rank 0")
     from transformer_lens.tools.analysis.projection_kernel import orthonormal_subspace, projection_kernel
 
     found = [orthonormal_subspace(basis.detach().to("cpu", torch.float64)) for basis in (first, second)]

@@ -84,5 +84,5 @@ def pencil(
             numerator = numerator.plus(delta)
     identity = metric == "identity"
     return numerator, (
-        ShrunkCovariance.identity(benign.width) if identity else shrink(benign, shrinkage, target=target)
+        ShrunkCovariance.identity(benign.width) if identity else shrink(benign, shrinkage, target=target, floor=True)
     )

@@ -1,7 +1,9 @@
 """What can be wrong with the rows of a fit, with a pencil, or with a stored subspace. All are ValueErrors."""
 
+from care_lens.core.errors import ArtifactError, CareLensError
 
-class SubspaceError(ValueError):
+
+class SubspaceError(CareLensError, ValueError):
     """Base of every error of ``care_lens.subspace``."""
 
 
@@ -45,5 +47,9 @@ class SubspaceMismatchError(SubspaceError):
     """A subspace was about to be used at another site, modality or model width than it was fitted for."""
 
 
-class SubspaceFileError(SubspaceError):
+class SubspaceFileError(SubspaceError, ArtifactError):
     """A stored subspace is damaged, incomplete, of another kind, or of a newer schema."""
+
+
+class IdenticalClassesWarning(UserWarning):
+    """The two classes of a fit have the same rows: whatever direction comes out was picked by rounding."""

@@ -249,6 +249,8 @@ def overlaps(subspaces: Mapping[str, SafetySubspace]) -> pd.DataFrame:
         projection kernel over ``sqrt(k1 k2)``) and chance (its mean for random subspaces).
     """
     rows = []
+    if len(subspaces) < 2:
+        raise ValueError(f"subspaces must be two or more, got {len(subspaces)}")
     for (first, one), (second, other) in itertools.combinations(subspaces.items(), 2):
         found = compare_bases(one.basis, other.basis)
         rows.append(

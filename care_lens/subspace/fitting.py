@@ -10,16 +10,21 @@ from torch import Tensor
 
 from care_lens.subspace.auto_rank import RankChoice, choose_rank
 from care_lens.subspace.contrast import Contrast, Metric, check_classes, class_moments, pencil
-from care_lens.subspace.errors import SubspaceError
+from care_lens.subspace.errors import IdenticalClassesWarning, SubspaceError
 from care_lens.subspace.memory import plan_fit
 from care_lens.subspace.moments import Moments
 from care_lens.subspace.shrinkage import Shrinkage, ShrunkCovariance, Target
-from care_lens.subspace.solvers import PencilSolution, Solver, solve_pencil
+from care_lens.subspace.solvers import PencilSolution, Solver, _ritz, solve_pencil
+from care_lens.subspace.solvers.pencil import signed
 
 Projection = Literal["orthogonal", "oblique"]
 Groups = tuple[Sequence[str], Sequence[str]]
 
 _LARGEST_AUTO_RANK = 64
+_MOST_LOST = 1e-4
+_MOST_OFF = 1e-5
+"""Benign standard deviations by which the rounding of a mean may shift coordinates."""
+_SAME = 1e-9
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +42,7 @@ def fit_tensors(
     groups: Groups | None,
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The float32 tensors of a subspace and the diagnostics of its fit; see ``SafetySubspace.fit``."""
+    """The tensors of a subspace and the diagnostics of its fit; see ``SafetySubspace.fit``."""
     if projection not in get_args(Projection):
         raise SubspaceError(f"projection must be one of {get_args(Projection)}, got {projection!r}")
     if rank != "auto" and (not isinstance(rank, int) or isinstance(rank, bool)):
@@ -49,6 +54,9 @@ def fit_tensors(
         most = min(_LARGEST_AUTO_RANK, of[0].width)
         centre = of[1].mean if contrast == "covariance" else of[0].mean
         both = pencil(*of, contrast=contrast, metric=metric, shrinkage=shrinkage)
+        if solver == "auto" and _ritz.serves(*both, most):
+            # Exact eigenvectors would cost O(d^3) in each of 80 fits, and which rank is chosen does not hang on their digits.
+            return signed(_ritz.leading(*both, most)), of[0].mean, centre
         return solve_pencil(*both, rank=most, solver=solver, clip=True).vectors, of[0].mean, centre
 
     counts = [of.count for of in moments]
@@ -99,14 +107,18 @@ def fit_moments(
         target: What both covariances are shrunk towards, see ``care_lens.subspace.shrink``.
 
     Returns:
-        The float32 tensors, and JSON-able diagnostics.
+        The tensors (float32, or float64 where that would not hold them) and JSON-able diagnostics.
 
     Raises:
         SubspaceError: As for ``SafetySubspace.fit``.
+
+    Warns:
+        IdenticalClassesWarning: As ``SafetySubspace.fit``.
     """
     if projection not in get_args(Projection):
         raise SubspaceError(f"projection must be one of {get_args(Projection)}, got {projection!r}")
     check_classes(benign, malicious, contrast, metric)
+    _say_if_same(benign, malicious, contrast)
     plan = plan_fit(benign, malicious, rank=rank, solver=solver, low_rank=contrast == "mean")
     logger.info("%s", plan)
     numerator, denominator = pencil(
@@ -131,6 +143,25 @@ def fit_moments(
     }
     logger.debug("fitted a subspace of rank %d at width %d: %s", rank, benign.width, diagnostics)
     return _tensors(solution, denominator, (benign, malicious), projection), diagnostics
+
+
+def _say_if_same(benign: Moments, malicious: Moments, contrast: Contrast) -> None:
+    """Warn where the two classes are one, as far as the contrast looks at them; classes of one kind that differ by chance do not count."""
+    spread = max(benign.trace, malicious.trace)
+    rounding = 1e-30 + (_SAME * float(benign.mean.norm())) ** 2 * _SAME  # of means far from 0
+    same_mean = float((benign.mean - malicious.mean).square().sum()) <= _SAME**2 * spread + rounding
+    same = same_mean if contrast == "mean" else contrast == "covariance" or same_mean
+    if same and contrast != "mean":
+        pairs = ((of.trace, of.squared_norm, of.fourth) for of in (benign, malicious))
+        same = all(abs(one - other) <= _SAME * max(abs(one), abs(other)) for one, other in zip(*pairs, strict=True))
+        same = same and bool(torch.allclose(benign.variances, malicious.variances, rtol=_SAME, atol=_SAME * spread))
+    if same:
+        warnings.warn(
+            f"benign and malicious must differ for contrast={contrast!r}, got classes that are the same in all it looks at; the "
+            "directions are picked by rounding: give rows of two classes",
+            IdenticalClassesWarning,
+            stacklevel=4,
+        )
 
 
 def floor_of(malicious: ShrunkCovariance, benign: ShrunkCovariance) -> float | None:
@@ -168,10 +199,20 @@ def _tensors(
         tensors |= {"write": basis, "left": basis}
     else:
         rounded = read.float().double()
-        write = metric.times(rounded)
+        # Of the exact vectors: what rounding adds to a direction of little variance, C_b would multiply out of proportion.
+        write = metric.times(read)
         tensors |= {"write": torch.linalg.solve(rounded.T @ write, write, left=False), "left": read}
-    tensors |= {"mean_benign": moments[0].mean, "mean_malicious": moments[1].mean}
-    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    # float32 loses about its rounding times the norms of the two sides; then nothing but float64 will do.
+    sides = [float(torch.linalg.matrix_norm(tensors[name], 2)) for name in ("left", "write")]
+    lost = torch.finfo(torch.float32).eps * sides[0] * sides[1]
+    kept = torch.float32 if lost <= _MOST_LOST else torch.float64
+    if kept == torch.float64 and projection == "oblique":
+        tensors["write"] = torch.linalg.solve(read.T @ tensors["write"], tensors["write"], left=False)
+    means = {"mean_benign": moments[0].mean, "mean_malicious": moments[1].mean}
+    off = [mean - mean.float().double() for mean in means.values()]
+    if all(float((read.T @ part).norm()) <= _MOST_OFF for part in off):
+        means = {name: mean.float() for name, mean in means.items()}
+    return {name: tensor.to(kept).contiguous() for name, tensor in tensors.items()} | means
 
 
 def _towards(vectors: Tensor, delta: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.subspace.centring import centred
 from care_lens.subspace.errors import SubspaceError, SubspaceMismatchError
 
 
@@ -54,12 +55,15 @@ class LinearMap:
             h: [..., d] of any floating dtype, on any device.
 
         Returns:
-            [..., d] of the dtype of h, computed in float32, or float64 if h is. Where the map is the identity
+            [..., d] of the dtype of h, computed in float32, or float64 if h or the map is. Where the map is the identity
             (s = 1 and W or L is 0) h itself.
 
         Raises:
             SubspaceMismatchError: If h is of another width.
+            SubspaceError: If h is not of a floating dtype.
         """
+        if not h.is_floating_point():
+            raise SubspaceError(f"activations must be of a floating dtype, got {h.dtype}; give h.float()")
         if h.shape[-1] != self.width:
             raise SubspaceMismatchError(
                 f"activations must be of width {self.width}, got {h.shape[-1]}; take them where the subspace was fitted"
@@ -67,7 +71,9 @@ class LinearMap:
         if self.is_identity:
             return h
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
-        about = wide if self.centre is None else wide - self.centre.to(wide)
+        if self.left.dtype == torch.float64:
+            wide = wide.double()
+        about = wide if self.centre is None else centred(wide, self.centre)
         moved = (about @ self.left.to(wide)) @ self.write.to(wide).T
         if self.scale == 1:
             return (wide + moved).to(h.dtype)

@@ -1,12 +1,15 @@
-"""Which model a subspace belongs to, and how nearly another one is it."""
+"""Which model a subspace or a repair belongs to, and how nearly another one is it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from torch import nn
+
+from care_lens.core.identity import model_fingerprint
 from care_lens.subspace.errors import SubspaceError, SubspaceMismatchError
 
 Match = Literal["exact", "architecture", "width"]
-"""How much of a model must agree: name, revision and architecture; architecture; nothing but the width."""
+"""How much of a model must agree: the weights, by name and revision or by their digest; the architecture; the width alone."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class ModelIdentity:
         name: Hub name, or what the model is called.
         revision: Commit of its weights, or None where it is not known.
         architecture: Class of the model, such as "LlavaForConditionalGeneration", or None.
+        fingerprint: Digest of its weights (``care_lens.core.identity.model_fingerprint``), or None. It tells models that have no
+            revision, such as one trained here, and it changes with their dtype.
 
     Example:
         >>> fitted = ModelIdentity("org/model", "abc", "LlavaForConditionalGeneration")
@@ -26,6 +31,25 @@ class ModelIdentity:
     name: str
     revision: str | None = None
     architecture: str | None = None
+    fingerprint: str | None = None
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> "ModelIdentity":
+        """Of a Hugging Face model that is loaded, with the digest of its weights.
+
+        Args:
+            model: The model, e.g. ``lvlm.hf_model``; a few numbers are copied from each of its parameters.
+
+        Returns:
+            The identity.
+
+        """
+        config: Any = getattr(model, "config", None)
+        own = type(model).__name__
+        if not getattr(config, "architectures", None) and not getattr(config, "name_or_path", ""):
+            return cls(own, architecture=own, fingerprint=model_fingerprint(model))
+        found = cls.from_config(config)
+        return replace(found, architecture=found.architecture or own, fingerprint=model_fingerprint(model))
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelIdentity":
@@ -53,8 +77,8 @@ class ModelIdentity:
 
         Args:
             other: The model it is about to be used on.
-            match: "exact": name, revision and architecture must be equal, and known; "architecture": the
-                architecture alone; "width": nothing here (the width is checked by the subspace).
+            match: "exact": the digests of the weights must be equal, or name, revision and architecture, and known;
+                "architecture": the architecture alone; "width": nothing here (what asks checks the width itself).
 
         Raises:
             SubspaceMismatchError: If they are not.
@@ -62,6 +86,8 @@ class ModelIdentity:
         """
         if match not in get_args(Match):
             raise SubspaceError(f"match must be one of {get_args(Match)}, got {match!r}")
+        if match == "exact" and self.fingerprint is not None and self.fingerprint == other.fingerprint:
+            return
         wanted = {"exact": ("name", "revision", "architecture"), "architecture": ("architecture",), "width": ()}[match]
         for what in wanted:
             own, theirs = getattr(self, what), getattr(other, what)
@@ -72,6 +98,8 @@ class ModelIdentity:
                     if own is None
                     else f"{own} as in the fit, got {theirs}"
                 )
+                if match == "exact" and self.fingerprint is not None and other.fingerprint is not None:
+                    wrong += " (and its weights are others)"
                 raise SubspaceMismatchError(
                     f"the model's {what} must be {wrong}; fit on this model, or load with match={looser!r} if you know "
                     "that the subspace carries over"

@@ -5,28 +5,25 @@ end is known, and two machines deal alike. Tables of different shards are merged
 """
 
 import hashlib
-import json
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from care_lens.core import files
+from care_lens.core.errors import ArtifactError
 from care_lens.core.results import package_versions
 from care_lens.subspace.errors import SubspaceError, SubspaceFileError, TooFewRowsError, WidthError
 from care_lens.subspace.memory import Keep, MemoryPlan, form_of, plan_memory
 from care_lens.subspace.moments import Moments, Sums
 
-_SCHEMA = 1
-_KIND = "care_lens.MomentsTable"
-_TENSORS, _MANIFEST = "moments.safetensors", "moments.json"
+_SCHEMA = 2
+_KIND, _NAME = "care_lens.MomentsTable", "moments"
+_KEYS_1 = {"schema", "kind", "versions", "width", "folds", "keep", "seed", "entries", "sha256"}
 _SUMS = ("scatter", "third", "cubes", "quartics")
 
 logger = logging.getLogger(__name__)
@@ -192,7 +189,7 @@ class MomentsTable:
         return merge_all(parts)
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``moments.safetensors`` and ``moments.json`` (schema, versions, counts, checksum) into a directory."""
+        """Write ``moments.safetensors`` and ``moments.json`` (schema, versions, counts, checksums) into a directory."""
         tensors: dict[str, Tensor] = {}
         entries: list[dict[str, Any]] = []
         for number, key in enumerate(self):
@@ -205,56 +202,54 @@ class MomentsTable:
                 tensors |= {f"{number}.{name}": getattr(entry.sums, name) for name in _SUMS}
                 note["fourth"] = entry.sums.fourth
             entries.append(note)
-        data = to_bytes({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
-        manifest = {
-            "schema": _SCHEMA,
-            "kind": _KIND,
-            "versions": package_versions(),
-            "width": self.width,
-            "folds": self.folds,
-            "keep": self.keep,
-            "seed": self.seed,
-            "entries": entries,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in ((_TENSORS, data), (_MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())):
-            part = directory / f"{name}.part"
-            part.write_bytes(content)
-            os.replace(part, directory / name)
-        return directory
+        files.save_artifact(
+            directory,
+            _NAME,
+            kind=_KIND,
+            schema=_SCHEMA,
+            data={"safetensors": files.tensor_bytes(tensors)},
+            content={
+                "versions": package_versions(),
+                "width": self.width,
+                "folds": self.folds,
+                "keep": self.keep,
+                "seed": self.seed,
+                "entries": entries,
+            },
+        )
+        return Path(directory)
 
     @classmethod
     def load(cls, directory: str | Path) -> "MomentsTable":
-        """Read what :meth:`save` wrote; nothing is executed.
+        """Read what :meth:`save` wrote, in this version or an older one; nothing is executed.
 
         Raises:
             FileNotFoundError: If a file is not there.
-            SubspaceFileError: If a file is damaged, of another kind, or of a newer schema.
+            SubspaceFileError: If a file is damaged, of another kind, or of a newer schema, or holds no moments.
         """
-        directory = Path(directory)
-        data = (directory / _TENSORS).read_bytes()
+        path = Path(directory) / f"{_NAME}.json"
         try:
-            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SubspaceFileError(f"{directory / _MANIFEST} must be JSON, got {error}; save it again") from None
-        if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
-            raise SubspaceFileError(f"{directory / _MANIFEST} must be the manifest of a MomentsTable")
-        if manifest.get("schema", 0) > _SCHEMA:
-            raise SubspaceFileError(f"schema must be {_SCHEMA} or less, got {manifest['schema']}; update care_lens")
-        if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
-            raise SubspaceFileError(
-                f"{directory / _TENSORS} must be the file its manifest describes, but its checksum differs; copy "
-                "both files again"
-            )
+            manifest = files.read_object(path, kind="MomentsTable")
+            if manifest.get("kind") == _KIND and manifest.get("schema") == 1 and {*manifest} == _KEYS_1:
+                data = _data_of_1(manifest, path.with_suffix(".safetensors"))
+            else:
+                data, manifest = files.load_artifact(directory, _NAME, kind=_KIND, schema=_SCHEMA, oldest=2)
+            tensors = files.tensors_of(data, where=path.with_suffix(".safetensors"))
+        except ArtifactError as error:
+            raise SubspaceFileError(str(error)) from None
         try:
-            tensors = load(data)
+            for name in ("width", "folds", "seed"):
+                if type(manifest[name]) is not int:
+                    raise SubspaceError(f"{name} must be a whole number, got {manifest[name]!r}")
             table = cls(manifest["width"], folds=manifest["folds"], keep=manifest["keep"], seed=manifest["seed"])
             for number, note in enumerate(manifest["entries"]):
                 key = MomentsKey(note["fold"], note["label"], note["modality"])
+                if type(key.fold) is not int or not 0 <= key.fold < table.folds or key in table._entries:
+                    raise SubspaceError(f"fold of entry {number} must be one of {table.folds}, once a class, got {key}")
+                if not isinstance(key.label, str) or not isinstance(key.modality, str):
+                    raise SubspaceError(f"label and modality of entry {number} must be texts, got {key}")
                 table._entries[key] = _entry(tensors, number, note, table.width)
-        except (SafetensorError, KeyError, TypeError, SubspaceError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise SubspaceFileError(
                 f"{directory} must hold a whole MomentsTable, got {error!r}; save it again"
             ) from None
@@ -277,13 +272,34 @@ def merge_all(parts: Sequence[Moments]) -> Moments:
     return total
 
 
+def _data_of_1(manifest: Mapping[str, Any], path: Path) -> dict[str, bytes]:
+    """The tensor file of schema 1, whose manifest had no sum of its own."""
+    data = path.read_bytes()
+    if files.sha256(data) != manifest["sha256"]:
+        raise SubspaceFileError(
+            f"{path} must be the file its manifest describes, but its checksum differs; copy both files again"
+        )
+    return {"safetensors": data}
+
+
 def _entry(tensors: Mapping[str, Tensor], number: int, note: Mapping[str, Any], width: int) -> Moments:
-    mean = tensors[f"{number}.mean"]
-    if note["form"] == "rows":
-        moments = Moments(mean, tensors[f"{number}.rows"])
-    else:
-        held = {name: tensors[f"{number}.{name}"] for name in _SUMS}
-        moments = Moments(mean, None, Sums(count=note["count"], fourth=note["fourth"], **held))
-    if moments.count != note["count"] or moments.width != width:
-        raise SubspaceError(f"entry {number} must have {note['count']} rows of width {width}")
-    return moments
+    rows, count = note["form"] == "rows", note["count"]
+    shapes = {"mean": (width,), "rows": (count, width)}
+    if not rows:
+        shapes = {"mean": (width,), "scatter": (width, width)} | {name: (width,) for name in _SUMS[1:]}
+    if type(count) is not int or count < 1 or note["form"] not in ("rows", "sums"):
+        raise SubspaceError(f"entry {number} must have a form and a count of 1 or more, got {dict(note)}")
+    held = {name: tensors[f"{number}.{name}"] for name in shapes}
+    for name, tensor in held.items():
+        if tensor.dtype != torch.float64 or tuple(tensor.shape) != shapes[name] or not bool(tensor.isfinite().all()):
+            raise SubspaceError(
+                f"{name} of entry {number} must be finite float64 of shape {shapes[name]}, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}{'' if bool(tensor.isfinite().all()) else ' with NaN or infinity'}"
+            )
+    mean = held.pop("mean")
+    if rows:
+        return Moments(mean, held["rows"])
+    fourth = note["fourth"]
+    if not isinstance(fourth, float) or not fourth >= 0 or bool((held["scatter"].diagonal() < 0).any()):
+        raise SubspaceError(f"sums of entry {number} must be of squares and fourth powers, got negative ones")
+    return Moments(mean, None, Sums(count=count, fourth=fourth, **held))

@@ -14,9 +14,10 @@ from torch import Tensor
 from care_lens.core.site import Site, SiteLike
 from care_lens.subspace import display, hub, set_operations, storage
 from care_lens.subspace.calibration import ConformalScores
+from care_lens.subspace.centring import centred
 from care_lens.subspace.comparison import SubspaceComparison, compare_bases
 from care_lens.subspace.contrast import Contrast, Metric
-from care_lens.subspace.errors import RankError, SubspaceError, SubspaceMismatchError
+from care_lens.subspace.errors import NonFiniteError, RankError, SubspaceError, SubspaceMismatchError
 from care_lens.subspace.fitting import Projection, fit_moments, fit_tensors
 from care_lens.subspace.linear_map import LinearMap
 from care_lens.subspace.model_identity import Match, ModelIdentity
@@ -52,7 +53,9 @@ _RULES: dict[str, RankRule] = {"energy": EnergyRank(), "permutation": Permutatio
 class SafetySubspace:
     """Directions along which malicious activations stand out from benign ones, and the projector onto them.
 
-    Made by :meth:`fit` or :meth:`load`. Tensors are float32. Columns are in the order of the eigenvalues, and
+    Made by :meth:`fit` or :meth:`load`. Tensors are float32. Float64 are kept: means so far from 0 that float32 would shift
+    coordinates by more than 1e-5 benign standard deviations, and projectors so oblique that it would lose more than 1e-4 of them, which
+    are then applied in float64. Columns are in the order of the eigenvalues, and
     each span of the first j columns is the subspace of rank j. ``write @ left.T`` is the projector P; for an
     orthogonal one both are ``basis``, for an oblique one ``left`` is ``read`` and ``write`` is ``C_b read``.
 
@@ -152,6 +155,7 @@ class SafetySubspace:
 
         Warns:
             UserWarning: If a rule for the rank finds no direction; rank 1 is kept.
+            IdenticalClassesWarning: If the two classes have the same rows, as far as the contrast looks.
 
         Notes:
             Solves ``C_m u = lambda C_b u`` for the largest lambda, with ``C' = (1 - s) C + s tr(C)/d I`` and
@@ -197,7 +201,10 @@ class SafetySubspace:
             seed=seed,
         )
         return cls(
-            **{name: tensor.to(benign.device) for name, tensor in tensors.items()},
+            # Apple's GPUs have no float64.
+            **{
+                name: (t.float() if benign.device.type == "mps" else t).to(benign.device) for name, t in tensors.items()
+            },
             site=None if site is None else Site.parse(site),
             modality=modality,
             model=model,
@@ -329,7 +336,7 @@ class SafetySubspace:
         self._check_strengths(alpha, beta)
         if target is not None:
             self.check(width=target.shape[-1])
-        aim = beta * self.mean_benign if target is None else target.to(self.mean_benign)
+        aim = beta * self.mean_benign if target is None else _finite_target(target).to(self.mean_benign)
         return dataclasses.replace(self.removal(alpha), centre=aim)
 
     def project(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -345,7 +352,7 @@ class SafetySubspace:
             SubspaceMismatchError: If h is of another width.
         """
         wide, (left, write) = self._wide(h, self.left, self.write)
-        return (wide @ left) @ write.T
+        return ((wide @ left) @ write.T).to(torch.promote_types(h.dtype, torch.float32))
 
     def coordinates(self, h: Float[Tensor, "*batch d"], *, centre: bool = True) -> Float[Tensor, "*batch k"]:
         """``read^T (h - mean_benign)``: how many benign standard deviations along each direction; malicious
@@ -361,8 +368,9 @@ class SafetySubspace:
         Raises:
             SubspaceMismatchError: If h is of another width.
         """
-        wide, (read, mean) = self._wide(h, self.read, self.mean_benign)
-        return (wide - mean if centre else wide) @ read
+        wide, (read,) = self._wide(h, self.read)
+        found = (centred(wide, self.mean_benign) if centre else wide) @ read
+        return found.to(torch.promote_types(h.dtype, torch.float32))
 
     def energy(self, h: Float[Tensor, "*batch d"], *, centre: bool = True) -> Float[Tensor, "*batch"]:
         """``||read^T (h - mean_benign)||^2``, k on average over the benign distribution of the fit (as
@@ -445,7 +453,8 @@ class SafetySubspace:
 
         Raises:
             SubspaceMismatchError: If h or the target is of another width.
-            SubspaceError: If alpha is negative or not finite, or beta not in [0, 1].
+            NonFiniteError: If the target is not finite.
+            SubspaceError: If h is not of a floating dtype, alpha is negative or not finite, or beta not in [0, 1].
 
         Warns:
             UserWarning: If alpha is above 1.
@@ -454,14 +463,16 @@ class SafetySubspace:
             At alpha = 1 this is the paper's ``P_safe h + beta (I - P_safe) mean_benign`` with
             ``P_safe = I - P``.
         """
+        _require_floating(h)
         self.check(width=h.shape[-1])
         self._check_strengths(alpha, beta)
         if target is not None:
             self.check(width=target.shape[-1])
         if alpha == 0:
             return h
-        wide, (aim,) = self._wide(h, beta * self.mean_benign if target is None else target)
-        return (wide - alpha * self.project(wide - aim)).to(h.dtype)
+        aim = beta * self.mean_benign if target is None else _finite_target(target)
+        wide, _ = self._wide(h)
+        return (wide - alpha * self.project(centred(wide, aim))).to(h.dtype)
 
     def truncate(self, rank: int) -> "SafetySubspace":
         """The subspace of the leading ``rank`` directions, as a fit of that rank would give.
@@ -727,6 +738,7 @@ class SafetySubspace:
             The address of the commit.
 
         Raises:
+            SubspaceError: If the subfolder is no plain path within the repository.
             huggingface_hub.errors.HfHubHTTPError: If the hub refuses; log in with ``hf auth login``.
         """
         return hub.push(
@@ -798,9 +810,12 @@ class SafetySubspace:
         return display.summary(self)
 
     def _wide(self, h: Tensor, *own: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """h in float32 or wider, and own tensors beside it."""
+        """h in float32, or float64 if h or the projector is, and own tensors beside it."""
+        _require_floating(h)
         self.check(width=h.shape[-1])
         dtype = torch.promote_types(h.dtype, torch.float32)
+        if self.left.dtype == torch.float64:
+            dtype = torch.float64
         return h.to(dtype), [tensor.to(device=h.device, dtype=dtype) for tensor in own]
 
     @staticmethod
@@ -814,6 +829,21 @@ class SafetySubspace:
                 f"alpha={alpha} is above 1: coordinates are reflected through the target, not removed",
                 stacklevel=3,
             )
+
+
+def _require_floating(h: Tensor) -> None:
+    if not h.is_floating_point():
+        raise SubspaceError(
+            f"activations must be of a floating dtype, got {h.dtype}, which could not hold the result; give h.float()"
+        )
+
+
+def _finite_target(target: Tensor) -> Tensor:
+    if not target.is_floating_point() or not bool(target.isfinite().all()):
+        raise NonFiniteError(
+            f"target must be finite floating point, got {target.dtype} with NaN, infinity or whole numbers"
+        )
+    return target
 
 
 def _warn_if_none(choice: SpectrumRank) -> None:

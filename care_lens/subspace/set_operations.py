@@ -136,7 +136,7 @@ def _combined(
     }
     return dataclasses.replace(
         one,
-        **{name: tensor.to(one.basis).contiguous() for name, tensor in made.items()},
+        **{name: tensor.to(getattr(one, name)).contiguous() for name, tensor in made.items()},
         modality=one.modality if one.modality == other.modality else None,
         model=one.model if one.model == other.model else None,
         diagnostics=diagnostics,

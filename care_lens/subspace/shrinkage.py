@@ -10,6 +10,9 @@
   and Wolf do, over the entries off the diagonal (Schaefer and Strimmer 2005, target D, "A shrinkage approach to
   large-scale covariance matrix estimation", with 1/N).
 
+A coordinate that is constant has no variance of its own to keep, and a metric that gives it none cannot be inverted: with the diagonal
+as target and ``floor=True`` it is given the median variance of the others, independent of them.
+
 What comes out is kept in parts, ``ridge I + diag(diagonal) + matrix + factor factor^T``, so that nothing d x d is made
 for moments that keep their rows. All weights need moments only.
 """
@@ -105,7 +108,9 @@ class ShrunkCovariance:
         return self if all(moved[name] is tensors[name] for name in tensors) else replace(self, **moved)
 
 
-def shrink(moments: Moments, shrinkage: Shrinkage, *, target: Target = "identity") -> ShrunkCovariance:
+def shrink(
+    moments: Moments, shrinkage: Shrinkage, *, target: Target = "identity", floor: bool = False
+) -> ShrunkCovariance:
     """Shrink the covariance of some rows.
 
     Args:
@@ -113,6 +118,7 @@ def shrink(moments: Moments, shrinkage: Shrinkage, *, target: Target = "identity
         shrinkage: "ledoit-wolf", "oas", "diagonal", a weight in [0, 1], or None.
         target: What a given weight, or that of "ledoit-wolf", pulls towards. "diagonal" as shrinkage is
             "ledoit-wolf" with this target.
+        floor: Whether a coordinate that is constant gets the median variance of the others, where the target is the diagonal.
 
     Returns:
         The shrunk covariance, with its weight: with a factor for moments that keep their rows, with a matrix else.
@@ -126,12 +132,20 @@ def shrink(moments: Moments, shrinkage: Shrinkage, *, target: Target = "identity
     ridge, diagonal = weight * moments.trace / moments.width, None
     if towards == "diagonal" and weight > 0:
         ridge, diagonal = 0.0, weight * moments.variances
+    if towards == "diagonal" and floor and bool((constant := _constant(moments)).any()) and not bool(constant.all()):
+        given = moments.variances[~constant].median()
+        diagonal = torch.where(constant, given, 0.0 * given if diagonal is None else diagonal)
     if weight == 1:
         return ShrunkCovariance(ridge, empty, weight, diagonal)
     if moments.rows is None:
         return ShrunkCovariance(ridge, empty, weight, diagonal, moments.covariance() * (1 - weight))
     factor = moments.rows.T * math.sqrt((1 - weight) / moments.count)
     return ShrunkCovariance(ridge, factor, weight, diagonal)
+
+
+def _constant(moments: Moments) -> Tensor:
+    """[d] whether a coordinate varies by no more than the rounding of its mean."""
+    return moments.variances <= (32 * torch.finfo(torch.float64).eps * moments.mean.abs()).square()
 
 
 def shrinkage_weight(moments: Moments, shrinkage: Shrinkage, *, target: Target = "identity") -> float:

@@ -1,30 +1,30 @@
 """Subspaces on disk: ``subspace.safetensors`` and a manifest ``subspace.json`` that says what must be in it.
 
-The manifest holds the schema version, package versions, names and types, and the sha256 of every tensor's
-bytes, of the tensor file and of the manifest's own content. The checksums find damage, not malice: whoever can
-write the files can write the sums. Nothing is executed on loading.
+Both are an artifact of :mod:`care_lens.core.files`: the manifest holds the schema, package versions, names and types, the sha256 of the
+tensor file and of its own content. The checksums find damage, not malice: whoever can write the files can write the sums. Nothing
+is executed on loading. What the sums cannot say, whether the numbers are those of a subspace at all, is checked as well
+(:mod:`care_lens.subspace.validity`).
 
-Schema 1 had neither ``model`` nor the manifest's checksum. A manifest of an older schema is brought up to date, one
+Schema 1 had neither ``model`` nor the manifest's checksum; schemas 1 and 2 kept a sum a tensor. They are brought up to date, one
 version at a time, by the functions in ``_MIGRATIONS``; files are not rewritten by loading.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from care_lens.core import files
+from care_lens.core.errors import ArtifactError
 from care_lens.core.results import package_versions
 from care_lens.subspace.errors import SubspaceFileError
+from care_lens.subspace.validity import check_notes, check_tensors
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the files that :func:`save` writes."""
 TENSORS_FILE, MANIFEST_FILE = "subspace.safetensors", "subspace.json"
 
@@ -46,29 +46,21 @@ def save(directory: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[st
 
     Raises:
         TypeError: If the notes are not JSON-able.
+        OSError: If a file cannot be written.
     """
-    directory = Path(directory)
-    data = to_bytes({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-    manifest = {
-        "schema": SCHEMA,
-        "kind": _KIND,
-        "versions": package_versions(),
-        **notes,
-        "tensors": {name: _fingerprint(tensor) for name, tensor in tensors.items()},
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    manifest = json.loads(json.dumps(manifest))  # tuples and keys as they will be read, for the sum
-    text = json.dumps({**manifest, _OWN: _manifest_sum(manifest)}, indent=2) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in ((TENSORS_FILE, data), (MANIFEST_FILE, text.encode())):
-        part = directory / f"{name}.part"
-        part.write_bytes(content)
-        os.replace(part, directory / name)
-    return directory
+    files.save_artifact(
+        directory,
+        "subspace",
+        kind=_KIND,
+        schema=SCHEMA,
+        data={"safetensors": files.tensor_bytes(tensors)},
+        content={"versions": package_versions(), **files.packed(notes)},
+    )
+    return Path(directory)
 
 
 def load_checked(directory: str | Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read both files and check them against each other.
+    """Read both files and check them, against each other and for what they say.
 
     Args:
         directory: Where.
@@ -79,64 +71,61 @@ def load_checked(directory: str | Path, names: Sequence[str]) -> tuple[dict[str,
 
     Raises:
         FileNotFoundError: If a file is not there.
-        SubspaceFileError: If the two do not fit each other, hold another kind or come from a newer schema.
+        SubspaceFileError: If they are damaged, do not fit each other, hold no subspace, or come from a newer schema.
     """
-    directory = Path(directory)
-    data = (directory / TENSORS_FILE).read_bytes()
+    path = Path(directory) / MANIFEST_FILE
     try:
-        manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
+        manifest = files.read_object(path, kind="SafetySubspace")
+        if manifest.get("kind") != _KIND:
+            raise SubspaceFileError(f"{path} must be the manifest of a SafetySubspace; load it with its own class")
+        if manifest.get("schema") in (1, 2) and "files" not in manifest:
+            data, manifest = _older(manifest, path)
+        else:
+            data, manifest = files.load_artifact(directory, "subspace", kind=_KIND, schema=SCHEMA, oldest=3)
+            manifest = files.unpacked(manifest)
+        tensors = files.tensors_of(data, where=path.with_name(TENSORS_FILE))
+    except SubspaceFileError:
+        raise
+    except ArtifactError as error:
+        raise SubspaceFileError(str(error)) from None
+    if missing := [key for key in _KEYS if key not in manifest]:
+        raise SubspaceFileError(f"{path} must have {missing}; save the subspace again")
+    if "tensors" in manifest:
+        told = manifest["tensors"]
+        if told != {name: _fingerprint(tensor) for name, tensor in tensors.items()}:
+            raise SubspaceFileError(
+                f"{path.with_name(TENSORS_FILE)} must hold the tensors as the manifest describes them; copy both again"
+            )
+    if set(tensors) != set(names):
         raise SubspaceFileError(
-            f"{directory / MANIFEST_FILE} must be JSON, got {error}; save the subspace again"
-        ) from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
-        raise SubspaceFileError(
-            f"{directory / MANIFEST_FILE} must be the manifest of a SafetySubspace; load it with its own class"
+            f"{path.with_name(TENSORS_FILE)} must hold {sorted(names)}, got {sorted(tensors)}; copy both files again"
         )
-    manifest = _up_to_date(manifest, directory / MANIFEST_FILE)
-    if missing := [key for key in (*_KEYS, "sha256", "tensors") if key not in manifest]:
-        raise SubspaceFileError(f"{directory / MANIFEST_FILE} must have {missing}; save the subspace again")
-    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-        raise SubspaceFileError(
-            f"{directory / TENSORS_FILE} must be the file its manifest describes, but its checksum differs; "
-            "copy both files again"
-        )
-    try:
-        tensors = load(data)
-    except SafetensorError as error:
-        raise SubspaceFileError(f"{directory / TENSORS_FILE} must be a safetensors file, got {error}") from None
-    fingerprints = {name: _fingerprint(tensor) for name, tensor in tensors.items()}
-    if fingerprints != manifest["tensors"] or set(fingerprints) != set(names):
-        raise SubspaceFileError(
-            f"{directory / TENSORS_FILE} must hold {sorted(names)} as the manifest describes them, got "
-            f"{sorted(tensors)}; copy both files again"
-        )
-    width, rank = tensors["basis"].shape
-    if (width, rank) != (manifest["width"], manifest["rank"]):
-        raise SubspaceFileError(
-            f"{directory / MANIFEST_FILE} must state the tensors' width {width} and rank {rank}, got "
-            f"{manifest['width']} and {manifest['rank']}; save the subspace again"
-        )
+    check_tensors(tensors, where=str(path.with_name(TENSORS_FILE)), projection=_projection(manifest))
+    check_notes(manifest, tensors, where=str(path))
     return tensors, manifest
 
 
-def _up_to_date(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The manifest in the present schema; its own checksum is checked first."""
-    schema = manifest.get("schema")
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+def _projection(manifest: Mapping[str, Any]) -> Any:
+    notes = manifest["diagnostics"]
+    return notes.get("projection") if isinstance(notes, dict) else None
+
+
+def _older(manifest: dict[str, Any], path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The tensor file and the manifest of schema 1 or 2, checked and brought up to date."""
+    schema = manifest["schema"]
+    if type(schema) is not int or (schema == 1) == (_OWN in manifest) or "sha256" not in manifest:
+        raise SubspaceFileError(f"{path} must be as schema {schema!r} was written, got other keys; copy it again")
+    if schema == 2 and manifest.get(_OWN) != _manifest_sum(manifest):
+        raise SubspaceFileError(f"{path} must be as it was written, but its checksum differs; copy it again")
+    data = path.with_name(TENSORS_FILE).read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise SubspaceFileError(
-            f"schema in {path} must be a number of 1 or more, got {schema!r}; save the subspace again"
-        )
-    if schema > SCHEMA:
-        raise SubspaceFileError(f"schema must be {SCHEMA} or less, got {schema}; update care_lens")
-    if schema >= 2 and manifest.get(_OWN) != _manifest_sum(manifest):
-        raise SubspaceFileError(
-            f"{path} must be as it was written, but its checksum differs; copy it again, or load the subspace that "
-            "it was made from, change that and save it"
+            f"{path.with_name(TENSORS_FILE)} must be the file its manifest describes, but its checksum differs; "
+            "copy both files again"
         )
     for version in range(schema, SCHEMA):
         manifest = {**_MIGRATIONS[version](manifest), "schema": version + 1}
-    return manifest
+    return {"safetensors": data}, manifest
 
 
 def _name_no_model(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +133,12 @@ def _name_no_model(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**manifest, "model": None}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _name_no_model}
+def _keep_sums(manifest: dict[str, Any]) -> dict[str, Any]:
+    """2 to 3: the same content; the sums have been checked as they were written."""
+    return manifest
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _name_no_model, 2: _keep_sums}
 """By the schema they start from."""
 
 

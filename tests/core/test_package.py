@@ -1,7 +1,10 @@
 """The package itself."""
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,20 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_names_come_when_they_are_asked_for():
     assert care_lens.Site("language", 0, "hook_mlp_out").layer == 0
-    assert {"HookedLVLM", "SafetySubspace", "HybridFusion", "Correction"} <= set(dir(care_lens))
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         care_lens.Nothing  # noqa: B018
+
+
+def test_every_public_name_is_there_listed_and_seen_by_type_checkers():
+    tree = ast.parse(Path(care_lens.__file__).read_text())
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = {(node.module, alias.name) for node in checked.body for alias in node.names}
+    assert {name for _, name in imports} == {*care_lens.__all__} - {"__version__"}
+    for home, name in imports:
+        found = getattr(care_lens, name)
+        if home == "care_lens":
+            assert found is import_module(f"care_lens.{name}")
+        else:
+            assert found is getattr(import_module(home), name)
+            assert name in import_module(home).__all__
+    assert {*care_lens.__all__} <= {*dir(care_lens)}

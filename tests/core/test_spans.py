@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from care_lens.core import PatchGrid, TokenSpans
 
@@ -75,3 +77,55 @@ def test_positions_and_rectangles_are_inverse():
     for x, y in [(-7, 5), (24, 5), (0, 3), (0, 14)]:
         with pytest.raises(ValueError, match="does not see"):
             grid.position(x, y)
+
+
+GRIDS = st.builds(
+    PatchGrid,
+    start=st.integers(0, 3000),
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    width=st.one_of(st.integers(1, 5000), st.floats(0.5, 5000)),
+    height=st.one_of(st.integers(1, 5000), st.floats(0.5, 5000)),
+    left=st.one_of(st.integers(-500, 500), st.floats(-500, 500)),
+    top=st.one_of(st.integers(-500, 500), st.floats(-500, 500)),
+    stride=st.none() | st.integers(40, 45),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(grid=GRIDS, data=st.data())
+def test_each_point_is_of_one_token_and_rectangles_lead_back_to_it(grid, data):
+    tokens = grid.positions()
+    assert all(grid.position(*grid.rectangle(p)[:2]) == p for p in tokens)
+    boxes = {p: grid.rectangle(p) for p in tokens}
+    first, last = boxes[tokens[0]], boxes[tokens[-1]]
+    assert first[:2] == (grid.left, grid.top)
+    assert last[2:] == (float(grid.left + grid.width), float(grid.top + grid.height))
+    x = data.draw(st.floats(first[0], last[2], exclude_max=True))
+    y = data.draw(st.floats(first[1], last[3], exclude_max=True))
+    holders = [p for p, (x0, y0, x1, y1) in boxes.items() if x0 <= x < x1 and y0 <= y < y1]
+    assert holders == [grid.position(x, y)]
+
+
+def test_the_grid_of_a_real_picture_leads_back_everywhere():
+    grid = PatchGrid(start=0, rows=27, cols=27, width=760, height=760)
+    assert [grid.position(*grid.rectangle(p)[:2]) for p in grid.positions()] == grid.positions()
+    found = [grid.position(x, 0) for x in range(760)]
+    assert found == sorted(found) and set(found) == set(range(27))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": 0},
+        {"cols": -1},
+        {"start": -1},
+        {"width": 0},
+        {"height": float("nan")},
+        {"left": float("inf")},
+        {"stride": 2},
+    ],
+)
+def test_grids_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"must be|must have"):
+        PatchGrid(**{"start": 0, "rows": 3, "cols": 3, "width": 9, "height": 9} | wrong)

@@ -1,5 +1,6 @@
 """Studies: items in one split only; reading and writing examples."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -7,9 +8,20 @@ import pytest
 from PIL import Image
 
 from care_lens.core import Example, UnsafeMargin
-from care_lens.data import Study, read_examples, read_study, split_by_group, write_examples
+from care_lens.data import (
+    DataFileError,
+    Study,
+    StudyError,
+    StudyNotFoundError,
+    read_examples,
+    read_study,
+    split_by_group,
+    write_examples,
+)
 from care_lens.organism import OrganismJudge, build
-from care_lens.organism import study as organism_study
+from care_lens.organism import study as make_organism_study
+
+organism_study = functools.cache(make_organism_study)
 
 
 def make(n=40, channel="a", harmful=False):
@@ -57,14 +69,6 @@ def test_examples_survive_the_disk(tmp_path):
     assert back[0].image.tobytes() == rows[0].image.tobytes() and back[1].meta == {"k": "v"}
 
 
-@pytest.mark.parametrize("line", ["{", '{"image": "x.png"}', '{"prompt": "p", "answer": 1}'])
-def test_bad_lines_are_named(tmp_path, line):
-    path = tmp_path / "e.jsonl"
-    path.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"e\.jsonl:2"):
-        read_examples(path)
-
-
 def test_a_study_in_a_folder(tmp_path):
     rows = [*make(20, "plain", True), *make(20, "typographic", True), *make(20, "benign")]
     write_examples(rows, tmp_path / "examples.jsonl")
@@ -84,6 +88,111 @@ def test_a_study_in_a_folder(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="refuse"):
         read_study(tmp_path, tokenizer=tokenizer, judge=OrganismJudge())
+
+
+@functools.cache
+def tokenizer():
+    return build.make_processor().tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A study in a folder and what its study.json says."""
+    write_examples([*make(20, "plain", True), *make(20, "benign")], tmp_path / "examples.jsonl")
+    return tmp_path, {"name": "s", "refusal": "sorry", "comply": ["sure"], "refuse": ["sorry"], "seen": {}}
+
+
+def read(directory, settings):
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    (directory / "study.json").write_text(text, encoding="utf-8-sig")
+    return read_study(directory, tokenizer=tokenizer(), judge=OrganismJudge())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"comply": "okay"}, r'comply must be a list of texts such as .*, got "okay"'),
+        ({"refuse": []}, "refuse must be a list of texts"),
+        ({"comply": ["sure", 1]}, "comply must be a list"),
+        ({"comply": ["sorry", "sure"]}, "must begin with different tokens of the model, got 'sorry' and 'sorry'"),
+        ({"name": ""}, "name must be a text that is not empty"),
+        ({"about": 3}, "about must be a text"),
+        ({"refusal": None}, "refusal must be a text"),
+        ({"plain": []}, "plain must be the name of a channel"),
+        ({"seen": {"visuel": ["plain"]}}, r"seen must be .* out of \['visual', 'textual'\]"),
+        ({"seen": {"visual": "plain"}}, "seen must be an object of lists"),
+        ({"seen": ["plain"]}, "seen must be an object"),
+        ({"seen": {"visual": ["gone"]}}, r"none for \['gone'\]"),
+        ({"pairs": {"word": [["a"]]}}, "pairs must be an object of lists of"),
+        ({"pairs": [["a", "b"]]}, "pairs must be an object"),
+        ({"pairs": {"word": [["a", 1]]}}, "pairs must be"),
+        ({"gradient": "a1"}, "gradient must be a list of ids"),
+        ({"gradient": ["nobody"]}, "gradient must name examples of the test split"),
+        ({"judge": "x"}, r"got \['judge'\]; take them out"),
+        ({"pairs": {"x/../../../escaped": []}}, "names of pair sets must be plain"),
+    ],
+)
+def test_a_wrong_study_json_is_named(folder, changes, message):
+    directory, settings = folder
+    with pytest.raises(ValueError, match=message):
+        read(directory, {**settings, **changes})
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "study.json must be a JSON object"), ("[]", "JSON object"), ('{"name": "a", "name": "b"}', "each key once")])  # fmt: skip
+def test_a_study_json_that_is_no_object_is_named(folder, text, message):
+    with pytest.raises(DataFileError, match=message):
+        read(folder[0], text)
+
+
+def test_a_missing_folder_or_file_is_named(tmp_path, folder):
+    with pytest.raises(StudyNotFoundError, match="no such folder"):
+        read_study(tmp_path / "gone", tokenizer=tokenizer(), judge=OrganismJudge())
+    with pytest.raises(FileNotFoundError, match=r"got no study\.json"):
+        read_study(folder[0], tokenizer=tokenizer(), judge=OrganismJudge())
+    (tmp_path / "examples.jsonl").write_text("\n")
+    with pytest.raises(DataFileError, match="must hold examples, got none"):
+        read(tmp_path, folder[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["x/../../../escaped", "text/visual", "a\\b", "..", ".hidden", "", " a", "a ", "a:b", "a\nb", "con?", "a.", "x" * 81, "a*"]
+)  # fmt: skip
+def test_names_of_pair_sets_that_are_no_file_names(name):
+    study = organism_study()
+    pairs = study.pairs["wrapper"][:1]
+    with pytest.raises(StudyError, match="names of pair sets must be plain"):
+        replace(study, pairs={name: pairs}, pair_outcomes={})
+
+
+def test_names_of_pair_sets_that_are():
+    study = organism_study()
+    pairs = study.pairs["wrapper"][:1]
+    names = {name: pairs for name in ("typographic+indirect", "text, visual (v1.2)", "Bild ä", "a", "a_b-c=d")}
+    assert set(replace(study, pairs=names, pair_outcomes={}).pairs) == set(names)
+    with pytest.raises(StudyError, match="more than case"):
+        replace(study, pairs={"Word": pairs, "word": pairs}, pair_outcomes={})
+
+
+@pytest.mark.parametrize(
+    ("suites", "seen", "error", "message"),
+    [
+        ({"fit": {"a": make(1) * 2}}, {}, StudyError, "got 'a0' twice"),
+        ({"fit": {"a": (make(1)[0], make(1, harmful=True)[0])}}, {}, StudyError, "all harmful or all benign"),
+    ],
+)
+def test_studies_that_contradict_themselves(suites, seen, error, message):
+    suites = {split: {c: tuple(rows) for c, rows in channels.items()} for split, channels in suites.items()}
+    with pytest.raises(error, match=message):
+        Study("s", suites, seen, OrganismJudge(), UnsafeMargin(comply=(1,), refuse=(2,)), "no")
+
+
+def test_shares_and_limits_that_make_no_sense():
+    with pytest.raises(ValueError, match="sum to 1"):
+        split_by_group(make(), shares={"fit": 1.5, "test": -0.5})
+    with pytest.raises(ValueError, match="neither at"):
+        split_by_group([Example("a")])
+    with pytest.raises(ValueError, match="1 or more, got 0"):
+        organism_study().limited(0)
 
 
 def test_pairs_and_gradient_requests_are_named_by_id(tmp_path):

@@ -17,3 +17,12 @@ def test_the_code_of_the_page_runs(capsys):
     assert not plain.equal(logits) and not plain.equal(blurred)
     assert "direction 0" in capsys.readouterr().out
     names["lvlm"].close()
+
+
+def test_the_code_of_the_page_on_conversations_runs(capsys):
+    page = PAGE.with_name("conversations.md")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+    assert names["made"].answers[0].startswith("sure") and int(names["spans"].prefill.sum()) == 1
+    names["lvlm"].close()

@@ -96,7 +96,7 @@ def test_accuracy_can_have_a_judge_of_its_own(small, suites, judge):
 
     table = evaluate(small, suites, {"none": None}, judge=judge, accuracy=right, **OPTIONS)
     row = figure(table, "none", "benign", "accuracy")
-    assert (row["value"], row["judge"], row["interval"]) == (0.5, "right", "cluster-bootstrap")
+    assert (row["value"], row["judge"], row["interval"]) == (0.5, "right", "korn-graubard")
     assert figure(table, "none", "benign", "refusal")["judge"] == "by-text"
     assert figure(table, "none", "plain", "asr")["judge"] == "by-text"
     assert {example.channel for example in seen} == {"benign"}

@@ -2,9 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from care_lens.core.identity import example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.evaluation import GenerationStore, generate_all
+from care_lens.lvlm.errors import GenerationOptionError
 
 
 @pytest.fixture
@@ -151,3 +153,77 @@ def test_fingerprints_see_what_matters(llava_maker, picture, scaled):
     plain = Example("what", image=picture(1))
     assert example_fingerprint(plain) == example_fingerprint(replace(plain, id="x", response="y"))
     assert len({example_fingerprint(e) for e in (plain, Example("what"), Example("what", image=picture(2)))}) == 3
+
+
+def test_options_of_generation_are_used_as_given_and_the_settings_tell_them(small, asked, monkeypatch):
+    config = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=2.0)
+    store = GenerationStore()
+    answers = run(small, asked[:2], store, max_new_tokens=None, generation={"generation_config": config}, seed=5)
+    ((_, settings),) = store.settings.items()
+    said = {"max_new_tokens": 3, "do_sample": True, "temperature": 2.0}
+    assert settings["max_new_tokens"] == 3 and said.items() <= settings["generation"].items()
+    assert all(answer.missing == "" and answer.tokens <= 3 for answer in answers)
+    by_hand = run(
+        small, asked[:2], GenerationStore(), max_new_tokens=3, generation=dict(list(said.items())[1:]), seed=5
+    )
+    assert [answer.response for answer in answers] == [answer.response for answer in by_hand]
+    total = run(small, asked[:2], GenerationStore(), max_new_tokens=None, generation={"max_length": 60})
+    assert all(answer.missing == "" for answer in total)
+
+
+def test_the_models_own_configuration_counts_and_is_told(small, asked, monkeypatch):
+    monkeypatch.setattr(small.hf_model.generation_config, "max_new_tokens", 2)
+    store = GenerationStore()
+    run(small, asked[:2], store, max_new_tokens=None)
+    monkeypatch.setattr(small.hf_model.generation_config, "do_sample", True)
+    run(small, asked[:2], store, max_new_tokens=None)
+    first, second = store.settings.values()
+    assert first["max_new_tokens"] == second["max_new_tokens"] == 2
+    assert (first["generation"]["do_sample"], second["generation"]["do_sample"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 4, "generation": {"max_new_tokens": 5}},
+        {"max_new_tokens": 4, "generation": {"max_length": 50}},
+        {"generation": {"generation_config": GenerationConfig(max_new_tokens=9)}},
+        {"generation": {"num_return_sequences": 2, "do_sample": True}},
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_generated(small, asked, counted, options):
+    store = GenerationStore()
+    with pytest.raises(GenerationOptionError):
+        run(small, asked[:2], store, **options)
+    assert counted == [] and store.settings == {}
+
+
+def test_a_kept_answer_takes_the_labels_that_its_example_has_now(lvlm, examples, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    options = {"max_new_tokens": 2, "progress": False}
+    before = generate_all(lvlm, examples, store=GenerationStore(path), **options)
+    changed = [replace(examples[0], harmful=True, group="new", meta={"noun": "x"}, response="other"), *examples[1:]]
+    after = generate_all(lvlm, changed, store=GenerationStore(path), **options)
+    assert [row.response for row in after] == [row.response for row in before]
+    assert (after[0].harmful, after[0].group, after[0].meta, after[0].reference) == (
+        True,
+        "new",
+        {"noun": "x"},
+        "other",
+    )
+    assert after[1:] == before[1:]
+    assert GenerationStore(path).get(after[0].key) == after[0]
+
+
+def test_drawn_answers_depend_on_the_batch_size_and_resume_to_the_same_bytes(lvlm, examples, tmp_path):
+    options = {"max_new_tokens": 4, "progress": False, "generation": {"do_sample": True}, "batch_size": 2}
+    path = tmp_path / "answers.jsonl"
+    generate_all(lvlm, examples, store=GenerationStore(path), **options)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept in range(1, len(lines)):
+        path.write_bytes(b"".join(lines[:kept]) + lines[kept][:9])
+        generate_all(lvlm, examples, store=GenerationStore(path), **options)
+        assert path.read_bytes() == whole
+    found = generate_all(lvlm, examples, store=GenerationStore(path), **{**options, "batch_size": 1})
+    assert {row.settings for row in found}.isdisjoint(row.settings for row in GenerationStore(path).answers()[:3])

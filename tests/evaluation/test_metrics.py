@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from care_lens.core import cluster_bootstrap
+from care_lens.core import cluster_bootstrap, clustered_rate
 from care_lens.evaluation import TooManyMissing, interval, paired_difference, summarise, verdict_trials
 
 NAN = float("nan")
@@ -35,20 +35,20 @@ def test_one_trial_a_group_gives_the_exact_interval(successes, n):
     assert (row["interval"], row["n"], row["groups"], row["missing"]) == ("clopper-pearson", n, n, 0)
 
 
-def test_shared_groups_are_resampled_whole():
+def test_shared_groups_have_fewer_effective_trials():
     generator = np.random.default_rng(0)
     groups = [f"g{i}" for i in range(20) for _ in range(5)]
     values = np.repeat(generator.integers(0, 2, 20), 5).astype(float)
     row = summarise(trials(values, groups=groups), n_boot=500, seed=3).iloc[0]
-    assert (row["value"], row["ci_low"], row["ci_high"]) == cluster_bootstrap(values, groups, n_boot=500, seed=3)
-    assert (row["interval"], row["groups"], row["n"]) == ("cluster-bootstrap", 20, 100)
+    assert (row["value"], row["ci_low"], row["ci_high"]) == clustered_rate(values, groups)
+    assert (row["interval"], row["groups"], row["n"]) == ("korn-graubard", 20, 100)
     independent = binomtest(int(values.sum()), 100).proportion_ci(0.95)
     assert row["ci_high"] - row["ci_low"] > 1.5 * (independent.high - independent.low)
 
 
 def test_shared_groups_that_all_agree_count_as_one_trial_each():
     row = summarise(trials([0.0] * 60, groups=[f"g{i % 20}" for i in range(60)])).iloc[0]
-    assert row["interval"] == "clopper-pearson-groups"
+    assert row["interval"] == "korn-graubard"
     assert row["ci_high"] == pytest.approx(binomtest(0, 20).proportion_ci(0.95).high)
     assert row["ci_high"] > binomtest(0, 60).proportion_ci(0.95).high
 
@@ -57,10 +57,21 @@ def test_trials_without_a_group_are_their_own():
     assert summarise(trials([0.0, 1.0, 1.0], groups=[""] * 3)).iloc[0]["interval"] == "clopper-pearson"
 
 
-def test_numbers_are_bootstrapped():
+def test_a_rate_of_few_clustered_trials_is_covered():
+    """24 items of 3 trials at a rate of .05, intraclass correlation .5: resampled groups cover 76 to 87 % of it."""
+    rng, hits = np.random.default_rng(0), 0
+    groups = [f"g{i // 3}" for i in range(72)]
+    for _ in range(300):
+        rates = np.repeat(rng.beta(0.05, 0.95, 24), 3)
+        found = interval((rng.random(72) < rates).astype(float), groups, rate=True)
+        hits += found["ci_low"] <= 0.05 <= found["ci_high"]
+    assert hits / 300 >= 0.93
+
+
+def test_numbers_are_studentised():
     values = np.random.default_rng(1).exponential(size=40)
     row = summarise(trials(values, metric="kl")).iloc[0]
-    assert row["interval"] == "bootstrap"
+    assert row["interval"] == "studentised"
     assert row["ci_low"] < values.mean() < row["ci_high"]
     assert interval(np.zeros(3), ["a", "b", "c"], rate=False)["value"] == 0
 
@@ -146,12 +157,14 @@ def test_difference_is_paired_by_example_and_clustered_by_group():
         ]
     )
     row = paired_difference(both, "none", "d", metric="asr").iloc[0]
-    estimate, low, high = cluster_bootstrap(before - after, groups)
+    estimate, low, high = cluster_bootstrap(before - after, groups, kind="differences")
     assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx((estimate, low, high))
     assert row["value"] == pytest.approx(before.mean() - after.mean())
-    assert (row["n"], row["missing"], row["interval"]) == (200, 0, "cluster-bootstrap")
+    assert (row["n"], row["missing"], row["interval"]) == (200, 0, "paired-rates")
     unpaired = np.sqrt(before.var() / 200 + after.var() / 200) * 3.92
     assert high - low < unpaired
+    same = paired_difference(pd.concat([both[:200], both[:200].assign(defence="e")]), "none", "e", metric="asr").iloc[0]
+    assert same["ci_low"] < 0 == same["value"] < same["ci_high"]
 
 
 def test_difference_leaves_out_what_either_misses():

@@ -1,8 +1,10 @@
 import json
-from dataclasses import replace
+import multiprocessing
+from dataclasses import asdict, replace
 
 import pytest
 
+from care_lens.core.errors import ArtifactError
 from care_lens.evaluation import GenerationStore, StoredAnswer
 
 
@@ -37,7 +39,7 @@ def test_what_is_added_is_read_again(tmp_path):
     assert again.answers() == store.answers() == [again.get(answer(i).key) for i in "abc"]
     assert again.settings == {name: {"max_new_tokens": 3}}
     assert again.add_settings({"max_new_tokens": 3}) == name
-    assert path.read_text().count("settings") == 1 + 3
+    assert path.read_text().count('"settings"') == 1 + 3
     assert [example.prompt for example in (row.to_example() for row in again.answers())] == [answer().prompt] * 3
     assert again.answers()[0].to_example().meta == {"noun": "blue"}
     assert list(again.to_dataframe()["id"]) == ["a", "b", "c"]
@@ -48,11 +50,11 @@ def test_a_line_cut_off_by_a_kill_is_dropped_and_overwritten(tmp_path, kept):
     path = tmp_path / "answers.jsonl"
     GenerationStore(path).add([answer("a"), answer("b")])
     whole = path.read_bytes()
-    first, second = whole.splitlines(keepends=True)
-    path.write_bytes(first + second[:kept])
+    head, first, second = whole.splitlines(keepends=True)
+    path.write_bytes(head + first + second[:kept])
     store = GenerationStore(path)
     assert [row.id for row in store.answers()] == ["a"]
-    assert path.read_bytes() == first + second[:kept]
+    assert path.read_bytes() == head + first + second[:kept]
     store.add([answer("b")])
     assert path.read_bytes() == whole
     store.add([answer("c")])
@@ -64,27 +66,79 @@ def test_nothing_of_a_cut_off_line_stays_behind_a_shorter_one(tmp_path):
     GenerationStore(path).add([answer("a", response="sure " * 50)])
     path.write_bytes(path.read_bytes()[:-1])
     GenerationStore(path).add([answer("b", response="")])
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["b"]
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]] == ["b"]
     assert [row.id for row in GenerationStore(path).answers()] == ["b"]
 
 
-def test_a_first_line_cut_off_leaves_an_empty_store(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_bytes(b'{"kind": "answ')
+def older(*rows: StoredAnswer) -> bytes:
+    """Lines as stores had them before they had sums."""
+    return b"".join(json.dumps({"kind": "answer", **asdict(row)}).encode() + b"\n" for row in rows)
+
+
+def test_an_older_store_is_read_and_gets_sums_at_the_first_write(tmp_path):
+    path, new = tmp_path / "answers.jsonl", tmp_path / "new.jsonl"
+    path.write_bytes(older(answer("a"), answer("b")) + b'{"kind": "answ')
     store = GenerationStore(path)
-    assert len(store) == 0
-    store.add([answer("a")])
-    assert len(GenerationStore(path)) == 1
+    assert [row.id for row in store.answers()] == ["a", "b"] and b'"sum"' not in path.read_bytes()
+    store.add([answer("c")])
+    GenerationStore(new).add([answer(name) for name in "abc"])
+    assert path.read_bytes() == new.read_bytes()
+    assert GenerationStore(path).answers() == [answer(name) for name in "abc"]
 
 
 @pytest.mark.parametrize("line", ["{broken", json.dumps({"kind": "answer", "id": "x"}), "[1]"])
-def test_damage_inside_the_file_is_an_error(tmp_path, line):
+@pytest.mark.parametrize("sums", [True, False])
+def test_damage_inside_the_file_is_an_error(tmp_path, line, sums):
     path = tmp_path / "answers.jsonl"
     GenerationStore(path).add([answer("a")])
-    good = path.read_text()
+    good = path.read_text() if sums else older(answer("a")).decode()
     path.write_text(good + line + "\n" + good)
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ArtifactError, match="line 3" if sums else "line 2"):
         GenerationStore(path)
+    assert path.read_text() == good + line + "\n" + good
+
+
+@pytest.mark.parametrize("notes", ["my notes\n", "my notes", "[1]\n"])
+def test_a_file_that_is_no_store_is_left_as_it_is(tmp_path, notes):
+    path = tmp_path / "notes.txt"
+    path.write_text(notes)
+    with pytest.raises(ArtifactError, match="another file"):
+        GenerationStore(path)
+    assert path.read_text() == notes
+
+
+def fill(path, who, start):
+    store = GenerationStore(path)
+    start.wait(60)
+    for i in range(15):
+        store.add_settings({"who": who, "i": i % 3})
+        store.add([answer(f"{who} {i}")])
+
+
+def test_two_processes_lose_no_answer(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    context = multiprocessing.get_context("fork")
+    start = context.Event()
+    others = [context.Process(target=fill, args=(path, who, start)) for who in ("x", "y")]
+    for other in others:
+        other.start()
+    start.set()
+    for other in others:
+        other.join(60)
+        assert other.exitcode == 0
+    found = GenerationStore(path)
+    assert {row.id for row in found.answers()} == {f"{who} {i}" for who in "xy" for i in range(15)}
+    assert len(found.settings) == 6
+
+
+def test_two_stores_on_one_file_in_a_notebook_see_each_other(tmp_path):
+    first, second = GenerationStore(tmp_path / "a.jsonl"), GenerationStore(tmp_path / "a.jsonl")
+    first.add([answer("a")])
+    second.add([answer("b")])
+    first.add([answer("c")])
+    assert [row.id for row in first.answers()] == ["a", "b", "c"]
+    second.refresh()
+    assert {row.id for row in second.answers()} == {"a", "b", "c"}
 
 
 def test_of_two_answers_with_one_key_the_later_counts(tmp_path):

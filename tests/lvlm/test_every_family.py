@@ -10,7 +10,7 @@ import torch
 import zoo
 from zoo.plain import Plain
 
-from care_lens.core import Example
+from care_lens.core import Example, ExampleError
 from care_lens.core.site import BLOCK_COMPONENTS
 from care_lens.lvlm import HookedLVLM
 
@@ -84,6 +84,45 @@ def test_one_row_equals_what_the_processor_alone_would_give(twins, rows):
 
 
 @torch.no_grad()
+def test_conversations_are_what_the_chat_template_makes_of_them(twins, picture):
+    lvlm, plain = twins
+    first, second = picture(2, (32, 32)), picture(3, (28, 56))
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": first}, {"type": "text", "text": "what is"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red blue"}]},
+        {"role": "user", "content": [{"type": "image", "image": second}, {"type": "text", "text": "how to make a"}]},
+    ]
+    for several in (True, False):
+        messages = chat if several else [*chat[:2], {"role": "user", "content": [{"type": "text", "text": "how to"}]}]
+        example = Example.from_messages([*messages, {"role": "assistant", "content": "sure i"}])
+        if lvlm.family.prompt is not None:
+            with pytest.raises(ExampleError, match="no chat template"):
+                lvlm.prepare(example)
+            example = Example("how to make a", image=first, prefill="sure i")
+            text = lvlm.family.prompt(lvlm.processor, example.prompt, 1)
+        else:
+            text = lvlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = lvlm.prepare(example)
+        bos = lvlm.tokenizer.bos_token
+        special = bos is None or not text.startswith(bos)
+        images = [list(example.images)] if lvlm.family.nested_images else list(example.images)
+        raw = lvlm.processor(text=[text], images=images, add_special_tokens=special, return_tensors="pt")
+        begun = lvlm.tokenizer("sure i", add_special_tokens=False)["input_ids"]
+        assert inputs.input_ids[0].tolist() == raw["input_ids"][0].tolist() + begun
+        spans = inputs.spans
+        assert spans.prefill[0].nonzero()[:, 0].tolist() == [
+            *range(spans.last_index()[0] + 1, inputs.input_ids.shape[1])
+        ]
+        assert torch.equal(spans.prefill, spans.response) and bool(spans.context_end[0, -1])
+        made = lvlm.generate(inputs, max_new_tokens=3)
+        pad = lvlm.tokenizer.pad_token_id
+        expected = plain.generate(**inputs.generate_kwargs(), max_new_tokens=3, do_sample=False, pad_token_id=pad)
+        assert torch.equal(made.sequences, expected)
+        whole = [*begun, *made.new_tokens[0].tolist()]
+        assert made.answers == [lvlm.tokenizer.decode(whole, skip_special_tokens=True)]
+
+
+@torch.no_grad()
 def test_a_row_is_the_same_alone_and_in_a_batch(twins, rows):
     lvlm, _ = twins
     for side in ("left", "right"):
@@ -109,6 +148,37 @@ def test_rows_of_a_batch_are_a_batch(twins, rows):
         assert cache["vision.blocks.0.hook_resid_pre"].shape[0] == entries
 
 
+@torch.no_grad()
+def test_rows_of_a_cache_are_those_of_the_rows_alone(twins, rows):
+    lvlm, _ = twins
+    inputs = lvlm.prepare(rows)
+    _, cache = lvlm.run_with_cache(inputs, sites=None)
+    for wanted in (0, 1, -1, [2, 1], [1, 1], (1, 3), [2, 0, 2]):
+        index = torch.arange(3)[slice(*wanted) if isinstance(wanted, tuple) else wanted].reshape(-1).tolist()
+        alone = lvlm.run_with_cache(inputs.rows(index), sites=None)[1]
+        if isinstance(wanted, int):
+            alone.remove_batch_dim()
+        part = cache.apply_slice_to_batch_dim(wanted)
+        assert part.has_batch_dim == alone.has_batch_dim and {*part.keys()} == {*alone.keys()}
+        for name, value in alone.items():
+            assert part[name].ndim == value.ndim
+            if name.startswith(("vision", "projector")):  # towers of several sizes are filled up to the largest picture
+                there = part[name][tuple(slice(n) for n in value.shape)]
+                torch.testing.assert_close(there, value, rtol=1e-3, atol=1e-3, msg=f"{name} of {wanted}")
+            elif "pattern" not in name:
+                real = ~inputs.spans.padding[index[0] if isinstance(wanted, int) else index]
+                torch.testing.assert_close(
+                    part[name][real], value[real], rtol=1e-3, atol=1e-3, msg=f"{name} of {wanted}"
+                )
+        again = part.apply_slice_to_batch_dim([0]) if part.has_batch_dim else None
+        if again is not None:
+            first = cache.apply_slice_to_batch_dim([index[0]])
+            assert {*again.keys()} == {*first.keys()} and all(torch.equal(again[k], first[k]) for k in first)
+    for unknown in (3, [0, 5], [], -4):
+        with pytest.raises(ValueError, match="batch_slice must"):
+            cache.apply_slice_to_batch_dim(unknown)
+
+
 @pytest.mark.parametrize("rows_of", [[0], [1], [0, 1, 2]], ids=["image", "text", "mixed"])
 def test_generation_equals_plain_hugging_face(twins, rows, rows_of):
     lvlm, plain = twins
@@ -117,6 +187,32 @@ def test_generation_equals_plain_hugging_face(twins, rows, rows_of):
     pad = lvlm.tokenizer.pad_token_id
     theirs = plain.generate(**inputs.generate_kwargs(), max_new_tokens=6, do_sample=False, pad_token_id=pad)
     assert torch.equal(ours.sequences, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_numbers_of_plain_hugging_face(twins, rows, dtype):
+    lvlm, plain = twins
+    inputs = lvlm.prepare(rows)
+    real = ~inputs.spans.padding
+    with torch.autocast("cpu", dtype=dtype):
+        ours = lvlm(inputs)
+        # Readers inside a norm make TransformerLens take its other way through it.
+        inside = (".hook_scale", ".hook_normalized")
+        norms = [name for name in lvlm.bridge.hook_dict if name.startswith("blocks.") and name.endswith(inside)]
+        read = lvlm.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook: None) for name in norms])
+        theirs = plain(**inputs.model_kwargs()).logits
+        answer = lvlm.generate(inputs, max_new_tokens=4).sequences
+        pad = lvlm.tokenizer.pad_token_id
+        expected = plain.generate(**inputs.generate_kwargs(), max_new_tokens=4, do_sample=False, pad_token_id=pad)
+        kept = lvlm.run_with_cache(inputs, sites=lvlm.sites(tower="language"))[1]
+    assert theirs.dtype == ours.dtype == dtype
+    assert bool(theirs[real].isfinite().all())
+    assert torch.equal(ours[real], theirs[real]) and torch.equal(read[real], theirs[real])
+    assert torch.equal(answer, expected)
+    for name, value in kept.items():
+        rows_of = value if name.endswith("pattern") else value[real]
+        assert bool(rows_of.isfinite().all()), name
 
 
 @torch.no_grad()

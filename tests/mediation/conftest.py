@@ -44,7 +44,7 @@ def pictured(pairs):
 
 @pytest.fixture(scope="session")
 def same_text(picture):
-    """Pairs that differ in their pictures alone; one item, so that intervals have no width."""
+    """Pairs that differ in their pictures alone; one item, so that there are no intervals."""
     return PairedExamples.from_pairs(
         [
             (

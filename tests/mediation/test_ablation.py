@@ -1,6 +1,7 @@
 """Ablation by generation, against plain Hugging Face models with the component taken out."""
 
 import json
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import pytest
@@ -25,6 +26,17 @@ class WordJudge:
             return Verdict.COMPLIED if min(words) < "c" else Verdict.REFUSED if max(words) > "t" else Verdict.OTHER
 
         return [verdict(text) for text in texts]
+
+
+@dataclass(frozen=True)
+class Always:
+    """One verdict of every answer."""
+
+    verdict: Verdict
+    name: str = "always"
+
+    def __call__(self, examples, texts):
+        return [self.verdict for _ in texts]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +154,44 @@ def test_intervals_are_exact_where_every_example_is_its_own_item(model, examples
     apart = ablate(model, examples[:2], **options).frame.iloc[0]
     exact = rate_ci(round(apart.value * apart.n), int(apart.n))
     assert (apart.ci_low, apart.ci_high) == pytest.approx((exact.low, exact.high))
+
+
+def test_intervals_of_shared_items_are_no_points(model, examples):
+    """All answers alike, two rows an item: what four agreeing items say, not [0, 0] or [1, 1]."""
+    rows = [replace(example, id="", group=f"item {i // 2}") for i, example in enumerate([examples[1]] * 8)]
+    options = {"layers": (0,), "max_new_tokens": 1, "mode": "zero", "progress": False}
+    found = ablate(model, rows, judge=Always(Verdict.COMPLIED), **options).frame
+    share = found[(found.metric == "complied")]
+    exact = rate_ci(4, 4)
+    assert (
+        (share.value == 1).all() and share.ci_low.to_numpy() == pytest.approx(exact.low) and (share.ci_high == 1).all()
+    )
+    change = found[found.effect == "difference"]
+    assert (change.value == 0).all() and (change.ci_low < -0.3).all() and (change.ci_high > 0.3).all()
+
+
+@pytest.mark.parametrize(("tower", "component"), [("language", "hook_mlp_out"), ("vision", "hook_attn_out")])
+def test_resampling_does_not_depend_on_batches_order_or_other_rows(model, examples, picture, tower, component):
+    more = Example("how to make a red picture of blue", image=picture(9), id="longer", group="other")
+    rows = [*examples, more] if tower == "language" else [e for e in (*examples, more) if e.image is not None]
+    options = {
+        "judge": WordJudge(), "components": (component,), "layers": (0,), "tower": tower, "mode": "resample",
+        "reference": rows, "max_new_tokens": 6, "n_boot": 10, "seed": 3, "progress": False,
+    }  # fmt: skip
+
+    def answered(some, **more_options):
+        details = ablate(model, some, **{**options, **more_options}).details
+        return dict(
+            zip(details.id[details.component == component], details.text[details.component == component], strict=True)
+        )
+
+    whole = answered(rows)
+    assert len(whole) == len(rows) > 1
+    assert answered(rows, batch_size=1) == whole
+    assert answered(rows[::-1], batch_size=2, reference=rows[::-1]) == whole
+    assert answered(rows[1:]) == {name: text for name, text in whole.items() if name in {e.id for e in rows[1:]}}
+    if tower == "language":  # so small a vision tower does not change first words
+        assert any(answered(rows, seed=seed) != whole for seed in (4, 5, 6))
 
 
 def test_the_vision_tower_can_be_ablated(model, llava_maker, examples):

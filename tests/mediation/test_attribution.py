@@ -62,6 +62,16 @@ def test_on_a_linear_model_attributions_are_the_exact_effects(linear_lvlm, pictu
         assert np.abs(of(found, z[0])).min() > 1e-3
 
 
+def test_points_are_as_many_as_completeness_takes(model, pictured, margin, caplog):
+    """With 2 points the sum misses the total effect, which is said; by default it does not."""
+    few = attribute(model, pictured, outcome=margin, sites=["blocks.0.attn.hook_z"], patches=(), points=2, **QUICK)
+    assert few.settings["points"] == 2 and few.settings["gap"] > 0.005 and "miss the total effect" in caplog.text
+    caplog.clear()
+    found = attribute(model, pictured, outcome=margin, sites=["blocks.0.attn.hook_z"], patches=(), **QUICK)
+    assert found.settings["points"] >= 8 and found.settings["gap"] <= 0.005 and not caplog.text
+    assert found.settings["entering"] == pytest.approx(found.settings["TE"], abs=0.005 * abs(few.settings["TE"]) + 1e-3)
+
+
 def test_gradients_agree_with_finite_differences(model, pictured, margin):
     """A small step from the safe towards the unsafe activation, at sites of every kind and of both towers."""
     pair = pictured[:1]

@@ -1,5 +1,7 @@
 """Localisation: shares from hand-made outcomes, a place that carries all of an effect, and what is said when there is none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,11 +16,7 @@ from care_lens.plots import plot_localisation
 
 @pytest.fixture(scope="module")
 def rising(model, pictured, margin):
-    """The pairs turned so that every unsafe twin is the less safe one."""
-    with torch.no_grad():
-        scores = [[float(margin(model(model.prepare(e)), model.prepare(e))) for e in pair] for pair in pictured]
-    turned = [pair if a < b else pair[::-1] for pair, (a, b) in zip(pictured, scores, strict=True)]
-    return PairedExamples.from_pairs(turned)
+    return _rising(model, margin, pictured)
 
 
 def test_the_score_is_the_mean_of_two_shares():
@@ -92,22 +90,25 @@ def test_figure_and_disk(model, rising, margin, tmp_path):
 
 
 def _rising(model, margin, pairs):
+    """The pairs turned so that every unsafe twin is the less safe one, each of them as eight items: of two nothing is clear."""
     turned = []
     for pair in pairs:
         with torch.no_grad():
             a, b = (float(margin(model(model.prepare(e)), model.prepare(e))) for e in pair)
         turned.append(pair if a < b else pair[::-1])
-    return PairedExamples.from_pairs(turned)
+    return PairedExamples.from_pairs(
+        [tuple(replace(e, id="", group=f"{i} {k}") for e in pair) for k in range(8) for i, pair in enumerate(turned)]
+    )
 
 
 def test_a_pair_without_a_picture_carries_nothing_through_the_vision_tower(model, pairs, rising, margin):
     mixed = _rising(model, margin, pairs)
     sites = ["blocks.0.hook_attn_out", "vision.blocks.1.hook_mlp_out"]
     found = localise(model, mixed, outcome=margin, sites=sites, n_boot=10, spans=0, progress=False)
-    assert found.frame["n"].tolist() == [3, 3] and np.isfinite(found.frame["score"]).all()
+    assert found.frame["n"].tolist() == [24, 24] and np.isfinite(found.frame["score"]).all()
     effects = mediate(model, mixed, outcome=margin, sites=sites, positions=("all",), n_boot=10, progress=False)
     by_hand = effects.details.query("tower == 'vision'")
-    with_pictures = (by_hand["safe_patched"] - by_hand["safe"]).sum() / 3
+    with_pictures = (by_hand["safe_patched"] - by_hand["safe"]).sum() / 24
     total = effects.details.query("tower == 'language'")
     expected = with_pictures / (total["unsafe"] - total["safe"]).mean()
     shown = found.frame.set_index("mediator").loc["vision.blocks.1.hook_mlp_out"]

@@ -5,6 +5,7 @@ import torch
 from moments_rows import assert_same, filled, rows_of
 from subspace_rows import unchecked
 
+from care_lens.core.files import _sum
 from care_lens.subspace import (
     Moments,
     MomentsKey,
@@ -75,18 +76,19 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, width):
 
 
 def edit(path, **changes):
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, **changes}))
+    """As somebody would who knows how the manifest is sealed."""
+    manifest = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({**manifest, "manifest_sha256": _sum(manifest)}))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"schema": 99}, "update care_lens"),
-        ({"kind": "other"}, "manifest of a MomentsTable"),
-        ({"width": 6}, "of width 6"),
+        ({"kind": "other"}, "must hold a care_lens.MomentsTable"),
+        ({"width": 6}, r"of shape .6,"),
         ({"entries": [{"fold": 0}]}, "hold a whole MomentsTable"),
-        ({"sha256": "0"}, "checksum differs"),
+        ({"files": {"safetensors": "0"}}, "checksum differs"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tmp_path, changes, message):
@@ -99,7 +101,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, changes, message):
 def test_damage_and_absence_are_noticed(tmp_path):
     filled().save(tmp_path)
     (tmp_path / "moments.json").write_text("{")
-    with pytest.raises(SubspaceFileError, match="must be JSON"):
+    with pytest.raises(SubspaceFileError, match="got no JSON"):
         MomentsTable.load(tmp_path)
     (tmp_path / "moments.json").unlink()
     with pytest.raises(FileNotFoundError):

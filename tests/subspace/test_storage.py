@@ -76,15 +76,15 @@ def test_a_changed_byte_is_noticed(saved):
         SafetySubspace.load(saved[1])
 
 
-def test_tensors_that_the_manifest_does_not_describe_are_noticed(saved):
+def test_sealed_tensors_that_are_no_subspace_are_noticed(saved):
     import hashlib
 
     path = saved[1] / "subspace.safetensors"
     tensors = load_file(path)
-    tensors["read"] = tensors["read"] + 1
+    tensors["left"] = tensors["left"] + 1
     save_file(tensors, path)
-    edit(saved[1], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(SubspaceFileError, match="as the manifest describes them"):
+    edit(saved[1], files={"safetensors": hashlib.sha256(path.read_bytes()).hexdigest()})
+    with pytest.raises(SubspaceFileError, match=r"left( and write)? .*must"):
         SafetySubspace.load(saved[1])
 
 
@@ -94,7 +94,17 @@ def test_tensors_that_the_manifest_does_not_describe_are_noticed(saved):
         ({"schema": 99}, "update care_lens"),
         ({"kind": "something else"}, "manifest of a SafetySubspace"),
         ({"width": 13}, "width 12 and rank 2"),
-        ({"tensors": {}}, "as the manifest describes them"),
+        ({"files": {}}, "must have a .safetensors file"),
+        ({"files": {"../x": "0"}}, "files beside it"),
+        ({"site": "blocks.x"}, "the name of a site"),
+        ({"site": 3}, "the name of a site"),
+        ({"modality": "audio"}, "modality"),
+        ({"model": {"name": 1}}, "model"),
+        ({"model": {"revision": "a"}}, "model"),
+        ({"model": []}, "model"),
+        ({"diagnostics": []}, "diagnostics"),
+        ({"provenance": "x"}, "provenance"),
+        ({"rank": True}, "width 12 and rank 2"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(saved, changes, message):
@@ -129,25 +139,27 @@ def test_provenance_that_is_not_json_is_refused_before_anything_is_written(tmp_p
 IDENTITY = ModelIdentity("org/model", "abc123", "LlavaForConditionalGeneration")
 
 
-def as_schema_1(directory):
-    """The manifest as version 1 wrote it: without a model and without its own checksum."""
-    path = directory / "subspace.json"
-    manifest = json.loads(path.read_text())
-    del manifest["model"], manifest["manifest_sha256"]
-    path.write_text(json.dumps({**manifest, "schema": 1}))
+FILES = Path(__file__).parent / "files"
 
 
-def test_version_1_is_migrated_and_saved_as_version_2(saved, tmp_path):
-    subspace, directory = saved
-    as_schema_1(directory)
-    before = (directory / "subspace.json").read_text()
-    loaded = SafetySubspace.load(directory, site="vision.blocks.3.hook_mlp_out")
-    assert loaded.equals(subspace) and loaded.model is None
-    assert (directory / "subspace.json").read_text() == before
+@pytest.mark.parametrize("schema", [1, 2])
+def test_older_versions_are_migrated_and_saved_as_the_present_one(schema, tmp_path):
+    """The files were written by the versions that had these schemas."""
+    directory = FILES / f"schema_{schema}"
+    before = (directory / "subspace.json").read_bytes()
+    loaded = SafetySubspace.load(directory, site="vision.blocks.3.hook_mlp_out", modality="visual", width=12)
+    assert loaded.model == (IDENTITY if schema == 2 else None)
+    assert loaded.provenance == {"rows": ["a", "b"]} and loaded.rank == 2
+    stored = load_file(directory / "subspace.safetensors")
+    for name in TENSORS:
+        assert torch.equal(getattr(loaded, name), stored[name])
+    assert (directory / "subspace.json").read_bytes() == before
     again = loaded.save(tmp_path / "again")
-    assert json.loads((again / "subspace.json").read_text())["schema"] == 2
-    with pytest.raises(SubspaceMismatchError, match="fitted without a model"):
-        SafetySubspace.load(directory, model=IDENTITY)
+    assert json.loads((again / "subspace.json").read_text())["schema"] == 3
+    assert SafetySubspace.load(again).equals(loaded)
+    if schema == 1:
+        with pytest.raises(SubspaceMismatchError, match="fitted without a model"):
+            SafetySubspace.load(directory, model=IDENTITY)
 
 
 def test_a_changed_manifest_is_noticed(saved):
@@ -160,7 +172,28 @@ def test_a_changed_manifest_is_noticed(saved):
     assert SafetySubspace.load(saved[1]).rank == 2
 
 
-@pytest.mark.parametrize("schema", [0, "2", True, None])
+def test_a_damaged_file_of_an_older_version_is_noticed(tmp_path):
+    import shutil
+
+    for schema, flipped in ((1, "subspace.safetensors"), (2, "subspace.safetensors"), (2, "subspace.json")):
+        directory = tmp_path / f"{schema}{flipped}"
+        shutil.copytree(FILES / f"schema_{schema}", directory)
+        path = directory / flipped
+        data = bytearray(path.read_bytes())
+        data[-40] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(SubspaceFileError, match="checksum differs"):
+            SafetySubspace.load(directory)
+
+
+def test_notes_that_strict_json_lacks_come_back(saved, tmp_path):
+    notes = {"inf": float("inf"), "deep": [float("-inf"), {"float": "nan"}], "object": {"object": 1}}
+    subspace = dataclasses.replace(saved[0], provenance=notes)
+    assert SafetySubspace.load(subspace.save(tmp_path / "x")).provenance == notes
+    assert "NaN" not in (tmp_path / "x" / "subspace.json").read_text()
+
+
+@pytest.mark.parametrize("schema", [0, "2", True, None, 1, 2])
 def test_schemas_that_are_none_are_refused(saved, schema):
     edit(saved[1], schema=schema)
     with pytest.raises(SubspaceFileError, match="schema"):
@@ -316,3 +349,30 @@ def test_the_card_states_what_was_measured():
     assert "of 10 resamples of items, and of 4 halvings" in text
     assert "40 benign and 30 malicious items, seed 3" in text
     assert "base_model" not in text
+
+
+@pytest.mark.parametrize(
+    "subfolder", ["..", "../x", "a/../../x", "/abs", "a//b", "a/", "", ".", "a\\b", "c:x", "*", "a?", "[ab]", "a\nb"]
+)
+def test_subfolders_that_lead_elsewhere_are_refused(of_a_model, hub, subfolder):
+    subspace, directory = of_a_model
+    with pytest.raises(SubspaceError, match="subfolder must be folders within the repository"):
+        SafetySubspace.from_pretrained(directory.parent, subfolder=subfolder)
+    with pytest.raises(SubspaceError, match="subfolder must be folders within the repository"):
+        subspace.push_to_hub("me/subspace", subfolder=subfolder)
+    assert hub == []
+
+
+def test_a_link_out_of_the_folder_and_a_file_for_a_folder_are_refused(of_a_model, tmp_path):
+    _, directory = of_a_model
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "away").symlink_to(directory)
+    with pytest.raises(SubspaceFileError, match="must lie within"):
+        SafetySubspace.from_pretrained(tmp_path / "repo", subfolder="away")
+    with pytest.raises(SubspaceFileError, match="got the file"):
+        SafetySubspace.from_pretrained(directory / "subspace.json")
+
+
+def test_what_the_hub_says_is_passed_on():
+    with pytest.raises(SubspaceFileError, match="must be a directory, or a repository"):
+        SafetySubspace.from_pretrained("not a/repository/name")

@@ -15,6 +15,9 @@ Of those with finite figures, l < int(0.8 L), kl <= 0.1 and induce >= 0, the one
 taken. The defence adds it: ``h + c r`` at the input of layer l at every token but padding, r as it is, not
 normalised.
 
+Data filter (``filter_data``): before anything else, harmful requests with a refusal score below 0 and harmless ones with one
+above 0 are left out of all four sets, as the method's code does; without it attacks that are complied with would count as harmful.
+
 Cost: three passes over the validation requests for each candidate.
 """
 
@@ -31,9 +34,10 @@ from tqdm.auto import tqdm
 
 from care_lens.core.examples import Example
 from care_lens.core.site import Site
+from care_lens.defences.base import Batch, HookDefence
+from care_lens.defences.stored import FitError
 from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.repair.base import HookPair, HookRepair
-from care_lens.repair.positions import BatchView
+from care_lens.repair.base import HookPair
 
 _MAX_KL = 0.1
 _MIN_INDUCE = 0.0
@@ -41,12 +45,16 @@ _LAYER_SHARE = 0.8
 _EPSILON = 1e-8
 
 
-class NoRefusalDirection(ValueError):
+class NoRefusalDirectionError(FitError):
     """No candidate passed the filters: this model has no refusal direction in the sense of the method."""
 
 
+NoRefusalDirection = NoRefusalDirectionError
+"""The error under its earlier name."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RefusalDirection(HookRepair):
+class RefusalDirection(HookDefence):
     """Adds the refusal direction to the residual stream at the input of one layer.
 
     Attributes:
@@ -82,6 +90,7 @@ class RefusalDirection(HookRepair):
         refusal_tokens: Sequence[int],
         positions: int | None = None,
         coefficient: float = 1.0,
+        filter_data: bool = False,
         batch_size: int = 32,
         progress: bool = True,
     ) -> "RefusalDirection":
@@ -97,6 +106,7 @@ class RefusalDirection(HookRepair):
             positions: How many tokens at the end of the prompt are candidates; None: those that come after
                 the instruction, i.e. those that end all the prompts given.
             coefficient: c of the defence.
+            filter_data: Whether to leave out harmful requests that the model does not begin to refuse, and harmless ones that it does.
             batch_size: Examples a forward pass.
             progress: Whether to show a progress bar.
 
@@ -104,13 +114,23 @@ class RefusalDirection(HookRepair):
             The defence, with the figures of all candidates.
 
         Raises:
-            ValueError: If a set of examples or tokens is empty.
-            NoRefusalDirection: If no candidate passes the filters.
+            FitError: If a set of examples or tokens is empty.
+            NoRefusalDirection: If no candidate passes the filters, or the data filter leaves nothing of a set.
         """
+        if filter_data and len(refusal_tokens):
+            harmful, harmful_validation, harmless, harmless_validation = (
+                _filtered(lvlm, examples, list(refusal_tokens), kind, batch_size)
+                for kind, examples in (
+                    ("harmful", harmful),
+                    ("harmful", harmful_validation),
+                    ("harmless", harmless),
+                    ("harmless", harmless_validation),
+                )
+            )
         sets = {"harmful": harmful, "harmless": harmless, "refusal_tokens": refusal_tokens}
         sets |= {"harmful_validation": harmful_validation, "harmless_validation": harmless_validation}
         if empty := [name for name, items in sets.items() if not len(items)]:
-            raise ValueError(f"{', '.join(empty)} must not be empty")
+            raise FitError(f"{', '.join(empty)} must not be empty")
         n_layers = lvlm.n_layers("language")
         with torch.no_grad():
             if positions is None:
@@ -143,33 +163,18 @@ class RefusalDirection(HookRepair):
             coefficient=coefficient,
         )
 
-    def check(self, lvlm: HookedLVLM) -> None:
-        """Refuse a model that this direction was not read from.
+    def widths(self) -> dict[Site, int]:
+        """Its site."""
+        return {self.site: len(self.direction)}
 
-        Raises:
-            ValueError: If the site is not there, or of another width.
-        """
-        if (width := lvlm.width(self.site)) != len(self.direction):
-            raise ValueError(
-                f"direction must be as wide as the model at {self.site} ({width}), got {len(self.direction)}"
-            )
+    @property
+    def off(self) -> bool:
+        """Whether its coefficient is 0."""
+        return self.coefficient == 0
 
-    def fwd_hooks(self, inputs: LVLMInputs) -> list[HookPair]:
-        """Hooks for one batch: its forward passes, and generation from it with a key-value cache.
-
-        Args:
-            inputs: The batch.
-
-        Returns:
-            TransformerLens ``(name, fn)`` pairs.
-        """
-        view = BatchView(inputs)
-
-        def add(activation: Tensor, hook: Any) -> Tensor:
-            mask = view.mask("all", prefill=view.is_prefill(activation.shape)).to(activation.device)[..., None]
-            return torch.where(mask, activation + self.coefficient * self.direction.to(activation), activation)
-
-        return [view.guard(), (str(self.site), add)]
+    def edits(self, batch: Batch) -> list[HookPair]:
+        """One hook, at its site."""
+        return [batch.edit(self.site, lambda h: h + self.coefficient * self.direction.to(h))]
 
     def describe(self) -> dict[str, Any]:
         """Its settings, as JSON-able values."""
@@ -187,6 +192,25 @@ class RefusalDirection(HookRepair):
 def _batches(lvlm: HookedLVLM, examples: Sequence[Example], batch_size: int) -> Iterator[LVLMInputs]:
     for start in range(0, len(examples), batch_size):
         yield lvlm.prepare(examples[start : start + batch_size])
+
+
+@torch.no_grad()
+def _filtered(
+    lvlm: HookedLVLM, examples: Sequence[Example], refusal_tokens: list[int], kind: str, batch_size: int
+) -> list[Example]:
+    """Harmful requests with a refusal score of 0 or more; harmless ones with 0 or less."""
+    kept: list[Example] = []
+    for start in range(0, len(examples), batch_size):
+        part = list(examples[start : start + batch_size])
+        scores = _refusal_scores(_log_probs(lvlm, [lvlm.prepare(part)], []), refusal_tokens)
+        right = scores >= 0 if kind == "harmful" else scores <= 0
+        kept += [example for example, keep in zip(part, right.tolist(), strict=True) if keep]
+    if examples and not kept:
+        raise NoRefusalDirection(
+            f"{kind} requests must be {'refused' if kind == 'harmful' else 'answered'} by the model, got none of {len(examples)}; "
+            "the data filter left nothing to take a direction from"
+        )
+    return kept
 
 
 def _common_ending(lvlm: HookedLVLM, examples: Sequence[Example]) -> int:
@@ -252,9 +276,13 @@ def _log_probs(lvlm: HookedLVLM, batches: Sequence[LVLMInputs], hooks: Sequence[
     return torch.cat(logits).double().cpu().log_softmax(dim=-1)
 
 
-def _refusal_score(log_probs: Tensor, refusal_tokens: list[int]) -> float:
+def _refusal_scores(log_probs: Tensor, refusal_tokens: list[int]) -> Tensor:
     p = log_probs[:, refusal_tokens].exp().sum(dim=-1)
-    return float(((p + _EPSILON).log() - (1 - p + _EPSILON).log()).mean())
+    return (p + _EPSILON).log() - (1 - p + _EPSILON).log()
+
+
+def _refusal_score(log_probs: Tensor, refusal_tokens: list[int]) -> float:
+    return float(_refusal_scores(log_probs, refusal_tokens).mean())
 
 
 def _ablation(direction: Tensor, n_layers: int) -> list[HookPair]:

@@ -1,0 +1,108 @@
+"""What comes back from a user's own judge or outcome, checked row by row before anything is counted.
+
+A judge that returns True, or one verdict too few, would otherwise count as something: True is no verdict, and an answer without one is
+neither safe nor unsafe.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from care_lens.core.errors import CareLensError
+from care_lens.core.outcome import Verdict
+
+_VERDICTS = [verdict.value for verdict in Verdict]
+
+
+class JudgeError(CareLensError, ValueError):
+    """A judge did not return one verdict for each answer; the message says which row is wrong."""
+
+
+class OutcomeError(CareLensError, ValueError):
+    """An outcome did not return one finite number for each row of its batch."""
+
+
+def named(function: Any) -> str:
+    """What a judge or an outcome is called: its ``name``, else the name of its function or class."""
+    return str(getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__)
+
+
+def require_verdicts(made: Any, n: int, *, judge: Any = "judge", yes_no: bool = False) -> list[Verdict]:
+    """The verdicts that a judge returned, if there is one for each answer.
+
+    Args:
+        made: What it returned: a sequence of `Verdict` or of their values ("complied", "refused", "other", "missing").
+        n: Number of answers.
+        judge: The judge, or what to call it.
+        yes_no: Whether True and False stand for "complied" and "other", as for a function that says whether answers are right.
+
+    Raises:
+        JudgeError: If it is no sequence, is not as long as the answers, or holds something else; the message names the row.
+
+    Example:
+        >>> require_verdicts(["complied"], 1)
+        [<Verdict.COMPLIED: 'complied'>]
+    """
+    name = judge if isinstance(judge, str) else named(judge)
+    advice = f"return a list of care_lens.Verdict ({', '.join(_VERDICTS)})"
+    if isinstance(made, (str, bytes)) or not hasattr(made, "__len__") or not hasattr(made, "__getitem__"):
+        raise JudgeError(f"judge {name!r} must return a verdict for each of {n} answers, got {made!r:.60}; {advice}")
+    if len(made) != n:
+        raise JudgeError(f"judge {name!r} must return a verdict for each of {n} answers, got {len(made)}; {advice}")
+    return [_verdict(value, row, name, yes_no, advice) for row, value in enumerate(made)]
+
+
+def _verdict(value: Any, row: int, name: str, yes_no: bool, advice: str) -> Verdict:
+    if isinstance(value, str) and value in _VERDICTS:
+        return Verdict(value)
+    if yes_no and (isinstance(value, bool) or type(value).__name__ == "bool_" or type(value).__name__ == "bool"):
+        return Verdict.COMPLIED if value else Verdict.OTHER
+    what = "a verdict or True or False" if yes_no else "a verdict"
+    raise JudgeError(f"judge {name!r} must return {what} for row {row}, got {value!r:.60}; {advice}")
+
+
+def require_texts(examples: Sequence[Any], texts: Sequence[Any]) -> None:
+    """Refuse what no judge can judge: another number of answers than of requests, or an answer that is neither a text nor None.
+
+    Raises:
+        JudgeError: Naming the row.
+    """
+    for what, given in (("examples", examples), ("texts", texts)):
+        if not hasattr(given, "__len__"):
+            raise JudgeError(f"{what} must be a list, got {type(given).__name__}; give one answer for each example")
+    if isinstance(texts, (str, bytes)) or len(examples) != len(texts):
+        got = "one text" if isinstance(texts, (str, bytes)) else f"{len(examples)} and {len(texts)}"
+        raise JudgeError(f"examples and texts must be of one length, got {got}; give one answer for each example")
+    for row, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise JudgeError(
+                f"texts must be strings or None, got {type(text).__name__} in row {row}; decode the answers first"
+            )
+
+
+def require_outcome(values: Any, rows: int, *, outcome: Any = "outcome") -> Tensor:
+    """The numbers that an outcome returned, if there is a finite one for each row.
+
+    Args:
+        values: What it returned.
+        rows: Number of rows of the batch.
+        outcome: The outcome, or what to call it.
+
+    Raises:
+        OutcomeError: If it is no tensor of shape [rows], is not of real numbers, or holds NaN or infinity; the message names the row.
+    """
+    name = outcome if isinstance(outcome, str) else named(outcome)
+    if not isinstance(values, Tensor) or values.is_complex() or values.shape != (rows,):
+        got = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise OutcomeError(
+            f"outcome {name!r} must return one finite number a row, a tensor [{rows}] of real numbers, got {got}; take the mean or sum over "
+            "the other axes"
+        )
+    if wrong := torch.nonzero(~values.detach().isfinite())[:, 0].tolist():
+        raise OutcomeError(
+            f"outcome {name!r} must return one finite number a row, got {values[wrong[0]].item()} in row {wrong[0]}; use log "
+            "probabilities rather than logarithms of probabilities"
+        )
+    return values

@@ -1,0 +1,23 @@
+"""What can be wrong with a repair: with its parts, with what it is put on, and with its files. All are ValueErrors."""
+
+from care_lens.core.errors import ArtifactError, CareLensError
+
+
+class RepairError(CareLensError, ValueError):
+    """Base of the errors of ``care_lens.repair``: a part or an option of a repair makes no sense."""
+
+
+class TooFewCalibrationError(RepairError):
+    """There are too few benign scores for the epsilon asked for."""
+
+
+class RepairMismatchError(RepairError):
+    """A repair was about to be put on another model than it was made for."""
+
+
+class RepairFileError(RepairError, ArtifactError):
+    """A stored repair is damaged, incomplete, of a kind that is not registered, or of a newer schema."""
+
+
+class KindError(CareLensError, TypeError):
+    """A class cannot be registered, or a part of a repair is of a class that is not."""

@@ -1,0 +1,182 @@
+"""The command line tells its user's errors in a line, shows its defaults, and checks what a run needs before it starts."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from care_lens import cli, organism
+from care_lens.core import Example
+from care_lens.data import write_examples
+from care_lens.pipeline import RunSettings
+from care_lens.pipeline.needs import NeedsError, needed_for, require_feasible, shortened
+from care_lens.pipeline.report import share_text
+
+
+def invoke(*words, **options):
+    return CliRunner().invoke(cli.app, list(words), **options)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return organism.study()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_examples([Example("p", id=str(i), channel="benign") for i in range(9)], tmp_path / "examples.jsonl")
+    settings = {"name": "s", "refusal": "sorry", "comply": ["sure"], "refuse": ["sorry"], "seen": {}}
+    (tmp_path / "study.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threads", "0"], "threads"),
+        (["--seed", "-1"], "seed"),
+        (["--batch-size", "0"], "batch-size"),
+        (["--max-new-tokens", "-3"], "max-new-tokens"),
+        (["--seed", "x"], "seed"),
+        (["--device", "gpu"], "--device must be"),
+        (["--device", "cuda:99"], "needs a GPU"),
+        (["--data", "x"], "--data and --judge go with a model of your own"),
+        (["--model", "gone"], "--data must be given"),
+        (["--model", "gone", "--data", "nowhere"], "--data must be a folder with examples.jsonl and study.json"),
+        (["--model", "gone", "--data", "FOLDER", "--judge", "nomodule:x"], "--judge must be"),
+        (["--model", "gone", "--data", "FOLDER", "--judge", "os"], "--judge must be"),
+        (["--model", "gone", "--data", "FOLDER", "--judge", "os:sep"], "got str"),
+        (["--model", "gone", "--data", "FOLDER", "--judge", "care_lens.organism:OrganismJudge"], "make an instance"),
+        (["--model", "gone", "--data", "FOLDER", "--dtype", "int8"], "--dtype must be"),
+        (["--model", "FOLDER", "--data", "FOLDER"], "error: "),
+        (["--out", "FOLDER/study.json"], "--out must be a folder that can be written"),
+        (["--out", "FOLDER/study.json/deeper"], "--out must be a folder that can be written"),
+    ],
+)
+def test_errors_of_the_user_are_told_in_a_line(folder, tmp_path, words, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = invoke("run", *(word.replace("FOLDER", str(folder)) for word in words), env={"COLUMNS": "400"})
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert message in result.output and "Traceback" not in result.output
+
+
+def test_no_gpu_is_said_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(organism, "load", lambda: pytest.fail("loaded"))
+    for verb in ("run", "diagnose", "fit", "info"):
+        result = invoke(verb, "--device", "cuda", env={"COLUMNS": "400"})
+        assert result.exit_code == 2 and "this machine has 0" in result.output
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    result = invoke("run", "--out", str(tmp_path / "new"), env={"COLUMNS": "400"})
+    assert result.exit_code == 2 and "--out must be a folder that can be written" in result.output
+
+
+def test_a_saved_repair_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(organism, "load", lambda: None)
+    monkeypatch.setattr(organism, "study", lambda seed: None)
+    result = invoke("evaluate", str(tmp_path / "gone"), "--out", str(tmp_path), env={"COLUMNS": "400"})
+    assert result.exit_code == 2 and "--" not in result.output[:2] and "Traceback" not in result.output
+
+
+def test_tracebacks_are_there_for_those_who_ask(folder, monkeypatch):
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = invoke("run", "--model", str(folder), "--data", str(folder), "--out", str(folder / "out"))
+    assert isinstance(result.exception, (OSError, ValueError))
+
+
+@pytest.mark.parametrize("verb", ["run", "diagnose", "fit", "evaluate"])
+def test_help_shows_every_default(verb):
+    text = " ".join(invoke(verb, "--help", env={"COLUMNS": "300"}).output.split())
+    for default in (
+        "[default: bundled]", "128 bundled, 8 others", "14 bundled, 128 others", "refusal substrings, which take any",
+        "that of the weights", "[default: 2]", "[default: 0]", "[default: results/run]", "(all examples)", "(cpu)",
+    ):  # fmt: skip
+        assert default in text, default
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_info_cuts_nothing_off(width, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=width))
+    result = invoke("info")
+    assert result.exit_code == 0 and "\u2026" not in result.output
+    rows = [line for line in result.output.splitlines() if line.startswith("\u2502")]
+    names = "".join(row.split("\u2502")[1].strip() for row in rows)
+    with organism.load() as lvlm:
+        assert names == "".join(str(site) for site in lvlm.sites())
+
+
+def test_a_bundled_study_needs_nothing_more(study):
+    settings = RunSettings()
+    assert require_feasible(study, settings) == settings
+    short = shortened(study, settings)
+    assert short == settings.short() and require_feasible(study.limited(12), short) == short
+
+
+def smaller(study, calibration, fit):
+    """The study with so many benign calibration prompts, and so many examples in each seen channel of the fit."""
+    benign = study.benign("calibration")[:calibration]
+    benign = [replace(e, channel="benign", group=e.id) for e in benign]
+    seen = [c for channels in study.seen.values() for c in channels]
+    kept = {c: e[:fit] if c in seen else e for c, e in study.suites["fit"].items()}
+    return replace(study, suites={**study.suites, "calibration": {"benign": tuple(benign)}, "fit": kept})
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.02, 0.05, 0.1, 0.3])
+def test_calibration_needs_are_the_conformal_bound(study, epsilon):
+    from care_lens.repair import ConformalGate, TooFewCalibration
+
+    n = needed_for(epsilon)
+    assert n >= 1 / epsilon - 1 - 1e-9 > n - 1
+    ConformalGate.calibrate(torch.arange(float(n)), epsilon=epsilon)
+    with pytest.raises(TooFewCalibration):
+        ConformalGate.calibrate(torch.arange(float(n - 1)), epsilon=epsilon)
+
+
+def test_needs_are_told_in_numbers_all_at_once(study):
+    little = smaller(study, 40, 4)
+    with pytest.raises(NeedsError) as raised:
+        require_feasible(little, RunSettings())
+    text = str(raised.value)
+    assert "epsilon 0.02 needs 49 benign prompts in each half of the split, cut by item, got 20" in text
+    assert "at least 98" in text and "epsilon of 0.05 or more" in text
+    assert "rank 8 needs 9 examples in each seen modality, got {'visual': 4, 'textual': 8}" in text
+    one = replace(study, pairs={"word": study.pairs["wrapper"][:1]}, pair_outcomes={})
+    with pytest.raises(NeedsError, match=r"'word' needs pairs of 2 items or more for intervals, got 1"):
+        require_feasible(one, RunSettings())
+
+
+def test_what_cannot_be_done_is_left_out_with_a_warning(study, caplog):
+    kept = require_feasible(smaller(study, 150, 12), RunSettings(reader_ranks=(0, 20)))
+    assert (kept.epsilons, kept.reader_ranks) == ((0.02,), (0,))
+    assert "epsilons [0.01] are left out" in caplog.text and "reader ranks [20] are left out" in caplog.text
+
+
+@pytest.mark.parametrize(("calibration", "fit"), [(6, 2), (20, 5), (4, 12), (150, 3)])
+def test_a_quick_look_fits_any_study_and_says_how(study, calibration, fit, caplog):
+    little = smaller(study, calibration, fit)
+    short = shortened(little, RunSettings())
+    assert require_feasible(little.limited(short.limit), short) == short
+    assert "not to be quoted" in caplog.text
+    assert (f"published CARE of rank {short.printed_rank}" in caplog.text) == (short.printed_rank < 8)
+    assert (f"epsilon {short.epsilons[0]:g}" in caplog.text) == (short.epsilons != (0.02,))
+    half = min(calibration, 12) // 2
+    assert short.epsilons[0] <= 1 / (half + 1) + 0.01
+
+
+def test_a_study_without_held_out_channels_has_a_dash():
+    assert share_text(float("nan")) == "- (none in the study)" and share_text(0.25) == "25.0 %"
+
+
+def test_the_entry_point_is_there():
+    assert callable(cli.main) and "care_lens.cli" in sys.modules
