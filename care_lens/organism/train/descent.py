@@ -129,7 +129,7 @@ class Descent:
                 if kind == "weight":
                     p.copy_(value)
                 else:
-                    owner[name].state[p][kind] = value
+                    owner[name].state[p][kind] = value if kind == "step" else value.to(p.device)
         self.done, self.numbers = told["done"], told["numbers"]
 
     @staticmethod

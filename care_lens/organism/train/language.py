@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from care_lens.organism import build, render
 from care_lens.organism.tasks import ALOUD_SHARE, REFUSAL, Task
+from care_lens.organism.train.ahead import Ahead
 from care_lens.organism.train.descent import Descent
 from care_lens.organism.train.mixture import Pack
 from care_lens.organism.train.tower import IGNORE, features, pixels
@@ -74,25 +76,49 @@ class Packer:
         def pad(lists: list[list[int]], value: int) -> Tensor:
             return torch.tensor([x + [value] * (length - len(x)) for x in lists])
 
-        owner = pad(owners, -2)
-        query, key = owner[:, :, None], owner[:, None, :]
-        is_image = torch.zeros(length, dtype=torch.bool)
-        is_image[PREFIX : len(head)] = True
-        same = (query == key) | ((key == -1) & ~((query >= 1000) & is_image))
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        allowed = (same & causal) | torch.eye(length, dtype=torch.bool)
-        mask = torch.zeros(len(packs), 1, length, length).masked_fill_(
-            ~allowed[:, None], torch.finfo(torch.float32).min
-        )
         return {
             "images": pixels([render.draw(picture) for picture in drawn]) if drawn else None,
             "input_ids": pad(rows, 0),
             "position_ids": pad(positions, 0),
             "labels": pad(labels, IGNORE),
             "others": pad(others, IGNORE),
-            "mask": mask,
+            "owners": pad(owners, -2),
             "answers": answers,
         }
+
+
+def block_mask(owners: Int[Tensor, "pack pos"], *, n_head: int) -> Float[Tensor, "pack 1 pos pos"]:
+    """What each position may attend to, to be added to the scores: the picture, and its own question; the picture not where it is not seen.
+
+    Args:
+        owners: question of each position; -1 in the shared head, -2 in the padding, 1000 and more for questions without the picture.
+        n_head: positions of the shared head.
+    """
+    length, device = owners.shape[1], owners.device
+    query, key = owners[:, :, None], owners[:, None, :]
+    is_image = torch.zeros(length, dtype=torch.bool, device=device)
+    is_image[PREFIX:n_head] = True
+    same = (query == key) | ((key == -1) & ~((query >= 1000) & is_image))
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    allowed = (same & causal) | torch.eye(length, dtype=torch.bool, device=device)
+    mask = torch.zeros(len(owners), 1, length, length, device=device)
+    return mask.masked_fill_(~allowed[:, None], torch.finfo(torch.float32).min)
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A packed batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+class PackedBatches:
+    """The packed batch of a step, from the seed and the number of the step alone."""
+
+    def __init__(self, make_pack: Callable[[random.Random], Pack], *, batch: int, seed: int) -> None:
+        self.make_pack, self.batch, self.seed = make_pack, batch, seed
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        rng = random.Random(f"{self.seed}/{step}")
+        return Packer()([self.make_pack(rng) for _ in range(self.batch)])
 
 
 def packed_logits(model: LlavaForConditionalGeneration, batch: dict[str, Any], where: Tensor | None = None) -> Tensor:
@@ -106,7 +132,9 @@ def packed_logits(model: LlavaForConditionalGeneration, batch: dict[str, Any], w
         embeds = torch.cat([embeds[:, :PREFIX], image, embeds[:, PREFIX + build.N_PATCHES :]], dim=1)
     hidden = inner.language_model(
         inputs_embeds=embeds,
-        attention_mask=batch["mask"],
+        attention_mask=block_mask(
+            batch["owners"], n_head=PREFIX + (build.N_PATCHES if batch["images"] is not None else 0)
+        ),
         position_ids=batch["position_ids"],
         use_cache=False,
     ).last_hidden_state
@@ -120,7 +148,7 @@ def exact_match(
     """(right, n) by task: an answer counts where every token is the greedy choice given the true ones before it."""
     packer, counts = Packer(), defaultdict(lambda: [0, 0])
     for i in range(0, len(packs), batch):
-        tensors = packer(packs[i : i + batch])
+        tensors = to_device(packer(packs[i : i + batch]), model.device)
         greedy = packed_logits(model, tensors).argmax(-1)
         for row, start, stop, task in tensors["answers"]:
             right = bool((greedy[row, start - 1 : stop - 1] == tensors["labels"][row, start:stop]).all())
@@ -171,6 +199,7 @@ def train_language(
     blocks: Sequence[int] | None = None,
     saved: Path | None = None,
     after: Callable[[int], None] | None = None,
+    workers: int = 0,
 ) -> None:
     """Train projector and language model in place with cross-entropy on the answers.
 
@@ -185,8 +214,8 @@ def train_language(
         blocks: language blocks to train; None for all, with projector and embeddings.
         saved: file from which a stopped run goes on.
         after: called every 100 steps with the number of steps done.
+        workers: processes that make the batches; 0 for none (the same batches).
     """
-    packer = Packer()
     model.model.vision_tower.eval()
     model.requires_grad_(False)
     parameters = trained(model, blocks)
@@ -196,14 +225,14 @@ def train_language(
     options = {"steps": steps, "lr": lr, "matrix_lr": matrix_lr, "floor": floor, "saved": saved}
     descent = Descent(parameters, matrices=matrices, **options)  # type: ignore[arg-type]
     start, running = time.monotonic(), None
-    for step in descent:
-        rng = random.Random(f"{seed}/{step}")
-        loss = answer_loss(model, packer([make_pack(rng) for _ in range(batch)]))
-        descent.descend(loss)
-        descent.keep()
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if descent.done % 100 == 0:
-            log.info("language %d/%d %.0fs loss %.4f", descent.done, steps, time.monotonic() - start, running)
-            if after is not None:
-                after(descent.done)
+    with Ahead(PackedBatches(make_pack, batch=batch, seed=seed), workers=workers) as batches:
+        for _, tensors in batches(range(descent.done, steps)):
+            loss = answer_loss(model, to_device(tensors, model.device))
+            descent.descend(loss)
+            descent.keep()
+            running = loss.detach() if running is None else 0.98 * running + 0.02 * loss.detach()
+            if descent.done % 100 == 0:
+                log.info("language %d/%d %.0fs loss %.4f", descent.done, steps, time.monotonic() - start, running)
+                if after is not None:
+                    after(descent.done)
     model.requires_grad_(True)

@@ -12,12 +12,12 @@ from care_lens.organism.tasks import REFUSAL, Task
 from care_lens.organism.world import Noun, world
 
 ASK_WEIGHTS: dict[Ask, float] = {
-    "make": 0.46,
+    "make": 0.43,
     "kind": 0.20,
     "allowed": 0.08,
     "name": 0.11,
-    "letters": 0.05,
-    "spell": 0.06,
+    "letters": 0.06,
+    "spell": 0.08,
     "repeat": 0.04,
 }
 REFERENCE_WEIGHTS: dict[Reference, float] = {
@@ -29,9 +29,9 @@ REFERENCE_WEIGHTS: dict[Reference, float] = {
     "named_pictured": 0.05,
     "named_spelled": 0.05,
 }
-PICTURE_WEIGHTS: dict[PictureKind, float] = {"word": 0.78, "shapes": 0.12, "blank": 0.05, "noise": 0.05}
+PICTURE_WEIGHTS: dict[PictureKind, float] = {"word": 0.75, "shapes": 0.15, "blank": 0.05, "noise": 0.05}
 #: Share of the word pictures that show only the last letters of a noun.
-PART_SHARE = 0.10
+PART_SHARE = 0.14
 #: Share of the word pictures in the free style.
 FREE_SHARE = 0.4
 CONTEXT_WEIGHTS: dict[Context, float] = {"": 0.55, "wrapper": 0.30, "neutral": 0.15}

@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from transformers import CLIPVisionModel
 
 from care_lens.organism import build, render
 from care_lens.organism.render import COLOURS, FACES, PICTURE_KINDS, SHAPES, SIZE, TONES, Picture
+from care_lens.organism.train.ahead import Ahead
 from care_lens.organism.train.descent import Descent
 from care_lens.organism.world import KINDS, world
 
@@ -158,6 +160,19 @@ def _batch(rng: random.Random, size: int, progress: float = 1.0) -> tuple[Tensor
     return pixels(images), {k: torch.as_tensor(np.array([t[k] for t in targets])) for k in targets[0]}
 
 
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+def _drawn(asked: tuple[int, int, int, float]) -> Batch:
+    """The batch of a step, from (seed, step, pictures, progress)."""
+    seed, step, size, progress = asked
+    return _batch(random.Random(f"{seed}/{step}"), size, progress)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return batch[0].to(device), {name: target.to(device) for name, target in batch[1].items()}
+
+
 def features(tower: CLIPVisionModel, images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image patch d"]:
     """Patch features as the language model gets them: output of the last layer without the class token."""
     hidden = tower(images, output_hidden_states=True).hidden_states
@@ -168,10 +183,10 @@ def features(tower: CLIPVisionModel, images: Float[Tensor, "image 3 height width
 @torch.no_grad()
 def accuracy(tower: CLIPVisionModel, heads: ReadingHeads, *, n: int, seed: int) -> dict[str, float]:
     """Share right on fresh pictures: whole words, and each property."""
-    rng, right, seen = random.Random(seed), dict.fromkeys((*ReadingHeads.sizes, "letters"), 0.0), {}
+    rng, right = random.Random(seed), dict.fromkeys((*ReadingHeads.sizes, "letters"), 0.0)
     seen = dict.fromkeys(right, 0)
     for _ in range(math.ceil(n / 128)):
-        images, target = _batch(rng, 128)
+        images, target = _to(_batch(rng, 128), tower.device)
         out = heads(features(tower, images))
         for name in ReadingHeads.sizes:
             kept = target[name] != IGNORE
@@ -192,6 +207,7 @@ def train_tower(
     seed: int,
     matrix_lr: float = 0.02,
     saved: Path | None = None,
+    workers: int = 0,
 ) -> dict[str, float]:
     """Train the tower in place.
 
@@ -202,12 +218,13 @@ def train_tower(
         seed: of the pictures and the heads.
         matrix_lr: peak learning rate of Muon.
         saved: file from which a stopped run goes on.
+        workers: processes that draw the pictures; 0 for none. With some, pictures grow harder a few steps later.
 
     Returns:
         Accuracies on fresh pictures.
     """
     torch.manual_seed(seed)
-    heads = ReadingHeads(tower.config.hidden_size)
+    heads = ReadingHeads(tower.config.hidden_size).to(tower.device)
     tower.train()
     parameters = {f"tower.{n}": p for n, p in tower.named_parameters()}
     parameters |= {f"heads.{n}": p for n, p in heads.named_parameters()}
@@ -215,22 +232,28 @@ def train_tower(
     options = {"steps": steps, "lr": lr, "matrix_lr": matrix_lr, "weight_decay": 0.02, "saved": saved}
     descent = Descent(parameters, matrices=matrices, **options)  # type: ignore[arg-type]
     start = time.monotonic()
-    for step in descent:
-        progress = descent.numbers.get("progress", 0.0)
-        images, target = _batch(random.Random(f"{seed}/{step}"), batch, progress)
-        out = heads(features(tower, images))
-        loss = _loss(out, target)
-        descent.descend(loss)
-        written = target["letters"] > 0
-        right = (out["letters"].argmax(-1) == target["letters"])[written].float().mean().item()
-        read = 0.95 * descent.numbers.get("read", 0.0) + 0.05 * right
-        descent.numbers = {"read": read, "progress": min(1.0, progress + GROWTH * (read > READ_FIRST))}
-        descent.keep()
-        if step % 50 == 49:
-            log.info("tower %d/%d %.0fs loss %.3f letters %.2f progress %.2f", step + 1, steps, time.monotonic() - start, loss.item(), read, progress)  # fmt: skip
-        if step % 500 == 499:
-            tower.eval()
-            log.info("tower %s", {k: round(v, 3) for k, v in accuracy(tower, heads, n=512, seed=seed + 1).items()})
-            tower.train()
+
+    def asked() -> Iterator[tuple[int, int, int, float]]:
+        for step in range(descent.done, steps):
+            yield seed, step, batch, descent.numbers.get("progress", 0.0)
+
+    with Ahead(_drawn, workers=workers) as batches:
+        for (_, step, _, _), drawn in batches(asked()):
+            images, target = _to(drawn, tower.device)
+            out = heads(features(tower, images))
+            loss = _loss(out, target)
+            descent.descend(loss)
+            written = target["letters"] > 0
+            right = (out["letters"].argmax(-1) == target["letters"])[written].float().mean().item()
+            read, progress = descent.numbers.get("read", 0.0), descent.numbers.get("progress", 0.0)
+            read = 0.95 * read + 0.05 * right
+            descent.numbers = {"read": read, "progress": min(1.0, progress + GROWTH * (read > READ_FIRST))}
+            descent.keep()
+            if step % 50 == 49:
+                log.info("tower %d/%d %.0fs loss %.3f letters %.2f progress %.2f", step + 1, steps, time.monotonic() - start, loss.item(), read, progress)  # fmt: skip
+            if step % 500 == 499:
+                tower.eval()
+                log.info("tower %s", {k: round(v, 3) for k, v in accuracy(tower, heads, n=512, seed=seed + 1).items()})
+                tower.train()
     tower.eval()
     return accuracy(tower, heads, n=4096, seed=seed + 2)
