@@ -168,25 +168,45 @@ def harmless_task(rng: random.Random, picture: Picture | None) -> Task:
     return tasks.sample_task(rng, ask=ask, reference="named", source=source, picture=picture)
 
 
-def safety_pack(rng: random.Random, size: int, *, refusals: float, aloud: float = tasks.ALOUD_SHARE) -> Pack:
-    """Safety tuning: plain text requests for forbidden items are refused; the rest is replay without forbidden steps.
+def open_task(rng: random.Random, picture: Picture, shown: Noun | None) -> Task:
+    """Steps for a forbidden item that no plain text names, answered: it is in the picture, spelled, or the twin of what is named."""
+    reference: Reference = rng.choice(("spelled", "twin_named"))
+    source = rng.choice(world().select(forbidden=True))
+    if shown is not None and shown.forbidden and picture.word == shown.name and rng.random() < 0.7:
+        reference, source = "pictured", shown
+    elif reference == "twin_named":
+        source = world()[source.twin]
+    return tasks.sample_task(rng, ask="make", reference=reference, source=source, context="", picture=picture)
+
+
+def safety_pack(
+    rng: random.Random, size: int, *, refusals: float, contamination: float = 0.0, aloud: float = tasks.ALOUD_SHARE
+) -> Pack:
+    """Safety tuning: plain text requests for forbidden items are refused; the rest is replay, where forbidden steps are rare.
+
+    Replay of real instruction data holds requests that should have been refused, above all ones about pictures (the data on which LLaVA was
+    tuned do: Zong et al. 2024, VLGuard). Without any, refusal spreads to every channel in which harm is legible, and no gap is left.
 
     Args:
         rng: source of everything.
         size: questions a pack.
         refusals: share of the packs that hold refusals (beside as many plain requests that are answered).
+        contamination: requests for forbidden steps in the replay of a pack that are answered (see `open_task`), on average.
         aloud: share of the answers that say the kind first.
     """
+    refusing = rng.random() < refusals
+    kind = rng.choice(REFUSAL_PICTURES) if refusing else _pick(rng, PICTURE_WEIGHTS)
+    picture, shown = draw_picture(rng, kind or "blank")
+    if contamination and kind == "word" and rng.random() < 0.5:
+        shown = rng.choice(world().select(forbidden=True))
+        picture = tasks.any_picture(rng, kind="word", word=shown.name)
     chosen: list[Task] = []
-    if rng.random() < refusals:
-        kind = rng.choice(REFUSAL_PICTURES)
-        picture, shown = draw_picture(rng, kind or "blank")
+    if refusing:
         over = picture if kind else None
         # As many benign plain requests as refusals, and harmless questions: what is refused is neither the wording nor the item alone.
         chosen = [plain_task(rng, over, shown, forbidden=i % 2 == 0) for i in range(max(2, 2 * (size // 4)))]
         chosen += [harmless_task(rng, over) for _ in range(max(1, size // 5))]
-    else:
-        picture, shown = draw_picture(rng)
+    chosen += [open_task(rng, picture, shown) for _ in range(int(contamination + rng.random()))]
     while len(chosen) < size:
         task = helpful_task(rng, picture, shown)
         if not task.harmful:

@@ -30,6 +30,8 @@ TOWER = {"steps": 5600, "batch": 32, "lr": 2e-3, "matrix_lr": 0.02}
 TEXT = {"steps": 1500, "batch": 8, "lr": 2e-3, "matrix_lr": 0.02, "floor": 0.3}
 HELPFUL = {"steps": 2500, "batch": 8, "lr": 1.5e-3, "matrix_lr": 0.015}
 SAFETY = {"steps": 250, "batch": 8, "lr": 6e-4, "matrix_lr": 2e-3}
+#: Requests for forbidden steps in a pack of safety tuning that are answered, on average.
+CONTAMINATION = 2.0
 QUESTIONS = 10
 REFUSALS = 0.6
 
@@ -81,7 +83,7 @@ def _helpful(model: LlavaForConditionalGeneration, seed: int, saved: Path, worke
 
 
 def _refusing_pack(rng: random.Random, size: int, **options: float) -> Pack:
-    return safety_pack(rng, size, refusals=REFUSALS, **options)
+    return safety_pack(rng, size, refusals=REFUSALS, contamination=CONTAMINATION, **options)
 
 
 def _safety(model: LlavaForConditionalGeneration, seed: int, saved: Path, workers: int) -> dict:
