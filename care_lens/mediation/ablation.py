@@ -12,13 +12,14 @@ components this is the paper's comparison of FFN and attention by attack success
   change nothing, and the other examples only as far as they are the reference.
 - "zero": zeros.
 - "skip": the component writes nothing to the residual stream; at the outputs of attention and MLP that is
-  zeros as well.
+  zeros as well. With ``components=("block",)`` whole blocks are left out, ``window`` of them together: the paper's scan skips {l, l + 1},
+  ``window=2``.
 
 Shares are of judged answers: missing ones are counted apart. Intervals are those of rates whose trials share groups
 (Clopper-Pearson where every example has its own); changes from the baseline are paired. None is a point because all
 answers came out alike.
 
-Source: Fu et al. 2026 (arXiv:2603.27240), who skip layers l and l + 1 together.
+Source: Fu et al. 2026 (arXiv:2603.27240).
 """
 
 import hashlib
@@ -77,7 +78,33 @@ COLUMNS = (
 )
 DETAIL_COLUMNS = ("tower", "layer", "component", "id", "group", "channel", "text", "verdict")
 _JUDGED = (Verdict.COMPLIED, Verdict.REFUSED, Verdict.OTHER)
-Cell = Site | None
+BLOCK = "block"
+"""A whole block as a component, for mode "skip"."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Consecutive blocks that are skipped together.
+
+    Attributes:
+        tower: "language" or "vision".
+        first, last: Layers of the first and the last of them.
+    """
+
+    tower: Tower
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.tower} blocks {self.first} to {self.last}"
+
+    @property
+    def ends(self) -> tuple[Site, Site]:
+        """Where the residual stream comes in and where it goes out."""
+        return Site(self.tower, self.first, "hook_resid_pre"), Site(self.tower, self.last, "hook_resid_post")
+
+
+Cell = Site | Blocks | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +137,7 @@ def ablate(
     tower: Tower = "language",
     layers: Sequence[int] | None = None,
     mode: Mode = "mean",
+    window: int = 1,
     reference: Sequence[Example] | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
@@ -124,10 +152,11 @@ def ablate(
         lvlm: The model; a repair that is on it acts.
         examples: The requests.
         judge: Says what each answer is.
-        components: Components of a block.
+        components: Components of a block; "block" is the whole of it, which can be skipped.
         tower: "language" or "vision".
         layers: Which layers; None: all that have sites.
         mode: What takes the place of the component's output.
+        window: How many blocks are skipped together, from each layer on (as many as there are at the end); for "block" alone.
         reference: Examples that the mean is over or that are drawn from; None: the examples themselves.
         max_new_tokens: Most tokens of an answer.
         batch_size: Examples generated from together.
@@ -143,7 +172,7 @@ def ablate(
         ValueError: If an option is out of range, the model has no such site or it cannot be edited, no
             example has an image for an ablation of the vision tower, or the checkpoint is of another sweep.
     """
-    sites = _sites(lvlm, components, tower, layers, mode)
+    sites = _sites(lvlm, components, tower, layers, mode, window)
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
     if tower == "vision" and all(example.image is None for example in examples):
@@ -151,6 +180,7 @@ def ablate(
     reference = examples if reference is None else reference
     settings = {
         "mode": mode,
+        **({} if window == 1 else {"window": window}),
         "max_new_tokens": max_new_tokens,
         "examples": examples_digest(examples),
         "reference": examples_digest(reference) if mode in ("mean", "resample") else None,
@@ -163,18 +193,24 @@ def ablate(
     done = CellLog(checkpoint, settings=settings, probe=_probe(lvlm, examples[:batch_size]))
     cells: list[Cell] = [None, *sites]
     todo = [cell for cell in cells if _key(cell) not in done]
-    means = _means(lvlm, [site for site in todo if site], reference, batch_size, progress) if mode == "mean" else {}
+    replaced = [site for site in todo if isinstance(site, Site)]
+    means = _means(lvlm, replaced, reference, batch_size, progress) if mode == "mean" else {}
     donors = _donors(examples, reference, seed) if mode == "resample" else []
     starts = range(0, len(examples), batch_size)
     with tqdm(total=len(cells) * len(starts), desc="ablating", disable=not progress) as bar:
         bar.update((len(cells) - len(todo)) * len(starts))
         for cell in todo:
             texts: list[str] = []
-            bank = _bank(lvlm, cell, reference, batch_size, seed) if cell and mode == "resample" else None
+            drawn_from = isinstance(cell, Site) and mode == "resample"
+            bank = _bank(lvlm, cell, reference, batch_size, seed) if drawn_from else None
             for start in starts:
                 inputs = lvlm.prepare(examples[start : start + batch_size])
-                hooks = [(cell, _replace(means.get(cell)))] if cell else []
-                if cell and bank is not None:
+                hooks: list[tuple[Site, Callable[..., Any]]] = []
+                if isinstance(cell, Blocks):
+                    hooks = _left_out(cell)
+                elif cell is not None:
+                    hooks = [(cell, _replace(means.get(cell)))]
+                if isinstance(cell, Site) and bank is not None:
                     batch = range(start, min(start + batch_size, len(examples)))
                     hooks = [
                         (
@@ -201,20 +237,54 @@ def ablate(
 
 
 def _sites(
-    lvlm: HookedLVLM, components: Sequence[str], tower: Tower, layers: Sequence[int] | None, mode: Mode
-) -> list[Site]:
+    lvlm: HookedLVLM,
+    components: Sequence[str],
+    tower: Tower,
+    layers: Sequence[int] | None,
+    mode: Mode,
+    window: int,
+) -> list["Site | Blocks"]:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    if mode == "skip" and (others := [name for name in components if name not in WRITERS]):
-        raise ValueError(f"components must be some of {WRITERS} to be skipped, got {others}; use mode 'zero' or 'mean'")
-    layers = range(lvlm.n_layers(tower)) if layers is None else layers
-    sites = [Site(tower, layer, component) for layer in layers for component in components]
-    for site in sites:
-        if not lvlm.site_info(site).editable:
-            raise ValueError(f"components must be editable, got {site}: {lvlm.site_info(site).note}")
+    skippable = (*WRITERS, BLOCK)
+    if mode == "skip" and (others := [name for name in components if name not in skippable]):
+        raise ValueError(
+            f"components must be some of {skippable} to be skipped, got {others}; use mode 'zero' or 'mean'"
+        )
+    if mode != "skip" and BLOCK in components:
+        raise ValueError(f"mode must be 'skip' for whole blocks, got {mode!r}; or ablate {WRITERS} one by one")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"window must be a number of blocks, 1 or more, got {window!r}")
+    if window > 1 and tuple(components) != (BLOCK,):
+        raise ValueError(f"window is of whole blocks, components=({BLOCK!r},), got components={tuple(components)!r}")
+    depth = lvlm.n_layers(tower)
+    layers = range(depth) if layers is None else layers
+    cells: list[Site | Blocks] = [
+        Blocks(tower, layer, min(layer + window, depth) - 1) if component == BLOCK else Site(tower, layer, component)
+        for layer in layers
+        for component in components
+    ]
+    for cell in cells:
+        for site in (cell,) if isinstance(cell, Site) else cell.ends:
+            if not lvlm.site_info(site).editable:
+                raise ValueError(f"components must be editable, got {site}: {lvlm.site_info(site).note}")
     if mode == "resample" and "attn.hook_pattern" in components:
         raise ValueError("components must have positions to be resampled, got attn.hook_pattern; use mode 'zero'")
-    return sites
+    return cells
+
+
+def _left_out(blocks: Blocks) -> list[tuple[Site, Callable[..., Any]]]:
+    """Hooks that hand what comes into the first block on as what the last one gives."""
+    kept: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        kept[:] = [activation]
+
+    def give(activation: Tensor, hook: Any) -> Tensor:
+        return kept[0].to(activation.device).clone()
+
+    first, last = blocks.ends
+    return [(first, keep), (last, give)]
 
 
 def _key(cell: Cell) -> str:
@@ -364,7 +434,11 @@ def _result(
     details: list[dict[str, Any]] = []
     baseline = np.array(done[BASELINE]["verdicts"])
     for cell in cells:
-        place = {"tower": tower, "layer": None, "component": BASELINE} if cell is None else site_columns(cell)
+        place = {"tower": tower, "layer": None, "component": BASELINE}
+        if isinstance(cell, Blocks):
+            place = {"tower": tower, "layer": cell.first, "component": BLOCK}
+        elif cell is not None:
+            place = site_columns(cell)
         verdicts = np.array(done[_key(cell)]["verdicts"])
         shared = {**place, "mode": mode, "seed": seed}
         for metric, effect, (value, low, high), n in _measures(verdicts, baseline, groups, cell is None, n_boot, seed):

@@ -17,6 +17,7 @@ from care_lens.repair.kinds import register_kind
 from care_lens.repair.positions import Positions
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
 from care_lens.repair.reading import read_scores
+from care_lens.repair.recording import Recording
 from care_lens.repair.store import load_repair, save_repair
 from care_lens.repair.writer import Writer
 
@@ -35,6 +36,7 @@ __all__ = [
     "NoRepair",
     "Positions",
     "Reader",
+    "Recording",
     "RepairError",
     "RepairFileError",
     "RepairMismatchError",

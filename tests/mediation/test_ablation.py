@@ -78,6 +78,32 @@ def test_zero_and_skip_are_a_model_without_the_component(model, llava_maker, exa
     assert expected != texts(ablated["zero"], "none")
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_skipped_blocks_are_a_model_without_them(model, llava_maker, examples, window):
+    options = {"judge": WordJudge(), "mode": "skip", "max_new_tokens": NEW, "n_boot": 20, "progress": False}
+    found = ablate(model, examples, components=("block",), window=window, **options)
+    depth = model.n_layers()
+    assert found.frame[found.frame.component == "block"].layer.unique().tolist() == list(range(depth))
+    for layer in (0, depth - 2, depth - 1):
+        plain, _ = llava_maker("clip")
+        for block in plain.model.language_model.layers[layer : layer + window]:
+            block.mlp.down_proj.weight.data.zero_()
+            block.self_attn.o_proj.weight.data.zero_()
+        expected = answers(plain, model, examples)
+        assert texts(found, "block", layer) == expected != texts(found, "none")
+
+
+def test_skipped_vision_blocks_are_a_model_without_them(model, llava_maker, examples):
+    options = {"judge": WordJudge(), "mode": "skip", "max_new_tokens": NEW, "n_boot": 20, "progress": False}
+    found = ablate(model, examples, tower="vision", layers=[0], components=("block",), window=2, **options)
+    plain, _ = llava_maker("clip")
+    for block in plain.model.vision_tower.encoder.layers[:2]:
+        for linear in (block.mlp.fc2, block.self_attn.out_proj):
+            linear.weight.data.zero_()
+            linear.bias.data.zero_()
+    assert texts(found, "block", 0) == answers(plain, model, examples)
+
+
 def answers_with_mean(plain, lvlm, examples, reference, component, layer):
     """Answers of a plain model whose component always gives its mean over the reference, by module hooks."""
     module, kept = submodule(plain, component, layer), []
@@ -237,6 +263,9 @@ def test_save_and_load(ablated, tmp_path):
     ("options", "message"),
     [
         ({"mode": "skip", "components": ("hook_resid_post",)}, "to be skipped"),
+        ({"mode": "mean", "components": ("block",)}, "must be 'skip' for whole blocks"),
+        ({"mode": "skip", "window": 2}, "window is of whole blocks"),
+        ({"mode": "skip", "components": ("block",), "window": 0}, "1 or more"),
         ({"layers": (7,)}, "no site"),
     ],
 )
