@@ -30,7 +30,7 @@ def tune_defence(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     store: GenerationStore | None = None,
-) -> tuple[Repair, dict[str, float]]:
+) -> tuple[Repair, dict[str, float | int]]:
     """The candidate with the lowest attack success among those that keep benign accuracy.
 
     Where no candidate keeps it, the one with the largest sum of attacks stopped and benign prompts answered rightly. A candidate that

@@ -78,7 +78,7 @@ class _Detected:
         return min(self.by_channel.values())
 
     @property
-    def order(self) -> tuple[float, ...]:
+    def order(self) -> tuple[float | int, ...]:
         """The best first: of equal ones those that read prompt and answer, the answer earlier, with less touched."""
         plan = self.plan
         return (-round(self.worst, 2), -len(plan.offsets), max(plan.offsets), plan.epsilon, self.benign)
@@ -100,7 +100,7 @@ class _Candidate:
     benign: dict[str, float] = field(default_factory=dict)
 
     @property
-    def order(self) -> tuple[float, ...]:
+    def order(self) -> tuple[float | int, ...]:
         return (round(self.asr, 2), -self.refused, self.alpha)
 
     def row(self) -> dict[str, Any]:

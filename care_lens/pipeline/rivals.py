@@ -26,7 +26,7 @@ def tuned(
     modalities: Sequence[Modality],
     *,
     store: GenerationStore | None = None,
-) -> tuple[Repair, dict[str, float]]:
+) -> tuple[Repair, dict[str, float | int]]:
     """`care_lens.evaluation.tune_defence` with the settings of a run, on the validation split of a study.
 
     Args:
