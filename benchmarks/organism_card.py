@@ -27,7 +27,7 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.mediation import ablate
 from care_lens.organism import OrganismJudge, channels
 from care_lens.organism.channels import CHANNELS, examples
-from care_lens.pipeline.learn import token_rows
+from care_lens.repair import token_rows
 
 log = logging.getLogger("organism_card")
 MAX_NEW_TOKENS = 14
