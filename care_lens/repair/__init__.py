@@ -1,10 +1,13 @@
 """Repair: corrections that read, gate and write, and their fusion into a defence that is put on a model."""
 
 from care_lens.core.arguments import checked
+from care_lens.repair.attach import Attachment, attach
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import (
+    AttachError,
+    BakeError,
     KindError,
     RepairError,
     RepairFileError,
@@ -22,6 +25,9 @@ from care_lens.repair.writer import Writer
 
 __all__ = [
     "AlwaysOpen",
+    "AttachError",
+    "Attachment",
+    "BakeError",
     "ConformalGate",
     "Correction",
     "EnergyReader",
@@ -42,6 +48,7 @@ __all__ = [
     "TooFewCalibration",
     "TooFewCalibrationError",
     "Writer",
+    "attach",
     "load_repair",
     "random_control",
     "read_scores",

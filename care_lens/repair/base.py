@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.repair.attach import Attachment, attach
 
 HookPair = tuple[str, Callable[..., Any]]
 """A TransformerLens hook: the name of a hook point, and ``fn(activation, hook)``."""
@@ -63,6 +66,26 @@ class HookRepair(ABC):
         self.check(lvlm)
         with lvlm.hooks_for_each_batch(self.fwd_hooks):
             yield lvlm
+
+    def attach(self, model: nn.Module, processor: Any, *, every_thread: bool = False) -> Attachment:
+        """Put it on a plain Hugging Face model, by plain torch hooks; see :func:`care_lens.repair.attach`.
+
+        Args:
+            model: The model.
+            processor: Its processor.
+            every_thread: Whether it acts whichever thread runs the model.
+
+        Returns:
+            A handle with ``remove()``, which is also a context manager.
+
+        Raises:
+            ValueError: If the model does not fit, or a site cannot be hooked there; the message says why.
+
+        Example:
+            >>> with repair.attach(model, processor):  # doctest: +SKIP
+            ...     model.generate(**processor(text=text, images=picture, return_tensors="pt"))
+        """
+        return attach(self, model, processor, every_thread=every_thread)
 
 
 class NoRepair(HookRepair):

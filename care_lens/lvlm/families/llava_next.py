@@ -21,7 +21,16 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion, Tile
-from care_lens.lvlm.families.llava import DECODER, ENCODER, OUTSIDE, class_tokens, projector_width, vision_depth
+from care_lens.lvlm.families.llava import (
+    DECODER,
+    ENCODER,
+    OUTSIDE,
+    PLAIN_DECODER,
+    PLAIN_OUTSIDE,
+    class_tokens,
+    projector_width,
+    vision_depth,
+)
 
 DROPPED = (
     "[tile, patch, d] before crops are joined: patches that show padding alone are dropped after it, so edits of those "
@@ -188,6 +197,7 @@ def tiles(about: Pictured) -> int:
 
 _SCALED_DECODER = replace(
     DECODER,
+    plain=replace(PLAIN_DECODER, out={}),
     points={name: at for name, at in DECODER.points.items() if name not in ("hook_attn_out", "hook_mlp_out")},
     scales=("residual_multiplier", "residual_multiplier"),
 )
@@ -210,6 +220,7 @@ LLAVA_NEXT = Family(
     class_tokens=class_tokens,
     entries=tiles,
     extra_inputs=("image_sizes",),
+    plain_outside=PLAIN_OUTSIDE,
     variant=_variant,
     notes={"projector.hook_out": DROPPED},
 )
