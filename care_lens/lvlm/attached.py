@@ -16,7 +16,7 @@ from care_lens.core.site import Site, SiteLike
 from care_lens.lvlm.doors import Doors
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
-from care_lens.lvlm.hooked import HookedLVLM
+from care_lens.lvlm.hooked import ATTACHED, HookedLVLM
 from care_lens.lvlm.inputs import LVLMInputs
 from care_lens.lvlm.modules import PlainPoints
 from care_lens.lvlm.plain import refuse_copies
@@ -41,6 +41,8 @@ class AttachedLVLM(HookedLVLM):
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.users = 0
         super().__init__(PlainPoints(model, family_of(model)), processor)
+        model.__dict__[ATTACHED] = True
+        self._seams.on_remove(lambda: model.__dict__.pop(ATTACHED, None))
 
     def _installed(self) -> Seams:
         return self.bridge.seams

@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from care_lens.core.identity import held_fingerprint
 from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair import store
@@ -144,7 +145,12 @@ class HybridFusion(HookRepair):
         """
         if self.model is not None and self.match != "width":
             try:
-                self.model.require(ModelIdentity.from_model(lvlm.hf_model), self.match)
+                found = ModelIdentity.from_model(lvlm.hf_model)
+                if self.model.fingerprint not in (None, found.fingerprint):
+                    # A repair of an earlier version may hold the digest of the model as a bridge had it.
+                    held = held_fingerprint(lvlm.hf_model)
+                    found = dataclasses.replace(found, fingerprint=held) if self.model.fingerprint == held else found
+                self.model.require(found, self.match)
             except SubspaceMismatchError as error:
                 raise RepairMismatchError(f"this repair was made for another model: {error}") from None
         for correction in self.corrections:

@@ -86,7 +86,12 @@ INTERNVL = Family(
         scales=("lambda_1", "lambda_2"),
         plain=PlainTower(
             blocks="model.vision_tower.encoder.layer",
-            points={**BLOCK, "attn.hook_z": ("attention.projection_layer", "in"), "mlp.hook_post": ("mlp.fc2", "in")},
+            points={
+                **BLOCK,
+                "hook_attn_out": ("attention", "out"),
+                "attn.hook_z": ("attention.projection_layer", "in"),
+                "mlp.hook_post": ("mlp.fc2", "in"),
+            },
             mid_norm="layernorm_after",
             attn="attention",
         ),
