@@ -2,6 +2,7 @@
 
 from care_lens.core.arguments import checked
 from care_lens.repair.attach import Attachment, attach
+from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
@@ -17,6 +18,7 @@ from care_lens.repair.errors import (
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
 from care_lens.repair.kinds import register_kind
+from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.positions import Positions
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
 from care_lens.repair.reading import read_scores
@@ -27,6 +29,7 @@ __all__ = [
     "AlwaysOpen",
     "AttachError",
     "Attachment",
+    "BakeCertificate",
     "BakeError",
     "ConformalGate",
     "Correction",
@@ -36,6 +39,7 @@ __all__ = [
     "HookRepair",
     "HybridFusion",
     "KindError",
+    "LinearPart",
     "LinearReader",
     "MaxReader",
     "NoRepair",
@@ -49,6 +53,8 @@ __all__ = [
     "TooFewCalibrationError",
     "Writer",
     "attach",
+    "bake",
+    "linear_part",
     "load_repair",
     "random_control",
     "read_scores",

@@ -39,6 +39,7 @@ from care_lens.repair.errors import RepairError, RepairMismatchError
 from care_lens.repair.fuse import GatedWriter, fused_edit
 from care_lens.repair.gate import Gate, openness
 from care_lens.repair.kinds import register_kind
+from care_lens.repair.linear import LinearPart, fusion_parts
 from care_lens.repair.placed import compute_dtype
 from care_lens.repair.positions import BatchView, Positions, check_positions
 from care_lens.repair.reader import Reader
@@ -214,6 +215,10 @@ class HybridFusion(HookRepair):
                 opened = opened - openness(correction.gate, readings.score_before(correction.reader))
             acting = acting * opened.to(acting)
         return GatedWriter(correction.writer, acting)
+
+    def linear_parts(self) -> list[LinearPart]:
+        """What of it is one affine map of every token, by site; and each correction that is not, with the reason."""
+        return fusion_parts(self.visual, self.textual, rule=self.rule, weights=self.weights, scope=self.scope)
 
     def describe(self) -> dict[str, Any]:
         """Its settings as JSON-able values; tensors by shape and norm."""

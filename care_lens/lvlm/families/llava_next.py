@@ -25,7 +25,6 @@ from care_lens.lvlm.families.llava import (
     DECODER,
     ENCODER,
     OUTSIDE,
-    PLAIN_DECODER,
     PLAIN_OUTSIDE,
     class_tokens,
     projector_width,
@@ -197,7 +196,6 @@ def tiles(about: Pictured) -> int:
 
 _SCALED_DECODER = replace(
     DECODER,
-    plain=replace(PLAIN_DECODER, out={}),
     points={name: at for name, at in DECODER.points.items() if name not in ("hook_attn_out", "hook_mlp_out")},
     scales=("residual_multiplier", "residual_multiplier"),
 )
