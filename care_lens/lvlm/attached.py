@@ -7,7 +7,6 @@ to a model shares one AttachedLVLM with all others, and with the last of them it
 
 import threading
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -25,7 +24,6 @@ from care_lens.lvlm.wrapped import require_processor
 
 _COPYING = "remove the repair first (handle.remove(), or leave the `with` block), copy the model, and attach the repair to the copy"
 _lock = threading.RLock()
-_attached: "WeakKeyDictionary[nn.Module, AttachedLVLM]" = WeakKeyDictionary()
 
 
 class AttachedLVLM(HookedLVLM):
@@ -36,12 +34,15 @@ class AttachedLVLM(HookedLVLM):
     Attributes:
         bridge: The hook points; no TransformerBridge.
         users: How many have acquired it and not yet released it.
+        held: What must live as long as it is on the model, whether or not anyone else keeps it.
     """
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.users = 0
+        self.held: set[Any] = set()
         super().__init__(PlainPoints(model, family_of(model)), processor)
-        model.__dict__[ATTACHED] = True
+        # On the model itself, not in a table beside it, so that a model that is dropped with a repair attached is freed.
+        model.__dict__[ATTACHED] = self
         self._seams.on_remove(lambda: model.__dict__.pop(ATTACHED, None))
 
     def _installed(self) -> Seams:
@@ -105,11 +106,10 @@ def acquire(model: nn.Module, processor: Any) -> AttachedLVLM:
         HookError: If the model is in a bridge, compiled, or laid out in another way than its family says.
     """
     with _lock:
-        found = _attached.get(model)
+        found = model.__dict__.get(ATTACHED)
         if found is None:
             _require_plain(model)
             found = AttachedLVLM(model, processor)
-            _attached[model] = found
         else:
             require_processor(model, processor, found.family)
         found.users += 1
@@ -121,7 +121,6 @@ def release(lvlm: AttachedLVLM) -> None:
     with _lock:
         lvlm.users -= 1
         if not lvlm.users:
-            _attached.pop(lvlm.hf_model, None)
             lvlm.close()
 
 

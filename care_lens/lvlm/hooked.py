@@ -47,7 +47,7 @@ __all__ = ["REFUSED", "HookedLVLM"]
 
 
 ATTACHED = "_care_lens_attached"
-"""Set on a plain model while repairs are attached to it."""
+"""Where a plain model holds what is attached to it."""
 
 
 def _count(logits_to_keep: Any, inputs: LVLMInputs) -> int:

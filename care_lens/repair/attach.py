@@ -49,6 +49,7 @@ class Attachment:
         """Take this repair off the model; others stay. Removing twice does nothing."""
         undo, self._undo = self._undo, None
         if undo is not None:
+            self.lvlm.held.discard(self)
             undo.close()
 
     def carry(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,4 +104,6 @@ def attach(repair: Repair, model: nn.Module, processor: Any, *, every_thread: bo
                 f"a defence must act through hooks to be attached, got {repair.name}, which has none: it rewrites requests, and a call of "
                 "the model holds tokens; give the model what defence.examples(examples) returns"
             )
-        return Attachment(lvlm, stack.pop_all())
+        made = Attachment(lvlm, stack.pop_all())
+        lvlm.held.add(made)  # a repair whose handle nobody keeps stays on
+        return made

@@ -1,8 +1,10 @@
 """A repair on a plain model against the same repair on a bridge, in every family; and what comes and goes with it."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -211,6 +213,23 @@ def test_a_handle_removes_its_own_in_any_order(plain, batch):
     different = [bare, only_first, together, only_second]
     assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
     assert isinstance(tokens(), list) and hooks_on(model) == untouched
+
+
+def test_a_repair_stays_without_its_handle_and_goes_with_its_model(llava_maker, plain, batch):
+    model, processor = plain
+    repair = make_repair(model.config.text_config.hidden_size)
+    with torch.no_grad():
+        with repair.attach(model, processor):
+            expected = model(**batch).logits
+        repair.attach(model, processor)
+        gc.collect()
+        assert torch.equal(model(**batch).logits, expected)
+    other, its_processor = llava_maker("siglip")
+    repair.attach(other, its_processor)
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
 
 
 def test_after_exceptions_nothing_remains(plain, batch):
