@@ -6,11 +6,15 @@ with repair.on(lvlm):
 """
 
 from care_lens.core.arguments import checked
+from care_lens.repair.attach import Attachment, attach
+from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import (
+    AttachError,
+    BakeError,
     KindError,
     RepairError,
     RepairFileError,
@@ -30,6 +34,7 @@ from care_lens.repair.learning import (
     reader_plans,
     refusal_writer,
 )
+from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.method import learn_repair
 from care_lens.repair.positions import Positions
 from care_lens.repair.printed import printed_form, printed_subspaces
@@ -42,6 +47,10 @@ from care_lens.repair.writer import Writer
 
 __all__ = [
     "AlwaysOpen",
+    "AttachError",
+    "Attachment",
+    "BakeCertificate",
+    "BakeError",
     "ConformalGate",
     "Correction",
     "EnergyReader",
@@ -52,6 +61,7 @@ __all__ = [
     "HookRepair",
     "HybridFusion",
     "KindError",
+    "LinearPart",
     "LinearReader",
     "MaxReader",
     "NoRepair",
@@ -69,11 +79,14 @@ __all__ = [
     "TooFewCalibrationError",
     "Writer",
     "assemble",
+    "attach",
+    "bake",
     "captured_scores",
     "fit_reader_subspace",
     "fit_rows",
     "halves",
     "learn_repair",
+    "linear_part",
     "load_repair",
     "printed_form",
     "printed_subspaces",

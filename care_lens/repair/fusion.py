@@ -32,6 +32,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from care_lens.core.identity import held_fingerprint
 from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair import store
@@ -42,6 +43,7 @@ from care_lens.repair.errors import RepairError, RepairMismatchError
 from care_lens.repair.fuse import GatedWriter, fused_edit
 from care_lens.repair.gate import Gate, openness
 from care_lens.repair.kinds import register_kind
+from care_lens.repair.linear import LinearPart, fusion_parts
 from care_lens.repair.placed import compute_dtype
 from care_lens.repair.positions import BatchView, Positions, check_positions
 from care_lens.repair.reader import Reader
@@ -174,7 +176,12 @@ class HybridFusion(HookRepair):
         """
         if self.model is not None and self.match != "width":
             try:
-                self.model.require(ModelIdentity.from_model(lvlm.hf_model), self.match)
+                found = ModelIdentity.from_model(lvlm.hf_model)
+                if self.model.fingerprint not in (None, found.fingerprint):
+                    # A repair of an earlier version may hold the digest of the model as a bridge had it.
+                    held = held_fingerprint(lvlm.hf_model)
+                    found = dataclasses.replace(found, fingerprint=held) if self.model.fingerprint == held else found
+                self.model.require(found, self.match)
             except SubspaceMismatchError as error:
                 raise RepairMismatchError(f"this repair was made for another model: {error}") from None
         for correction in self.corrections:
@@ -280,6 +287,10 @@ class HybridFusion(HookRepair):
                 opened = opened - openness(correction.gate, readings.score_before(correction.reader))
             acting = acting * opened.to(acting)
         return GatedWriter(correction.writer, acting)
+
+    def linear_parts(self) -> list[LinearPart]:
+        """What of it is one affine map of every token, by site; and each correction that is not, with the reason."""
+        return fusion_parts(self.visual, self.textual, rule=self.rule, weights=self.weights, scope=self.scope)
 
     def describe(self) -> dict[str, Any]:
         """Its settings as JSON-able values; tensors by shape and norm."""
