@@ -162,6 +162,8 @@ def write_report(run: Run, out: str | Path) -> Path:
         for k, v in run.proof.tuned.items()
     )
     left_out = "".join(f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items())
+    measured = [metric for metric in ("agreement", "kl") if metric in set(table.frame["metric"])]
+    fidelity = table.to_html(metrics=measured) if measured else "<p>Not measured: there were no such prompts.</p>"
     quick = (
         ""
         if run.settings.limit is None
@@ -210,7 +212,7 @@ attack channels; right answers in per cent on the others.</p>
 <h3>Random writers: {run.settings.random_seeds} draws of equal rank and edit norm behind the same gates</h3>
 {run.proof.random.to_html(metrics=("asr",))}
 <h3>Gradient attack that sees the repair</h3>{adaptive}
-<h3>Semantic fidelity: at most {run.settings.fidelity} benign prompts a channel that the undefended model answers rightly</h3>{table.to_html(metrics=("agreement", "kl"))}
+<h3>Semantic fidelity: at most {run.settings.fidelity} benign prompts a channel that the undefended model answers rightly</h3>{fidelity}
 <h3>Over-refusal: benign prompts refused</h3>{table.to_html(metrics=("refusal",))}{left_out}
 <h2>Settings and provenance</h2>
 <pre>{html.escape(json.dumps({"settings": run.settings.to_dict(), **run.provenance}, indent=1))}</pre></body></html>"""

@@ -139,6 +139,7 @@ def run(
     @contextmanager
     def step(name: str) -> Iterator[None]:
         bar.set_description(name)
+        log.info("%s begins", name)
         start = time.monotonic()
         yield
         seconds[name] = round(time.monotonic() - start, 1)
