@@ -4,7 +4,7 @@
     python benchmarks/kill_run.py --kills 6 --tiny --json figures.json   # what the suite runs
 
 One process runs the four steps and the report, undisturbed, and notes how long each step takes and how often it writes to the disk.
-Another process, with another seed of Python's hashes, then starts the same run in another folder, kills it (SIGKILL) and starts it again,
+Another process, with another seed of Python's hashes (the same one with ``--tiny``), then starts the same run in another folder, kills it (SIGKILL) and starts it again,
 until it has been killed so often; at last it is left to finish. Each moment lies in a step that is drawn: after a random share of the time
 that the step takes, or at a random one of its writes, of which a part is lost. A start that is past its step before its moment comes, since
 most of the step was done, is killed at that border. Both folders must then hold the same files, byte for byte; only locks, the notes of who held
@@ -207,17 +207,18 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
-def whole(out: Path, *, tiny: bool) -> None:
+def whole(runs: Runs, folder: Path) -> None:
     """The run that is left alone; the lengths of its steps are written beside its folder."""
-    _, lengths = Runs(tiny=tiny).start(out)
+    out = folder / "whole"
+    _, lengths = runs.start(out)
     held = {step: [length.seconds, length.writes] for step, length in lengths.items()}
     out.with_suffix(".lengths").write_text(json.dumps(held), encoding="utf-8")
 
 
-def killed(out: Path, beside: Path, *, kills: int, seed: int, tiny: bool) -> None:
+def killed(runs: Runs, folder: Path, *, kills: int, seed: int) -> None:
     """The run that is killed; where it was is written beside its folder."""
-    held = json.loads(beside.with_suffix(".lengths").read_text(encoding="utf-8"))
-    runs, by_step = Runs(tiny=tiny), Counter[str]()
+    held = json.loads((folder / "whole.lengths").read_text(encoding="utf-8"))
+    out, by_step = folder / "killed", Counter[str]()
     for moment in moments(kills, seed, {step: Length(*length) for step, length in held.items()}):
         by_step[moment.step] += runs.start(out, moment)[0]
     runs.start(out)
@@ -227,7 +228,7 @@ def killed(out: Path, beside: Path, *, kills: int, seed: int, tiny: bool) -> Non
 def _part(name: str, folder: Path, options: argparse.Namespace, hashes: int) -> None:
     """One of the two, in a process of its own."""
     command = [sys.executable, __file__, "--part", name, "--folder", str(folder)]
-    command += ["--kills", str(options.kills), "--seed", str(options.seed), *(["--tiny"] if options.tiny else [])]
+    command += ["--kills", str(options.kills), "--seed", str(options.seed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(hashes)}
     subprocess.run(command, env=environment, check=True)
 
@@ -235,9 +236,13 @@ def _part(name: str, folder: Path, options: argparse.Namespace, hashes: int) -> 
 def compare(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     """Run, kill, compare."""
     began = time.monotonic()
-    _part("whole", folder, options, 1)
-    alone = time.monotonic() - began
-    _part("killed", folder, options, 2)
+    if options.tiny:
+        runs = Runs(tiny=True)
+        whole(runs, folder)
+        killed(runs, folder, kills=options.kills, seed=options.seed)
+    else:
+        _part("whole", folder, options, 1)
+        _part("killed", folder, options, 2)
     one, other = files(folder / "whole"), files(folder / "killed")
     by_step = json.loads((folder / "killed.kills").read_text(encoding="utf-8"))
     return {
@@ -245,7 +250,6 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, object]:
         "by step": by_step,
         "files": len(one),
         "differ": sorted(name for name in {*one, *other} if one.get(name) != other.get(name)),
-        "seconds alone": round(alone),
         "seconds": round(time.monotonic() - began),
         "lengths": json.loads((folder / "whole.lengths").read_text(encoding="utf-8")),
     }
@@ -262,11 +266,10 @@ def main() -> int:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part == "whole":
-        whole(options.folder / "whole", tiny=options.tiny)
+        whole(Runs(tiny=False), options.folder)
         return 0
     if options.part == "killed":
-        folder: Path = options.folder
-        killed(folder / "killed", folder / "whole", kills=options.kills, seed=options.seed, tiny=options.tiny)
+        killed(Runs(tiny=False), options.folder, kills=options.kills, seed=options.seed)
         return 0
     with tempfile.TemporaryDirectory() as made:
         found = compare(options.folder or Path(made), options)

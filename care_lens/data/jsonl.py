@@ -14,11 +14,11 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
-from care_lens.core.conversation import ExampleError, Turn
+from care_lens.core.conversation import ExampleError, Role, Turn
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.files import write_whole
@@ -208,6 +208,10 @@ def _turns(found: Any, where: str, folder: Path) -> tuple[Turn, ...]:
         for key in ("role", "text"):
             if not isinstance(turn.get(key), str):
                 raise DataFileError(f"{here}: {key} must be a text, got {_shown(turn.get(key))}; write it in quotes")
+        if turn["role"] not in get_args(Role):
+            raise DataFileError(
+                f"{here}: role must be one of {list(get_args(Role))}, got {_shown(turn['role'])}; a system prompt is the key system"
+            )
         turns.append(Turn(turn["role"], turn["text"], tuple(_pictures(turn.get("image"), here, folder))))
     return tuple(turns)
 

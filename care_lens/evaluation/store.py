@@ -68,10 +68,6 @@ class StoredAnswer:
     turns: tuple[tuple[Role, str], ...] = ()
     prefill: str | None = None
 
-    def __post_init__(self) -> None:
-        # Lists, as they come out of the file, are no other answer.
-        object.__setattr__(self, "turns", tuple((role, text) for role, text in self.turns))
-
     @property
     def key(self) -> Key:
         """What makes two answers answers to the same question, under the same conditions."""
@@ -172,8 +168,13 @@ class GenerationStore:
             if kind == "settings":
                 self._settings[held["digest"]] = held["value"]
             else:
-                answer = StoredAnswer(**held)
+                answer = _answer(held)
                 self._answers[answer.key] = answer
+
+
+def _answer(row: Row) -> StoredAnswer:
+    """An answer of its row, whose turns are lists in the file."""
+    return StoredAnswer(**{**row, "turns": tuple((role, text) for role, text in row.get("turns", ()))})
 
 
 def _older(content: bytes) -> list[Row] | None:
@@ -191,7 +192,7 @@ def _older(content: bytes) -> list[Row] | None:
         try:
             row = json.loads(line)
             if row["kind"] != "settings":
-                StoredAnswer(**{name: value for name, value in row.items() if name != "kind"})
+                _answer({name: value for name, value in row.items() if name != "kind"})
             elif {*row} != {"kind", "digest", "value"}:
                 raise ValueError("settings have a digest and a value")
         except (ValueError, TypeError, KeyError) as error:

@@ -38,7 +38,7 @@ EXAMPLES = st.lists(
         prefill=st.none() | TEXT,
         turns=st.lists(
             st.builds(Turn, st.sampled_from(["user", "assistant"]), TEXT, st.just(()) | st.tuples(PICTURE)), max_size=2
-        ),
+        ).map(tuple),
     ),
     max_size=5,
     unique_by=lambda e: e["id"],

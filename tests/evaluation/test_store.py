@@ -48,14 +48,14 @@ def test_what_is_added_is_read_again(tmp_path):
     assert list(again.to_dataframe()["id"]) == ["a", "b", "c"]
 
 
-def test_a_stored_answer_knows_all_that_was_asked(tmp_path, picture):
+def test_a_stored_answer_knows_all_that_was_asked(lvlm, tmp_path, picture):
     """Every field of an example but its pictures comes back, also out of the file."""
     turns = (Turn("user", f"this {PICTURE} is", (picture(0),)), Turn("assistant", "red"))
     example = Example(
         f"and {PICTURE}?", image=picture(1), response="blue", harmful=True, channel="plain", id="a", group="g",
         meta={"k": "v"}, behaviour="name colours", system="be brief", turns=turns, prefill="it",
     )  # fmt: skip
-    run = _Run(None, None, "none", "s", {}, None, 0)  # type: ignore[arg-type]  # what it takes from an example needs no model
+    run = _Run(lvlm, None, "none", "s", {}, None, 0)
     stored = replace(run.blank(example), response="it is blue", missing="")
     path = tmp_path / "answers.jsonl"
     GenerationStore(path).add([stored])
