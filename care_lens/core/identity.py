@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from care_lens.core.content import held_digest
-from care_lens.core.digests import content_digest, examples_digest, picture_bytes, some_values
+from care_lens.core.digests import content_digest, examples_digest, held_digest, picture_bytes, some_values
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
 
@@ -82,7 +81,7 @@ def repair_fingerprint(repair: Repair) -> str:
     """A digest of a repair's description, of every number in its tensors and of every setting, nested ones included.
 
     Descriptions may give tensors by their norms alone, and two projectors of one rank have the same. So all that the
-    repair holds counts, see :func:`care_lens.core.content.held_digest`; a repair that keeps a cache in an attribute changes
+    repair holds counts, see :func:`care_lens.core.digests.held_digest`; a repair that keeps a cache in an attribute changes
     its fingerprint as it fills.
     """
     return digest([repair.describe(), held_digest(repair)])
