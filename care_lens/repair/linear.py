@@ -95,7 +95,7 @@ def fusion_parts(
             continue
         sides = [[c for _, side, c in here if side == wanted] for wanted in ("visual", "textual")]
         # A modality that is alone at a site has all the weight there.
-        acting = "sequential" if rule == "adaptive" else rule
+        acting = "sequential" if rule in ("adaptive", "joint") else rule
         parts.append(
             LinearPart(name=" and ".join(reasons), site=site, edit=_fused(*sides, rule=acting, weights=weights))
         )
@@ -113,6 +113,8 @@ def _why_not(correction: Correction, *, rule: str, scope: Positions, both: bool)
         return "it acts only on the token at which its gate opens (pulse)"
     if correction.reader is not None and not isinstance(correction.gate, AlwaysOpen):
         return f"it is gated ({type(correction.gate).__name__}): it opens on what is read, and weights do not read"
+    if rule == "joint" and both:
+        return "the rule 'joint' sends each token to the target of its own modality, and weights do not know which a token is"
     if rule == "adaptive" and both:
         return "the rule 'adaptive' weighs visual and textual edits by their norms at each token, which is not linear"
     return ""
@@ -124,6 +126,6 @@ def _fused(
     def edit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         opened = torch.ones(1, len(rows), dtype=rows.dtype, device=rows.device)
         sides = [[GatedWriter(c.writer, opened) for c in side] for side in (visual, textual)]
-        return fused_edit(rows[None], *sides, rule=rule, weights=weights)[0]
+        return fused_edit(rows[None], *sides, rule=rule, weights=weights).edit[0]
 
     return edit
