@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from care_lens.core import FrameResult
 from care_lens.core.errors import ArtifactError
@@ -21,7 +21,8 @@ AnyResult = TypeVar("AnyResult", bound=FrameResult)
 _KIND, _RECORD = "settings of a run", "record of a run"
 
 
-class Kept(Protocol):
+@runtime_checkable
+class Kept(Repair, Protocol):
     """A defence that can be saved, whose class loads it."""
 
     def save(self, directory: Path) -> object:
