@@ -201,8 +201,9 @@ def ablate(
         bar.update((len(cells) - len(todo)) * len(starts))
         for cell in todo:
             texts: list[str] = []
-            drawn_from = isinstance(cell, Site) and mode == "resample"
-            bank = _bank(lvlm, cell, reference, batch_size, seed) if drawn_from else None
+            bank = None
+            if isinstance(cell, Site) and mode == "resample":
+                bank = _bank(lvlm, cell, reference, batch_size, seed)
             for start in starts:
                 inputs = lvlm.prepare(examples[start : start + batch_size])
                 hooks: list[tuple[Site, Callable[..., Any]]] = []

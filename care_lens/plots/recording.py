@@ -1,6 +1,7 @@
 """What a repair did to the tokens of one row."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,11 +35,10 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
     tokens = frame.groupby("position")
     for panel, (_, columns) in enumerate(_LINES, start=1):
         for i, (column, name) in enumerate(columns):
-            if panel == 1:
-                values = tokens[column].max()
-            else:
-                acting = frame[frame.edit_norm > 0].groupby("position")[column].mean()
-                values = acting.reindex(sorted(frame.position.unique()))
+            values: pd.Series = tokens[column].max()  # type: ignore[assignment]
+            if panel == 2:
+                acting: pd.Series = frame[frame.edit_norm > 0].groupby("position")[column].mean()  # type: ignore[assignment]
+                values = acting.reindex(values.index)
             figure.add_trace(
                 go.Scatter(
                     x=values.index,
@@ -62,17 +62,17 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
             col=1,
         )
     image = frame[frame.span == "image"].position
+    shade: dict[str, Any] = {"fillcolor": theme.GRID, "opacity": 0.5, "line_width": 0, "layer": "below"}
     for panel in (1, 2, 3):
         if len(image):
-            figure.add_vrect(
-                x0=image.min() - 0.5, x1=image.max() + 0.5, fillcolor=theme.GRID, opacity=0.5, line_width=0, layer="below", row=panel, col=1
-            )  # fmt: skip
+            place: dict[str, Any] = {"row": panel, "col": 1}
+            figure.add_vrect(x0=image.min() - 0.5, x1=image.max() + 0.5, **shade, **place)
         figure.update_xaxes(title="position in the row" if panel == 3 else None, row=panel, col=1)
     norms = tokens.edit_norm.sum()
     for i, (grid, first) in enumerate(grids):
         shift = first - grid.start
-        values = np.array([norms.get(p + shift, np.nan) for p in grid.positions()]).reshape(grid.rows, grid.cols)
-        figure.add_trace(go.Heatmap(z=values, colorscale="Blues", zmin=0, showscale=i == 0), row=4 + i, col=1)
+        shown = np.array([norms.get(p + shift, np.nan) for p in grid.positions()]).reshape(grid.rows, grid.cols)
+        figure.add_trace(go.Heatmap(z=shown, colorscale="Blues", zmin=0, showscale=i == 0), row=4 + i, col=1)
         figure.update_yaxes(autorange="reversed", row=4 + i, col=1)
     figure.update_layout(template=theme.TEMPLATE, height=620 + 260 * len(grids), width=760, barmode="stack")
     return figure

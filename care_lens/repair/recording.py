@@ -68,9 +68,11 @@ class Recording:
                     number,
                     steps[site],
                     site,
-                    *(_largest(side, norm).float().cpu() for side in (visual, textual)),
-                    *(w.detach().masked_fill(~acts, 0.0).float().cpu() for w in (fused.visual, fused.textual)),
-                    norm.float().cpu(),
+                    gate_visual=_largest(visual, norm).float().cpu(),
+                    gate_textual=_largest(textual, norm).float().cpu(),
+                    weight_visual=fused.visual.detach().masked_fill(~acts, 0.0).float().cpu(),
+                    weight_textual=fused.textual.detach().masked_fill(~acts, 0.0).float().cpu(),
+                    edit_norm=norm.float().cpu(),
                 )
             )
 
@@ -132,7 +134,7 @@ class Recording:
         from care_lens.plots.recording import plot_recording
 
         frame = self.to_dataframe()
-        frame = frame[(frame.batch == batch) & (frame.row == row)]
+        frame = frame.loc[(frame.batch == batch) & (frame.row == row)]
         if frame.empty:
             raise RepairError(
                 f"batch and row must be of what was recorded, got batch {batch}, row {row} of {len(self._inputs)} batches; "
@@ -140,7 +142,7 @@ class Recording:
             )
         spans = self._inputs[batch].spans
         padding = int(spans.padding[row].long().argmin())  # columns before the row's first token
-        return plot_recording(frame, grids=[(grid, grid.start - padding) for grid in spans.grids[row]])
+        return plot_recording(pd.DataFrame(frame), grids=[(grid, grid.start - padding) for grid in spans.grids[row]])
 
 
 def _largest(side: Sequence[GatedWriter], like: Tensor) -> Tensor:
