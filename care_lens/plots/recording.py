@@ -11,10 +11,7 @@ from plotly.subplots import make_subplots
 from care_lens.core.spans import PatchGrid
 from care_lens.plots import theme
 
-_LINES = (
-    ("gate value", (("gate_visual", "visual"), ("gate_textual", "textual"))),
-    ("weight", (("weight_visual", "visual"), ("weight_textual", "textual"))),
-)
+_MODALITIES = ("visual", "textual")
 
 
 def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]] = ()) -> go.Figure:
@@ -33,8 +30,9 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
     titles += [f"norm of the edit over picture region {i + 1}" for i in range(len(grids))]
     figure = make_subplots(rows=3 + len(grids), cols=1, subplot_titles=titles, vertical_spacing=0.09)
     tokens = frame.groupby("position")
-    for panel, (_, columns) in enumerate(_LINES, start=1):
-        for i, (column, name) in enumerate(columns):
+    for panel, measure in enumerate(("gate", "weight"), start=1):
+        for i, name in enumerate(_MODALITIES):
+            column = f"{measure}_{name}"
             values: pd.Series = tokens[column].max()  # type: ignore[assignment]
             if panel == 2:
                 acting: pd.Series = frame[frame.edit_norm > 0].groupby("position")[column].mean()  # type: ignore[assignment]
