@@ -28,7 +28,7 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
     sites = list(dict.fromkeys(frame.site))
     titles = ["gate value (largest over sites)", "weight (mean over sites where it acts)", "norm of the edit"]
     titles += [f"norm of the edit over picture region {i + 1}" for i in range(len(grids))]
-    figure = make_subplots(rows=3 + len(grids), cols=1, subplot_titles=titles, vertical_spacing=0.09)
+    figure = make_subplots(rows=3 + len(grids), cols=1, subplot_titles=titles, vertical_spacing=0.4 / (3 + len(grids)))
     tokens = frame.groupby("position")
     for panel, measure in enumerate(("gate", "weight"), start=1):
         for i, name in enumerate(_MODALITIES):
@@ -65,12 +65,23 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
         if len(image):
             place: dict[str, Any] = {"row": panel, "col": 1}
             figure.add_vrect(x0=image.min() - 0.5, x1=image.max() + 0.5, **shade, **place)
-        figure.update_xaxes(title="position in the row" if panel == 3 else None, row=panel, col=1)
+        figure.update_xaxes(range=[-1, frame.position.max() + 1], row=panel, col=1)
+    figure.update_xaxes(title="position in the row", row=3, col=1)
     norms = tokens.edit_norm.sum()
     for i, (grid, first) in enumerate(grids):
         shift = first - grid.start
         shown = np.array([norms.get(p + shift, np.nan) for p in grid.positions()]).reshape(grid.rows, grid.cols)
-        figure.add_trace(go.Heatmap(z=shown, colorscale="Blues", zmin=0, showscale=i == 0), row=4 + i, col=1)
-        figure.update_yaxes(autorange="reversed", row=4 + i, col=1)
-    figure.update_layout(template=theme.TEMPLATE, height=620 + 260 * len(grids), width=760, barmode="stack")
+        scale: dict[str, Any] = {"colorscale": "Blues", "zmin": 0, "zmax": float(norms.max()) or 1.0}
+        figure.add_trace(go.Heatmap(z=shown, **scale, showscale=i == 0, colorbar=_bar(figure, 4 + i)), row=4 + i, col=1)
+        across = figure.get_subplot(4 + i, 1).xaxis.plotly_name.replace("axis", "")
+        square: dict[str, Any] = {"scaleanchor": across, "constrain": "domain", "autorange": "reversed"}
+        figure.update_yaxes(title="patch row", showgrid=False, **square, row=4 + i, col=1)
+        figure.update_xaxes(title="patch column", showgrid=False, constrain="domain", row=4 + i, col=1)
+    figure.update_layout(template=theme.TEMPLATE, height=660 + 300 * len(grids), width=760, barmode="stack")
     return figure
+
+
+def _bar(figure: go.Figure, row: int) -> dict[str, Any]:
+    """A colour bar as high as one panel, beside it."""
+    low, high = figure.get_subplot(row, 1).yaxis.domain
+    return {"y": (low + high) / 2, "len": high - low, "thickness": 14}
