@@ -73,8 +73,8 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
         shown = np.array([norms.get(p + shift, np.nan) for p in grid.positions()]).reshape(grid.rows, grid.cols)
         scale: dict[str, Any] = {"colorscale": "Blues", "zmin": 0, "zmax": float(norms.max()) or 1.0}
         figure.add_trace(go.Heatmap(z=shown, **scale, showscale=i == 0, colorbar=_bar(figure, 4 + i)), row=4 + i, col=1)
-        across = figure.get_subplot(4 + i, 1).xaxis.plotly_name.replace("axis", "")
-        square: dict[str, Any] = {"scaleanchor": across, "constrain": "domain", "autorange": "reversed"}
+        heat: Any = figure.data[-1]
+        square: dict[str, Any] = {"scaleanchor": heat.xaxis, "constrain": "domain", "autorange": "reversed"}
         figure.update_yaxes(title="patch row", showgrid=False, **square, row=4 + i, col=1)
         figure.update_xaxes(title="patch column", showgrid=False, constrain="domain", row=4 + i, col=1)
     figure.update_layout(template=theme.TEMPLATE, height=660 + 300 * len(grids), width=760, barmode="stack")
@@ -83,5 +83,6 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
 
 def _bar(figure: go.Figure, row: int) -> dict[str, Any]:
     """A colour bar as high as one panel, beside it."""
-    low, high = figure.get_subplot(row, 1).yaxis.domain
+    axis: Any = next(iter(figure.select_yaxes(row=row, col=1)))
+    low, high = axis.domain
     return {"y": (low + high) / 2, "len": high - low, "thickness": 14}
