@@ -22,7 +22,6 @@ answers came out alike.
 Source: Fu et al. 2026 (arXiv:2603.27240).
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,18 +46,17 @@ from care_lens.core import (
     paired_difference,
     require_verdicts,
 )
-from care_lens.core.draws import example_generator
-from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import DetailedResult, groups_of, site_columns, tidy
+from care_lens.mediation.resampling import bank_of, donors, resampled
+from care_lens.mediation.skipping import BLOCK, Blocks, left_out
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Mode = Literal["mean", "resample", "zero", "skip"]
 MODES: tuple[str, ...] = ("mean", "resample", "zero", "skip")
-BANK = 32
-"""Positions of each reference example that are kept to draw from."""
 WRITERS = ("hook_attn_out", "hook_mlp_out")
 """Components that write to the residual stream."""
 
@@ -78,30 +76,6 @@ COLUMNS = (
 )
 DETAIL_COLUMNS = ("tower", "layer", "component", "id", "group", "channel", "text", "verdict")
 _JUDGED = (Verdict.COMPLIED, Verdict.REFUSED, Verdict.OTHER)
-BLOCK = "block"
-"""A whole block as a component, for mode "skip"."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Consecutive blocks that are skipped together.
-
-    Attributes:
-        tower: "language" or "vision".
-        first, last: Layers of the first and the last of them.
-    """
-
-    tower: Tower
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"{self.tower} blocks {self.first} to {self.last}"
-
-    @property
-    def ends(self) -> tuple[Site, Site]:
-        """Where the residual stream comes in and where it goes out."""
-        return Site(self.tower, self.first, "hook_resid_pre"), Site(self.tower, self.last, "hook_resid_post")
 
 
 Cell = Site | Blocks | None
@@ -195,7 +169,7 @@ def ablate(
     todo = [cell for cell in cells if _key(cell) not in done]
     replaced = [site for site in todo if isinstance(site, Site)]
     means = _means(lvlm, replaced, reference, batch_size, progress) if mode == "mean" else {}
-    donors = _donors(examples, reference, seed) if mode == "resample" else []
+    chosen = donors(examples, reference, seed) if mode == "resample" else []
     starts = range(0, len(examples), batch_size)
     with tqdm(total=len(cells) * len(starts), desc="ablating", disable=not progress) as bar:
         bar.update((len(cells) - len(todo)) * len(starts))
@@ -203,12 +177,12 @@ def ablate(
             texts: list[str] = []
             bank = None
             if isinstance(cell, Site) and mode == "resample":
-                bank = _bank(lvlm, cell, reference, batch_size, seed)
+                bank = bank_of(lvlm, cell, reference, batch_size, seed)
             for start in starts:
                 inputs = lvlm.prepare(examples[start : start + batch_size])
                 hooks: list[tuple[Site, Callable[..., Any]]] = []
                 if isinstance(cell, Blocks):
-                    hooks = _left_out(cell)
+                    hooks = left_out(cell)
                 elif cell is not None:
                     hooks = [(cell, _replace(means.get(cell)))]
                 if isinstance(cell, Site) and bank is not None:
@@ -216,8 +190,8 @@ def ablate(
                     hooks = [
                         (
                             cell,
-                            _resample(
-                                bank, [donors[i] for i in batch], [examples[i] for i in batch], inputs, cell, seed
+                            resampled(
+                                bank, [chosen[i] for i in batch], [examples[i] for i in batch], inputs, cell, seed
                             ),
                         )
                     ]
@@ -274,20 +248,6 @@ def _sites(
     return cells
 
 
-def _left_out(blocks: Blocks) -> list[tuple[Site, Callable[..., Any]]]:
-    """Hooks that hand what comes into the first block on as what the last one gives."""
-    kept: list[Tensor] = []
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        kept[:] = [activation]
-
-    def give(activation: Tensor, hook: Any) -> Tensor:
-        return kept[0].to(activation.device).clone()
-
-    first, last = blocks.ends
-    return [(first, keep), (last, give)]
-
-
 def _key(cell: Cell) -> str:
     return BASELINE if cell is None else str(cell)
 
@@ -316,106 +276,6 @@ def _replace(mean: Tensor | None) -> Callable[..., Tensor]:
         if mean is None:
             return torch.zeros_like(activation)
         return mean.to(activation.device, activation.dtype).expand_as(activation).contiguous()
-
-    return replace_all
-
-
-def _donors(examples: Sequence[Example], reference: Sequence[Example], seed: int) -> list[int]:
-    """For each example the index of a reference example: of another group if there is one, else another, else any.
-
-    Each reference example gets a number from the seed and both; the smallest is taken, so that neither order nor other
-    examples have a part in it.
-    """
-    theirs = groups_of(reference)
-    names = [f"{other.id} {examples_digest([other])}" for other in reference]
-    out = []
-    for example, group in zip(examples, groups_of(examples), strict=True):
-        own = f"{seed} {example.id} {examples_digest([example])}"
-        away = [i for i, other in enumerate(theirs) if other != group]
-        away = away or [i for i, other in enumerate(reference) if other is not example] or list(range(len(reference)))
-        out.append(min(away, key=lambda i: hashlib.sha256(f"{own} {names[i]}".encode()).digest()))
-    return out
-
-
-def _bank(
-    lvlm: HookedLVLM, site: Site, reference: Sequence[Example], batch_size: int, seed: int
-) -> list[Tensor | None]:
-    """For each reference example [<= BANK, ...] activations at random positions; None for one without an image."""
-    if site.tower != "language":
-        pictured = [i for i, example in enumerate(reference) if example.image is not None]
-    else:
-        pictured = list(range(len(reference)))
-    bank: list[Tensor | None] = [None] * len(reference)
-    for start in range(0, len(pictured), batch_size):
-        some = pictured[start : start + batch_size]
-        inputs = lvlm.prepare([reference[i] for i in some])
-        with torch.no_grad():
-            _, cache = lvlm.run_with_cache(inputs, sites=[site], logits_to_keep=1)
-        held = cache[str(site)]
-        if site.tower == "language":
-            where, rows = inputs.spans.mask("all").to(held.device), range(len(some))
-        else:
-            where, rows = lvlm.patch_mask(site, held, class_tokens=True), inputs.image_rows
-        for entry, row in enumerate(rows):
-            tokens = held[entry][where[entry]]
-            if (before := bank[some[row]]) is not None:
-                tokens = torch.cat([before, tokens])  # another tile of the same example
-            generator = example_generator(seed, reference[some[row]], site)
-            drawn = torch.randperm(len(tokens), generator=generator)[:BANK]
-            bank[some[row]] = tokens[drawn.to(tokens.device)]
-    return bank
-
-
-class _Draws:
-    """The numbers that one row draws, a position after the other; drawn in blocks, so that how many are asked for at once
-    changes nothing."""
-
-    def __init__(self, high: int, generator: torch.Generator) -> None:
-        self._high, self._generator, self._left = high, generator, torch.empty(0, dtype=torch.long)
-
-    def take(self, count: int) -> Tensor:
-        while len(self._left) < count:
-            block = torch.randint(self._high, (256,), generator=self._generator)
-            self._left = torch.cat([self._left, block])
-        taken, self._left = self._left[:count], self._left[count:]
-        return taken
-
-
-def _resample(
-    bank: Sequence[Tensor | None],
-    donors: Sequence[int],
-    examples: Sequence[Example],
-    inputs: LVLMInputs,
-    site: Site,
-    seed: int,
-) -> Callable[..., Tensor]:
-    """A hook that puts random activations of one reference example at every position of a row, padding apart."""
-    filled = [i for i, part in enumerate(bank) if part is not None]
-    if not filled:
-        raise ValueError("reference must include an example with an image to resample the vision tower, got text alone")
-    rows = list(range(len(examples))) if site.tower == "language" else list(inputs.image_rows)
-    padding = inputs.spans.padding.sum(dim=1).tolist() if site.tower == "language" else [0] * len(examples)
-    parts: list[Tensor] = []
-    draws: list[_Draws] = []
-    for entry, row in enumerate(rows):
-        donor = donors[row] if bank[donors[row]] is not None else filled[donors[row] % len(filled)]
-        part = bank[donor]
-        assert part is not None
-        parts.append(part)
-        tile = entry - rows.index(row)
-        draws.append(_Draws(len(part), example_generator(seed, examples[row], site, tile)))
-    before = True
-
-    def replace_all(activation: Tensor, hook: Any) -> Tensor:
-        nonlocal before
-        drawn = []
-        for entry, (part, own) in enumerate(zip(parts, draws, strict=True)):
-            # Left padding, of the prompt alone, is what differs between batches: it takes no draws.
-            pad = padding[rows[entry]] if before else 0
-            index = torch.cat([torch.zeros(pad, dtype=torch.long), own.take(activation.shape[1] - pad)])
-            drawn.append(part[index.to(part.device)])
-        before = False
-        return torch.stack(drawn).to(activation.device, activation.dtype)
 
     return replace_all
 

@@ -131,37 +131,24 @@ def joint_edit(
     Args:
         activation: [batch, pos, d].
         visual: No or one visual writer, with its openness.
-        textual: No or one textual writer, of the same alpha.
+        textual: No or one textual writer, of the same alpha (:class:`~care_lens.repair.HybridFusion` refuses others).
         image: [batch, pos] which tokens are image tokens.
 
     Returns:
         [batch, pos, d] what to add.
-
-    Raises:
-        RepairError: If a modality has more than one writer at the site, or the two alphas differ.
     """
-    if len(visual) > 1 or len(textual) > 1:
-        raise RepairError(
-            f'rule="joint" takes one correction per modality at a site, got {len(visual)} visual and {len(textual)} textual; '
-            "fit one subspace of the rank you want"
-        )
     if not visual or not textual:
         return modality_edit(activation, [*visual, *textual])
-    (seen, open_v), (said, open_t) = visual[0], textual[0]
-    if seen.alpha != said.alpha:
-        raise RepairError(
-            f'rule="joint" is one projection and needs one alpha, got {seen.alpha} (visual) and {said.alpha} (textual)'
-        )
+    ((seen, open_v),), ((said, open_t),) = visual, textual
     both = torch.minimum(open_v, open_t)
-    wide = torch.float64 if torch.float64 in (seen.write.dtype, said.write.dtype) else activation.dtype
-    exact = activation.to(wide)
+    # A fit keeps float64 where float32 would lose too much of so oblique a projector.
+    exact = activation.double() if torch.float64 in (seen.write.dtype, said.write.dtype) else activation
     write, left = _joined(seen, said, like=exact)
     centred = torch.where(image[..., None], seen.centred(exact, "target"), said.centred(exact, "target"))
     together = (-(centred @ left) @ write.T).to(activation.dtype)
-    alpha = seen.alpha
 
     def part(opened: Tensor, delta: Tensor) -> Tensor:
-        return alpha * opened[..., None] * torch.where(opened[..., None] != 0, delta, 0.0)
+        return seen.alpha * opened[..., None] * torch.where(opened[..., None] != 0, delta, 0.0)
 
     return (
         part(both, together) + part(open_v - both, seen.delta(activation)) + part(open_t - both, said.delta(activation))

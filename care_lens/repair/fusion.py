@@ -7,7 +7,7 @@ combined per token:
 - "adaptive" (the paper's): ``h + w D_v + (1 - w) D_t`` with ``w = ||D_v|| / (||D_v|| + ||D_t||)`` of the
   gated edits at alpha = 1, so that strength and weight stay apart. The weights are a convex average: of two
   equal, orthogonal edits each is half applied. A modality whose gate is closed has weight 0, and the other
-  acts in full. With ``weighting="sample"`` the norms are taken over all of the row's prompt, and the one weight holds for its prompt and its
+  acts in full. With ``weighting="sample"`` the norms are taken over all of the row's prompt at the site, and the one weight holds for its prompt and its
   answer; where nothing of the prompt is edited, the answer's tokens have weights of their own.
 - "sequential": visual, then textual on the result.
 - "parallel": ``h + weights[0] D_v + weights[1] D_t``; the weights are fixed, whatever the gates do.
@@ -67,7 +67,7 @@ class HybridFusion(HookRepair):
         textual: Corrections of the textual modality.
         rule: "adaptive", "sequential", "parallel", "modality" or "joint".
         weights: Of visual and textual edits under "parallel".
-        weighting: Whether "adaptive" weighs the modalities for each token or once for each row.
+        weighting: Whether "adaptive" weighs the modalities for each token or once for each row (and site).
         scope: Which tokens are edited; a writer's own scope narrows it.
         name: Row of a defence table.
         provenance: What it came from, JSON-able: data, fit.

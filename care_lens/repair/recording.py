@@ -1,9 +1,10 @@
 """What a repair does, token by token: which gates are open, how the modalities are weighed, how large the edit is.
 
-with repair.recording(lvlm) as seen:
-    lvlm.generate(inputs)
-seen.to_dataframe()   # a row for each token and site
-seen.plot(row=0)      # the same as a figure
+    with repair.recording(lvlm) as seen:
+        lvlm.generate(inputs)
+    seen.to_dataframe()
+
+The frame has a row for each token and site; ``seen.plot(row=0)`` is the same as a figure.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from care_lens.core.site import Site
+from care_lens.core.spans import TokenSpans
 from care_lens.lvlm import LVLMInputs
 from care_lens.repair.errors import RepairError
 from care_lens.repair.fuse import Fused, GatedWriter
@@ -45,16 +47,16 @@ class Recording:
     """The record of a repair at work, one entry for each forward pass and site.
 
     Gate values are times scope: 0 where a token is out of the correction's reach, and the largest where several corrections of a modality
-    write at the site. Everything kept is on the CPU, a few numbers for each token; activations are not kept.
+    write at the site. Everything kept is on the CPU, a few numbers for each token; neither activations nor pictures are kept.
     """
 
     _passes: list[_Pass] = field(default_factory=list)
-    _inputs: list[LVLMInputs] = field(default_factory=list)
+    _spans: list[TokenSpans] = field(default_factory=list)
 
     def batch(self, inputs: LVLMInputs) -> Keep:
         """Begin a batch; what is returned takes its passes."""
-        number = len(self._inputs)
-        self._inputs.append(inputs)
+        number = len(self._spans)
+        self._spans.append(inputs.spans.to("cpu"))
         steps: dict[Site, int] = {}
 
         def keep(
@@ -91,8 +93,7 @@ class Recording:
         """
         rows: list[dict[str, object]] = []
         for one in self._passes:
-            inputs = self._inputs[one.batch]
-            spans = inputs.spans
+            spans = self._spans[one.batch]
             lengths = (~spans.padding).sum(dim=1).tolist()
             for row in range(one.edit_norm.shape[0]):
                 columns = (~spans.padding[row]).nonzero()[:, 0].tolist() if one.step == 0 else [0]
@@ -137,10 +138,10 @@ class Recording:
         frame = frame.loc[(frame.batch == batch) & (frame.row == row)]
         if frame.empty:
             raise RepairError(
-                f"batch and row must be of what was recorded, got batch {batch}, row {row} of {len(self._inputs)} batches; "
+                f"batch and row must be of what was recorded, got batch {batch}, row {row} of {len(self._spans)} batches; "
                 "run the model inside the block"
             )
-        spans = self._inputs[batch].spans
+        spans = self._spans[batch]
         padding = int(spans.padding[row].long().argmin())  # columns before the row's first token
         return plot_recording(pd.DataFrame(frame), grids=[(grid, grid.start - padding) for grid in spans.grids[row]])
 

@@ -1,4 +1,4 @@
-"""One weight for each row of a batch: the modalities' shares of the edits of its prompt."""
+"""One weight for each row of a batch and site: the modalities' shares of the edits of its prompt."""
 
 import torch
 from jaxtyping import Float

@@ -311,14 +311,14 @@ def test_resampling_is_that_of_the_seed(model, examples):
 
 
 def test_donors_are_of_another_group_where_there_is_one():
-    from care_lens.mediation.ablation import _donors
+    from care_lens.mediation.resampling import donors
 
     several = [Example("a", group="x"), Example("b", group="x"), Example("c", group="y")]
     for seed in range(10):
-        donors = _donors(several, several, seed)
-        assert donors[0] == donors[1] == 2 and donors[2] in (0, 1)
-        assert _donors(several[:2], several[:2], seed) == [1, 0]
-    assert _donors(several[:1], several[:1], 0) == [0]
+        found = donors(several, several, seed)
+        assert found[0] == found[1] == 2 and found[2] in (0, 1)
+        assert donors(several[:2], several[:2], seed) == [1, 0]
+    assert donors(several[:1], several[:1], 0) == [0]
 
 
 def test_resampling_the_vision_tower(model, examples):

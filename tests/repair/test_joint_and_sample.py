@@ -106,6 +106,54 @@ def test_the_row_weight_holds_for_generated_tokens(model, inputs):
     assert float(each.to_dataframe().groupby("row").weight_visual.std().min()) > 1e-3
 
 
+def test_an_answer_that_is_given_has_no_part_in_the_row_weight(model, examples):
+    answered = [dataclasses.replace(example, response="yes it is") for example in examples]
+    fusion = pair(weighting="sample")
+    with torch.no_grad():
+        with fusion.recording(model) as asked:
+            model(model.prepare(examples))
+        with fusion.recording(model) as told:
+            model(model.prepare(answered, responses=True))
+    before, after = (seen.to_dataframe().groupby("row").weight_visual.agg(["min", "max"]) for seen in (asked, told))
+    assert "generated" in set(told.to_dataframe().span)
+    assert (after["max"] - after["min"]).max() < 1e-6
+    assert after["max"].to_numpy() == pytest.approx(before["max"].to_numpy(), abs=1e-5)
+
+
+def test_rows_whose_prompt_is_not_edited_have_the_weights_of_their_tokens(model, inputs):
+    frames = []
+    for weighting in ("sample", "token"):
+        with pair(weighting=weighting, scope="generated").recording(model) as seen:
+            model.generate(inputs, max_new_tokens=4)
+        frames.append(seen.to_dataframe())
+    sample, token = frames
+    new = sample.span == "generated"
+    assert sample.edit_norm[new].min() > 0 and sample.edit_norm[~new].max() == 0
+    assert sample.weight_visual.to_numpy() == pytest.approx(token.weight_visual.to_numpy(), abs=1e-6)
+
+
+def test_positions_of_the_record_count_each_token_once(model, inputs):
+    with pair().recording(model) as seen:
+        new = model.generate(inputs, max_new_tokens=4, min_new_tokens=4).new_tokens
+    lengths = (~inputs.spans.padding).sum(dim=1)
+    for row, frame in seen.to_dataframe().groupby("row"):
+        asked = int(lengths[row])
+        steps = new.shape[1] - 1  # the last token is given to nobody
+        assert frame.position.tolist() == list(range(asked + steps))
+        assert frame.span.tolist()[asked:] == ["generated"] * steps
+
+
+def test_the_heat_map_shows_the_image_tokens(model, inputs):
+    with torch.no_grad(), pair().recording(model) as seen:
+        model(inputs)
+    frame = seen.to_dataframe()
+    row = int((inputs.spans.padding.sum(dim=1) * inputs.spans.image.any(dim=1)).argmax())
+    assert int(inputs.spans.padding[row].sum()) > 0  # what stands before the row must not shift the picture
+    shown = [trace.z for trace in seen.plot(row=row).data if trace.type == "heatmap"]
+    here = frame[(frame.row == row) & (frame.span == "image")].sort_values("position")
+    assert shown[0].flatten() == pytest.approx(here.edit_norm.to_numpy())
+
+
 def test_the_record_is_what_was_done_and_changes_nothing(model, inputs):
     gated = dataclasses.replace(pair().visual[0], reader=make_correction(seed=1, gate=SHUT).reader, gate=SHUT)
     fusion = HybridFusion(visual=(gated,), textual=(make_correction(seed=2),))
