@@ -37,8 +37,9 @@ SITES = ("blocks.7.hook_resid_post", "blocks.14.hook_mlp_out", "blocks.21.hook_r
 def make() -> tuple[LlavaForConditionalGeneration, Any]:
     """The stack and its processor."""
     little, processor = small()
+    own: Any = little.config
     text = Qwen2Config(
-        vocab_size=little.config.text_config.vocab_size,
+        vocab_size=own.text_config.vocab_size,
         hidden_size=WIDTH,
         intermediate_size=NEURONS,
         num_hidden_layers=1,
@@ -48,17 +49,17 @@ def make() -> tuple[LlavaForConditionalGeneration, Any]:
         eos_token_id=1,
         bos_token_id=None,
     )
-    config = LlavaConfig(
-        vision_config=little.config.vision_config,
+    config: Any = LlavaConfig(
+        vision_config=own.vision_config,
         text_config=text,
-        image_token_index=little.config.image_token_id,
+        image_token_index=own.image_token_id,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()
     tower: Any = model.model.language_model
-    tower.config.num_hidden_layers = model.config.text_config.num_hidden_layers = BLOCKS
+    config.text_config.num_hidden_layers = tower.config.num_hidden_layers = BLOCKS
     tower.config.layer_types = ["full_attention"] * BLOCKS
     shared = tower.layers[0].state_dict(keep_vars=True)
     for layer in range(1, BLOCKS):
