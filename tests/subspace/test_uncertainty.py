@@ -51,7 +51,7 @@ def test_intervals_of_eigenvalues_cover_the_truth():
     for seed in range(studies):
         benign, malicious, _ = planted(120, 120, 3, planted=1, spread=4.0, seed=seed)
         fitted = SafetySubspace.fit(benign, malicious, rank=1, contrast="covariance", shrinkage=0.0)
-        result = fitted.uncertainty(benign, malicious, n_boot=60, n_halves=1, confidence=0.9, seed=seed)
+        result = fitted.uncertainty(benign, malicious, n_boot=40, n_halves=1, confidence=0.9, seed=seed)
         first = result.of("eigenvalue").iloc[0]
         covered += first["ci_low"] <= 16 <= first["ci_high"]
     assert covered >= least
