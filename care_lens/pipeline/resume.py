@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from care_lens.core import FrameResult
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import in_use, load_artifact, packed, save_artifact, swept, unpacked
 from care_lens.core.identity import digest, repair_fingerprint
 from care_lens.core.journal import differing
+from care_lens.core.outcome import Repair
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,9 @@ AnyResult = TypeVar("AnyResult", bound=FrameResult)
 _KIND, _RECORD = "settings of a run", "record of a run"
 
 
-class Kept(Protocol):
-    """A defence that can be saved, whose class loads it."""
+@runtime_checkable
+class Kept(Repair, Protocol):
+    """A defence that can be saved, and that its class can load."""
 
     def save(self, directory: Path) -> object:
         """Write its files into a folder."""

@@ -77,7 +77,12 @@ def figure_html(figure: go.Figure, *, include_plotlyjs: bool | str, full_html: b
         name: What tells it from the other figures of a page.
     """
     made = hashlib.sha256(f"{name}\n{figure.to_json()}".encode()).hexdigest()
-    return pio.to_html(figure, include_plotlyjs=include_plotlyjs, full_html=full_html, div_id=f"figure-{made[:16]}")
+    return pio.to_html(
+        figure,
+        include_plotlyjs=include_plotlyjs,  # type: ignore[arg-type]  # texts too, whatever plotly's annotation says
+        full_html=full_html,
+        div_id=f"figure-{made[:16]}",
+    )
 
 
 def _write_script(path: Path) -> None:
