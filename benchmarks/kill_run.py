@@ -103,8 +103,8 @@ class Runs:
         study = organism.study()
         self._study, self._settings = (small(study), TINY) if tiny else (study, SETTINGS)
 
-    def start(self, out: Path, moment: Moment | None = None) -> tuple[bool, dict[str, Length]]:
-        """One start of the run in a folder: whether it was killed, and the lengths of the steps that it came to."""
+    def start(self, out: Path, moment: Moment | None = None) -> tuple[str, dict[str, Length]]:
+        """One start of the run in a folder: where it was killed ("" if it was not), and the lengths of the steps that it came to."""
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             status = 1
@@ -118,11 +118,11 @@ class Runs:
                 os._exit(status)
         os.close(writing)
         with os.fdopen(reading, "rb", buffering=0) as told:
-            lengths = _watched(child, told.fileno(), moment)
+            step, lengths = _watched(child, told.fileno(), moment)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
             raise RuntimeError("a run must end well or be killed, got an error; it stands above")
-        return os.WIFSIGNALED(status), lengths
+        return step if os.WIFSIGNALED(status) else "", lengths
 
     def _work(self, out: Path, moment: Moment | None, tell: Callable[[str], object]) -> None:
         counts = Counter[str]()
@@ -163,8 +163,8 @@ def _counted(name: str, counts: Counter[str], step: Callable[[], str], moment: M
     setattr(os, name, call)
 
 
-def _watched(child: int, told: int, moment: Moment | None) -> dict[str, Length]:
-    """Follow a run through its steps and kill it at its moment, or at the end of that step."""
+def _watched(child: int, told: int, moment: Moment | None) -> tuple[str, dict[str, Length]]:
+    """Follow a run through its steps and kill it at its moment, or at the end of that step: where it ended, "prove" or "end of prove"."""
     lengths: dict[str, Length] = {}
     step, began, text = "start", time.monotonic(), b""
     while True:
@@ -173,9 +173,9 @@ def _watched(child: int, told: int, moment: Moment | None) -> dict[str, Length]:
             wait = max(began + moment.seconds - time.monotonic(), 0.0)
         if not select.select([told], [], [], wait)[0]:
             os.kill(child, signal.SIGKILL)
-            return lengths
+            return step, lengths
         if not (some := os.read(told, 4096)):
-            return lengths
+            return step, lengths
         text += some
         while b"\n" in text:
             line, _, text = text.partition(b"\n")
@@ -183,21 +183,27 @@ def _watched(child: int, told: int, moment: Moment | None) -> dict[str, Length]:
             lengths[step] = Length(time.monotonic() - began, int(writes))
             if moment is not None and moment.step == step:
                 os.kill(child, signal.SIGKILL)
-                return lengths
+                return f"end of {step}", lengths
             step, began = name, time.monotonic()
 
 
 def moments(kills: int, seed: int, lengths: dict[str, Length]) -> list[Moment]:
-    """Random moments, in the order of the steps: every step has some, prove and choose the most."""
+    """Random moments, in the order of the steps: every step has some, prove and choose the most.
+
+    Each start goes on where the last was killed, so that of several in a step each comes after a share of it only.
+    """
     rng = random.Random(seed)
     steps = [STEPS[i % len(STEPS)] for i in range(min(kills, len(STEPS)))]
     steps += rng.choices(STEPS, weights=(2, 1, 3, 4, 1), k=kills - len(steps))
     found = []
     for step in sorted(steps, key=STEPS.index):
+        share = min(2 / steps.count(step), 1.0)
         if step == "report" or rng.random() < 0.5:  # the last step has no border after it
-            found.append(Moment(step, write=rng.randint(1, max(lengths[step].writes, 1)), torn=rng.randint(0, 40)))
+            found.append(
+                Moment(step, write=rng.randint(1, max(int(share * lengths[step].writes), 1)), torn=rng.randint(0, 40))
+            )
         else:
-            found.append(Moment(step, seconds=rng.random() * lengths[step].seconds))
+            found.append(Moment(step, seconds=rng.random() * share * lengths[step].seconds))
     return found
 
 
@@ -220,7 +226,7 @@ def killed(runs: Runs, folder: Path, *, kills: int, seed: int) -> None:
     held = json.loads((folder / "whole.lengths").read_text(encoding="utf-8"))
     out, by_step = folder / "killed", Counter[str]()
     for moment in moments(kills, seed, {step: Length(*length) for step, length in held.items()}):
-        by_step[moment.step] += runs.start(out, moment)[0]
+        by_step[runs.start(out, moment)[0]] += 1
     runs.start(out)
     out.with_suffix(".kills").write_text(json.dumps(by_step), encoding="utf-8")
 
@@ -245,6 +251,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, object]:
         _part("killed", folder, options, 2)
     one, other = files(folder / "whole"), files(folder / "killed")
     by_step = json.loads((folder / "killed.kills").read_text(encoding="utf-8"))
+    by_step.pop("", None)
     return {
         "kills": sum(by_step.values()),
         "by step": by_step,

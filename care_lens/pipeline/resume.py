@@ -13,6 +13,7 @@ from care_lens.core.errors import ArtifactError
 from care_lens.core.files import in_use, load_artifact, packed, save_artifact, swept, unpacked
 from care_lens.core.identity import digest, repair_fingerprint
 from care_lens.core.journal import differing
+from care_lens.core.outcome import Repair
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _KIND, _RECORD = "settings of a run", "record of a run"
 
 @runtime_checkable
 class Kept(Repair, Protocol):
-    """A defence that can be saved, whose class loads it."""
+    """A defence that can be saved, and that its class can load."""
 
     def save(self, directory: Path) -> object:
         """Write its files into a folder."""

@@ -302,6 +302,44 @@ def test_resampling_puts_the_other_examples_own_activations_there(model, example
     assert (torch.cdist(wrote, allowed).amin(dim=1) < 1e-4).all()
 
 
+@pytest.mark.parametrize(("component", "before", "after"), [
+    ("hook_mlp_out", "hook_resid_mid", "hook_resid_post"),
+    ("hook_attn_out", "hook_resid_pre", "hook_resid_mid"),
+])  # fmt: skip
+def test_resampling_the_vision_tower_puts_the_other_pictures_own_activations_there(
+    model, picture, component, before, after
+):
+    """What the component then adds to the stream is at every patch one of those of the reference's picture, at patches drawn at random, and none
+    of the picture's own."""
+    rows = [Example("what is in the picture", image=picture(i), id=str(i), group=str(i)) for i in (3, 4)]
+    reference = [Example("red", image=picture(7), group="other")]
+    site, seen = f"vision.blocks.1.{component}", {}
+
+    def spy(name):
+        def keep(activation, hook):
+            seen[name] = activation
+
+        return f"vision.blocks.1.{name}", keep
+
+    def own(examples):
+        with torch.no_grad():
+            return model.run_with_cache(model.prepare(examples), sites=[site])[1][site]
+
+    allowed, theirs = own(reference)[0], own(rows)
+    options = {"judge": WordJudge(), "mode": "resample", "layers": [1], "components": [component], "tower": "vision"}
+    with model.hooks([spy(before), spy(after)]):
+        ablate(model, rows, reference=reference, max_new_tokens=1, progress=False, n_boot=5, **options)
+    wrote = seen[after] - seen[before]
+    assert wrote.shape == theirs.shape
+    far = torch.cdist(wrote, allowed[None].expand(len(rows), -1, -1))
+    assert (far.amin(dim=2) < 1e-4).all()
+    drawn = far.argmin(dim=2)
+    places = torch.arange(drawn.shape[1])
+    assert all(len(set(row.tolist())) > 1 for row in drawn)
+    assert not any(torch.equal(row, places) for row in drawn) and not torch.equal(drawn[0], drawn[1])
+    assert (torch.cdist(wrote, theirs).amin(dim=2) > 1e-3).all()
+
+
 def test_resampling_is_that_of_the_seed(model, examples):
     options = {"judge": WordJudge(), "mode": "resample", "max_new_tokens": NEW, "n_boot": 5, "progress": False}
     first, again, other = (ablate(model, examples, seed=seed, **options) for seed in (0, 0, 1))

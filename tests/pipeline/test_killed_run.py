@@ -26,7 +26,10 @@ def test_a_run_killed_in_every_step_ends_in_the_same_bytes(tmp_path):
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:] + ended.stdout
     found = json.loads(ended.stdout)
-    assert found["by step"] == {"diagnose": 1, "learn": 1, "choose": 1, "prove": 1, "report": 1}
+    assert sorted(step.removeprefix("end of ") for step in found["by step"]) == [
+        "choose", "diagnose", "learn", "prove", "report",
+    ]  # fmt: skip
+    assert {"choose", "prove"} & {*found["by step"]}  # inside of it, and not at its end only
     assert found["differ"] == []
     names = {path.relative_to(tmp_path / "killed").as_posix() for path in (tmp_path / "killed").rglob("*")}
     assert {"report.html", "summary.json", "repair/repair.json", "frames/choice.json", "frames/answers.jsonl"} <= names
