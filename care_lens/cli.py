@@ -5,7 +5,8 @@ import importlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
@@ -72,7 +73,8 @@ def _told(command: Command) -> Command:
     @functools.wraps(command)
     def tidy(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _own_logging():
+                command(*args, **kwargs)
         except (CareLensError, OSError, ValueError, NotImplementedError) as error:
             if os.environ.get(TRACEBACK):
                 raise
@@ -83,6 +85,19 @@ def _told(command: Command) -> Command:
             _fail(str(error))
 
     return tidy  # type: ignore[return-value]
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """A command sets logging for itself: a process that calls it (a notebook, a test) gets its own back."""
+    loggers = [logging.getLogger(name) for name in (None, "care_lens", "care_lens.subspace")]
+    handlers, levels = list(loggers[0].handlers), [log.level for log in loggers]
+    try:
+        yield
+    finally:
+        loggers[0].handlers[:] = handlers
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
 
 
 def _fail(message: str) -> NoReturn:
@@ -119,12 +134,11 @@ def _start(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False)],
-        force=True,
-    )
+    root = logging.getLogger()
+    shown = RichHandler(console=console, show_path=False)
+    shown.setFormatter(logging.Formatter("%(message)s"))
+    root.handlers[:] = [shown]
+    root.setLevel(logging.WARNING)
     logging.getLogger("care_lens").setLevel(logging.INFO)
     logging.getLogger("care_lens.subspace").setLevel(logging.WARNING)  # a run fits hundreds of small subspaces
 

@@ -1,6 +1,8 @@
 """The command line tells its user's errors in a line, shows its defaults, and checks what a run needs before it starts."""
 
+import io
 import json
+import logging
 import os
 import sys
 from dataclasses import replace
@@ -180,3 +182,25 @@ def test_a_study_without_held_out_channels_has_a_dash():
 
 def test_the_entry_point_is_there():
     assert callable(cli.main) and "care_lens.cli" in sys.modules
+
+
+def test_a_command_gives_back_the_logging_of_its_process(monkeypatch, tmp_path):
+    """Called from a notebook or a test, a command must not leave its handler or its levels behind, nor close anybody's."""
+    root, ours = logging.getLogger(), logging.getLogger("care_lens")
+    mine = logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(root, "handlers", [mine])
+    levels = root.level, ours.level
+    during = []
+
+    def run(*_args, **_options):
+        during.append((list(root.handlers), ours.level))
+        raise NeedsError("stop here")
+
+    monkeypatch.setattr("care_lens.pipeline.run", run)
+    result = invoke("run", "--out", str(tmp_path / "out"), "--threads", str(torch.get_num_threads()))
+    assert result.exit_code != 0 and during, result.output
+    (handlers, level) = during[0]
+    assert mine not in handlers and len(handlers) == 1 and level == logging.INFO
+    assert root.handlers == [mine] and (root.level, ours.level) == levels
+    mine.handle(logging.makeLogRecord({"msg": "still open"}))
+    assert mine.stream.getvalue() == "still open\n"
