@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import plotly.graph_objects as go
+import torch
 
 from care_lens import organism
 from care_lens.repair import HybridFusion
@@ -17,6 +18,9 @@ def test_the_code_of_the_readme_runs(monkeypatch, capsys):
     few = organism.study().limited(8)
     monkeypatch.setattr(organism, "study", lambda: few)
     monkeypatch.setattr(go.Figure, "show", lambda figure: None)
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda count: None
+    )  # a worker keeps the threads that the suite gives it
     names: dict[str, object] = {}
     exec(compile(code, str(PAGE), "exec"), names)
     assert isinstance(names["choice"].repair, HybridFusion)
