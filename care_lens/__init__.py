@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         capture,
         core,
         data,
+        defences,
         evaluation,
         lvlm,
         mediation,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
         evaluate,
         generate_all,
         judge_answers,
+        tune,
+        tune_defence,
     )
     from care_lens.lvlm import BoundLVLM, Generation, HookedLVLM, LVLMCache, LVLMInputs
     from care_lens.mediation import (
@@ -70,7 +73,17 @@ if TYPE_CHECKING:
         writes_towards,
     )
     from care_lens.plots import save_figure
-    from care_lens.repair import ConformalGate, Correction, HybridFusion, NoRepair, Reader, Writer, read_scores
+    from care_lens.repair import (
+        ConformalGate,
+        Correction,
+        HybridFusion,
+        NoRepair,
+        Reader,
+        ReaderPlan,
+        Writer,
+        learn_repair,
+        read_scores,
+    )
     from care_lens.subspace import Moments, SafetySubspace
 
 __all__ = [
@@ -96,6 +109,7 @@ __all__ = [
     "PatchGrid",
     "PrefixMargin",
     "Reader",
+    "ReaderPlan",
     "RefusalDirection",
     "SafetySubspace",
     "Site",
@@ -115,6 +129,7 @@ __all__ = [
     "capture_moments",
     "core",
     "data",
+    "defences",
     "draw_text",
     "evaluate",
     "evaluation",
@@ -122,6 +137,7 @@ __all__ = [
     "heads",
     "judge_answers",
     "knockout",
+    "learn_repair",
     "localise",
     "lvlm",
     "mediate",
@@ -142,6 +158,8 @@ __all__ = [
     "select_tokens",
     "separability",
     "subspace",
+    "tune",
+    "tune_defence",
     "typographic",
     "verify",
     "wrap",
@@ -191,6 +209,8 @@ _ROOMS = {
         "evaluate",
         "generate_all",
         "judge_answers",
+        "tune",
+        "tune_defence",
     ),
     "care_lens.lvlm": (
         "BoundLVLM",
@@ -220,7 +240,9 @@ _ROOMS = {
         "HybridFusion",
         "NoRepair",
         "Reader",
+        "ReaderPlan",
         "Writer",
+        "learn_repair",
         "read_scores",
     ),
     "care_lens.subspace": (

@@ -5,7 +5,8 @@ import importlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
@@ -72,7 +73,8 @@ def _told(command: Command) -> Command:
     @functools.wraps(command)
     def tidy(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _own_logging():
+                command(*args, **kwargs)
         except (CareLensError, OSError, ValueError, NotImplementedError) as error:
             if os.environ.get(TRACEBACK):
                 raise
@@ -83,6 +85,19 @@ def _told(command: Command) -> Command:
             _fail(str(error))
 
     return tidy  # type: ignore[return-value]
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """A command sets logging for itself: a process that calls it (a notebook, a test) gets its own back."""
+    loggers = [logging.getLogger(name) for name in (None, "care_lens", "care_lens.subspace")]
+    handlers, levels = list(loggers[0].handlers), [log.level for log in loggers]
+    try:
+        yield
+    finally:
+        loggers[0].handlers[:] = handlers
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
 
 
 def _fail(message: str) -> NoReturn:
@@ -119,12 +134,11 @@ def _start(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False)],
-        force=True,
-    )
+    root = logging.getLogger()
+    shown = RichHandler(console=console, show_path=False)
+    shown.setFormatter(logging.Formatter("%(message)s"))
+    root.handlers[:] = [shown]
+    root.setLevel(logging.WARNING)
     logging.getLogger("care_lens").setLevel(logging.INFO)
     logging.getLogger("care_lens.subspace").setLevel(logging.WARNING)  # a run fits hundreds of small subspaces
 
@@ -169,7 +183,7 @@ def _load(
             raise typer.BadParameter("--data and --judge go with a model of your own; the bundled one brings both")
         from care_lens import organism
 
-        return organism.load(), organism.study(seed=seed)
+        return organism.load(device_map=device, dtype=_kind(dtype)), organism.study(seed=seed)
     if data is None:
         raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
     if not (data / "study.json").is_file() or not (data / "examples.jsonl").is_file():
@@ -183,15 +197,21 @@ def _load(
     return lvlm, read_study(data, tokenizer=lvlm.tokenizer, judge=found, seed=seed)
 
 
-def _model(model: str, device: str | None, dtype: str | None) -> "HookedLVLM":
+def _kind(dtype: str | None) -> Any:
+    """The dtype of a name, or None."""
     import torch
 
+    if dtype is None:
+        return None
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def _model(model: str, device: str | None, dtype: str | None) -> "HookedLVLM":
     from care_lens.lvlm import HookedLVLM
 
-    kind = getattr(torch, dtype, None) if dtype in ("float32", "bfloat16", "float16") else None
-    if dtype and kind is None:
-        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    return HookedLVLM.from_pretrained(model, device_map=device, dtype=kind)
+    return HookedLVLM.from_pretrained(model, device_map=device, dtype=_kind(dtype))
 
 
 def _settings(
@@ -369,7 +389,7 @@ def info(model: Model = "bundled", device: Device = None, dtype: Dtype = None) -
     if model == "bundled":
         from care_lens import organism
 
-        lvlm = organism.load()
+        lvlm = organism.load(device_map=device, dtype=_kind(dtype))
     else:
         lvlm = _model(model, device, dtype)
     table = Table(title=f"{model}: {type(lvlm.hf_model).__name__}")

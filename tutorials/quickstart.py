@@ -28,11 +28,8 @@ from care_lens import Site, organism
 from care_lens.core.outcome import ResponseLogProb
 from care_lens.evaluation import evaluate
 from care_lens.mediation import mediate, patch_map, probe_auc
-from care_lens.pipeline import RunSettings
-from care_lens.pipeline.choose import ReaderPlan, Readers, assemble, halves, recalibrated
-from care_lens.pipeline.learn import capture_fit, fit_reader_subspace, residual_sites, token_rows
 from care_lens.plots import plot_patch_effects
-from care_lens.repair import random_control
+from care_lens.repair import ReaderPlan, fit_reader_subspace, learn_repair, random_control, study_rows, token_rows
 
 torch.set_num_threads(2)
 lvlm = organism.load()
@@ -89,8 +86,7 @@ plot_patch_effects(patches.details[patches.details["pair"] == 0], image=pictures
 
 # %%
 study = organism.study()
-settings = RunSettings()
-rows = capture_fit(lvlm, study, settings)
+rows = study_rows(lvlm, study, batch_size=64)
 layer = Site("language", 2, "hook_resid_post")
 
 
@@ -135,15 +131,13 @@ spectrum.plot()
 #
 # A correction reads (the discriminant of each modality's attacks, at the last prompt token and while answering), gates (opens only where the
 # score exceeds what benign prompts reach, by split conformal calibration) and writes (towards where the model stands before it
-# refuses). Fusion balances the two modalities. `choose` would pick layer, token and strength on validation; here we set them.
+# refuses). Fusion balances the two modalities. `care_lens.evaluation.tune` would pick layer, token and strength on validation; here we set them.
 
 # %%
 plan = ReaderPlan(layer=2, offsets=(0, 5), rank=0, epsilon=0.01)
-comparing, calibrating = halves(study.benign("calibration"), seed=0)  # whole items on either side
-held = token_rows(lvlm, comparing, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=64)
-fitted = Readers(rows).fit(plan, held)
-repair = assemble(fitted, rows, plan, layer, alpha=1.5, name="care_lens", provenance={"notebook": "quickstart"})
-repair = recalibrated(lvlm, repair, calibrating, settings, epsilon=plan.epsilon)
+repair = learn_repair(
+    lvlm, rows, plan, calibration=study.benign("calibration"), alpha=1.5, batch_size=64, max_new_tokens=14
+)
 with repair.on(lvlm):
     for example in (*typographic, *organism.examples("benign typographic", "test", n=4)):
         answer = lvlm.generate(lvlm.prepare(example), max_new_tokens=14).texts[0]

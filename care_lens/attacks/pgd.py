@@ -33,8 +33,9 @@ from tqdm.auto import tqdm
 from care_lens.attacks.pixels import PixelMap, to_images, to_pixels
 from care_lens.attacks.targets import TargetLoss
 from care_lens.core.draws import example_generator
+from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
-from care_lens.core.files import load_artifact, save_artifact
+from care_lens.core.files import load_artifact, read_object, save_artifact
 from care_lens.core.identity import examples_digest, model_fingerprint, repair_fingerprint
 from care_lens.core.journal import Journal
 from care_lens.core.outcome import Repair
@@ -110,15 +111,25 @@ class PGDResult:
             ArtifactError: If a file is damaged or of another kind.
         """
         path = Path(directory) / "pgd.json"
-        content = json.loads(path.read_bytes()) if b'"files"' not in path.read_bytes() else {}
-        if isinstance(content, dict) and {*content} == {"losses", "clean_losses", "settings"}:
+        content = read_object(path, kind=cls.__name__)
+        if {*content} == {"losses", "clean_losses", "settings"}:
             pictures = [(path.parent / f"{i:05d}.png").read_bytes() for i in range(len(content["losses"]))]
             settings = content["settings"]
         else:
             data, content = load_artifact(directory, "pgd", kind=cls.__name__, schema=_SCHEMA)
             pictures, settings = [data[name] for name in sorted(data)], json.loads(content["settings"])
         losses, clean = np.array(content["losses"]), np.array(content["clean_losses"])
-        return cls([_of_png(one) for one in pictures], losses, clean, settings)
+        if not len(losses) == len(clean) == len(pictures):
+            raise ArtifactError(
+                f"{path} must have two losses for each picture, got {len(losses)} and {len(clean)} for {len(pictures)}; copy all files again"
+            )
+        try:
+            images = [_of_png(one) for one in pictures]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ArtifactError(
+                f"the pictures beside {path} must be png files, got {error}; copy all files again"
+            ) from error
+        return cls(images, losses, clean, settings)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,6 +1,5 @@
 """Captured activations: one row an example for each site and selection, saved as safetensors and json."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +7,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from care_lens.core.errors import CareLensError
-from care_lens.core.files import load_artifact, save_artifact
+from care_lens.core.errors import ArtifactError, CareLensError
+from care_lens.core.files import load_artifact, read_object, save_artifact, tensors_of
 from care_lens.core.site import Site, SiteLike
 
 _SCHEMA = 2
@@ -203,20 +201,36 @@ class Activations:
             ArtifactError: If the files are damaged, hold something else, or come from a newer schema.
         """
         path = Path(directory) / f"{name}.json"
-        held = json.loads(path.read_bytes()) if b'"files"' not in path.read_bytes() else {}
-        if isinstance(held, dict) and held.get("schema") == 1 and held.get("kind") == cls.__name__:
+        held = read_object(path, kind=cls.__name__)
+        if "files" not in held and held.get("schema") == 1 and held.get("kind") == cls.__name__:
             manifest, data = held, {"safetensors": path.with_suffix(".safetensors").read_bytes()}
         else:
             data, manifest = load_artifact(directory, name, kind=cls.__name__, schema=_SCHEMA)
-        tensors = tensors_of_bytes(data["safetensors"])
-        keys = [(Site.parse(site), select) for site, select in manifest["keys"]]
-        return cls(
-            values={key: tensors[f"values.{i}"] for i, key in enumerate(keys)},
-            present={key: tensors[f"present.{i}"] for i, key in enumerate(keys)},
-            ids=tuple(manifest["ids"]),
-            groups=tuple(manifest["groups"]),
-            provenance=manifest["provenance"],
-        )
+        tensors = tensors_of(data, where=path)
+        try:
+            keys = [(Site.parse(site), select) for site, select in manifest["keys"]]
+            found = cls(
+                values={key: tensors[f"values.{i}"] for i, key in enumerate(keys)},
+                present={key: tensors[f"present.{i}"] for i, key in enumerate(keys)},
+                ids=tuple(manifest["ids"]),
+                groups=tuple(manifest["groups"]),
+                provenance=manifest["provenance"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{path} must describe the activations beside it, got others ({error}); copy both files again, or capture again"
+            ) from error
+        rows = {
+            len(found.ids),
+            len(found.groups),
+            *(len(part) for part in (*found.values.values(), *found.present.values())),
+        }
+        if len(rows) > 1 or len(tensors) != 2 * len(found.values):
+            raise ArtifactError(
+                f"{path} must have one id and one group for each row, and a site and selection for each of {len(tensors) // 2} tables, got "
+                f"{sorted(rows)} rows and {len(found.values)} keys; copy both files again, or capture again"
+            )
+        return found
 
     def _key(self, site: SiteLike, select: str) -> Key:
         key = (Site.parse(site), select)

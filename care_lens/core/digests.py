@@ -6,6 +6,8 @@ library's version. A function, class or object may state ``version`` (a text or 
 where the code changes what comes out. Attributes whose names begin with an underscore and hold the word "cache" do not count, and
 of an object with a stated version none that begins with an underscore.
 
+:func:`held_digest` asks less of code and more of numbers: all of a repair's, and the names of its classes.
+
     examples_digest(examples) == examples_digest(again)  # the same prompts, pictures, responses, labels, ids, groups, meta
     content_digest(judge), content_digest(lambda logits, inputs: logits[:, -1, yes])
 """
@@ -31,6 +33,8 @@ from torch import Tensor, nn
 _LENGTH = 16
 _SAMPLES = 32
 _PICTURES = ("image", "more_images")
+#: Attributes that hold copies of others, made while an object is used.
+_COPIES = frozenset({"_placed"})
 #: Methods with names of the language that can change what comes out of an object.
 _CALLED = (
     "__call__",
@@ -65,6 +69,30 @@ def content_digest(*values: Any) -> str:
     return feeder.hexdigest()
 
 
+def held_digest(value: Any) -> str:
+    """The sha256 of all that a value holds, in hexadecimal digits: every number of its tensors, every setting, and which classes they
+    are of.
+
+    Two objects have one digest if they were made alike, on whatever device, in whatever process. Unlike :func:`content_digest`, classes count
+    by their names, modules of torch with all their parameters and buffers, and objects with all attributes, hidden ones included.
+
+    Args:
+        value: Anything; a circle of references is followed once.
+
+    Returns:
+        64 digits.
+
+    Example:
+        >>> held_digest({"a": 1, "b": 2.0}) == held_digest({"b": 2.0, "a": 1})
+        True
+        >>> held_digest(1) == held_digest(1.0)
+        False
+    """
+    feeder = _Feeder(whole=True)
+    feeder.feed(value)
+    return feeder.hexdigest()
+
+
 def examples_digest(examples: Sequence[Any]) -> str:
     """A digest of every field of some examples, in order: what a resumed run is checked against.
 
@@ -95,14 +123,19 @@ def some_values(parameter: Tensor) -> bytes:
 
 
 class _Feeder:
-    """A sum that is fed with values of all kinds, each with a tag, so that no two contents read alike."""
+    """A sum that is fed with values of all kinds, each with a tag, so that no two contents read alike.
 
-    def __init__(self) -> None:
-        self._sum = hashlib.sha256()
-        self._open: list[Any] = []  # what is being fed: kept alive, so that ids are not given out again
+    Args:
+        whole: Whether it is of all that a value holds (:func:`held_digest`), or of what makes its numbers (:func:`content_digest`).
+        inside: What is being fed where this sum is of a part.
+    """
+
+    def __init__(self, *, whole: bool = False, inside: Sequence[Any] = ()) -> None:
+        self._sum, self._whole = hashlib.sha256(), whole
+        self._open: list[Any] = [*inside]  # kept alive, so that ids are not given out again
 
     def hexdigest(self) -> str:
-        return self._sum.hexdigest()[:_LENGTH]
+        return self._sum.hexdigest()[: None if self._whole else _LENGTH]
 
     def _put(self, tag: str, content: bytes | str = b"") -> None:
         content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
@@ -145,10 +178,7 @@ class _Feeder:
         elif isinstance(value, nn.Module):
             self._module(value)
         elif isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            self._put(
-                "tensor", f"{tuple(value.shape)} {value.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
-            )
+            self._put("tensor", f"{tuple(value.shape)} {value.dtype}".encode() + _numbers(value))
         elif isinstance(value, np.ndarray) and value.dtype != object:
             self._put("array", f"{value.shape} {value.dtype}".encode() + np.ascontiguousarray(value).tobytes())
         elif isinstance(value, np.generic):
@@ -168,7 +198,12 @@ class _Feeder:
 
     def _sorted(self, parts: list[Any]) -> None:
         """Parts whose order means nothing: by their own digests."""
-        for digest in sorted(content_digest(part) for part in parts):
+        digests = []
+        for part in parts:
+            feeder = _Feeder(whole=self._whole, inside=self._open)
+            feeder.feed(part)
+            digests.append(feeder.hexdigest())
+        for digest in sorted(digests):
             self._put("part", digest)
 
     def _code_or_object(self, value: Any) -> None:
@@ -210,6 +245,9 @@ class _Feeder:
 
     def _module(self, value: nn.Module) -> None:
         self._put("weights", _named(type(value)))
+        if self._whole:
+            own = {name: part for name, part in vars(value).items() if not name.startswith("_")}
+            return self.feed([own, dict(value.state_dict()), dict(value.named_children())])
         for name, parameter in value.named_parameters():
             held = b"" if parameter.is_meta else some_values(parameter)
             self._put(f"{name} {tuple(parameter.shape)} {parameter.dtype}", held)
@@ -264,6 +302,8 @@ class _Feeder:
 
     def _class(self, value: type) -> None:
         self._put("class", _named(value))
+        if self._whole:
+            return
         if _is_library(value):
             return self._put("library", _library(value.__module__))
         if (stated := _version(value)) is not None:
@@ -285,7 +325,7 @@ class _Feeder:
     def _object(self, value: Any) -> None:
         kind = type(value)
         self._put("object", _named(kind))
-        stated, library = _version(value), _is_library(kind)
+        stated, library = (None, False) if self._whole else (_version(value), _is_library(kind))
         if stated is not None:
             self._put("version", stated)
         else:
@@ -296,11 +336,11 @@ class _Feeder:
             return self.feed(vocabulary())
         if kind.__module__.partition(".")[0] == "pandas" and hasattr(value, "to_dict"):
             return self.feed(value.to_dict())
-        held = _held(value)
+        held = _everything(value) if self._whole else _held(value)
         if not held and " at 0x" not in (text := repr(value)):
             self._put("text", text)
         for name, part in sorted(held.items()):
-            hidden = name.startswith("_") and ("cache" in name or stated is not None or library)
+            hidden = not self._whole and name.startswith("_") and ("cache" in name or stated is not None or library)
             if hidden or (library and not _is_simple(part)):
                 continue
             self._put("attribute", name)
@@ -313,9 +353,31 @@ def _held(value: Any) -> dict[str, Any]:
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
     if isinstance(value, tuple):
         return {str(i): part for i, part in enumerate(value)}
-    slots = [str(name) for base in type(value).__mro__ for name in vars(base).get("__slots__", ())]
+    return _attributes(value)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Its slots and its attributes."""
+    given = [vars(base).get("__slots__", ()) for base in type(value).__mro__]
+    slots = [str(name) for names in given for name in ((names,) if isinstance(names, str) else names)]
     found = {name: getattr(value, name) for name in slots if not name.startswith("__") and hasattr(value, name)}
     return {**found, **{str(name): part for name, part in getattr(value, "__dict__", {}).items()}}
+
+
+def _everything(value: Any) -> dict[str, Any]:
+    """All that an object holds but copies: its parts, slots and attributes, among them fields of a dataclass that do not compare."""
+    parts = {str(i): part for i, part in enumerate(value)} if isinstance(value, tuple) else {}
+    return parts | {name: part for name, part in _attributes(value).items() if name not in _COPIES}
+
+
+def _numbers(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's numbers, on whatever device and in whatever layout; none where it has none (``meta``)."""
+    if tensor.is_meta:
+        return b"meta"
+    here = tensor.detach()
+    here = (here.to_dense() if here.layout != torch.strided else here).cpu()
+    here = (here.dequantize() if here.is_quantized else here).resolve_conj().resolve_neg()
+    return here.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _is_simple(value: Any) -> bool:

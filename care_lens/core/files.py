@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SUM, _FILES = "manifest_sha256", "files"
+_PART = re.compile(r"\..+\.[a-z0-9_]{8}\.part")
+"""What :func:`write_whole` calls a file that it has not finished."""
 
 
 def write_whole(path: str | Path, content: bytes | str) -> Path:
@@ -59,6 +62,22 @@ def write_whole(path: str | Path, content: bytes | str) -> Path:
             os.unlink(part)
         raise
     return path
+
+
+def swept(directory: str | Path, *, inside: bool = True) -> list[Path]:
+    """Remove what killed processes have left of files that :func:`write_whole` was writing: the unfinished copies, nothing else.
+
+    Args:
+        directory: A folder that this process holds (:func:`in_use`), so that nobody else is writing there; it need not exist.
+        inside: Whether its folders are looked at too.
+
+    Returns:
+        What was removed.
+    """
+    left = [p for p in sorted(Path(directory).glob("**/.*.part" if inside else ".*.part")) if _PART.fullmatch(p.name)]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return left
 
 
 def save_artifact(

@@ -3,12 +3,12 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from care_lens.core.content import held_digest
-from care_lens.core.digests import content_digest, examples_digest, picture_bytes, some_values
+from care_lens.core.digests import content_digest, examples_digest, held_digest, picture_bytes, some_values
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
 
@@ -17,6 +17,7 @@ __all__ = [
     "digest",
     "example_fingerprint",
     "examples_digest",
+    "held_fingerprint",
     "model_fingerprint",
     "repair_fingerprint",
 ]
@@ -51,10 +52,25 @@ def model_fingerprint(model: nn.Module) -> str:
     """A digest of a model's class, parameter names and shapes, and of some values of each parameter.
 
     It tells models and checkpoints apart; a change of single weights can escape it. Cost: a few numbers are
-    copied from each parameter. Parameters that are off the device (``meta``) count by name and shape only.
+    copied from each parameter. Parameters that are off the device (``meta``) count by name and shape only. Names are those of the
+    state dict, so that a model in a bridge is the same model as outside of it.
     """
+    named: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter):
+            named.setdefault(id(value), (name, value))
+    return _fingerprint(model, named.values())
+
+
+def held_fingerprint(model: nn.Module) -> str:
+    """The digest that :func:`model_fingerprint` gave at first, by which a model in a bridge was not the same as outside of
+    it. Repairs that were saved then hold it."""
+    return _fingerprint(model, model.named_parameters())
+
+
+def _fingerprint(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> str:
     content = hashlib.sha256(type(model).__name__.encode())
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         content.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
         if not parameter.is_meta:
             content.update(some_values(parameter))
@@ -65,7 +81,7 @@ def repair_fingerprint(repair: Repair) -> str:
     """A digest of a repair's description, of every number in its tensors and of every setting, nested ones included.
 
     Descriptions may give tensors by their norms alone, and two projectors of one rank have the same. So all that the
-    repair holds counts, see :func:`care_lens.core.content.held_digest`; a repair that keeps a cache in an attribute changes
+    repair holds counts, see :func:`care_lens.core.digests.held_digest`; a repair that keeps a cache in an attribute changes
     its fingerprint as it fills.
     """
     return digest([repair.describe(), held_digest(repair)])

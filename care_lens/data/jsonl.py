@@ -3,28 +3,32 @@
     {"prompt": "what is in the picture?", "image": "images/1.png", "harmful": false, "channel": "benign", "id": "b1"}
 
 Keys: prompt (required), image (path relative to the file, or a list of paths), response, behaviour (what the request is after, for
-judges), harmful (true or false), channel, id, group, meta (object of strings). image, response and behaviour may be null. Every other
-value must be of its type, and nothing is guessed: "false" in quotes is refused, and so is the number 7 for an id. Readers bring their own data;
+judges), system (the system prompt), turns (earlier turns of the conversation, a list of objects with the keys role, text and, if there
+is one, image), prefill (the beginning of the answer), harmful (true or false), channel, id, group, meta (object of strings). A picture stands before
+its text, or where the text has U+FFFC. image, response, behaviour, system and prefill may be null. Every other value must be of its type, and nothing is guessed: "false" in quotes is refused, and so is the number 7 for an id. Readers bring their own data;
 care_lens ships none that is harmful.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
+from care_lens.core.conversation import ExampleError, Role, Turn
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.files import write_whole
 from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture
 from care_lens.core.require import require_path
 
-_KEYS = ("prompt", "image", "response", "behaviour", "harmful", "channel", "id", "group", "meta")
-_NULLABLE = ("image", "response", "behaviour")
+_OPTIONAL = ("response", "behaviour", "system", "prefill")
+_KEYS = ("prompt", "image", *_OPTIONAL, "turns", "harmful", "channel", "id", "group", "meta")
+_NULLABLE = ("image", *_OPTIONAL)
+_TURN_KEYS = ("role", "text", "image")
 
 
 class DataFileError(CareLensError, ValueError):
@@ -111,11 +115,13 @@ def write_examples(examples: Iterable[Example], path: str | Path) -> Path:
             )
         row: dict[str, Any] = {"prompt": example.prompt, "harmful": example.harmful, "channel": example.channel}
         row |= {"id": name, "group": example.group, "meta": dict(example.meta)}
-        row |= {key: getattr(example, key) for key in ("response", "behaviour") if getattr(example, key) is not None}
+        row |= {key: getattr(example, key) for key in _OPTIONAL if getattr(example, key) is not None}
         _require_types(row, f"example {name!r}")
-        if example.images:
-            paths = [f"{folder.name}/{_write_picture(image, folder)}" for image in example.images]
-            row["image"] = paths if example.more_images else paths[0]
+        row |= _written(example.own_images, folder)
+        if example.turns:
+            row["turns"] = [
+                {"role": turn.role, "text": turn.text, **_written(turn.images, folder)} for turn in example.turns
+            ]
         lines.append(_line(row))
     return write_whole(path, "".join(f"{line}\n" for line in lines))
 
@@ -171,23 +177,48 @@ def _example(row: Mapping[str, Any], where: str, name: str, folder: Path) -> Exa
         raise DataFileError(f"{where}: id must not be empty; leave it out to have the example called {name!r}")
     images = _pictures(row.get("image"), where, folder)
     id_ = row.get("id", name)
-    return Example(
-        prompt=row["prompt"],
-        image=images[0] if images else None,
-        more_images=tuple(images[1:]),
-        response=row.get("response"),
-        harmful=row.get("harmful", False),
-        channel=row.get("channel", ""),
-        id=id_,
-        group=row.get("group", id_),
-        meta=row.get("meta", {}),
-        behaviour=row.get("behaviour"),
-    )
+    try:
+        return Example(
+            prompt=row["prompt"],
+            image=images[0] if images else None,
+            more_images=tuple(images[1:]),
+            harmful=row.get("harmful", False),
+            channel=row.get("channel", ""),
+            id=id_,
+            group=row.get("group", id_),
+            meta=row.get("meta", {}),
+            turns=_turns(row.get("turns", []), where, folder),
+            **{key: row.get(key) for key in _OPTIONAL},
+        )
+    except ExampleError as error:
+        raise DataFileError(f"{where}: {error}") from None
+
+
+def _turns(found: Any, where: str, folder: Path) -> tuple[Turn, ...]:
+    """The earlier turns of a conversation."""
+    if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
+        raise DataFileError(
+            f'{where}: turns must be a list of objects such as {{"role": "user", "text": "hello"}}, got {_shown(found)}; write it so'
+        )
+    turns = []
+    for number, turn in enumerate(found, 1):
+        here = f"{where}: turn {number}"
+        if unknown := sorted({*turn} - {*_TURN_KEYS}):
+            raise DataFileError(f"{here} must have keys out of {list(_TURN_KEYS)}, got {unknown}; take them out")
+        for key in ("role", "text"):
+            if not isinstance(turn.get(key), str):
+                raise DataFileError(f"{here}: {key} must be a text, got {_shown(turn.get(key))}; write it in quotes")
+        if turn["role"] not in get_args(Role):
+            raise DataFileError(
+                f"{here}: role must be one of {list(get_args(Role))}, got {_shown(turn['role'])}; a system prompt is the key system"
+            )
+        turns.append(Turn(turn["role"], turn["text"], tuple(_pictures(turn.get("image"), here, folder))))
+    return tuple(turns)
 
 
 def _require_types(row: Mapping[str, Any], where: str) -> None:
     """Refuse values that are not of the type of their key."""
-    for key in ("prompt", "response", "behaviour", "channel", "id", "group"):
+    for key in ("prompt", *_OPTIONAL, "channel", "id", "group"):
         if key in row and not (isinstance(row[key], str) or (row[key] is None and key in _NULLABLE)):
             raise DataFileError(f"{where}: {key} must be a text, got {_shown(row[key])}; {_advice(row[key], key)}")
     if not isinstance(harmful := row.get("harmful", False), bool):
@@ -232,6 +263,12 @@ def _pictures(named: Any, where: str, folder: Path) -> list[Image.Image]:
         except (PictureError, ValueError) as error:
             raise DataFileError(f"{where}: image {name!r} must be a picture: {error}") from None
     return images
+
+
+def _written(images: Sequence[Image.Image], folder: Path) -> dict[str, Any]:
+    """The key of pictures that are written into a folder; none where there are none."""
+    paths = [f"{folder.name}/{_write_picture(image, folder)}" for image in images]
+    return {"image": paths if len(paths) > 1 else paths[0]} if paths else {}
 
 
 def _line(row: Mapping[str, Any]) -> str:

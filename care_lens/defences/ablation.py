@@ -18,6 +18,7 @@ from care_lens.defences.base import Batch, HookDefence, last_states
 from care_lens.defences.stored import FitError, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.positions import Positions, check_positions, check_site
 
 
@@ -82,3 +83,12 @@ class MeanAblation(HookDefence):
         for site, mean in self.means.items():
             pairs.append(batch.edit(site, lambda h, m=mean: h + self.alpha * (m.to(h) - h), at=self.scope))
         return pairs
+
+    def linear_parts(self) -> list[LinearPart]:
+        """Its means, which take the place of what the weights make."""
+        parts = []
+        for site, mean in ({} if self.off else self.means).items():
+            parts.append(
+                linear_part(self.name, site, lambda rows, m=mean: self.alpha * (m.to(rows) - rows), scope=self.scope)
+            )
+        return parts

@@ -26,6 +26,7 @@ from care_lens.defences.base import Batch, HookDefence, last_states
 from care_lens.defences.stored import FitError, StoredPart, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.positions import Positions
 
 _TOLERANCE = 1e-10
@@ -153,3 +154,10 @@ class LEACE(HookDefence):
         for site, of in self.erasers.items():
             pairs.append(batch.edit(site, lambda h, e=of: h + self.alpha * e.edit(h), at=self.scope))
         return pairs
+
+    def linear_parts(self) -> list[LinearPart]:
+        """Its erasers."""
+        parts = []
+        for site, of in ({} if self.off else self.erasers).items():
+            parts.append(linear_part(self.name, site, lambda rows, e=of: self.alpha * e.edit(rows), scope=self.scope))
+        return parts

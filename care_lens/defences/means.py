@@ -25,6 +25,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output, last_state
 from care_lens.defences.stored import FitError, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.positions import Positions
 
 
@@ -56,6 +57,16 @@ class AddedVector(HookDefence):
     def edits(self, batch: Batch) -> list[HookPair]:
         """One hook, at its site."""
         return [batch.edit(self.site, lambda h: h + self.alpha * self.vector.to(h), at=self.scope)]
+
+    def linear_parts(self) -> list[LinearPart]:
+        """Its vector, a bias."""
+        if self.off:
+            return []
+
+        def edit(rows: Tensor) -> Tensor:
+            return (self.alpha * self.vector.to(rows)).expand_as(rows)
+
+        return [linear_part(self.name, self.site, edit, scope=self.scope)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from care_lens.core.errors import ArtifactError, CareLensError
 from care_lens.core.examples import Example
@@ -24,6 +24,7 @@ from care_lens.core.files import load_artifact, save_artifact
 from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM
+from care_lens.repair import Attachment, attach
 
 _NAME, _SCHEMA = "defence", 1
 _KINDS: dict[str, type] = {}
@@ -86,6 +87,19 @@ class StoredDefence(StoredPart):
         """
         self.check(lvlm)
         return nullcontext(lvlm)
+
+    def attach(self, model: nn.Module, processor: Any, *, every_thread: bool = False) -> Attachment:
+        """Put the defence on a plain Hugging Face model; see :func:`care_lens.repair.attach`.
+
+        Args:
+            model: The model.
+            processor: Its processor.
+            every_thread: Whether it acts whichever thread runs the model.
+
+        Raises:
+            AttachError: If it has no hooks, since it rewrites requests.
+        """
+        return attach(self, model, processor, every_thread=every_thread)
 
     def check(self, lvlm: HookedLVLM) -> None:
         """Refuse a model on which the defence cannot work; here none."""

@@ -1,8 +1,10 @@
-"""Evaluation: the store of answers, judges, metrics with intervals, fidelity, and the table of defences by
-channels."""
+"""Evaluation: the store of answers, judges, metrics with intervals, fidelity, tuning on validation, and the
+table of defences by channels."""
 
 from care_lens.core.arguments import checked
+from care_lens.evaluation.answering import answer_verdicts, share, spread
 from care_lens.evaluation.classifier import ClassifierJudge
+from care_lens.evaluation.defence_tuning import tune_defence
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
 from care_lens.evaluation.generate import generate_all
@@ -17,18 +19,22 @@ from care_lens.evaluation.metrics import (
 from care_lens.evaluation.refusal import NOT_REFUSALS, PUBLISHED_REFUSALS, REFUSALS, SubstringRefusalJudge
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
+from care_lens.evaluation.tuning import Choice, NoCandidateError, tune
 
 __all__ = [
     "NOT_REFUSALS",
     "PUBLISHED_REFUSALS",
     "REFUSALS",
+    "Choice",
     "ClassifierJudge",
     "DefenceTable",
     "GenerationStore",
     "JudgeError",
+    "NoCandidateError",
     "StoredAnswer",
     "SubstringRefusalJudge",
     "TooManyMissing",
+    "answer_verdicts",
     "evaluate",
     "fidelity_trials",
     "generate_all",
@@ -38,7 +44,11 @@ __all__ = [
     "judge_store",
     "next_token_kl",
     "paired_difference",
+    "share",
+    "spread",
     "summarise",
+    "tune",
+    "tune_defence",
     "verdict_frame",
     "verdict_trials",
 ]

@@ -22,8 +22,8 @@ from care_lens.lvlm.hooked import HookedLVLM
 
 logger = logging.getLogger(__name__)
 
-#: What an answer says of its example that the model was not given.
-_OF_THE_EXAMPLE = ("group", "harmful", "reference", "meta")
+#: What an answer says of its example beside the prompt: what the model was not given, and what earlier versions did not store.
+_OF_THE_EXAMPLE = ("group", "harmful", "reference", "meta", "behaviour", "system", "turns", "prefill")
 
 
 def generate_all(
@@ -175,6 +175,9 @@ class _Run:
             reference=example.response,
             meta=dict(example.meta),
             behaviour=example.behaviour,
+            system=example.system,
+            turns=tuple((turn.role, turn.text) for turn in example.turns),
+            prefill=example.prefill,
         )
 
 

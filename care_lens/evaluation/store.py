@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from care_lens.core.conversation import PICTURE, Role, Turn
 from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest
@@ -43,6 +44,9 @@ class StoredAnswer:
         reference: The example's own response, where it has one.
         meta: The example's metadata.
         behaviour: What the request is after, where the prompt does not say it.
+        system: The system prompt, where there is one.
+        turns: Earlier turns of the conversation as (role, text), without their pictures.
+        prefill: The beginning of the answer that the model was given, where there is one.
     """
 
     defence: str
@@ -60,6 +64,9 @@ class StoredAnswer:
     reference: str | None = None
     meta: Mapping[str, str] = field(default_factory=dict, hash=False)
     behaviour: str | None = None
+    system: str | None = None
+    turns: tuple[tuple[Role, str], ...] = ()
+    prefill: str | None = None
 
     @property
     def key(self) -> Key:
@@ -67,9 +74,9 @@ class StoredAnswer:
         return self.defence, self.channel, self.id, self.seed, self.settings, self.example
 
     def to_example(self) -> Example:
-        """The example it answers, without its picture."""
+        """The example it answers, without its pictures and their places in the texts."""
         return Example(
-            prompt=self.prompt,
+            prompt=self.prompt.replace(PICTURE, ""),
             response=self.reference,
             harmful=self.harmful,
             channel=self.channel,
@@ -77,6 +84,9 @@ class StoredAnswer:
             group=self.group,
             meta=self.meta,
             behaviour=self.behaviour,
+            system=self.system,
+            turns=tuple(Turn(role, text.replace(PICTURE, "")) for role, text in self.turns),
+            prefill=self.prefill,
         )
 
 
@@ -158,8 +168,13 @@ class GenerationStore:
             if kind == "settings":
                 self._settings[held["digest"]] = held["value"]
             else:
-                answer = StoredAnswer(**held)
+                answer = _answer(held)
                 self._answers[answer.key] = answer
+
+
+def _answer(row: Row) -> StoredAnswer:
+    """An answer of its row, whose turns are lists in the file."""
+    return StoredAnswer(**{**row, "turns": tuple((role, text) for role, text in row.get("turns", ()))})
 
 
 def _older(content: bytes) -> list[Row] | None:
@@ -177,7 +192,7 @@ def _older(content: bytes) -> list[Row] | None:
         try:
             row = json.loads(line)
             if row["kind"] != "settings":
-                StoredAnswer(**{name: value for name, value in row.items() if name != "kind"})
+                _answer({name: value for name, value in row.items() if name != "kind"})
             elif {*row} != {"kind", "digest", "value"}:
                 raise ValueError("settings have a digest and a value")
         except (ValueError, TypeError, KeyError) as error:

@@ -25,15 +25,17 @@ class Block:
     Attributes:
         make: From a batch to its hooks; None for a block of fixed hooks.
         threads: The threads for which it acts.
+        everywhere: Whether it acts in every thread.
     """
 
     make: Callable[..., Any] | None = None
     threads: set[threading.Thread] = field(default_factory=set)
+    everywhere: bool = False
 
     @property
     def acts(self) -> bool:
         """Whether it acts in the thread that asks."""
-        return threading.current_thread() in self.threads
+        return self.everywhere or threading.current_thread() in self.threads
 
 
 class Blocks:
@@ -68,6 +70,21 @@ class Blocks:
         finally:
             self._here.muted = before
 
+    @contextmanager
+    def for_every_thread(self) -> Iterator[None]:
+        """Have the blocks that this thread opens meanwhile act in every thread."""
+        before = getattr(self._here, "everywhere", False)
+        self._here.everywhere = True
+        try:
+            yield
+        finally:
+            self._here.everywhere = before
+
+    @property
+    def open(self) -> int:
+        """How many blocks are open."""
+        return len(self._open)
+
     @property
     def running(self) -> bool:
         """Whether this thread is inside a run whose hooks are on already."""
@@ -76,7 +93,7 @@ class Blocks:
     @contextmanager
     def opened(self, make: Callable[..., Any] | None = None) -> Iterator[Block]:
         """Open a block for this thread, until it is left, from whichever thread and in whichever order."""
-        block = Block(make, {threading.current_thread()})
+        block = Block(make, {threading.current_thread()}, getattr(self._here, "everywhere", False))
         with self.lock:
             self._open.append(block)
         try:

@@ -40,8 +40,7 @@ class Doors:
             if "input_ids" in inspect.signature(module.forward).parameters:
                 self.stand_in(module, "forward", self._forward)
         self.stand_in(model, "generate", self._generate)
-        first = lvlm.bridge.get_submodule("blocks.0")
-        self._undo.append(first.register_forward_pre_hook(self._at_first_block).remove)
+        self._undo.append(lvlm.first_block.register_forward_pre_hook(self._at_first_block).remove)
 
     def stand_in(self, owner: nn.Module, name: str, call: Callable[..., Any]) -> None:
         """Have ``call(original, args, kwargs)`` answer for a method, for this object alone."""
@@ -106,6 +105,9 @@ class Doors:
         with self._blocks.turn():
             makers = self._blocks.makers
             made = [pair for make in makers for pair in make(self._generated_from(original, args, kwargs))]
+            if self._blocks.mine:
+                # A step that was compiled before the hooks came does not notice them.
+                kwargs = {**kwargs, "disable_compile": True}
             with self._blocks.run(), self._lvlm.hooks(made):
                 return original(*args, **kwargs)
 
@@ -121,6 +123,17 @@ class Doors:
         ids = given.get("input_ids", given.get("inputs"))
         if given.get("attention_mask") is None and isinstance(ids, Tensor):
             given["attention_mask"] = inferred_mask(ids, in_force)
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool((mask[:, -1] != 0).all()):
+            raise HookError(
+                "a repair is on, and generate must be given rows that end with the prompt, got padding at the end of one: its answer would "
+                "go on from the padding; set processor.tokenizer.padding_side = 'left'"
+            )
+        if in_force.get("cache_implementation") == "paged":
+            raise HookError(
+                "a repair is on, and cache_implementation must not be 'paged': the tokens of several requests share one row there, which the "
+                "repair cannot tell apart; leave it out"
+            )
         copies = options.copies(in_force, stateful=True)
         model = self._lvlm.hf_model
         return raw_inputs({**given, "input_ids": ids}, config=model.config, family=self._lvlm.family, copies=copies)

@@ -46,6 +46,10 @@ from care_lens.lvlm.wrapped import FwdHooks, HookFn, WrappedBridge, _checked
 __all__ = ["REFUSED", "HookedLVLM"]
 
 
+ATTACHED = "_care_lens_attached"
+"""Where a plain model holds what is attached to it."""
+
+
 def _count(logits_to_keep: Any, inputs: LVLMInputs) -> int:
     """The number of positions whose logits are computed, if it is one."""
     n_pos = inputs.input_ids.shape[1]
@@ -155,6 +159,10 @@ class HookedLVLM(WrappedBridge):
             architecture = f"CareLens{cls_name}"
             ArchitectureAdapterFactory.register_adapter(architecture, family.adapters[cls_name])
             break
+        if ATTACHED in model.__dict__:
+            raise ValueError(
+                "model must not have a repair attached, got one that has; remove it first (handle.remove()), and put it on the HookedLVLM"
+            )
         remember_attention(model)
         model.set_attn_implementation("eager")  # type: ignore[operator]
         bridge = build_bridge_from_module(model.eval(), architecture, hf_config=model.config)

@@ -17,6 +17,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_mtp": (None, False),
     "prefill_chunk_size": (None, 0),
     "guidance_scale": (None, 1),
+    "penalty_alpha": (None, 0),
+    "dola_layers": (None,),
+    "custom_generate": (None,),
     "use_cache": (None, True),
     "return_dict_in_generate": (None, False),
 }
@@ -102,7 +105,7 @@ def refuse(in_force: Mapping[str, Any], *, allowed: Sequence[str] = ()) -> None:
     ]:
         raise GenerationOptionError(
             f"hooks must see each token once, and what is returned is a Generation: got {refused}, which are not "
-            "defined here (assisted decoding, prompt lookup, chunked prefill, guidance, decoding without a cache, transformers' "
+            "defined here (assisted or contrastive decoding, DoLa, a decoding loop of one's own, prompt lookup, chunked prefill, guidance, decoding without a cache, transformers' "
             "own output); call lvlm.hf_model.generate inside `with lvlm.hooks(...)` for what they do"
         )
 

@@ -128,12 +128,28 @@ class HonestConversion(BaseTensorConversion):
         return value if self.inner is None else self.inner.revert(value)
 
 
-class _BlockSeam:
+class BlockParts(NamedTuple):
+    """Modules of one block, on a bridge or on a plain model.
+
+    Attributes:
+        block: The Hugging Face block.
+        mid_norm: Its input is the residual stream between attention and MLP.
+        mlp: Its output is added to that stream.
+        attn: Attention.
+    """
+
+    block: nn.Module
+    mid_norm: nn.Module
+    mlp: nn.Module
+    attn: nn.Module
+
+
+class BlockSeam:
     """The hook points of our own in one block: ``mid`` and, where asked for, ``post`` and, behind scales, the branches.
 
     Args:
-        block: The bridge's block.
-        tower: Where its parts are.
+        parts: The block's modules.
+        scales: Names of the block's parameters that scale what attention and MLP give, or none.
         mid: Between attention and MLP.
         post: At the block's end, or None.
         branches: At the scaled outputs of attention and MLP, or None.
@@ -141,8 +157,8 @@ class _BlockSeam:
 
     def __init__(
         self,
-        block: nn.Module,
-        tower: TowerMap,
+        parts: BlockParts,
+        scales: tuple[str, ...],
         mid: HookPoint,
         post: HookPoint | None,
         branches: tuple[HookPoint, HookPoint] | None,
@@ -154,16 +170,15 @@ class _BlockSeam:
         self._mid: Tensor | None = None
         self._mlp_out: Tensor | None = None
         self._mlp_edited = False
-        wrapped = block.get_submodule("_original_component")
-        self._scales = tuple(getattr(wrapped, name) for name in tower.scales or ())
+        self._scales = tuple(getattr(parts.block, name) for name in scales)
         handles = [
-            block.get_submodule(tower.mid_norm).register_forward_pre_hook(self._at_norm, prepend=True),
-            block.get_submodule(tower.mlp).register_forward_hook(self._after_mlp),
-            wrapped.register_forward_hook(self._after_block, prepend=True),
+            parts.mid_norm.register_forward_pre_hook(self._at_norm, prepend=True),
+            parts.mlp.register_forward_hook(self._after_mlp),
+            parts.block.register_forward_hook(self._after_block, prepend=True),
         ]
         if branches is not None:
-            handles.append(wrapped.register_forward_pre_hook(self._before_block, with_kwargs=True))
-            handles.append(block.get_submodule(tower.attn).register_forward_hook(self._after_attn))
+            handles.append(parts.block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+            handles.append(parts.attn.register_forward_hook(self._after_attn))
         self.handles: tuple[RemovableHandle, ...] = tuple(handles)
 
     def _before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -303,7 +318,8 @@ def install(bridge: Any, family: Family) -> Seams:
     _install_tower(seams, "vision", family.vision, family.vision_depth(model.config), known)
     _install_tower(seams, "language", family.language, bridge.cfg.n_layers, known)
     seams.points = dict(sorted(seams.points.items()))
-    _watch_packing(seams, family)
+    if family.packings is not None:
+        seams.on_remove(watch_packing(seams, family).remove)
     _guard_placeholders(seams)
     for undo in keep_precision(bridge):
         seams.on_remove(undo)
@@ -328,17 +344,24 @@ def _guard_placeholders(seams: Seams) -> None:
     seams.on_remove(model.register_forward_pre_hook(before, with_kwargs=True).remove)
 
 
-def _watch_packing(seams: Seams, family: Family) -> None:
-    """Have the packings of each forward pass of the vision tower ready before its hooks run."""
-    if (packings := family.packings) is None:
-        return
-    model = seams.bridge.original_model
+def watch_packing(seams: Seams, family: Family) -> RemovableHandle:
+    """Have the packings of each forward pass of the vision tower ready before its hooks run.
+
+    Args:
+        seams: What keeps them.
+        family: A family with packings.
+
+    Returns:
+        What ends it.
+    """
+    packings, model = family.packings, seams.bridge.original_model
+    assert packings is not None
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seams.packings.update(packings(model, args, kwargs))
 
     tower = model.get_submodule(family.tower_module)
-    seams.on_remove(tower.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+    return tower.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
 
 
 def _install_tower(seams: Seams, tower: Tower, where: TowerMap, depth: int, known: dict[str, HookPoint]) -> None:
@@ -370,7 +393,10 @@ def _install_tower(seams: Seams, tower: Tower, where: TowerMap, depth: int, know
             )
         }
         branches = (own["hook_attn_out"], own["hook_mlp_out"]) if where.scales else None
-        seam = _BlockSeam(block, where, own["hook_resid_mid"], own.get("hook_resid_post"), branches)
+        parts = BlockParts(
+            *(block.get_submodule(path) for path in ("_original_component", where.mid_norm, where.mlp, where.attn))
+        )
+        seam = BlockSeam(parts, where.scales or (), own["hook_resid_mid"], own.get("hook_resid_post"), branches)
         for handle in seam.handles:
             seams.on_remove(handle.remove)
         if where.own_pattern:

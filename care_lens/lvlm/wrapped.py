@@ -2,24 +2,24 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.lvlm.blocks import Block, Blocks
 from care_lens.lvlm.doors import Doors
 from care_lens.lvlm.errors import HookError
-from care_lens.lvlm.families import family_of
+from care_lens.lvlm.families import Family, family_of
 from care_lens.lvlm.inputs import LVLMInputs, require_inputs
 from care_lens.lvlm.plain import COPYING, KEYED, make_plain, plain, refuse_copies
-from care_lens.lvlm.seams import HonestConversion, install
+from care_lens.lvlm.seams import HonestConversion, Seams, install
 from care_lens.lvlm.sites import SiteInfo, describe, why_missing
 
 HookFn: TypeAlias = Callable[..., Any]
@@ -72,6 +72,26 @@ def _checked(fwd_hooks: Any) -> list[tuple[Any, HookFn]]:
     return [(place, fn) for place, fn in fwd_hooks]
 
 
+def require_processor(model: Any, processor: Any, family: Family) -> None:
+    """Refuse a processor that is not the model's own.
+
+    Args:
+        model: The Hugging Face model.
+        processor: What is given as its processor.
+        family: The model's family.
+
+    Raises:
+        ValueError: If it has no tokenizer or chat template, or its image token is another one.
+    """
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
+        raise ValueError(f"processor must be the model's processor, with its tokenizer, got {type(processor).__name__}")
+    tokens = family.image_ids(processor)
+    if model.config.image_token_id not in tokens:
+        raise ValueError(
+            f"processor must be the model's own: its image token is {tokens[0]}, the model's is {model.config.image_token_id}"
+        )
+
+
 class WrappedBridge:
     """A bridge and its processor, with honest hook points under the sites' names until :meth:`close`.
 
@@ -85,26 +105,29 @@ class WrappedBridge:
     def __init__(self, bridge: Any, processor: Any) -> None:
         model = bridge.original_model
         self.family = family_of(model)
-        if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
-            raise ValueError(
-                f"processor must be the model's processor, with its tokenizer, got {type(processor).__name__}"
-            )
-        tokens = self.family.image_ids(processor)
-        if model.config.image_token_id not in tokens:
-            raise ValueError(
-                f"processor must be the model's own: its image token is {tokens[0]}, the model's is "
-                f"{model.config.image_token_id}"
-            )
+        require_processor(model, processor, self.family)
         self.bridge = bridge
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self._seams = install(bridge, self.family)
+        self._seams = self._installed()
         self._blocks = Blocks()
         doors = Doors(self)
         self._seams.on_remove(doors.remove)
+        self._keep_plain(doors)
+
+    def _installed(self) -> Seams:
+        """The sites, put on the bridge."""
+        return install(self.bridge, self.family)
+
+    def _keep_plain(self, doors: Doors) -> None:
+        """Have the model's own names of weights, and no copies of it."""
+        model = self.hf_model
         for name in KEYED:
             doors.stand_in(model, name, self._as_plain)
-        refuse = refuse_copies("a wrapped model", COPYING)
+        self._refuse_copies(refuse_copies("a wrapped model", COPYING))
+
+    def _refuse_copies(self, refuse: Callable[..., Any]) -> None:
+        model = self.hf_model
         for name in ("__deepcopy__", "__reduce_ex__"):
             model.__dict__[name] = refuse
             self._seams.on_remove(lambda name=name: model.__dict__.pop(name, None))
@@ -148,6 +171,11 @@ class WrappedBridge:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def first_block(self) -> nn.Module:
+        """The first block of the language tower, which every forward pass over tokens goes through."""
+        return self.bridge.get_submodule("blocks.0")
 
     @property
     def hf_model(self) -> Any:
@@ -341,6 +369,18 @@ class WrappedBridge:
         """
         with self._blocks.turn():
             yield
+
+    @property
+    def blocks_open(self) -> int:
+        """How many blocks of hooks are open on the model, of all threads."""
+        return self._blocks.open
+
+    def for_every_thread(self) -> AbstractContextManager[None]:
+        """Have the blocks of hooks that are opened in this ``with`` block act whichever thread runs the model, until they are left.
+
+        For programs that run the model in a thread of their own, which cannot open a block itself.
+        """
+        return self._blocks.for_every_thread()
 
     def carry_hooks(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function for another thread that runs the model with this thread's hooks and repairs.

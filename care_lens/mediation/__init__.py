@@ -14,6 +14,7 @@ from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches
 from care_lens.mediation.patch_map import PatchMapResult, patch_map
 from care_lens.mediation.patching import Swap, patched_outcomes
 from care_lens.mediation.paths import PathResult, head_paths, path_effects
+from care_lens.mediation.placement import Placement, localised, reader_layers
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.separability import SeparabilityResult, probe_auc, separability
 from care_lens.mediation.verification import VerifiedResult, verify
@@ -34,6 +35,7 @@ __all__ = [
     "PairBatch",
     "PatchMapResult",
     "PathResult",
+    "Placement",
     "Replay",
     "SeparabilityResult",
     "Swap",
@@ -48,6 +50,7 @@ __all__ = [
     "heads",
     "knockout",
     "localise",
+    "localised",
     "mediate",
     "misaligned",
     "neuron_directions",
@@ -60,6 +63,7 @@ __all__ = [
     "path_effects",
     "probe_auc",
     "rank_places",
+    "reader_layers",
     "refine",
     "remove_noise",
     "separability",

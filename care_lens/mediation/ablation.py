@@ -12,16 +12,16 @@ components this is the paper's comparison of FFN and attention by attack success
   change nothing, and the other examples only as far as they are the reference.
 - "zero": zeros.
 - "skip": the component writes nothing to the residual stream; at the outputs of attention and MLP that is
-  zeros as well.
+  zeros as well. With ``components=("block",)`` whole blocks are left out, ``window`` of them together: the paper's scan skips {l, l + 1},
+  ``window=2``.
 
 Shares are of judged answers: missing ones are counted apart. Intervals are those of rates whose trials share groups
 (Clopper-Pearson where every example has its own); changes from the baseline are paired. None is a point because all
 answers came out alike.
 
-Source: Fu et al. 2026 (arXiv:2603.27240), who skip layers l and l + 1 together.
+Source: Fu et al. 2026 (arXiv:2603.27240).
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,18 +46,17 @@ from care_lens.core import (
     paired_difference,
     require_verdicts,
 )
-from care_lens.core.draws import example_generator
-from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import DetailedResult, groups_of, site_columns, tidy
+from care_lens.mediation.resampling import bank_of, donors, resampled
+from care_lens.mediation.skipping import BLOCK, Blocks, left_out
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Mode = Literal["mean", "resample", "zero", "skip"]
 MODES: tuple[str, ...] = ("mean", "resample", "zero", "skip")
-BANK = 32
-"""Positions of each reference example that are kept to draw from."""
 WRITERS = ("hook_attn_out", "hook_mlp_out")
 """Components that write to the residual stream."""
 
@@ -77,7 +76,9 @@ COLUMNS = (
 )
 DETAIL_COLUMNS = ("tower", "layer", "component", "id", "group", "channel", "text", "verdict")
 _JUDGED = (Verdict.COMPLIED, Verdict.REFUSED, Verdict.OTHER)
-Cell = Site | None
+
+
+Cell = Site | Blocks | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def ablate(
     tower: Tower = "language",
     layers: Sequence[int] | None = None,
     mode: Mode = "mean",
+    window: int = 1,
     reference: Sequence[Example] | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
@@ -124,10 +126,11 @@ def ablate(
         lvlm: The model; a repair that is on it acts.
         examples: The requests.
         judge: Says what each answer is.
-        components: Components of a block.
+        components: Components of a block; "block" is the whole of it, which can be skipped.
         tower: "language" or "vision".
         layers: Which layers; None: all that have sites.
         mode: What takes the place of the component's output.
+        window: How many blocks are skipped together, from each layer on (as many as there are at the end); for "block" alone.
         reference: Examples that the mean is over or that are drawn from; None: the examples themselves.
         max_new_tokens: Most tokens of an answer.
         batch_size: Examples generated from together.
@@ -143,7 +146,7 @@ def ablate(
         ValueError: If an option is out of range, the model has no such site or it cannot be edited, no
             example has an image for an ablation of the vision tower, or the checkpoint is of another sweep.
     """
-    sites = _sites(lvlm, components, tower, layers, mode)
+    sites = _sites(lvlm, components, tower, layers, mode, window)
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
     if tower == "vision" and all(example.image is None for example in examples):
@@ -151,6 +154,7 @@ def ablate(
     reference = examples if reference is None else reference
     settings = {
         "mode": mode,
+        **({} if window == 1 else {"window": window}),
         "max_new_tokens": max_new_tokens,
         "examples": examples_digest(examples),
         "reference": examples_digest(reference) if mode in ("mean", "resample") else None,
@@ -163,24 +167,31 @@ def ablate(
     done = CellLog(checkpoint, settings=settings, probe=_probe(lvlm, examples[:batch_size]))
     cells: list[Cell] = [None, *sites]
     todo = [cell for cell in cells if _key(cell) not in done]
-    means = _means(lvlm, [site for site in todo if site], reference, batch_size, progress) if mode == "mean" else {}
-    donors = _donors(examples, reference, seed) if mode == "resample" else []
+    replaced = [site for site in todo if isinstance(site, Site)]
+    means = _means(lvlm, replaced, reference, batch_size, progress) if mode == "mean" else {}
+    chosen = donors(examples, reference, seed) if mode == "resample" else []
     starts = range(0, len(examples), batch_size)
     with tqdm(total=len(cells) * len(starts), desc="ablating", disable=not progress) as bar:
         bar.update((len(cells) - len(todo)) * len(starts))
         for cell in todo:
             texts: list[str] = []
-            bank = _bank(lvlm, cell, reference, batch_size, seed) if cell and mode == "resample" else None
+            bank = None
+            if isinstance(cell, Site) and mode == "resample":
+                bank = bank_of(lvlm, cell, reference, batch_size, seed)
             for start in starts:
                 inputs = lvlm.prepare(examples[start : start + batch_size])
-                hooks = [(cell, _replace(means.get(cell)))] if cell else []
-                if cell and bank is not None:
+                hooks: list[tuple[Site, Callable[..., Any]]] = []
+                if isinstance(cell, Blocks):
+                    hooks = left_out(cell)
+                elif cell is not None:
+                    hooks = [(cell, _replace(means.get(cell)))]
+                if isinstance(cell, Site) and bank is not None:
                     batch = range(start, min(start + batch_size, len(examples)))
                     hooks = [
                         (
                             cell,
-                            _resample(
-                                bank, [donors[i] for i in batch], [examples[i] for i in batch], inputs, cell, seed
+                            resampled(
+                                bank, [chosen[i] for i in batch], [examples[i] for i in batch], inputs, cell, seed
                             ),
                         )
                     ]
@@ -201,20 +212,40 @@ def ablate(
 
 
 def _sites(
-    lvlm: HookedLVLM, components: Sequence[str], tower: Tower, layers: Sequence[int] | None, mode: Mode
-) -> list[Site]:
+    lvlm: HookedLVLM,
+    components: Sequence[str],
+    tower: Tower,
+    layers: Sequence[int] | None,
+    mode: Mode,
+    window: int,
+) -> list["Site | Blocks"]:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    if mode == "skip" and (others := [name for name in components if name not in WRITERS]):
-        raise ValueError(f"components must be some of {WRITERS} to be skipped, got {others}; use mode 'zero' or 'mean'")
-    layers = range(lvlm.n_layers(tower)) if layers is None else layers
-    sites = [Site(tower, layer, component) for layer in layers for component in components]
-    for site in sites:
-        if not lvlm.site_info(site).editable:
-            raise ValueError(f"components must be editable, got {site}: {lvlm.site_info(site).note}")
+    skippable = (*WRITERS, BLOCK)
+    if mode == "skip" and (others := [name for name in components if name not in skippable]):
+        raise ValueError(
+            f"components must be some of {skippable} to be skipped, got {others}; use mode 'zero' or 'mean'"
+        )
+    if mode != "skip" and BLOCK in components:
+        raise ValueError(f"mode must be 'skip' for whole blocks, got {mode!r}; or ablate {WRITERS} one by one")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"window must be a number of blocks, 1 or more, got {window!r}")
+    if window > 1 and tuple(components) != (BLOCK,):
+        raise ValueError(f"window is of whole blocks, components=({BLOCK!r},), got components={tuple(components)!r}")
+    depth = lvlm.n_layers(tower)
+    layers = range(depth) if layers is None else layers
+    cells: list[Site | Blocks] = [
+        Blocks(tower, layer, min(layer + window, depth) - 1) if component == BLOCK else Site(tower, layer, component)
+        for layer in layers
+        for component in components
+    ]
+    for cell in cells:
+        for site in (cell,) if isinstance(cell, Site) else cell.ends:
+            if not lvlm.site_info(site).editable:
+                raise ValueError(f"components must be editable, got {site}: {lvlm.site_info(site).note}")
     if mode == "resample" and "attn.hook_pattern" in components:
         raise ValueError("components must have positions to be resampled, got attn.hook_pattern; use mode 'zero'")
-    return sites
+    return cells
 
 
 def _key(cell: Cell) -> str:
@@ -249,106 +280,6 @@ def _replace(mean: Tensor | None) -> Callable[..., Tensor]:
     return replace_all
 
 
-def _donors(examples: Sequence[Example], reference: Sequence[Example], seed: int) -> list[int]:
-    """For each example the index of a reference example: of another group if there is one, else another, else any.
-
-    Each reference example gets a number from the seed and both; the smallest is taken, so that neither order nor other
-    examples have a part in it.
-    """
-    theirs = groups_of(reference)
-    names = [f"{other.id} {examples_digest([other])}" for other in reference]
-    out = []
-    for example, group in zip(examples, groups_of(examples), strict=True):
-        own = f"{seed} {example.id} {examples_digest([example])}"
-        away = [i for i, other in enumerate(theirs) if other != group]
-        away = away or [i for i, other in enumerate(reference) if other is not example] or list(range(len(reference)))
-        out.append(min(away, key=lambda i: hashlib.sha256(f"{own} {names[i]}".encode()).digest()))
-    return out
-
-
-def _bank(
-    lvlm: HookedLVLM, site: Site, reference: Sequence[Example], batch_size: int, seed: int
-) -> list[Tensor | None]:
-    """For each reference example [<= BANK, ...] activations at random positions; None for one without an image."""
-    if site.tower != "language":
-        pictured = [i for i, example in enumerate(reference) if example.image is not None]
-    else:
-        pictured = list(range(len(reference)))
-    bank: list[Tensor | None] = [None] * len(reference)
-    for start in range(0, len(pictured), batch_size):
-        some = pictured[start : start + batch_size]
-        inputs = lvlm.prepare([reference[i] for i in some])
-        with torch.no_grad():
-            _, cache = lvlm.run_with_cache(inputs, sites=[site], logits_to_keep=1)
-        held = cache[str(site)]
-        if site.tower == "language":
-            where, rows = inputs.spans.mask("all").to(held.device), range(len(some))
-        else:
-            where, rows = lvlm.patch_mask(site, held, class_tokens=True), inputs.image_rows
-        for entry, row in enumerate(rows):
-            tokens = held[entry][where[entry]]
-            if (before := bank[some[row]]) is not None:
-                tokens = torch.cat([before, tokens])  # another tile of the same example
-            generator = example_generator(seed, reference[some[row]], site)
-            drawn = torch.randperm(len(tokens), generator=generator)[:BANK]
-            bank[some[row]] = tokens[drawn.to(tokens.device)]
-    return bank
-
-
-class _Draws:
-    """The numbers that one row draws, a position after the other; drawn in blocks, so that how many are asked for at once
-    changes nothing."""
-
-    def __init__(self, high: int, generator: torch.Generator) -> None:
-        self._high, self._generator, self._left = high, generator, torch.empty(0, dtype=torch.long)
-
-    def take(self, count: int) -> Tensor:
-        while len(self._left) < count:
-            block = torch.randint(self._high, (256,), generator=self._generator)
-            self._left = torch.cat([self._left, block])
-        taken, self._left = self._left[:count], self._left[count:]
-        return taken
-
-
-def _resample(
-    bank: Sequence[Tensor | None],
-    donors: Sequence[int],
-    examples: Sequence[Example],
-    inputs: LVLMInputs,
-    site: Site,
-    seed: int,
-) -> Callable[..., Tensor]:
-    """A hook that puts random activations of one reference example at every position of a row, padding apart."""
-    filled = [i for i, part in enumerate(bank) if part is not None]
-    if not filled:
-        raise ValueError("reference must include an example with an image to resample the vision tower, got text alone")
-    rows = list(range(len(examples))) if site.tower == "language" else list(inputs.image_rows)
-    padding = inputs.spans.padding.sum(dim=1).tolist() if site.tower == "language" else [0] * len(examples)
-    parts: list[Tensor] = []
-    draws: list[_Draws] = []
-    for entry, row in enumerate(rows):
-        donor = donors[row] if bank[donors[row]] is not None else filled[donors[row] % len(filled)]
-        part = bank[donor]
-        assert part is not None
-        parts.append(part)
-        tile = entry - rows.index(row)
-        draws.append(_Draws(len(part), example_generator(seed, examples[row], site, tile)))
-    before = True
-
-    def replace_all(activation: Tensor, hook: Any) -> Tensor:
-        nonlocal before
-        drawn = []
-        for entry, (part, own) in enumerate(zip(parts, draws, strict=True)):
-            # Left padding, of the prompt alone, is what differs between batches: it takes no draws.
-            pad = padding[rows[entry]] if before else 0
-            index = torch.cat([torch.zeros(pad, dtype=torch.long), own.take(activation.shape[1] - pad)])
-            drawn.append(part[index.to(part.device)])
-        before = False
-        return torch.stack(drawn).to(activation.device, activation.dtype)
-
-    return replace_all
-
-
 def _result(
     examples: Sequence[Example],
     cells: Sequence[Cell],
@@ -364,7 +295,11 @@ def _result(
     details: list[dict[str, Any]] = []
     baseline = np.array(done[BASELINE]["verdicts"])
     for cell in cells:
-        place = {"tower": tower, "layer": None, "component": BASELINE} if cell is None else site_columns(cell)
+        place = {"tower": tower, "layer": None, "component": BASELINE}
+        if isinstance(cell, Blocks):
+            place = {"tower": tower, "layer": cell.first, "component": BLOCK}
+        elif cell is not None:
+            place = site_columns(cell)
         verdicts = np.array(done[_key(cell)]["verdicts"])
         shared = {**place, "mode": mode, "seed": seed}
         for metric, effect, (value, low, high), n in _measures(verdicts, baseline, groups, cell is None, n_boot, seed):

@@ -10,10 +10,10 @@ from care_lens.core.files import load_artifact, save_artifact
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.results import column_types, read_frame
 from care_lens.core.site import Site
-from care_lens.pipeline.choose import Choice, ReaderPlan
-from care_lens.pipeline.place import Placement
+from care_lens.evaluation import Choice
+from care_lens.mediation import Placement
 from care_lens.pipeline.resume import Stage
-from care_lens.repair import HybridFusion
+from care_lens.repair import HybridFusion, ReaderPlan
 from care_lens.subspace import SafetySubspace
 
 _NAME, _KIND, _SCHEMA = "choice", "choice of a run", 1

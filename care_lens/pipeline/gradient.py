@@ -16,10 +16,9 @@ from care_lens.core.outcome import Repair, Verdict
 from care_lens.data.study import Study
 from care_lens.evaluation import GenerationStore
 from care_lens.lvlm import HookedLVLM
-from care_lens.pipeline.choose import answer_verdicts, offline
-from care_lens.pipeline.learn import token_rows
+from care_lens.pipeline.choose import answer_verdicts
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import ConformalGate, HybridFusion, MaxReader
+from care_lens.repair import ConformalGate, HybridFusion, MaxReader, captured_scores, token_rows
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ def softened(
     sites = list(dict.fromkeys(leaf.site for leaf in both.leaves))
     tokens = max(len(lvlm.tokenizer(e.response or "")["input_ids"]) for e in examples)
     highest = float(
-        offline(both, token_rows(lvlm, examples, sites, tokens=tokens, batch_size=settings.batch_size)).max()
+        captured_scores(both, token_rows(lvlm, examples, sites, tokens=tokens, batch_size=settings.batch_size)).max()
     )
     return repair.with_gate(replace(gate, width=1.2 * max(highest - gate.threshold, 1.0)))
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from care_lens.core.errors import CareLensError
 from care_lens.data.study import Study
-from care_lens.pipeline.choose import halves
 from care_lens.pipeline.settings import RunSettings
+from care_lens.repair import halves
 
 log = logging.getLogger(__name__)
 

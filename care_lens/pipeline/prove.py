@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from care_lens.baselines import NoRefusalDirection
+from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core.examples import Example
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.outcome import Repair
@@ -112,6 +112,18 @@ def opening_rate(lvlm: HookedLVLM, study: Study, repair: HybridFusion, settings:
     return {"value": ci.estimate, "ci_low": ci.low, "ci_high": ci.high, "n": len(benign)}
 
 
+def kept_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage) -> RefusalDirection | str:
+    """The refusal direction, or why there is none; fitted once in a run."""
+    name, absent = "refusal_direction", "no_refusal_direction"
+    if not (stage.directory / f"{absent}.json").exists():
+        try:
+            return stage.defence(name, lambda: refusal_direction(lvlm, study, settings), load=RefusalDirection.load)
+        except NoRefusalDirection as error:
+            why = str(error)
+            return stage.record(absent, lambda: why)
+    return stage.record(absent, str)
+
+
 def prove(
     lvlm: HookedLVLM,
     study: Study,
@@ -123,7 +135,8 @@ def prove(
 ) -> Proof:
     """Run every defence, its controls and baselines on every channel of the test split.
 
-    Rivals are tuned on validation here; of the test split only answers are taken. Tables of the same repair resume.
+    Rivals are tuned on validation here; of the test split only answers are taken. Answers, attacks, what is fitted here and the tables
+    resume; of a table that is not finished the intervals and the fidelity are computed again.
 
     Args:
         lvlm: the model.
@@ -160,15 +173,20 @@ def prove(
     def everything() -> DefenceTable:
         left_out: dict[str, str] = {}
         defences: dict[str, Repair | None] = {NONE: None}
-        try:
-            defences["refusal direction"] = refusal_direction(lvlm, study, settings)
-        except NoRefusalDirection as error:
-            left_out["refusal direction"] = str(error)
+        direction = kept_direction(lvlm, study, settings, stage)
+        if isinstance(direction, str):
+            left_out["refusal direction"] = direction
+        else:
+            defences["refusal direction"] = direction
         tuned = (
             difference_of_means(lvlm, study, rows, settings, store=searched),
             best_printed(lvlm, study, printed, settings, rows.modalities, store=searched),
         )
-        shuffled = shuffled_control(lvlm, study, choice, rows, settings)
+        shuffled = stage.defence(
+            f"shuffled.{key}",
+            lambda: shuffled_control(lvlm, study, choice, rows, settings),
+            load=HybridFusion.load,
+        )
         for defence in (*(rival for rival, _ in tuned), choice.repair, draws[RANDOM], shuffled):
             defences[defence.name] = defence
         suites: dict[str, Sequence[Example]] = {c: list(e) for c, e in study.suites["test"].items()}
@@ -177,7 +195,7 @@ def prove(
             defences,
             fidelity=settings.fidelity,
         )
-        opened = opening_rate(lvlm, study, choice.repair, settings)
+        opened = stage.record(f"opened.{key}", lambda: opening_rate(lvlm, study, choice.repair, settings))
         about = {rival.name: chosen for rival, chosen in tuned}
         return replace(found, settings={**found.settings, "left_out": left_out, "opened": opened, "tuned": about})
 

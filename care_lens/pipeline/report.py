@@ -1,6 +1,5 @@
 """The report of a run: one self-contained HTML page, the figures as files beside it."""
 
-import datetime
 import html
 import json
 import math
@@ -11,9 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from care_lens import plots
+from care_lens.core.files import write_whole
 from care_lens.pipeline.gradient import ADAPTIVE, ANSWER, OPENING
 from care_lens.pipeline.prove import NONE
 from care_lens.pipeline.run import Run
+from care_lens.plots.theme import figure_html
 from care_lens.repair import ConformalGate
 
 STYLE = """
@@ -112,7 +113,10 @@ def _places(run: Run) -> str:
 
 
 def write_report(run: Run, out: str | Path) -> Path:
-    """Write report.html and figures/ into the folder of the run.
+    """Write report.html, summary.json and figures/ into the folder of the run.
+
+    Each file is whole or not written. What they hold is made of the results alone: a run that was stopped and went on ends in the same
+    bytes as one that was not. When it was written and how long it took stands in ``times.jsonl`` (see `care_lens.pipeline.run`).
 
     Args:
         run: the results.
@@ -126,12 +130,12 @@ def write_report(run: Run, out: str | Path) -> Path:
     for name, figure in made.items():
         plots.save_figure(figure, out / "figures" / f"{name}.html")
     made_html = {
-        name: figure.to_html(full_html=False, include_plotlyjs="inline" if i == 0 else False)
+        name: figure_html(figure, name=name, full_html=False, include_plotlyjs="inline" if i == 0 else False)
         for i, (name, figure) in enumerate(made.items())
     }
     key = summary(run)
     known = {name: value if math.isfinite(value) else None for name, value in key.items()}
-    (out / "summary.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "summary.json", json.dumps(known, indent=1) + "\n")
     table = run.proof.table
     plan = run.choice.plan
     gate = run.choice.repair.corrections[0].gate
@@ -158,6 +162,8 @@ def write_report(run: Run, out: str | Path) -> Path:
         for k, v in run.proof.tuned.items()
     )
     left_out = "".join(f"<p>Left out: {html.escape(k)}: {html.escape(v)}</p>" for k, v in run.proof.left_out.items())
+    measured = [metric for metric in ("agreement", "kl") if metric in set(table.frame["metric"])]
+    fidelity = table.to_html(metrics=measured) if measured else "<p>Not measured: there were no such prompts.</p>"
     quick = (
         ""
         if run.settings.limit is None
@@ -206,11 +212,8 @@ attack channels; right answers in per cent on the others.</p>
 <h3>Random writers: {run.settings.random_seeds} draws of equal rank and edit norm behind the same gates</h3>
 {run.proof.random.to_html(metrics=("asr",))}
 <h3>Gradient attack that sees the repair</h3>{adaptive}
-<h3>Semantic fidelity: at most {run.settings.fidelity} benign prompts a channel that the undefended model answers rightly</h3>{table.to_html(metrics=("agreement", "kl"))}
+<h3>Semantic fidelity: at most {run.settings.fidelity} benign prompts a channel that the undefended model answers rightly</h3>{fidelity}
 <h3>Over-refusal: benign prompts refused</h3>{table.to_html(metrics=("refusal",))}{left_out}
 <h2>Settings and provenance</h2>
-<pre>{html.escape(json.dumps({"settings": run.settings.to_dict(), "seconds": run.seconds, **run.provenance}, indent=1))}</pre>
-<p>Written {datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}</p></body></html>"""
-    path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+<pre>{html.escape(json.dumps({"settings": run.settings.to_dict(), **run.provenance}, indent=1))}</pre></body></html>"""
+    return write_whole(out / "report.html", page)

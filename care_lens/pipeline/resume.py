@@ -3,22 +3,35 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from care_lens.core import FrameResult
 from care_lens.core.errors import ArtifactError
-from care_lens.core.files import in_use, load_artifact, save_artifact
-from care_lens.core.identity import digest
+from care_lens.core.files import in_use, load_artifact, packed, save_artifact, swept, unpacked
+from care_lens.core.identity import digest, repair_fingerprint
 from care_lens.core.journal import differing
+from care_lens.core.outcome import Repair
 
 log = logging.getLogger(__name__)
 
 AnyResult = TypeVar("AnyResult", bound=FrameResult)
 
-_KIND = "settings of a run"
+_KIND, _RECORD = "settings of a run", "record of a run"
+
+
+@runtime_checkable
+class Kept(Repair, Protocol):
+    """A defence that can be saved, and that its class can load."""
+
+    def save(self, directory: Path) -> object:
+        """Write its files into a folder."""
+        ...
+
+
+AnyKept = TypeVar("AnyKept", bound=Kept)
 
 
 class Stage:
@@ -47,6 +60,7 @@ class Stage:
         self._held.enter_context(in_use(directory))
         try:
             self._check(ours)
+            swept(directory)
         except BaseException:
             self._held.close()
             raise
@@ -87,18 +101,74 @@ class Stage:
         return self.directory / f"{name}.cells.jsonl"
 
     def result(self, kind: type[AnyResult], name: str, make: Callable[[], AnyResult]) -> AnyResult:
-        """The saved result, or a new one, saved at once.
+        """The saved result, or a new one, saved at once; always as it is read from its files, so that a run that goes on and one
+        that was never stopped work on with the same.
 
         Raises:
             ArtifactError: if its files are damaged, or of another run or result.
         """
-        if (self.directory / f"{name}.json").exists():
-            found = kind.load(self.directory, name, context=self.context(name))
+        if self._has(name):
             log.info("%s: resumed", name)
-            return found
+        else:
+            with self._timed(name):
+                make().save(self.directory, name, context=self.context(name))
+        return kind.load(self.directory, name, context=self.context(name))
+
+    def record(self, name: str, make: Callable[[], Any]) -> Any:
+        """A saved JSON-able value, or a new one, saved at once; as it is read from its file.
+
+        Raises:
+            ArtifactError: if its file is damaged, or of another run or value.
+        """
+        if not self._has(name):
+            with self._timed(name):
+                self._write(name, make())
+        return self._read(name)
+
+    def defence(self, name: str, make: Callable[[], AnyKept], *, load: Callable[[Path], AnyKept]) -> AnyKept:
+        """A saved defence, or a new one, saved at once in the folder of its name; as it is read from there.
+
+        Args:
+            name: of the folder and of the record beside it, which says whose it is.
+            make: fits it.
+            load: reads it from a folder.
+
+        Raises:
+            ArtifactError: if its files are damaged, missing, or of another run or defence.
+        """
+        folder = self.directory / name
+        if not self._has(name):
+            with self._timed(name):
+                make().save(folder)
+                self._write(name, repair_fingerprint(load(folder)))
+        again = f"remove {folder}.json, and it is made again"
+        known = self._read(name)
+        try:
+            found = load(folder)
+        except FileNotFoundError as error:
+            raise ArtifactError(f"the files of {folder} must be there, {error.filename} is not; {again}") from error
+        if repair_fingerprint(found) != known:
+            raise ArtifactError(f"{folder} must hold the defence that was kept there, got another; {again}")
+        return found
+
+    def _has(self, name: str) -> bool:
+        return (self.directory / f"{name}.json").exists()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         start = time.monotonic()
-        result = make()
-        result.save(self.directory, name, context=self.context(name))
+        yield
         self.seconds[name] = time.monotonic() - start
         log.info("%s: %.1f s", name, self.seconds[name])
-        return result
+
+    def _write(self, name: str, value: Any) -> None:
+        content = {"context": self.context(name), "value": packed(value)}
+        save_artifact(self.directory, name, kind=_RECORD, schema=1, data={}, content=content)
+
+    def _read(self, name: str) -> Any:
+        held = load_artifact(self.directory, name, kind=_RECORD, schema=1)[1]
+        if held["context"] != self.context(name):
+            raise ArtifactError(
+                f"{self.directory / f'{name}.json'} must be of this run, got that of another; remove it, and it is made again"
+            )
+        return unpacked(held["value"])

@@ -6,27 +6,16 @@ from itertools import product
 import pandas as pd
 
 from care_lens.baselines import RefusalDirection
-from care_lens.core.examples import Example
-from care_lens.core.outcome import Repair, Verdict
+from care_lens.core.outcome import Repair
 from care_lens.core.site import Site
 from care_lens.data.study import Modality, Study
-from care_lens.evaluation import GenerationStore
+from care_lens.evaluation import GenerationStore, spread, tune_defence
 from care_lens.lvlm import HookedLVLM
-from care_lens.pipeline.choose import answer_verdicts, share
-from care_lens.pipeline.learn import FitRows, printed_form
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import HybridFusion
+from care_lens.repair import FitRows, HybridFusion, printed_form
 from care_lens.subspace import SafetySubspace
 
 CAA = "difference of means, all tokens"
-#: Benign prompts on which a rival is screened before all of validation is asked, and the loss of right answers that rules it out.
-SCREENED, HOPELESS = 48, 0.10
-
-
-def spread(examples: Sequence[Example], n: int) -> list[Example]:
-    """n examples taken at even distances, so that every channel has its share."""
-    n = min(n, len(examples))
-    return [examples[i * len(examples) // n] for i in range(n)]
 
 
 def tuned(
@@ -37,11 +26,8 @@ def tuned(
     modalities: Sequence[Modality],
     *,
     store: GenerationStore | None = None,
-) -> tuple[Repair, dict[str, float]]:
-    """The candidate with the lowest attack success among those that keep benign accuracy, on validation.
-
-    The rule of the repair itself (`settings.benign_loss`). Where no candidate keeps it, the one with the largest sum of attacks stopped and benign
-    prompts answered rightly.
+) -> tuple[Repair, dict[str, float | int]]:
+    """`care_lens.evaluation.tune_defence` with the settings of a run, on the validation split of a study.
 
     Args:
         lvlm: the model.
@@ -54,39 +40,17 @@ def tuned(
     Returns:
         The candidate, and what it reached on validation: its attack success, benign answers that were right without and with it.
     """
-    attacked = [e for m in modalities for e in study.malicious("validation", m)]
-    benign = study.benign("validation")
-    few = spread(benign, SCREENED)
-
-    def right(repair: Repair | None) -> float:
-        if repair is not None:
-            screened = share(answer_verdicts(lvlm, few, repair, settings, study.judge, store=store), Verdict.COMPLIED)
-            if screened < before - HOPELESS:
-                return screened
-        return share(answer_verdicts(lvlm, benign, repair, settings, study.judge, store=store), Verdict.COMPLIED)
-
-    before = 0.0
-    before = right(None)
-    tried = []
-    for make in candidates:
-        repair = make()
-        tried.append(
-            (
-                share(answer_verdicts(lvlm, attacked, repair, settings, study.judge, store=store), Verdict.COMPLIED),
-                repair,
-            )
-        )
-    rest: list[tuple[float, float, Repair]] = []
-    for asr, repair in sorted(
-        tried, key=lambda row: row[0]
-    ):  # in this order the first that keeps benign answers is the best
-        rest.append((asr, right(repair), repair))
-        if rest[-1][1] >= before - settings.benign_loss:
-            break
-    else:
-        rest.sort(key=lambda row: row[1] - row[0])
-    asr, after, repair = rest[-1]
-    return repair, {"asr": asr, "benign_before": before, "benign_after": after, "candidates": len(tried)}
+    return tune_defence(
+        lvlm,
+        candidates,
+        attacked=[e for m in modalities for e in study.malicious("validation", m)],
+        benign=study.benign("validation"),
+        judge=study.judge,
+        benign_loss=settings.benign_loss,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        store=store,
+    )
 
 
 def best_printed(

@@ -1,5 +1,7 @@
 """The four steps in a row: diagnose, learn, choose, prove; then the report. A stopped run resumes in its folder."""
 
+import datetime
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from care_lens.core.files import swept
 from care_lens.core.identity import content_digest, model_fingerprint
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
@@ -28,6 +31,10 @@ from care_lens.subspace import SafetySubspace
 
 log = logging.getLogger(__name__)
 
+#: Where a run says when each step ended and how long it took; the one file that differs between two runs of the same.
+TIMES = "times.jsonl"
+#: Folders of a run beside that of the frames.
+_FOLDERS = ("repair", "subspaces", "figures")
 #: What a study says of itself, which no figure depends on.
 _TEXT = ("about",)
 
@@ -40,7 +47,7 @@ class Run:
         study, settings: what it worked on and how.
         diagnosis, choice, proof: the steps' results.
         printed_subspaces: those of the paper's printed form, at every layer.
-        seconds: by step.
+        seconds: by step, of the last start; also in the folder's ``times.jsonl``, with those of earlier starts.
         provenance: model, weights, study, data, judge, versions.
     """
 
@@ -77,6 +84,19 @@ def open_stage(lvlm: HookedLVLM, out: str | Path, study: Study, settings: RunSet
     return Stage(Path(out) / "frames", {"settings": settings.to_dict(), **_provenance(lvlm, study, model)})
 
 
+def _note_time(out: Path, step: str, seconds: float) -> None:
+    ended = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    with (out / TIMES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "seconds": seconds, "ended": ended}) + "\n")
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a kill has left of files that were being written."""
+    swept(out, inside=False)
+    for folder in _FOLDERS:
+        swept(out / folder)
+
+
 def run(
     lvlm: HookedLVLM,
     study: Study,
@@ -87,6 +107,9 @@ def run(
     progress: bool = True,
 ) -> Run:
     """Diagnose, learn, choose on validation, prove on test; results are saved as they come.
+
+    A run that is stopped at any moment and started again ends in the same files, byte for byte, as one that was left alone, but for
+    ``times.jsonl``. What is done again then is short beside what is kept: see the docs page on the command line.
 
     Args:
         lvlm: the model.
@@ -106,7 +129,7 @@ def run(
         InUseError: if another process runs in `out`.
         NoCandidate: if no repair keeps benign accuracy on validation.
     """
-    settings = settings or RunSettings()
+    out, settings = Path(out), settings or RunSettings()
     study = study.limited(settings.limit) if settings.limit else study
     study.require()
     settings = require_feasible(study, settings)
@@ -116,14 +139,16 @@ def run(
     @contextmanager
     def step(name: str) -> Iterator[None]:
         bar.set_description(name)
+        log.info("%s begins", name)
         start = time.monotonic()
         yield
         seconds[name] = round(time.monotonic() - start, 1)
+        _note_time(out, name, seconds[name])
         bar.update()
         log.info("%s: %.1f s", name, seconds[name])
 
-    out = Path(out)
     with open_stage(lvlm, out, study, settings, model=model) as stage, bar:
+        _sweep(out)
         provenance = _provenance(lvlm, study, model)
         with step("diagnose"):
             diagnosis = diagnose(lvlm, study, settings, stage)

@@ -1,13 +1,16 @@
 """The look of all figures, and how they are saved."""
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
+from plotly.offline import get_plotlyjs
 
 from care_lens.core.errors import CareLensError
+from care_lens.core.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +65,36 @@ def _template() -> go.layout.Template:
 pio.templates[TEMPLATE] = _template()
 
 
+def figure_html(figure: go.Figure, *, include_plotlyjs: bool | str, full_html: bool = True, name: str = "") -> str:
+    """The page of a figure, the same text whenever it is made of the same figure.
+
+    Plotly calls a figure's element by a random id; here the id is a digest of the name and of the figure.
+
+    Args:
+        figure: The figure.
+        include_plotlyjs: As :func:`plotly.io.to_html` takes it: "inline", "directory", or False where the page has the script already.
+        full_html: Whether it is a page, or only the part that goes into one.
+        name: What tells it from the other figures of a page.
+    """
+    made = hashlib.sha256(f"{name}\n{figure.to_json()}".encode()).hexdigest()
+    script: Any = include_plotlyjs
+    return pio.to_html(figure, include_plotlyjs=script, full_html=full_html, div_id=f"figure-{made[:16]}")
+
+
+def _write_script(path: Path) -> None:
+    """Plotly's own script, which the pages of a folder share, unless it is there whole."""
+    script = get_plotlyjs().encode()
+    if not path.exists() or path.stat().st_size != len(script):
+        write_whole(path, script)
+
+
 def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
     """Write a figure to files that stand side by side.
 
     The interactive page (``.html``) and the figure's data (``.json``) are always written; pages of one folder
     share one copy of plotly's script, so that they open without a network. A path that ends in .pdf, .svg or
     .png is written as well, without menus; that needs kaleido (the extra ``plots-export``) and a Chrome or
-    Chromium.
+    Chromium. Page and data are whole or not written, and the same bytes whenever the same figure is saved.
 
     Args:
         figure: The figure.
@@ -85,10 +111,10 @@ def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
     suffix = path.suffix.lower() or ".html"
     if suffix not in (".html", *STATIC_FORMATS):
         raise ValueError(f"path must end in .html, .pdf, .svg or .png, got {path.name!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     page, data = path.with_suffix(".html"), path.with_suffix(".json")
-    figure.write_html(page, include_plotlyjs="directory")
-    data.write_text(str(figure.to_json()), encoding="utf-8")
+    _write_script(path.with_name("plotly.min.js"))
+    write_whole(page, figure_html(figure, include_plotlyjs="directory"))
+    write_whole(data, str(figure.to_json()))
     if suffix == ".html":
         return [page, data]
     width, height = figure.layout.width or _WIDTH, figure.layout.height or _HEIGHT  # type: ignore[attr-defined]

@@ -1,10 +1,20 @@
-"""Repair: corrections that read, gate and write, and their fusion into a defence that is put on a model."""
+"""Repair: corrections that read, gate and write, their fusion into a defence that is put on a model, and how they are learned.
+
+repair = learn_repair(lvlm, study, ReaderPlan(layer=2, offsets=(0, 5)))  # or care_lens.evaluation.tune(lvlm, study).repair
+with repair.on(lvlm):
+    lvlm.generate(inputs)
+"""
 
 from care_lens.core.arguments import checked
+from care_lens.repair.attach import Attachment, attach
+from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
+from care_lens.repair.calibrating import captured_scores, halves, recalibrated
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import (
+    AttachError,
+    BakeError,
     KindError,
     RepairError,
     RepairFileError,
@@ -14,40 +24,84 @@ from care_lens.repair.errors import (
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
 from care_lens.repair.kinds import register_kind
+from care_lens.repair.learning import (
+    FittedReaders,
+    ReaderPlan,
+    Readers,
+    assemble,
+    fit_reader_subspace,
+    reader_of,
+    reader_plans,
+    refusal_writer,
+)
+from care_lens.repair.linear import LinearPart, linear_part
+from care_lens.repair.method import learn_repair
 from care_lens.repair.positions import Positions
+from care_lens.repair.printed import printed_form, printed_subspaces
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
 from care_lens.repair.reading import read_scores
+from care_lens.repair.recording import Recording
+from care_lens.repair.rows import FitRows, TokenRows, fit_rows, residual_sites, study_rows, token_rows
 from care_lens.repair.store import load_repair, save_repair
 from care_lens.repair.writer import Writer
 
 __all__ = [
     "AlwaysOpen",
+    "AttachError",
+    "Attachment",
+    "BakeCertificate",
+    "BakeError",
     "ConformalGate",
     "Correction",
     "EnergyReader",
+    "FitRows",
+    "FittedReaders",
     "Gate",
     "HookPair",
     "HookRepair",
     "HybridFusion",
     "KindError",
+    "LinearPart",
     "LinearReader",
     "MaxReader",
     "NoRepair",
     "Positions",
     "Reader",
+    "ReaderPlan",
+    "Readers",
+    "Recording",
     "RepairError",
     "RepairFileError",
     "RepairMismatchError",
     "SiteReader",
+    "TokenRows",
     "TooFewCalibration",
     "TooFewCalibrationError",
     "Writer",
+    "assemble",
+    "attach",
+    "bake",
+    "captured_scores",
+    "fit_reader_subspace",
+    "fit_rows",
+    "halves",
+    "learn_repair",
+    "linear_part",
     "load_repair",
+    "printed_form",
+    "printed_subspaces",
     "random_control",
     "read_scores",
+    "reader_of",
+    "reader_plans",
+    "recalibrated",
+    "refusal_writer",
     "register_kind",
+    "residual_sites",
     "save_repair",
     "shuffled_labels",
+    "study_rows",
+    "token_rows",
 ]
 
 checked(globals(), __all__)

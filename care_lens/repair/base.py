@@ -1,11 +1,19 @@
 """What repairs that act through hooks have in common: they are put on a model for a while, for any batch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from care_lens.core.examples import Example
 from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.repair.attach import Attachment, attach
+from care_lens.repair.bake import BakeCertificate, bake
+from care_lens.repair.errors import BakeError
+from care_lens.repair.linear import LinearPart
 
 HookPair = tuple[str, Callable[..., Any]]
 """A TransformerLens hook: the name of a hook point, and ``fn(activation, hook)``."""
@@ -64,6 +72,63 @@ class HookRepair(ABC):
         with lvlm.hooks_for_each_batch(self.fwd_hooks):
             yield lvlm
 
+    def attach(self, model: nn.Module, processor: Any, *, every_thread: bool = False) -> Attachment:
+        """Put it on a plain Hugging Face model, by plain torch hooks; see :func:`care_lens.repair.attach`.
+
+        Args:
+            model: The model.
+            processor: Its processor.
+            every_thread: Whether it acts whichever thread runs the model.
+
+        Returns:
+            A handle with ``remove()``, which is also a context manager.
+
+        Raises:
+            ValueError: If the model does not fit, or a site cannot be hooked there; the message says why.
+
+        Example:
+            >>> with repair.attach(model, processor):  # doctest: +SKIP
+            ...     model.generate(**processor(text=text, images=picture, return_tensors="pt"))
+        """
+        return attach(self, model, processor, every_thread=every_thread)
+
+    def linear_parts(self) -> list[LinearPart]:
+        """What of it is one affine map of every token, and what is not, for :meth:`bake`.
+
+        Returns:
+            Its parts.
+
+        Raises:
+            BakeError: If nothing is known about it, as is the case here.
+        """
+        raise BakeError(
+            f"{self.name} must be known to be linear to be baked, and a {type(self).__name__} is not; attach it instead "
+            "(repair.attach(model, processor)), or define linear_parts"
+        )
+
+    def bake(
+        self,
+        model: HookedLVLM | nn.Module,
+        directory: str | Path,
+        *,
+        examples: Sequence[Example],
+        processor: Any = None,
+        batch_size: int = 8,
+    ) -> BakeCertificate:
+        """Fold it into the weights and save an ordinary checkpoint with a certificate; see :func:`care_lens.repair.bake`.
+
+        Args:
+            model: The model; a HookedLVLM or a plain Hugging Face model. It is not changed.
+            directory: Where to; it must not exist, or be empty.
+            examples: What the baked model is compared on with the one with hooks.
+            processor: The processor of a plain model.
+            batch_size: Examples a forward pass.
+
+        Raises:
+            BakeError: If a part is not linear or not at a linear map; the reason of every part is named.
+        """
+        return bake(self, model, directory, examples=examples, processor=processor, batch_size=batch_size)
+
 
 class NoRepair(HookRepair):
     """The model as it is: the first row of a defence table."""
@@ -76,6 +141,10 @@ class NoRepair(HookRepair):
 
     def check(self, lvlm: HookedLVLM) -> None:
         """Fits every model."""
+
+    def linear_parts(self) -> list[LinearPart]:
+        """None: the model stays as it is."""
+        return []
 
     def describe(self) -> dict[str, Any]:
         """Its name."""

@@ -1,5 +1,7 @@
 """What can be wrong with a repair: with its parts, with what it is put on, and with its files. All are ValueErrors."""
 
+from collections.abc import Mapping
+
 from care_lens.core.errors import ArtifactError, CareLensError
 
 
@@ -17,6 +19,22 @@ class RepairMismatchError(RepairError):
 
 class RepairFileError(RepairError, ArtifactError):
     """A stored repair is damaged, incomplete, of a kind that is not registered, or of a newer schema."""
+
+
+class AttachError(RepairError):
+    """A defence cannot be attached to a plain model; the message says why."""
+
+
+class BakeError(RepairError):
+    """A repair, or parts of it, cannot be folded into weights; ``reasons`` says why, part by part.
+
+    Attributes:
+        reasons: Part ("visual[0] at blocks.3.hook_mlp_out") to why it cannot be.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons or {})
 
 
 class KindError(CareLensError, TypeError):

@@ -7,10 +7,13 @@ combined per token:
 - "adaptive" (the paper's): ``h + w D_v + (1 - w) D_t`` with ``w = ||D_v|| / (||D_v|| + ||D_t||)`` of the
   gated edits at alpha = 1, so that strength and weight stay apart. The weights are a convex average: of two
   equal, orthogonal edits each is half applied. A modality whose gate is closed has weight 0, and the other
-  acts in full.
+  acts in full. With ``weighting="sample"`` the norms are taken over all of the row's prompt at the site, and the one weight holds for its prompt and its
+  answer; where nothing of the prompt is edited, the answer's tokens have weights of their own.
 - "sequential": visual, then textual on the result.
 - "parallel": ``h + weights[0] D_v + weights[1] D_t``; the weights are fixed, whatever the gates do.
 - "modality": D_v at image tokens, D_t at all others.
+- "joint": one projection onto the span of both modalities' directions, towards the target of the token's own modality
+  (:func:`care_lens.repair.fuse.joint_edit`).
 
 Tokens outside the scope, padding, and tokens whose edit is zero keep their activation bit for bit. Edits are
 computed in float32 (float64 in a float64 model) and cast back; they are differentiable, except through a hard
@@ -20,7 +23,8 @@ Source: Fu et al., CVPR 2026, arXiv:2603.27240 (fusion); gates are ours. Cost: O
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +32,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from care_lens.core.identity import held_fingerprint
 from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair import store
@@ -38,14 +43,18 @@ from care_lens.repair.errors import RepairError, RepairMismatchError
 from care_lens.repair.fuse import GatedWriter, fused_edit
 from care_lens.repair.gate import Gate, openness
 from care_lens.repair.kinds import register_kind
+from care_lens.repair.linear import LinearPart, fusion_parts
 from care_lens.repair.placed import compute_dtype
 from care_lens.repair.positions import BatchView, Positions, check_positions
 from care_lens.repair.reader import Reader
 from care_lens.repair.reading import Readings
+from care_lens.repair.recording import Keep, Recording
+from care_lens.repair.weighting import SampleShare
 from care_lens.subspace import Match, ModelIdentity, SubspaceMismatchError
 
-Rule = Literal["adaptive", "sequential", "parallel", "modality"]
-RULES: tuple[str, ...] = ("adaptive", "sequential", "parallel", "modality")
+Rule = Literal["adaptive", "sequential", "parallel", "modality", "joint"]
+RULES: tuple[str, ...] = get_args(Rule)
+Weighting = Literal["token", "sample"]
 
 
 @register_kind
@@ -56,8 +65,9 @@ class HybridFusion(HookRepair):
     Attributes:
         visual: Corrections of the visual modality; those of one site act in this order.
         textual: Corrections of the textual modality.
-        rule: "adaptive", "sequential", "parallel" or "modality".
+        rule: "adaptive", "sequential", "parallel", "modality" or "joint".
         weights: Of visual and textual edits under "parallel".
+        weighting: Whether "adaptive" weighs the modalities for each token or once for each row (and site).
         scope: Which tokens are edited; a writer's own scope narrows it.
         name: Row of a defence table.
         provenance: What it came from, JSON-able: data, fit.
@@ -73,6 +83,7 @@ class HybridFusion(HookRepair):
     textual: tuple[Correction, ...] = ()
     rule: Rule = "adaptive"
     weights: tuple[float, float] = (0.5, 0.5)
+    weighting: Weighting = "token"
     scope: Positions = "all"
     name: str = "care"
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -89,6 +100,10 @@ class HybridFusion(HookRepair):
             raise RepairError("visual or textual must hold a correction, got none; for the model as it is use NoRepair")
         if self.rule not in RULES:
             raise RepairError(f"rule must be one of {RULES}, got {self.rule!r}")
+        if self.weighting not in get_args(Weighting):
+            raise RepairError(f"weighting must be one of {get_args(Weighting)}, got {self.weighting!r}")
+        if self.weighting != "token" and self.rule != "adaptive":
+            raise RepairError(f'weighting="sample" is of rule="adaptive", got rule={self.rule!r}; leave it out')
         check_positions(self.scope, name="scope")
         if not isinstance(self.weights, (tuple, list)) or len(self.weights) != 2:
             raise RepairError(f"weights must be two numbers, of visual and of textual edits, got {self.weights!r}")
@@ -107,6 +122,23 @@ class HybridFusion(HookRepair):
             wrong = [c.modality for c in corrections if c.modality not in (None, modality)]
             if wrong:
                 raise RepairError(f"corrections given as {modality} must be fitted for that, got {wrong}; swap them")
+        if self.rule == "joint":
+            self._check_joint()
+
+    def _check_joint(self) -> None:
+        """Refuse what one projection at each site cannot be made of."""
+        for site in {c.writer.site for c in self.corrections}:
+            here = [[c.writer for c in side if c.writer.site == site] for side in (self.visual, self.textual)]
+            if any(len(side) > 1 for side in here):
+                raise RepairError(
+                    f'rule="joint" takes one correction per modality at a site, got {len(here[0])} visual and {len(here[1])} textual at {site}; '
+                    "fit one subspace of the rank you want"
+                )
+            if all(here) and here[0][0].alpha != here[1][0].alpha:
+                raise RepairError(
+                    f'rule="joint" is one projection and needs one alpha at {site}, got {here[0][0].alpha} (visual) and '
+                    f"{here[1][0].alpha} (textual)"
+                )
 
     @property
     def corrections(self) -> tuple[Correction, ...]:
@@ -144,7 +176,12 @@ class HybridFusion(HookRepair):
         """
         if self.model is not None and self.match != "width":
             try:
-                self.model.require(ModelIdentity.from_model(lvlm.hf_model), self.match)
+                found = ModelIdentity.from_model(lvlm.hf_model)
+                if self.model.fingerprint not in (None, found.fingerprint):
+                    # A repair of an earlier version may hold the digest of the model as a bridge had it.
+                    held = held_fingerprint(lvlm.hf_model)
+                    found = dataclasses.replace(found, fingerprint=held) if self.model.fingerprint == held else found
+                self.model.require(found, self.match)
             except SubspaceMismatchError as error:
                 raise RepairMismatchError(f"this repair was made for another model: {error}") from None
         for correction in self.corrections:
@@ -167,30 +204,72 @@ class HybridFusion(HookRepair):
         Returns:
             TransformerLens ``(name, fn)`` pairs, one a site and one that checks the tokens.
         """
+        return self._hooks(inputs, None)
+
+    @contextmanager
+    def recording(self, lvlm: HookedLVLM) -> Iterator[Recording]:
+        """Put the repair on a model, as :meth:`on` does, and keep what it does to every token.
+
+        Args:
+            lvlm: The model.
+
+        Yields:
+            The record, filled while the model runs: gate value, weights of the two modalities and norm of the edit for each token
+            and site (:class:`~care_lens.repair.recording.Recording`).
+
+        Raises:
+            ValueError: If the model does not fit.
+
+        Example:
+            >>> from care_lens import organism
+            >>> from care_lens.repair import Correction, HybridFusion, Writer
+            >>> import torch
+            >>> lvlm = organism.load()
+            >>> writer = Writer.towards("blocks.2.hook_resid_post", target=torch.ones(192), source=torch.zeros(192), scope="last")
+            >>> with HybridFusion(textual=(Correction(writer=writer),)).recording(lvlm) as seen:
+            ...     answer = lvlm.generate(lvlm.prepare(organism.examples("plain", "test", n=1)), max_new_tokens=2)
+            >>> int((seen.to_dataframe().edit_norm > 0).sum())
+            1
+        """
+        self.check(lvlm)
+        record = Recording()
+        with lvlm.hooks_for_each_batch(lambda inputs: self._hooks(inputs, record)):
+            yield record
+
+    def _hooks(self, inputs: LVLMInputs, record: Recording | None) -> list[HookPair]:
         view = BatchView(inputs)
         readings = Readings(view)
-        return [view.guard(), *((str(site), self._hook(site, view, readings)) for site in self.sites)]
+        keep = None if record is None else record.batch(inputs)
+        return [view.guard(), *((str(site), self._hook(site, view, readings, keep)) for site in self.sites)]
 
-    def _hook(self, site: Site, view: BatchView, readings: Readings) -> Any:
+    def _hook(self, site: Site, view: BatchView, readings: Readings, keep: Keep | None) -> Any:
         leaves = tuple(dict.fromkeys(leaf for r in self.readers for leaf in r.leaves if leaf.site == site))
         visual = tuple(c for c in self.visual if c.writer.site == site)
         textual = tuple(c for c in self.textual if c.writer.site == site)
         own = ("image", "text") if self.rule == "modality" else ("all", "all")
+        share = SampleShare(view) if self.weighting == "sample" else None
 
         def repair(activation: Tensor, hook: Any) -> Tensor:
             for leaf in leaves:
                 readings.update(leaf, activation)
-            edit = fused_edit(
+            prefill = view.is_prefill(activation.shape)
+            seen = [self._gated(correction, own[0], activation, view, readings) for correction in visual]
+            said = [self._gated(correction, own[1], activation, view, readings) for correction in textual]
+            fused = fused_edit(
                 activation.to(compute_dtype(activation.dtype)),
-                [self._gated(correction, own[0], activation, view, readings) for correction in visual],
-                [self._gated(correction, own[1], activation, view, readings) for correction in textual],
+                seen,
+                said,
                 rule=self.rule,
                 weights=self.weights,
+                image=view.mask("image", prefill=prefill).to(activation.device) if self.rule == "joint" else None,
+                share=share,
             )
-            touched = (edit != 0).any(dim=-1, keepdim=True)
+            if keep is not None and (visual or textual):
+                keep(site, fused, seen, said, prefill)
+            touched = (fused.edit != 0).any(dim=-1, keepdim=True)
             if not bool(touched.any()):
                 return activation
-            return torch.where(touched, (activation + edit).to(activation.dtype), activation)
+            return torch.where(touched, (activation + fused.edit).to(activation.dtype), activation)
 
         return repair
 
@@ -208,6 +287,10 @@ class HybridFusion(HookRepair):
                 opened = opened - openness(correction.gate, readings.score_before(correction.reader))
             acting = acting * opened.to(acting)
         return GatedWriter(correction.writer, acting)
+
+    def linear_parts(self) -> list[LinearPart]:
+        """What of it is one affine map of every token, by site; and each correction that is not, with the reason."""
+        return fusion_parts(self.visual, self.textual, rule=self.rule, weights=self.weights, scope=self.scope)
 
     def describe(self) -> dict[str, Any]:
         """Its settings as JSON-able values; tensors by shape and norm."""

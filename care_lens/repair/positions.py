@@ -133,7 +133,9 @@ class BatchView:
         compared = inputs.spans.text
 
         def check_tokens(ids: Tensor, hook: Any) -> None:
-            if self.is_prefill(ids.shape) and bool(((ids != inputs.input_ids) & compared).any()):
+            if self.is_prefill(ids.shape) and bool(
+                ((ids != inputs.input_ids.to(ids.device)) & compared.to(ids.device)).any()
+            ):
                 raise ValueError(
                     "these hooks must run on the batch they were made for, got other tokens; make new hooks "
                     "with fwd_hooks(inputs), or use `with repair.on(lvlm)`"

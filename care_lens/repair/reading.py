@@ -58,11 +58,11 @@ class Readings:
 
     def score(self, reader: Reader) -> Float[Tensor, "batch pos"]:
         """The reader's score as it stands at each position of the forward pass under way."""
-        return reader.combine(self._now)
+        return reader.combine(_together(self._now))
 
     def score_before(self, reader: Reader) -> Float[Tensor, "batch pos"]:
         """The score as it stood one token earlier; -inf in the prompt, which is read as a whole."""
-        return reader.combine(self._before)
+        return reader.combine(_together(self._before))
 
 
 def read_scores(
@@ -113,6 +113,14 @@ def read_scores(
                 scores = seen.scores(None)
         rows.append(torch.stack([reader.combine(scores) for reader in readers], dim=1).float().cpu())
     return torch.cat(rows) if rows else torch.zeros(0, len(readers))
+
+
+def _together(scores: dict[SiteReader, Tensor]) -> dict[SiteReader, Tensor]:
+    """The scores on one device: where a model lies on several, each was read where its site is."""
+    devices = [score.device for score in scores.values()]
+    if all(device == devices[0] for device in devices):
+        return scores
+    return {leaf: score.to(devices[0]) for leaf, score in scores.items()}
 
 
 class _Recorder:

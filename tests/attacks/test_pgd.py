@@ -1,3 +1,4 @@
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from care_lens.attacks import PGDResult, as_seen, pgd, random_noise
 from care_lens.attacks.pixels import PixelMap, to_pixels
 from care_lens.attacks.targets import TargetLoss
 from care_lens.core import Example
+from care_lens.core.errors import ArtifactError
 
 EPSILON = 16
 
@@ -186,6 +188,47 @@ def test_result_round_trips(tmp_path, lvlm, asked):
     assert [i.tobytes() for i in loaded.images] == [i.tobytes() for i in result.images]
     np.testing.assert_array_equal(loaded.losses, result.losses)
     assert loaded.settings == result.settings
+
+
+@pytest.fixture
+def first_version(tmp_path, picture):
+    """A folder as the version before the sums wrote it, and its result."""
+    result = PGDResult([picture(0), picture(1)], np.array([0.5, 1.5]), np.array([2.0, 3.0]), {"epsilon": 4})
+    for i, image in enumerate(result.images):
+        image.save(tmp_path / f"{i:05d}.png")
+    held = {"losses": [0.5, 1.5], "clean_losses": [2.0, 3.0], "settings": {"epsilon": 4}}
+    (tmp_path / "pgd.json").write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
+    return tmp_path, result
+
+
+def test_a_folder_of_the_first_version_is_loaded_and_saved_as_the_present_one(first_version):
+    folder, result = first_version
+    for _ in range(2):
+        loaded = PGDResult.load(folder)
+        assert [i.tobytes() for i in loaded.images] == [i.tobytes() for i in result.images]
+        assert loaded.losses.tolist() == [0.5, 1.5] and loaded.clean_losses.tolist() == [2.0, 3.0]
+        assert loaded.settings == result.settings
+        folder = folder / "again"
+        loaded.save(folder)
+    assert json.loads((folder / "pgd.json").read_text())["schema"] == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (lambda f: (f / "00001.png").unlink(), FileNotFoundError),
+        (lambda f: (f / "00001.png").write_bytes((f / "00001.png").read_bytes()[:60]), ArtifactError),
+        (lambda f: (f / "00001.png").write_bytes(b"no picture"), ArtifactError),
+        (lambda f: (f / "pgd.json").write_text((f / "pgd.json").read_text()[:40]), ArtifactError),
+        (lambda f: (f / "pgd.json").write_text('{"losses": [1.0, 2.0], "clean_losses": [1.0], "settings": {}}'), ArtifactError),
+        (lambda f: (f / "pgd.json").write_text('{"losses": [1.0, 2.0], "settings": {}}'), ArtifactError),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_of_the_first_version_is_refused(first_version, damage, error):
+    folder, _ = first_version
+    damage(folder)
+    with pytest.raises(error):
+        PGDResult.load(folder)
 
 
 @pytest.mark.parametrize(

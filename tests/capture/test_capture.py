@@ -1,12 +1,15 @@
 """Capture against plain Hugging Face runs of single, unpadded examples."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from care_lens.capture import Activations, TokenAttribution, capture, text_scores, token_gradients, visual_scores
 from care_lens.core import Site, UnsafeMargin
+from care_lens.core.errors import ArtifactError
 
 SITES = ("blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post")
 VISION = ("vision.blocks.1.hook_mlp_out", "projector.hook_out")
@@ -151,6 +154,54 @@ def test_counts_of_kept_tokens(lvlm, examples):
     torch.testing.assert_close(
         held.rows(SITES[1], "image:attributed")[0], activation[spans.image[0]][best], atol=1e-5, rtol=1e-5
     )
+
+
+def first_version(held, folder, **changes):
+    """Files as the version of schema 1 wrote them: without sums."""
+    keys = [(str(site), select) for site, select in held.values]
+    manifest = {"schema": 1, "kind": "Activations", "keys": keys, "ids": held.ids, "groups": held.groups}
+    tensors = {f"values.{i}": held.values[key].contiguous() for i, key in enumerate(held.values)}
+    tensors |= {f"present.{i}": held.present[key].contiguous() for i, key in enumerate(held.values)}
+    save_file(tensors, folder / "rows.safetensors")
+    (folder / "rows.json").write_text(json.dumps({**manifest, "provenance": held.provenance, **changes}, indent=2))
+
+
+def test_files_of_schema_1_are_loaded_and_saved_as_the_present_one(held, tmp_path):
+    first_version(held, tmp_path)
+    for _ in range(2):
+        back = Activations.load(tmp_path, "rows")
+        assert (back.ids, back.groups, back.sites, back.provenance) == (
+            held.ids, held.groups, held.sites, held.provenance
+        )  # fmt: skip
+        for key, rows in held.values.items():
+            torch.testing.assert_close(back.values[key], rows, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(back.present[key], held.present[key])
+        back.save(tmp_path, "rows")
+    assert json.loads((tmp_path / "rows.json").read_text())["schema"] == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": "Other"}, {"ids": ["a"]}, {"keys": [["blocks.9.hook_mlp_out", "last"]] * 9}, {"keys": [["nowhere", "last"]]},
+     {"keys": None}, {"schema": 0}, {"schema": 99}],
+)  # fmt: skip
+def test_files_of_schema_1_that_do_not_fit_are_refused(held, tmp_path, changes):
+    first_version(held, tmp_path, **changes)
+    with pytest.raises(ArtifactError, match=r"rows\.json"):
+        Activations.load(tmp_path, "rows")
+
+
+def test_files_of_schema_1_that_are_cut_off_are_refused(held, tmp_path):
+    first_version(held, tmp_path)
+    for name in ("rows.safetensors", "rows.json"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ArtifactError, match="rows"):
+            Activations.load(tmp_path, "rows")
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "rows.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        Activations.load(tmp_path, "rows")
 
 
 def test_save_and_load(held, tmp_path):

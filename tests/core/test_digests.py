@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from care_lens.core import Example, UnsafeMargin, content_digest, examples_digest
+from care_lens.core.digests import held_digest
 from care_lens.core.identity import example_fingerprint
 
 
@@ -195,3 +197,56 @@ def test_another_process_finds_the_same():
         for _ in range(2)
     }
     assert len(seen) == 1
+
+
+def test_a_held_digest_is_of_everything_and_the_same_in_another_process():
+    code = (
+        "import pandas as pd, torch; from care_lens.core.digests import held_digest; from care_lens.core import UnsafeMargin;"
+        "frame = pd.DataFrame({'a': [1, 2], 'b': [0.5, None]}, index=['x', 'y']); frame['a'];"
+        "print(held_digest([frame, {'a', 'b'}, UnsafeMargin((1,), (2,)), torch.ones(2)]))"
+    )
+    seen = {
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    }
+    assert len(seen) == 1 and len(seen.pop().strip()) == 64
+
+
+def test_a_held_digest_sees_every_number():
+    class Thing:
+        def __init__(self, value):
+            self._hidden_cache, self._placed = value, object()
+
+    numbers = torch.zeros(1000)
+    changed = numbers.clone()
+    changed[777] = 1e-30
+    frames = [pd.DataFrame({"a": [1, 2]}), pd.DataFrame({"a": [1, 3]}), pd.DataFrame({"a": [1.0, 2.0]})]
+    frames += [pd.DataFrame({"b": [1, 2]}), pd.DataFrame({"a": [1, 2]}, index=[1, 0])]
+    layers = [torch.nn.Linear(100, 10) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert held_digest(layers[0]) == held_digest(layers[1])
+    with torch.no_grad():
+        layers[1].weight[3, 33] += 1e-3
+    values = [
+        numbers,
+        changed,
+        Thing(1),
+        Thing(2),
+        *frames,
+        *layers,
+        numbers.to_sparse(),
+        numbers.to("meta"),
+        1,
+        1.0,
+        "1",
+    ]
+    assert len({held_digest(value) for value in values}) == len(values) - 1  # the sparse one holds the same numbers
+    assert held_digest(Thing(1)) == held_digest(Thing(1)) and held_digest([1, (2,)]) == held_digest((1, [2]))
+
+
+def test_a_circle_through_a_mapping_ends():
+    loops: list[dict] = [{"a": 1}, {"a": 1}, {"a": 2}]
+    for loop in loops:
+        loop["me"] = loop
+    for digest in (content_digest, held_digest):
+        assert digest(loops[0]) == digest(loops[1]) != digest(loops[2])

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from care_lens.core import Example
+from care_lens.core import Example, examples_digest
+from care_lens.core.conversation import PICTURE as PLACE
+from care_lens.core.conversation import Turn
 from care_lens.data import DataFileError, PictureNotFoundError, read_examples, write_examples
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=PLACE), max_size=12) | st.sampled_from(
     ["\u2028", "a\u2029b", "\x85", "\ufeff", "\r\n", "\n", "\r", "\x1c", "\x0b", "\x00", '"', "\\u2028", "\ud800"]
 )
 PICTURE = st.builds(
@@ -32,6 +34,11 @@ EXAMPLES = st.lists(
         group=TEXT,
         meta=st.dictionaries(TEXT, TEXT, max_size=3),
         behaviour=st.none() | TEXT,
+        system=st.none() | TEXT,
+        prefill=st.none() | TEXT,
+        turns=st.lists(
+            st.builds(Turn, st.sampled_from(["user", "assistant"]), TEXT, st.just(()) | st.tuples(PICTURE)), max_size=2
+        ).map(tuple),
     ),
     max_size=5,
     unique_by=lambda e: e["id"],
@@ -40,10 +47,10 @@ EXAMPLES = st.lists(
 
 def same(a, b):
     """Whether two examples are equal, pictures by their pixels."""
-    names = [f.name for f in fields(Example) if f.name not in ("image", "more_images")]
-    return all(getattr(a, n) == getattr(b, n) for n in names) and [i.tobytes() for i in a.images] == [
-        i.tobytes() for i in b.images
-    ]
+    names = [f.name for f in fields(Example) if f.name not in ("image", "more_images", "turns")]
+    said = [[(turn.role, turn.text, len(turn.images)) for turn in one.turns] for one in (a, b)]
+    pictures = [[(i.size, i.tobytes()) for i in one.images] for one in (a, b)]
+    return all(getattr(a, n) == getattr(b, n) for n in names) and said[0] == said[1] and pictures[0] == pictures[1]
 
 
 @settings(max_examples=25, deadline=None)
@@ -60,6 +67,26 @@ def test_reading_gives_back_what_was_written(rows, several):
         assert len(back) == len(wanted) and all(map(same, back, wanted))
         again = read_examples(write_examples(reversed(back), path))  # over the file that they are read from
         assert all(map(same, again, reversed(wanted)))
+
+
+def test_a_conversation_comes_back_with_its_pictures_in_their_places(tmp_path, picture):
+    earlier, first, second = picture(0), picture(1), picture(2)
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "this is"}, {"type": "image", "image": earlier}]},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": [{"type": "image", "image": first}, {"type": "image", "image": second},
+                                     {"type": "text", "text": "and these?"}]},
+        {"role": "assistant", "content": "they are"},
+    ]  # fmt: skip
+    example = Example.from_messages(messages, id="c", group="c", behaviour="name animals")
+    path = write_examples([example], tmp_path / "e.jsonl")
+    row = json.loads(path.read_text(encoding="utf-8"))
+    assert [*row["turns"][0]] == ["role", "text", "image"] and [*row["turns"][1]] == ["role", "text"]
+    assert isinstance(row["image"], list) and row["image"][0] != row["turns"][0]["image"]
+    (back,) = read_examples(path)
+    assert same(back, example) and examples_digest([back]) == examples_digest([example])
+    assert back.own_images[0].tobytes() == first.tobytes() and back.turns[0].images[0].tobytes() == earlier.tobytes()
 
 
 def test_files_of_other_programs(tmp_path):
@@ -96,6 +123,15 @@ def test_files_of_other_programs(tmp_path):
         ('{"prompt": "p", "channel": null}', "channel must be a text, got null; leave the key out"),
         ('{"prompt": "p", "response": ["x"]}', "response must be a text"),
         ('{"prompt": "p", "behaviour": true}', "behaviour must be a text, got true"),
+        ('{"prompt": "p", "system": ["x"]}', "system must be a text"),
+        ('{"prompt": "p", "prefill": 1}', "prefill must be a text, got 1"),
+        ('{"prompt": "p", "turns": "hello"}', 'turns must be a list of objects.*got "hello"'),
+        ('{"prompt": "p", "turns": null}', "turns must be a list of objects"),
+        ('{"prompt": "p", "turns": [{"role": "user"}]}', "turn 1: text must be a text, got null"),
+        ('{"prompt": "p", "turns": [{"role": "system", "text": "a"}]}', "role must be one of"),
+        ('{"prompt": "p", "turns": [{"role": "user", "text": "a", "content": 1}]}', r"turn 1 must have keys.*content"),
+        ('{"prompt": "p", "turns": [{"role": "user", "text": "a", "image": 3}]}', "turn 1: image must be a path"),
+        ('{"prompt": "p", "turns": [{"role": "user", "text": "a\\ufffc"}]}', "must have a place"),
         ('{"prompt": "p", "meta": null}', "meta must be an object of texts, got null"),
         ('{"prompt": "p", "meta": {"a": 1}}', r"meta\.a must be a text, got 1"),
         ('{"prompt": "p", "meta": {"a": {"b": "c"}}}', r"meta\.a must be a text"),

@@ -1,11 +1,14 @@
 import json
 import multiprocessing
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 
+from care_lens.core import Example
+from care_lens.core.conversation import PICTURE, Turn
 from care_lens.core.errors import ArtifactError
-from care_lens.evaluation import GenerationStore, StoredAnswer
+from care_lens.evaluation import GenerationStore, StoredAnswer, generate_all
+from care_lens.evaluation.generate import _Run
 
 
 def answer(name: str = "a", **changes) -> StoredAnswer:
@@ -43,6 +46,39 @@ def test_what_is_added_is_read_again(tmp_path):
     assert [example.prompt for example in (row.to_example() for row in again.answers())] == [answer().prompt] * 3
     assert again.answers()[0].to_example().meta == {"noun": "blue"}
     assert list(again.to_dataframe()["id"]) == ["a", "b", "c"]
+
+
+def test_a_stored_answer_knows_all_that_was_asked(lvlm, tmp_path, picture):
+    """Every field of an example but its pictures comes back, also out of the file."""
+    turns = (Turn("user", f"this {PICTURE} is", (picture(0),)), Turn("assistant", "red"))
+    example = Example(
+        f"and {PICTURE}?", image=picture(1), response="blue", harmful=True, channel="plain", id="a", group="g",
+        meta={"k": "v"}, behaviour="name colours", system="be brief", turns=turns, prefill="it",
+    )  # fmt: skip
+    run = _Run(lvlm, None, "none", "s", {}, None, 0)
+    stored = replace(run.blank(example), response="it is blue", missing="")
+    path = tmp_path / "answers.jsonl"
+    GenerationStore(path).add([stored])
+    (read,) = GenerationStore(path).answers()
+    assert read == stored and hash(read) == hash(stored)
+    silent = (Turn("user", "this  is"), Turn("assistant", "red"))
+    assert read.to_example() == replace(example, prompt="and ?", image=None, turns=silent)
+    kept = {field.name for field in fields(Example)} - {"image", "more_images"}
+    assert kept <= {field.name for field in fields(StoredAnswer)} | {"response", "turns"} and read.reference == "blue"
+
+
+def test_an_answer_of_an_earlier_version_is_given_what_it_did_not_say(lvlm, tmp_path):
+    example = Example("red then blue", channel="plain", id="a", group="g", system="sorry", behaviour="blue")
+    path = tmp_path / "answers.jsonl"
+    (first,) = generate_all(lvlm, [example], store=GenerationStore(path), max_new_tokens=2, progress=False)
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    new = {"sum", "system", "turns", "prefill", "behaviour"}
+    older_rows = [{key: value for key, value in row.items() if key not in new} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in older_rows))
+    store = GenerationStore(path)
+    assert store.answers()[0].system is None
+    assert generate_all(lvlm, [example], store=store, max_new_tokens=2, progress=False) == [first]
+    assert GenerationStore(path).answers() == [first] and first.to_example().system == "sorry"
 
 
 @pytest.mark.parametrize("kept", [1, 20, -1])

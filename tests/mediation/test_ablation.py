@@ -78,6 +78,32 @@ def test_zero_and_skip_are_a_model_without_the_component(model, llava_maker, exa
     assert expected != texts(ablated["zero"], "none")
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_skipped_blocks_are_a_model_without_them(model, llava_maker, examples, window):
+    options = {"judge": WordJudge(), "mode": "skip", "max_new_tokens": NEW, "n_boot": 20, "progress": False}
+    found = ablate(model, examples, components=("block",), window=window, **options)
+    depth = model.n_layers()
+    assert found.frame[found.frame.component == "block"].layer.unique().tolist() == list(range(depth))
+    for layer in (0, depth - 2, depth - 1):
+        plain, _ = llava_maker("clip")
+        for block in plain.model.language_model.layers[layer : layer + window]:
+            block.mlp.down_proj.weight.data.zero_()
+            block.self_attn.o_proj.weight.data.zero_()
+        expected = answers(plain, model, examples)
+        assert texts(found, "block", layer) == expected != texts(found, "none")
+
+
+def test_skipped_vision_blocks_are_a_model_without_them(model, llava_maker, examples):
+    options = {"judge": WordJudge(), "mode": "skip", "max_new_tokens": NEW, "n_boot": 20, "progress": False}
+    found = ablate(model, examples, tower="vision", layers=[0], components=("block",), window=2, **options)
+    plain, _ = llava_maker("clip")
+    for block in plain.model.vision_tower.encoder.layers[:2]:
+        for linear in (block.mlp.fc2, block.self_attn.out_proj):
+            linear.weight.data.zero_()
+            linear.bias.data.zero_()
+    assert texts(found, "block", 0) == answers(plain, model, examples)
+
+
 def answers_with_mean(plain, lvlm, examples, reference, component, layer):
     """Answers of a plain model whose component always gives its mean over the reference, by module hooks."""
     module, kept = submodule(plain, component, layer), []
@@ -237,6 +263,9 @@ def test_save_and_load(ablated, tmp_path):
     ("options", "message"),
     [
         ({"mode": "skip", "components": ("hook_resid_post",)}, "to be skipped"),
+        ({"mode": "mean", "components": ("block",)}, "must be 'skip' for whole blocks"),
+        ({"mode": "skip", "window": 2}, "window is of whole blocks"),
+        ({"mode": "skip", "components": ("block",), "window": 0}, "1 or more"),
         ({"layers": (7,)}, "no site"),
     ],
 )
@@ -273,6 +302,44 @@ def test_resampling_puts_the_other_examples_own_activations_there(model, example
     assert (torch.cdist(wrote, allowed).amin(dim=1) < 1e-4).all()
 
 
+@pytest.mark.parametrize(("component", "before", "after"), [
+    ("hook_mlp_out", "hook_resid_mid", "hook_resid_post"),
+    ("hook_attn_out", "hook_resid_pre", "hook_resid_mid"),
+])  # fmt: skip
+def test_resampling_the_vision_tower_puts_the_other_pictures_own_activations_there(
+    model, picture, component, before, after
+):
+    """What the component then adds to the stream is at every patch one of those of the reference's picture, at patches drawn at random, and none
+    of the picture's own."""
+    rows = [Example("what is in the picture", image=picture(i), id=str(i), group=str(i)) for i in (3, 4)]
+    reference = [Example("red", image=picture(7), group="other")]
+    site, seen = f"vision.blocks.1.{component}", {}
+
+    def spy(name):
+        def keep(activation, hook):
+            seen[name] = activation
+
+        return f"vision.blocks.1.{name}", keep
+
+    def own(examples):
+        with torch.no_grad():
+            return model.run_with_cache(model.prepare(examples), sites=[site])[1][site]
+
+    allowed, theirs = own(reference)[0], own(rows)
+    options = {"judge": WordJudge(), "mode": "resample", "layers": [1], "components": [component], "tower": "vision"}
+    with model.hooks([spy(before), spy(after)]):
+        ablate(model, rows, reference=reference, max_new_tokens=1, progress=False, n_boot=5, **options)
+    wrote = seen[after] - seen[before]
+    assert wrote.shape == theirs.shape
+    far = torch.cdist(wrote, allowed[None].expand(len(rows), -1, -1))
+    assert (far.amin(dim=2) < 1e-4).all()
+    drawn = far.argmin(dim=2)
+    places = torch.arange(drawn.shape[1])
+    assert all(len(set(row.tolist())) > 1 for row in drawn)
+    assert not any(torch.equal(row, places) for row in drawn) and not torch.equal(drawn[0], drawn[1])
+    assert (torch.cdist(wrote, theirs).amin(dim=2) > 1e-3).all()
+
+
 def test_resampling_is_that_of_the_seed(model, examples):
     options = {"judge": WordJudge(), "mode": "resample", "max_new_tokens": NEW, "n_boot": 5, "progress": False}
     first, again, other = (ablate(model, examples, seed=seed, **options) for seed in (0, 0, 1))
@@ -282,14 +349,14 @@ def test_resampling_is_that_of_the_seed(model, examples):
 
 
 def test_donors_are_of_another_group_where_there_is_one():
-    from care_lens.mediation.ablation import _donors
+    from care_lens.mediation.resampling import donors
 
     several = [Example("a", group="x"), Example("b", group="x"), Example("c", group="y")]
     for seed in range(10):
-        donors = _donors(several, several, seed)
-        assert donors[0] == donors[1] == 2 and donors[2] in (0, 1)
-        assert _donors(several[:2], several[:2], seed) == [1, 0]
-    assert _donors(several[:1], several[:1], 0) == [0]
+        found = donors(several, several, seed)
+        assert found[0] == found[1] == 2 and found[2] in (0, 1)
+        assert donors(several[:2], several[:2], seed) == [1, 0]
+    assert donors(several[:1], several[:1], 0) == [0]
 
 
 def test_resampling_the_vision_tower(model, examples):

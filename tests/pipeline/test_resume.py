@@ -11,8 +11,11 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 
+from care_lens.baselines import RefusalDirection
 from care_lens.core.errors import ArtifactError, InUseError
+from care_lens.core.identity import repair_fingerprint
 from care_lens.evaluation import GenerationStore, StoredAnswer
 from care_lens.mediation.checkpoint import CellLog
 from care_lens.mediation.frames import DetailedResult
@@ -220,6 +223,66 @@ def test_results_of_another_run_are_not_taken_for_this_ones(whole, tmp_path):
             shutil.copy(path, tmp_path / "frames" / path.name)
         with pytest.raises(ArtifactError, match=r"another\s+run or was renamed"):
             stage.result(Effects, "ablation", lambda: make(stage, "ablation"))
+
+
+def _direction(seed: int = 0) -> RefusalDirection:
+    direction = torch.randn(6, generator=torch.Generator().manual_seed(seed))
+    candidates = pd.DataFrame({"layer": [1, 2], "position": [-1, -2], "bypass": [1 / 3, 0.5], "kept": [True, False]})
+    return RefusalDirection(direction=direction, layer=1, position=-1, candidates=candidates)
+
+
+def test_defences_and_records_are_made_once_and_read_alike(tmp_path):
+    made = []
+
+    def once(what):
+        made.append(what)
+        return what
+
+    def work() -> tuple[RefusalDirection, object]:
+        with Stage(tmp_path / "frames", SETTINGS) as stage:
+            found = stage.defence("direction", lambda: once(_direction()), load=RefusalDirection.load)
+            return found, stage.record("opened", lambda: once({"value": 0.1 + 0.2, "ci_low": float("nan"), "n": 3}))
+
+    first, second = work(), work()
+    assert len(made) == 2
+    assert repair_fingerprint(first[0]) == repair_fingerprint(second[0])
+    assert torch.equal(second[0].direction, _direction().direction)
+    assert second[0].candidates["kept"].tolist() == [True, False]
+    assert repr(first[1]) == repr(second[1]) == repr({"value": 0.1 + 0.2, "ci_low": float("nan"), "n": 3})
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: _direction(1).save(f / "direction"),
+    lambda f: (f / "direction" / "defence.json").unlink(),
+    lambda f: _flip(f / "direction" / "defence.safetensors", 0.9),
+    lambda f: _flip(f / "direction.json", 0.6),
+    lambda f: shutil.copy(f / "other.json", f / "direction.json"),
+])  # fmt: skip
+def test_a_kept_defence_that_is_another_or_damaged_is_refused(tmp_path, damage):
+    with Stage(tmp_path / "frames", SETTINGS) as stage:
+        stage.defence("direction", _direction, load=RefusalDirection.load)
+        stage.record("other", lambda: "text")
+        damage(stage.directory)
+        with pytest.raises(ArtifactError):
+            stage.defence("direction", _direction, load=RefusalDirection.load)
+
+
+def test_a_kill_between_a_defence_and_its_record_makes_it_again(tmp_path):
+    with Stage(tmp_path / "frames", SETTINGS) as stage:
+        _direction(1).save(stage.directory / "direction")
+        found = stage.defence("direction", _direction, load=RefusalDirection.load)
+        assert torch.equal(found.direction, _direction().direction)
+
+
+def test_what_a_kill_left_of_a_file_is_swept_and_nothing_else(tmp_path):
+    with Stage(tmp_path / "frames", SETTINGS) as stage:
+        (stage.directory / "learn").mkdir()
+        mine = [stage.directory / "learn" / ".notes.part", stage.directory / "a.part"]
+        left = [stage.directory / ".a.csv.x_1bcdef.part", stage.directory / "learn" / ".b.json.00000000.part"]
+        for path in (*mine, *left):
+            path.write_text("half")
+    with Stage(tmp_path / "frames", SETTINGS):
+        assert all(path.exists() for path in mine) and not any(path.exists() for path in left)
 
 
 def test_a_folder_of_somebody_elses_files_is_left_alone(tmp_path):

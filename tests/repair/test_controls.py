@@ -99,6 +99,6 @@ def test_a_shared_writer_stays_shared_and_fused_edits_have_equal_norms():
     def norm(repair):
         open_ = torch.ones(1, len(rows))
         sides = [[GatedWriter(c.writer, open_) for c in part] for part in (repair.visual, repair.textual)]
-        return fused_edit(rows[None], *sides, rule="adaptive", weights=(0.5, 0.5)).norm(dim=-1).mean()
+        return fused_edit(rows[None], *sides, rule="adaptive", weights=(0.5, 0.5)).edit.norm(dim=-1).mean()
 
     torch.testing.assert_close(norm(control), norm(fusion), rtol=1e-4, atol=1e-4)

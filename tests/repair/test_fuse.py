@@ -8,6 +8,7 @@ from care_lens.repair.fuse import GatedWriter, adaptive_weight, fused_edit, moda
 
 SITE = "blocks.0.hook_resid_post"
 ONES = torch.ones(1, 2)
+IMAGE = torch.tensor([[True, False]])
 H = torch.tensor([[[3.0, 3.0, 5.0], [1.0, 4.0, 5.0]]])
 
 
@@ -19,7 +20,7 @@ def axis_writer(axis, to=0.0, alpha=1.0):
 
 
 def fuse(visual, textual, rule, weights=(0.5, 0.5)):
-    return H + fused_edit(H, visual, textual, rule=rule, weights=weights)
+    return H + fused_edit(H, visual, textual, rule=rule, weights=weights, image=IMAGE).edit
 
 
 def test_adaptive_applies_half_of_each_of_two_equal_orthogonal_edits():
@@ -34,7 +35,7 @@ def test_adaptive_weights_do_not_depend_on_strength():
     torch.testing.assert_close(fused[0, 0], torch.tensor([3 - 0.5 * 9, 3 - 0.5 * 1.5, 5.0]))
 
 
-@pytest.mark.parametrize("rule", ["adaptive", "sequential", "parallel", "modality"])
+@pytest.mark.parametrize("rule", ["adaptive", "sequential", "parallel", "modality", "joint"])
 def test_no_edit_where_all_gates_are_closed(rule):
     closed = [GatedWriter(axis_writer(0), torch.zeros(1, 2))]
     assert bool((fuse(closed, closed, rule) == H).all())
@@ -45,7 +46,7 @@ def test_no_edit_where_all_gates_are_closed(rule):
 def test_a_closed_or_absent_modality_does_not_dilute_the_other(other):
     opened = [GatedWriter(axis_writer(0), ONES)]
     expected = H * torch.tensor([0.0, 1.0, 1.0])
-    for rule in ("adaptive", "sequential", "modality"):
+    for rule in ("adaptive", "sequential", "modality", "joint"):
         torch.testing.assert_close(fuse(opened, other, rule), expected)
         torch.testing.assert_close(fuse(other, opened, rule), expected)
     torch.testing.assert_close(fuse(opened, other, "parallel", (1.0, 0.3)), expected)

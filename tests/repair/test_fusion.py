@@ -49,7 +49,7 @@ def edits(model, fusion, inputs, site=SITE):
     return seen[1] - seen[0]
 
 
-@pytest.mark.parametrize("rule", ["adaptive", "sequential", "parallel", "modality"])
+@pytest.mark.parametrize("rule", ["adaptive", "sequential", "parallel", "modality", "joint"])
 def test_alpha_0_and_shut_gates_are_the_model_itself_to_the_bit(model, inputs, rule):
     with torch.no_grad():
         plain, answer = model(inputs), model.generate(inputs, max_new_tokens=5)
@@ -96,7 +96,7 @@ def test_scope_is_what_is_touched_of_fusion_and_writer_alike(model, inputs, scop
 
 
 def test_one_shut_gate_leaves_the_other_correction_undiluted(model, inputs):
-    for rule in ("adaptive", "sequential"):
+    for rule in ("adaptive", "sequential", "joint"):
         half_shut = edits(model, two(rule, (OPEN, SHUT)), inputs)
         alone = edits(model, HybridFusion(visual=two(rule).visual), inputs)
         torch.testing.assert_close(half_shut, alone)
@@ -128,9 +128,10 @@ def test_a_reader_at_its_writers_site_reads_what_was_there_before(model, inputs)
         assert torch.allclose(both, alone, atol=1e-5) is not opens
 
 
-@pytest.mark.parametrize("rule", ["adaptive", "modality"])
+@pytest.mark.parametrize("rule", ["adaptive", "modality", "joint", "sample"])
 def test_repaired_logits_do_not_depend_on_batch_order_or_padding(model, examples, rule):
-    fusion = two(rule, (None, ConformalGate(threshold=60.0, epsilon=0.1, n=9)))
+    options = {"rule": "adaptive", "weighting": "sample"} if rule == "sample" else {"rule": rule}
+    fusion = two(gates=(None, ConformalGate(threshold=60.0, epsilon=0.1, n=9)), **options)
     batch = model.prepare(examples)
     together = run(model, fusion, batch)
     order = [2, 0, 1]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from unchecking import unchecked
 
 from care_lens.core import Site
-from care_lens.core.content import held_digest
+from care_lens.core.digests import held_digest
 from care_lens.core.files import _sum
 from care_lens.core.identity import repair_fingerprint
 from care_lens.repair import (

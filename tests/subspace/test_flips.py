@@ -7,7 +7,7 @@ import pytest
 import torch
 from subspace_rows import planted, unchecked
 
-from care_lens.core.content import held_digest
+from care_lens.core.digests import held_digest
 from care_lens.subspace import MomentsKey, MomentsTable, SafetySubspace, SubspaceFileError
 
 FILES = Path(__file__).parent / "files"

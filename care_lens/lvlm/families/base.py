@@ -6,7 +6,7 @@ processor's output becomes a batch. Everything in it is a statement about the ar
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -89,6 +89,34 @@ class Pictured:
     outputs: Mapping[str, Tensor]
 
 
+Side: TypeAlias = Literal["in", "out"]
+"""Of a module: its first argument, or what it returns (the first of them, if it returns several)."""
+
+
+@dataclass(frozen=True)
+class PlainTower:
+    """Where a tower's components are on a plain Hugging Face model, for hooks of plain torch.
+
+    Attributes:
+        blocks: Path of the list of blocks on the model.
+        points: Component name to a module inside a block ("" is the block itself) and the side of it that is the component.
+        mid_norm: Module of a block whose input is the residual stream between attention and MLP.
+        mlp: Module of a block whose output is added to that stream.
+        attn: Module of a block that is attention.
+        out: Components whose value is a linear map's output, to that linear map inside a block; only where nothing (no norm, no
+            scale, no router) stands between the two. What is linear can be folded into their weights.
+        final_norm: Path on the model of the norm before the unembedding; "" for towers without one.
+    """
+
+    blocks: str
+    points: Mapping[str, tuple[str, Side]]
+    mid_norm: str
+    mlp: str = "mlp"
+    attn: str = "self_attn"
+    out: Mapping[str, str] = field(default_factory=dict)
+    final_norm: str = ""
+
+
 @dataclass(frozen=True)
 class TowerMap:
     """Where a tower's components are on a TransformerBridge.
@@ -111,6 +139,7 @@ class TowerMap:
         absent: Components that this tower, or some of its layers, do not have, with the reason.
         packing: Key of the packing (see :attr:`Family.packings`) of this tower's activations, if all images share one row.
         dims: The model's config to the tower's sizes.
+        plain: Where the same components are on the plain model; None: not said, so that plain models cannot be hooked.
     """
 
     blocks: str
@@ -126,6 +155,7 @@ class TowerMap:
     read_only: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     packing: str | None = None
+    plain: PlainTower | None = None
 
 
 def _image_ids(processor: Any) -> Sequence[int]:
@@ -143,6 +173,7 @@ class Family:
         language: The language tower.
         vision: The vision tower.
         outside: Sites outside the blocks to TransformerLens's hook points.
+        plain_outside: The same sites to a module's path on the plain Hugging Face model and the side of it.
         vision_depth: Config to the number of vision blocks whose output reaches the language model.
         projector_width: Config to the width of the projector's input.
         layout: The images of one example to the layout of their tokens, one each.
@@ -198,3 +229,4 @@ class Family:
     variant: "Callable[[Any], Family] | None" = None
     adapters: Mapping[str, type] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    plain_outside: Mapping[str, tuple[str, Side]] = field(default_factory=dict)

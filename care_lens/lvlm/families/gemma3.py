@@ -9,12 +9,32 @@ from dataclasses import replace
 from typing import Any
 
 from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion, Tile, TowerMap
-from care_lens.lvlm.families.llava import DECODER, ENCODER, OUTSIDE, picture_region, vision_dims
+from care_lens.lvlm.families.llava import (
+    BLOCK,
+    DECODER,
+    ENCODER,
+    OUTSIDE,
+    PLAIN_DECODER,
+    PLAIN_OUTSIDE,
+    picture_region,
+    vision_dims,
+)
 
 POST_NORM_DECODER: TowerMap = replace(
     DECODER,
     points={**DECODER.points, "hook_attn_out": "ln1_post.hook_out", "hook_mlp_out": "ln2_post.hook_out"},
     mlp="ln2_post",
+    plain=replace(
+        PLAIN_DECODER,
+        points={
+            **BLOCK,
+            "hook_attn_out": ("post_attention_layernorm", "out"),
+            "hook_mlp_out": ("post_feedforward_layernorm", "out"),
+        },
+        mid_norm="pre_feedforward_layernorm",
+        mlp="post_feedforward_layernorm",
+        out={},
+    ),
 )
 """A decoder whose branches are normed before they are added to the stream."""
 
@@ -70,6 +90,7 @@ GEMMA3 = Family(
     vision_depth=all_layers,
     projector_width=vision_width,
     layout=_layout,
+    plain_outside=PLAIN_OUTSIDE,
     image_text=lambda processor: processor.boi_token,
     token_inputs={"token_type_ids": 0},
     notes={"projector.hook_in": "one entry a patch, before pooling", "projector.hook_out": "one entry a pooled token"},

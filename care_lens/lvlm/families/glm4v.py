@@ -10,7 +10,7 @@ from transformer_lens.model_bridge.supported_architectures.glm4v import Glm4vArc
 
 from care_lens.lvlm.families.base import Dims
 from care_lens.lvlm.families.grids import PATCHES, TOKENS
-from care_lens.lvlm.families.llava import NATIVE_DECODER
+from care_lens.lvlm.families.llava import BLOCK, NATIVE_DECODER, PLAIN_DECODER
 from care_lens.lvlm.families.qwen2_vl import GRID_ENCODER, QWEN2_VL
 
 
@@ -59,9 +59,20 @@ GLM4V = replace(
         NATIVE_DECODER,
         points={**NATIVE_DECODER.points, "hook_attn_out": "ln1_post.hook_out", "hook_mlp_out": "ln2_post.hook_out"},
         mlp="ln2_post",
+        plain=replace(
+            PLAIN_DECODER,
+            points={
+                **BLOCK,
+                "hook_attn_out": ("post_self_attn_layernorm", "out"),
+                "hook_mlp_out": ("post_mlp_layernorm", "out"),
+            },
+            mlp="post_mlp_layernorm",
+            out={},
+        ),
     ),
     vision=replace(GRID_ENCODER, dims=_vision_dims),
     outside={**QWEN2_VL.outside, "vision.hook_embed": "vision_encoder.embeddings.hook_out"},
+    plain_outside={**QWEN2_VL.plain_outside, "vision.hook_embed": ("model.visual.embeddings", "out")},
     projector_width=lambda config: config.vision_config.out_hidden_size,
     outside_packing={"vision.hook_embed": PATCHES, "projector.hook_in": TOKENS, "projector.hook_out": TOKENS},
     adapters={"Glm4vForConditionalGeneration": _Glm4vAdapter},

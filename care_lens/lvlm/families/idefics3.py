@@ -15,7 +15,7 @@ import torch
 from transformer_lens.model_bridge.supported_architectures.idefics3 import Idefics3ArchitectureAdapter
 
 from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion, Tile
-from care_lens.lvlm.families.llava import DECODER, ENCODER, OUTSIDE
+from care_lens.lvlm.families.llava import DECODER, ENCODER, OUTSIDE, PLAIN_DECODER, PLAIN_ENCODER
 
 
 def _layout(about: Pictured) -> Sequence[ImageLayout]:
@@ -66,8 +66,16 @@ def _tiling(processor: Any, width: int, height: int) -> tuple[int, int]:
 IDEFICS3 = Family(
     name="idefics3",
     architectures=("Idefics3ForConditionalGeneration",),
-    language=DECODER,
-    vision=replace(ENCODER, points={**ENCODER.points, "hook_resid_post": "hook_out"}, own_resid_post=False),
+    language=replace(
+        DECODER,
+        plain=replace(PLAIN_DECODER, blocks="model.text_model.layers", final_norm="model.text_model.norm"),
+    ),
+    vision=replace(
+        ENCODER,
+        points={**ENCODER.points, "hook_resid_post": "hook_out"},
+        own_resid_post=False,
+        plain=replace(PLAIN_ENCODER, blocks="model.vision_model.encoder.layers"),
+    ),
     outside=OUTSIDE,
     vision_depth=lambda config: config.vision_config.num_hidden_layers,
     projector_width=lambda config: config.vision_config.hidden_size,
@@ -75,6 +83,11 @@ IDEFICS3 = Family(
     # A row is prepared by itself, and so has no empty tiles here.
     entries=lambda about: about.outputs["pixel_values"].shape[1],
     nested_images=True,
+    plain_outside={
+        "vision.hook_embed": ("model.vision_model.embeddings", "out"),
+        "projector.hook_in": ("model.connector", "in"),
+        "projector.hook_out": ("model.connector", "out"),
+    },
     extra_inputs=("pixel_attention_mask",),
     notes={
         "vision.hook_embed": "the tiles of all images, without those that fill up a row; pixels that are all zero are taken for "

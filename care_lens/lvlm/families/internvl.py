@@ -11,9 +11,9 @@ from typing import Any
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.supported_architectures.llava import LlavaArchitectureAdapter
 
-from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion, Tile
+from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion, PlainTower, Tile
 from care_lens.lvlm.families.bridged import TowerBlock, native_attention
-from care_lens.lvlm.families.llava import ENCODER, NATIVE_DECODER, OUTSIDE, vision_depth
+from care_lens.lvlm.families.llava import BLOCK, ENCODER, NATIVE_DECODER, OUTSIDE, PLAIN_OUTSIDE, vision_depth
 
 
 class InternVLAdapter(LlavaArchitectureAdapter):
@@ -84,10 +84,22 @@ INTERNVL = Family(
         blocks="vision_encoder.blocks",
         points={name: path for name, path in ENCODER.points.items() if name not in ("hook_attn_out", "hook_mlp_out")},
         scales=("lambda_1", "lambda_2"),
+        plain=PlainTower(
+            blocks="model.vision_tower.encoder.layer",
+            points={
+                **BLOCK,
+                "hook_attn_out": ("attention", "out"),
+                "attn.hook_z": ("attention.projection_layer", "in"),
+                "mlp.hook_post": ("mlp.fc2", "in"),
+            },
+            mid_norm="layernorm_after",
+            attn="attention",
+        ),
     ),
     outside=OUTSIDE,
     vision_depth=vision_depth,
     projector_width=_projector_width,
+    plain_outside=PLAIN_OUTSIDE,
     layout=_layout,
     class_tokens=lambda config: 1,
     entries=lambda about: len(about.outputs["pixel_values"]),

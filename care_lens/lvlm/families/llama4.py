@@ -15,7 +15,7 @@ from transformer_lens.model_bridge.supported_architectures.llama4_multimodal imp
 
 from care_lens.lvlm.families.base import Dims, Family, ImageLayout, Pictured, PictureRegion, Tile
 from care_lens.lvlm.families.bridged import TowerBlock
-from care_lens.lvlm.families.llava import ENCODER, NATIVE_DECODER, text_dims
+from care_lens.lvlm.families.llava import BLOCK, ENCODER, NATIVE_DECODER, PLAIN_DECODER, PLAIN_ENCODER, text_dims
 from care_lens.lvlm.packing import Packing
 
 
@@ -109,6 +109,18 @@ LLAMA4 = Family(
             "mlp.hook_post": "a layer of experts has no one set of neurons (each token goes to experts of its own); use "
             "hook_mlp_out, or a layer without experts if the model has one"
         },
+        plain=replace(
+            PLAIN_DECODER,
+            blocks="language_model.model.layers",
+            points={
+                **BLOCK,
+                "mlp.hook_post": ("feed_forward.down_proj", "in"),
+                "hook_mlp_out": ("feed_forward", "out"),
+            },
+            mlp="feed_forward",
+            out={"hook_attn_out": "self_attn.o_proj"},
+            final_norm="language_model.model.norm",
+        ),
     ),
     vision=replace(
         ENCODER,
@@ -116,6 +128,13 @@ LLAMA4 = Family(
         points={**ENCODER.points, "hook_resid_post": "hook_out"},
         own_resid_post=False,
         eager="vision_eager_attention_forward",
+        plain=replace(
+            PLAIN_ENCODER,
+            blocks="vision_model.model.layers",
+            points={**BLOCK, "mlp.hook_post": ("mlp.fc2", "in")},
+            mid_norm="post_attention_layernorm",
+            out={"hook_attn_out": "self_attn.o_proj", "hook_mlp_out": "mlp.fc2"},
+        ),
     ),
     outside={
         "vision.hook_embed": "vision_encoder.ln_pre.hook_in",
@@ -133,6 +152,11 @@ LLAMA4 = Family(
     closing_tokens=lambda config: 1,
     entries=lambda about: len(about.outputs["pixel_values"]),
     pixels_in_dtype=True,
+    plain_outside={
+        "vision.hook_embed": ("vision_model.layernorm_pre", "in"),
+        "projector.hook_in": ("multi_modal_projector", "in"),
+        "projector.hook_out": ("multi_modal_projector", "out"),
+    },
     adapters={"Llama4ForConditionalGeneration": Llama4Adapter},
     notes={
         "vision.hook_embed": "patches with their positions, before the tower's first norm",

@@ -16,6 +16,8 @@ from care_lens.lvlm.families.base import (
     ImageLayout,
     Pictured,
     PictureRegion,
+    PlainTower,
+    Side,
     Tile,
     TowerMap,
     common_dims,
@@ -104,12 +106,40 @@ def picture_region(image_processor: Any, width: int, height: int) -> PictureRegi
     return PictureRegion(left, top, w, h)
 
 
+BLOCK: dict[str, tuple[str, Side]] = {
+    "hook_resid_pre": ("", "in"),
+    "hook_attn_out": ("self_attn", "out"),
+    "attn.hook_z": ("self_attn.o_proj", "in"),
+    "mlp.hook_post": ("mlp.down_proj", "in"),
+    "hook_mlp_out": ("mlp", "out"),
+    "hook_resid_post": ("", "out"),
+}
+"""Components of a decoder's block on the plain model."""
+
+PLAIN_DECODER = PlainTower(
+    blocks="model.language_model.layers",
+    points=BLOCK,
+    mid_norm="post_attention_layernorm",
+    out={"hook_attn_out": "self_attn.o_proj", "hook_mlp_out": "mlp.down_proj"},
+    final_norm="model.language_model.norm",
+)
+"""A decoder of the Llama kind on the plain model."""
+
+PLAIN_ENCODER = PlainTower(
+    blocks="model.vision_tower.encoder.layers",
+    points={**BLOCK, "attn.hook_z": ("self_attn.out_proj", "in"), "mlp.hook_post": ("mlp.fc2", "in")},
+    mid_norm="layer_norm2",
+    out={"hook_attn_out": "self_attn.out_proj", "hook_mlp_out": "mlp.fc2"},
+)
+"""A CLIP or SigLIP tower on the plain model."""
+
 DECODER = TowerMap(
     blocks="blocks",
     points={**_DECODER, "attn.hook_pattern": "attn.hook_pattern", "hook_resid_post": "hook_out"},
     mid_norm="ln2",
     mlp="mlp",
     dims=text_dims,
+    plain=PLAIN_DECODER,
 )
 """A decoder whose attention TransformerLens computes itself."""
 
@@ -120,6 +150,7 @@ NATIVE_DECODER = TowerMap(
     mlp="mlp",
     dims=text_dims,
     own_pattern=True,
+    plain=PLAIN_DECODER,
 )
 """A decoder whose attention is left to Hugging Face."""
 
@@ -131,6 +162,7 @@ ENCODER = TowerMap(
     dims=vision_dims,
     own_resid_post=True,
     own_pattern=True,
+    plain=PLAIN_ENCODER,
 )
 """A CLIP or SigLIP tower, hidden states of which may be recorded at any layer."""
 
@@ -138,6 +170,12 @@ OUTSIDE = {
     "vision.hook_embed": "vision_encoder.embeddings.hook_out",
     "projector.hook_in": "vision_projector.hook_in",
     "projector.hook_out": "vision_projector.hook_out",
+}
+
+PLAIN_OUTSIDE: dict[str, tuple[str, Side]] = {
+    "vision.hook_embed": ("model.vision_tower.embeddings", "out"),
+    "projector.hook_in": ("model.multi_modal_projector", "in"),
+    "projector.hook_out": ("model.multi_modal_projector", "out"),
 }
 
 LLAVA = Family(
@@ -151,5 +189,6 @@ LLAVA = Family(
     layout=_layout,
     class_tokens=class_tokens,
     batched=True,
+    plain_outside=PLAIN_OUTSIDE,
 )
 """The LLaVA family."""

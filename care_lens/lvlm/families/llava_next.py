@@ -21,7 +21,15 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion, Tile
-from care_lens.lvlm.families.llava import DECODER, ENCODER, OUTSIDE, class_tokens, projector_width, vision_depth
+from care_lens.lvlm.families.llava import (
+    DECODER,
+    ENCODER,
+    OUTSIDE,
+    PLAIN_OUTSIDE,
+    class_tokens,
+    projector_width,
+    vision_depth,
+)
 
 DROPPED = (
     "[tile, patch, d] before crops are joined: patches that show padding alone are dropped after it, so edits of those "
@@ -210,6 +218,7 @@ LLAVA_NEXT = Family(
     class_tokens=class_tokens,
     entries=tiles,
     extra_inputs=("image_sizes",),
+    plain_outside=PLAIN_OUTSIDE,
     variant=_variant,
     notes={"projector.hook_out": DROPPED},
 )

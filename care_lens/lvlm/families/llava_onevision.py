@@ -8,7 +8,15 @@ newline token. Videos are not supported.
 from collections.abc import Sequence
 
 from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion
-from care_lens.lvlm.families.llava import DECODER, ENCODER, OUTSIDE, class_tokens, projector_width, vision_depth
+from care_lens.lvlm.families.llava import (
+    DECODER,
+    ENCODER,
+    OUTSIDE,
+    PLAIN_OUTSIDE,
+    class_tokens,
+    projector_width,
+    vision_depth,
+)
 from care_lens.lvlm.families.llava_next import DROPPED, image_layout, overview, require_settings, tiles
 
 
@@ -44,6 +52,7 @@ LLAVA_ONEVISION = Family(
     class_tokens=class_tokens,
     entries=_entries,
     nested_images=True,
+    plain_outside=PLAIN_OUTSIDE,
     extra_inputs=("image_sizes", "batch_num_images"),
     notes={"projector.hook_out": f"{DROPPED}; a large picture's joined crops are resampled after it"},
 )

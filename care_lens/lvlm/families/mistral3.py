@@ -13,9 +13,9 @@ import torch
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.supported_architectures.llava import LlavaArchitectureAdapter
 
-from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion, Tile
+from care_lens.lvlm.families.base import Family, ImageLayout, Pictured, PictureRegion, PlainTower, Tile
 from care_lens.lvlm.families.bridged import TowerBlock, native_attention
-from care_lens.lvlm.families.llava import ENCODER, NATIVE_DECODER, projector_width, vision_depth
+from care_lens.lvlm.families.llava import BLOCK, ENCODER, NATIVE_DECODER, PLAIN_OUTSIDE, projector_width, vision_depth
 from care_lens.lvlm.packing import Packing
 
 
@@ -69,6 +69,20 @@ MISTRAL3 = Family(
         blocks="vision_encoder.blocks",
         own_pattern=False,
         packing="patches",
+        plain=PlainTower(
+            blocks="model.vision_tower.transformer.layers",
+            points={
+                **BLOCK,
+                "hook_attn_out": ("attention", "out"),
+                "attn.hook_z": ("attention.o_proj", "in"),
+                "mlp.hook_post": ("feed_forward.down_proj", "in"),
+                "hook_mlp_out": ("feed_forward", "out"),
+            },
+            mid_norm="ffn_norm",
+            mlp="feed_forward",
+            attn="attention",
+            out={"hook_attn_out": "attention.o_proj", "hook_mlp_out": "feed_forward.down_proj"},
+        ),
         absent={
             "attn.hook_pattern": "the tower attends over the patches of all images in one row, so that a pattern is not one "
             "image's; use attn.hook_z"
@@ -90,6 +104,7 @@ MISTRAL3 = Family(
     projector_width=projector_width,
     layout=_layout,
     extra_inputs=("image_sizes",),
+    plain_outside={**PLAIN_OUTSIDE, "vision.hook_embed": ("model.vision_tower.ln_pre", "in")},
     adapters={"Mistral3ForConditionalGeneration": Mistral3Adapter},
     notes={
         "vision.hook_embed": "patches before the tower's first norm; the tower has no CLS token and adds no positions",

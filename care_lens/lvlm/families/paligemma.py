@@ -14,7 +14,7 @@ from transformer_lens.model_bridge.supported_architectures.llava import LlavaArc
 
 from care_lens.lvlm.families.base import Family, ImageLayout, Pictured
 from care_lens.lvlm.families.gemma3 import POST_NORM_DECODER, all_layers, square_layout, vision_width
-from care_lens.lvlm.families.llava import DECODER, ENCODER, OUTSIDE
+from care_lens.lvlm.families.llava import DECODER, ENCODER, OUTSIDE, PLAIN_OUTSIDE
 
 _ARCHITECTURE = "PaliGemmaForConditionalGeneration"
 
@@ -72,6 +72,7 @@ PALIGEMMA = Family(
     token_inputs={"token_type_ids": 1},
     first_position=1,
     needs_images=True,
+    plain_outside=PLAIN_OUTSIDE,
     variant=_variant,
     adapters={_ARCHITECTURE: _GemmaAdapter},
 )

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge.generalized_components.qwen3_5_vision_encoder
 )
 from transformer_lens.model_bridge.supported_architectures.qwen2_5_vl import Qwen2_5_VLArchitectureAdapter
 
-from care_lens.lvlm.families.base import Dims, Family, TowerMap
+from care_lens.lvlm.families.base import Dims, Family, PlainTower, TowerMap
 from care_lens.lvlm.families.grids import (
     NO_PATTERN,
     PATCHES,
@@ -34,6 +34,36 @@ from care_lens.lvlm.packing import Packing
 
 _EMBED = "embed"
 """Key of the packing of the patch embedding, whose patches are not in window order yet."""
+
+PLAIN_GRID_ENCODER = PlainTower(
+    blocks="model.visual.blocks",
+    points={
+        "hook_resid_pre": ("", "in"),
+        "hook_attn_out": ("attn", "out"),
+        "attn.hook_z": ("attn.proj", "in"),
+        "mlp.hook_post": ("mlp.down_proj", "in"),
+        "hook_mlp_out": ("mlp", "out"),
+        "hook_resid_post": ("", "out"),
+    },
+    mid_norm="norm2",
+    attn="attn",
+    out={"hook_attn_out": "attn.proj", "hook_mlp_out": "mlp.down_proj"},
+)
+"""The same tower on the plain model."""
+
+
+def plain_grid_encoder(last: str) -> PlainTower:
+    """Such a tower on the plain model whose MLP's last linear map has another name.
+
+    Args:
+        last: Path of that map inside a block.
+    """
+    return replace(
+        PLAIN_GRID_ENCODER,
+        points={**PLAIN_GRID_ENCODER.points, "mlp.hook_post": (last, "in")},
+        out={**PLAIN_GRID_ENCODER.out, "hook_mlp_out": last},
+    )
+
 
 GRID_ENCODER = TowerMap(
     blocks="vision_encoder.blocks",
@@ -50,6 +80,7 @@ GRID_ENCODER = TowerMap(
     dims=vision_dims,
     absent={"attn.hook_pattern": NO_PATTERN},
     packing=PATCHES,
+    plain=PLAIN_GRID_ENCODER,
 )
 """A tower that lays the patches of all images in one row."""
 
@@ -112,7 +143,7 @@ QWEN2_VL = Family(
     name="qwen2_vl",
     architectures=("Qwen2VLForConditionalGeneration",),
     language=NATIVE_DECODER,
-    vision=replace(GRID_ENCODER, dims=_qwen2_dims),
+    vision=replace(GRID_ENCODER, dims=_qwen2_dims, plain=plain_grid_encoder("mlp.fc2")),
     outside={
         "vision.hook_embed": "vision_encoder.patch_embed.hook_out",
         "projector.hook_in": "vision_projector.hook_in",
@@ -124,6 +155,11 @@ QWEN2_VL = Family(
     outside_packing={"vision.hook_embed": PATCHES, "projector.hook_in": PATCHES, "projector.hook_out": TOKENS},
     packings=grid_packings,
     tower_module="model.visual",
+    plain_outside={
+        "vision.hook_embed": ("model.visual.patch_embed", "out"),
+        "projector.hook_in": ("model.visual.merger", "in"),
+        "projector.hook_out": ("model.visual.merger", "out"),
+    },
     extra_inputs=("image_grid_thw",),
     token_inputs={"mm_token_type_ids": 0},
     own_positions=True,

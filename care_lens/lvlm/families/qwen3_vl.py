@@ -6,7 +6,7 @@ stream at image tokens, behind each of its first blocks.
 
 from dataclasses import replace
 
-from care_lens.lvlm.families.qwen2_vl import GRID_ENCODER, QWEN2_5_VL, QWEN2_VL
+from care_lens.lvlm.families.qwen2_vl import GRID_ENCODER, QWEN2_5_VL, QWEN2_VL, plain_grid_encoder
 
 _SIDE_PATH = (
     "DeepStack's own mergers also carry the picture, from the vision blocks in "
@@ -17,7 +17,11 @@ QWEN3_VL = replace(
     QWEN2_VL,
     name="qwen3_vl",
     architectures=("Qwen3VLForConditionalGeneration",),
-    vision=replace(GRID_ENCODER, points={**GRID_ENCODER.points, "mlp.hook_post": "mlp.linear_fc2.hook_in"}),
+    vision=replace(
+        GRID_ENCODER,
+        points={**GRID_ENCODER.points, "mlp.hook_post": "mlp.linear_fc2.hook_in"},
+        plain=plain_grid_encoder("mlp.linear_fc2"),
+    ),
     projector_width=QWEN2_5_VL.projector_width,
     adapters={},
     notes={

@@ -1,0 +1,79 @@
+"""Verdicts on what a model answers under a defence, for searches on validation: generated once, judged, counted."""
+
+from collections.abc import Sequence
+
+from care_lens.core.examples import Example
+from care_lens.core.outcome import Judge, Repair, Verdict
+from care_lens.evaluation.generate import generate_all
+from care_lens.evaluation.judging import judge_answers
+from care_lens.evaluation.store import GenerationStore
+from care_lens.lvlm import HookedLVLM
+
+CANDIDATE = "candidate"
+"""What answers under a defence that is being tried are stored by; the defence itself is known by its fingerprint."""
+
+
+def answer_verdicts(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    defence: Repair | None,
+    judge: Judge,
+    *,
+    store: GenerationStore | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+) -> list[Verdict]:
+    """A verdict on the answer to each example.
+
+    Args:
+        lvlm: The model.
+        examples: With ids.
+        defence: What is on the model; None: nothing.
+        judge: Says what an answer is.
+        store: Where answers are kept, so that a rerun generates only what is missing; None: in memory.
+        max_new_tokens: Most tokens of an answer; None: as the model's own configuration says, else 32.
+        batch_size: Examples at a time.
+    """
+    answers = generate_all(
+        lvlm,
+        examples,
+        store=GenerationStore() if store is None else store,
+        defence_name=CANDIDATE,
+        repair=defence,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=False,
+    )
+    return judge_answers(answers, judge, examples=list(examples))
+
+
+def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
+    """Share of a verdict among those that are not missing; 0 if all are.
+
+    Args:
+        verdicts: Of any examples.
+        wanted: The one that is counted.
+
+    Example:
+        >>> from care_lens import Verdict
+        >>> from care_lens.evaluation import share
+        >>> share([Verdict.COMPLIED, Verdict.REFUSED, Verdict.MISSING], Verdict.COMPLIED)
+        0.5
+    """
+    return sum(v is wanted for v in verdicts) / max(sum(v is not Verdict.MISSING for v in verdicts), 1)
+
+
+def spread(examples: Sequence[Example], n: int) -> list[Example]:
+    """n examples taken at even distances, so that every channel has its share; all of them where there are fewer.
+
+    Args:
+        examples: In the order of their channels.
+        n: How many.
+
+    Example:
+        >>> from care_lens import Example
+        >>> [e.prompt for e in spread([Example(str(i)) for i in range(6)], 3)]
+        ['0', '2', '4']
+    """
+    n = min(n, len(examples))
+    return [examples[i * len(examples) // n] for i in range(n)]

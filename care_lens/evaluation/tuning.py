@@ -1,0 +1,280 @@
+"""Tuning the repair: readers, gate and writers chosen on the validation split.
+
+    choice = tune(lvlm, study, max_new_tokens=14)
+    choice.repair.save("repair")
+
+Reader plans are compared by what they detect at the conformal threshold on teacher-forced answers; the best are run with
+writers above them, and the winner must keep benign accuracy. The calibration split is cut in two by item: one half sets the
+thresholds that plans are compared at, the other, which nothing was chosen on, the final gate. The test split is never read.
+"""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+
+from care_lens.core.errors import CareLensError
+from care_lens.core.examples import Example
+from care_lens.core.outcome import Repair, Verdict
+from care_lens.core.site import Site
+from care_lens.data.study import Study
+from care_lens.evaluation.answering import answer_verdicts, share
+from care_lens.evaluation.store import GenerationStore
+from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.placement import Placement, reader_layers
+from care_lens.repair.calibrating import captured_scores, halves, recalibrated
+from care_lens.repair.errors import TooFewCalibrationError
+from care_lens.repair.fusion import HybridFusion
+from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans
+from care_lens.repair.rows import FitRows, TokenRows, residual_sites, study_rows, token_rows
+from care_lens.subspace import ModelIdentity, RankError, SafetySubspace
+
+log = logging.getLogger(__name__)
+
+
+class NoCandidateError(CareLensError, RuntimeError):
+    """No candidate could be made, or none keeps benign accuracy on validation."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The repair that won and the tables it won in.
+
+    Attributes:
+        repair: Ready to use.
+        plan: What its readers are.
+        writer_site: Where it writes.
+        alpha: How strongly.
+        subspaces: What its readers read.
+        placement: After which layers readers were tried, and why.
+        readers: By reader plan the detection rate of each seen attack channel and of the worst, and the share of benign prompts opened.
+        runs: Candidates run with their writers: attack success and refusals; benign accuracy where it was measured.
+    """
+
+    repair: HybridFusion
+    plan: ReaderPlan
+    writer_site: Site
+    alpha: float
+    subspaces: tuple[SafetySubspace, ...]
+    placement: Placement
+    readers: pd.DataFrame
+    runs: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Detected:
+    """A reader plan on validation."""
+
+    plan: ReaderPlan
+    fitted: FittedReaders
+    by_channel: dict[str, float]
+    benign: float
+
+    @property
+    def worst(self) -> float:
+        return min(self.by_channel.values())
+
+    @property
+    def order(self) -> tuple[float | int, ...]:
+        """The best first: of equal ones those that read prompt and answer, the answer earlier, with less touched."""
+        plan = self.plan
+        return (-round(self.worst, 2), -len(plan.offsets), max(plan.offsets), plan.epsilon, self.benign)
+
+    def row(self) -> dict[str, Any]:
+        return {"plan": str(self.plan), "worst": self.worst, "benign": self.benign, **self.by_channel}
+
+
+@dataclass
+class _Candidate:
+    """A plan with writers, run on the seen attacks of validation."""
+
+    of: _Detected
+    site: Site
+    alpha: float
+    asr: float
+    refused: float
+    repair: HybridFusion
+    benign: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[float | int, ...]:
+        return (round(self.asr, 2), -self.refused, self.alpha)
+
+    def row(self) -> dict[str, Any]:
+        made = {"plan": str(self.of.plan), "site": str(self.site), "alpha": self.alpha, "asr": self.asr}
+        return {**made, "refused": self.refused, **self.benign}
+
+
+def tune(
+    lvlm: HookedLVLM,
+    study: Study,
+    rows: FitRows | None = None,
+    *,
+    layers: Placement | Sequence[int] | None = None,
+    answer_tokens: int = 6,
+    ranks: Sequence[int] = (0, 8),
+    epsilons: Sequence[float] = (0.01, 0.02),
+    alphas: Sequence[float] = (1.0, 1.5),
+    candidates: int = 4,
+    benign_loss: float = 0.03,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    seed: int = 0,
+    store: GenerationStore | None = None,
+    name: str = "care_lens",
+) -> Choice:
+    """Pick readers, gate and writers on the validation split.
+
+    Plans are ranked by their smallest detection rate over the seen attack channels; of equal ones those come first that read
+    prompt and answer, read the answer earlier, have the smaller epsilon and open for fewer benign prompts. The leading plans
+    are run with writers at each layer from their own on, in several strengths; the run with the lowest attack success
+    that keeps benign accuracy wins. Cost: answers to the seen attacks for every leading plan, site and strength.
+
+    Args:
+        lvlm: The model.
+        study: Its calibration and validation splits and its judge are used, and its fit split if there are no rows.
+        rows: Of the fit split; None: they are captured (`care_lens.repair.study_rows`).
+        layers: After which blocks readers are tried, as `care_lens.mediation.reader_layers` gives it from the diagnosis; None: all but
+            the last.
+        answer_tokens: So many tokens of an answer may be read.
+        ranks: Ranks of the readers tried; 0 stands for the linear (discriminant) reader.
+        epsilons: Shares of benign prompts that a gate may touch.
+        alphas: Strengths of the writers; beyond 1 they go past their target.
+        candidates: Reader plans that are run with writers, and runs that are checked on benign prompts.
+        benign_loss: Most that the share of right benign answers may fall.
+        max_new_tokens: Most tokens of an answer, for calibration, safety and utility alike.
+        batch_size: Examples at a time.
+        seed: Of the cut of the calibration split.
+        store: Where the candidates' answers are kept, so that a stopped choice goes on; None: in memory.
+        name: Of the repair, its row of a defence table.
+
+    Returns:
+        The repair and the tables it was chosen in.
+
+    Raises:
+        NoCandidateError: If no plan could be calibrated, or none keeps benign accuracy.
+        ValueError: If an option makes no sense, or the study lacks what is read.
+    """
+    _require_options(candidates, benign_loss, ranks=ranks, epsilons=epsilons, alphas=alphas)
+    placement = _placement(layers, lvlm.n_layers())
+    rows = study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size) if rows is None else rows
+    if not 0 <= answer_tokens <= rows.tokens:
+        raise ValueError(f"answer_tokens must be from 0 to {rows.tokens}, those of the rows, got {answer_tokens}")
+    comparing, calibrating = halves(study.benign("calibration"), seed=seed)
+    plans = reader_plans(placement.layers, answer_tokens=answer_tokens, ranks=ranks, epsilons=epsilons)
+    table = _compared(lvlm, study, rows, plans, comparing, tokens=answer_tokens, batch_size=batch_size)
+
+    attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
+    store = GenerationStore() if store is None else store
+
+    def verdicts(examples: Sequence[Example], repair: Repair | None) -> list[Verdict]:
+        return answer_verdicts(
+            lvlm, examples, repair, study.judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+
+    runs: list[_Candidate] = []
+    for row in table[:candidates]:
+        for site, alpha in itertools.product(residual_sites(lvlm)[row.plan.layer :], alphas):
+            about = {"study": study.name, "plan": str(row.plan)}
+            repair = assemble(row.fitted, rows, row.plan, site, alpha=alpha, name=name, provenance=about)
+            said = verdicts(attacked, repair)
+            asr, refused = share(said, Verdict.COMPLIED), share(said, Verdict.REFUSED)
+            runs.append(_Candidate(row, site, alpha, asr, refused, repair))
+            log.info("%s, written at %s x %g: ASR %.3f, refused %.3f", row.plan, site, alpha, asr, refused)
+    runs.sort(key=lambda run: run.order)
+
+    benign = study.benign("validation")
+    before = share(verdicts(benign, None), Verdict.COMPLIED)
+    won: _Candidate | None = None
+    for run in runs[:candidates]:
+        run.repair = recalibrated(
+            lvlm,
+            run.repair,
+            calibrating,
+            epsilon=run.of.plan.epsilon,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+        )
+        after = share(verdicts(benign, run.repair), Verdict.COMPLIED)
+        run.benign = {"benign_before": before, "benign_after": after}
+        log.info("benign %.3f -> %.3f: %s at %s", before, after, run.of.plan, run.site)
+        if after >= before - benign_loss:
+            won = run
+            break
+    if won is None:
+        best = max(run.benign.get("benign_after", 0.0) for run in runs)
+        raise NoCandidateError(
+            f"a repair must keep benign accuracy within {benign_loss:.0%} of {before:.1%} on validation, got at best "
+            f"{best:.1%}; try smaller epsilons"
+        )
+    return Choice(
+        repair=replace(won.repair, model=ModelIdentity.from_model(lvlm.hf_model)),
+        plan=won.of.plan,
+        writer_site=won.site,
+        alpha=won.alpha,
+        subspaces=won.of.fitted.subspaces,
+        placement=placement,
+        readers=pd.DataFrame([row.row() for row in table]),
+        runs=pd.DataFrame([run.row() for run in runs]),
+    )
+
+
+def _compared(
+    lvlm: HookedLVLM,
+    study: Study,
+    rows: FitRows,
+    plans: Sequence[ReaderPlan],
+    comparing: Sequence[Example],
+    *,
+    tokens: int,
+    batch_size: int,
+) -> list[_Detected]:
+    """Reader plans by what they detect of the seen attacks of validation, the best first."""
+
+    def held(examples: Sequence[Example]) -> TokenRows:
+        return token_rows(lvlm, examples, residual_sites(lvlm), tokens=tokens, batch_size=batch_size)
+
+    calibration, harmless = held(comparing), held(study.benign("validation"))
+    attacks = {c: held(study.suites["validation"][c]) for m in rows.modalities for c in study.seen[m]}
+    readers, table = Readers(rows), []
+    for plan in plans:
+        try:
+            fitted = readers.fit(plan, calibration)
+        except (RankError, TooFewCalibrationError) as error:
+            log.info("left out: %s (%s)", plan, error)
+            continue
+        table.append(
+            _Detected(plan, fitted, {c: _opened(fitted, a) for c, a in attacks.items()}, _opened(fitted, harmless))
+        )
+    if not table:
+        raise NoCandidateError(
+            "no reader could be calibrated; give more benign calibration prompts or a larger epsilon"
+        )
+    return sorted(table, key=lambda row: row.order)
+
+
+def _opened(fitted: FittedReaders, rows: TokenRows) -> float:
+    """Share of rows for which the gate opens."""
+    return float((captured_scores(fitted.both, rows) > fitted.gate.threshold).double().mean())
+
+
+def _placement(layers: Placement | Sequence[int] | None, n_layers: int) -> Placement:
+    if layers is None:
+        return reader_layers({}, n_layers)
+    if isinstance(layers, Placement):
+        return layers
+    if not layers or not all(0 <= layer < n_layers for layer in layers):
+        raise ValueError(f"layers must be one or more from 0 to {n_layers - 1}, got {list(layers)}")
+    return Placement(tuple(layers), "These layers were given.")
+
+
+def _require_options(candidates: int, benign_loss: float, **lists: Sequence[Any]) -> None:
+    if candidates < 1:
+        raise ValueError(f"candidates must be 1 or more, got {candidates}")
+    if not 0 <= benign_loss <= 1:
+        raise ValueError(f"benign_loss must be a share from 0 to 1, got {benign_loss}")
+    if empty := [name for name, values in lists.items() if not len(values)]:
+        raise ValueError(f"{empty[0]} must hold one or more, got none")

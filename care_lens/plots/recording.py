@@ -1,0 +1,88 @@
+"""What a repair did to the tokens of one row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from care_lens.core.spans import PatchGrid
+from care_lens.plots import theme
+
+_MODALITIES = ("visual", "textual")
+
+
+def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]] = ()) -> go.Figure:
+    """Gate values, weights of the modalities and norm of the edit over the tokens of one row, and over its picture.
+
+    Args:
+        frame: The rows of one row of a batch, as ``Recording.to_dataframe`` gives them.
+        grids: The patch grids of the row, each with the position of its first token; the norm of the edit is summed over
+            sites for each patch.
+
+    Returns:
+        The figure: three panels over the tokens, image tokens shaded, and one heat map for each grid below them.
+    """
+    sites = list(dict.fromkeys(frame.site))
+    titles = ["gate value (largest over sites)", "weight (mean over sites where it acts)", "norm of the edit"]
+    titles += [f"norm of the edit over picture region {i + 1}" for i in range(len(grids))]
+    figure = make_subplots(rows=3 + len(grids), cols=1, subplot_titles=titles, vertical_spacing=0.4 / (3 + len(grids)))
+    tokens = frame.groupby("position")
+    for panel, measure in enumerate(("gate", "weight"), start=1):
+        for i, name in enumerate(_MODALITIES):
+            column = f"{measure}_{name}"
+            values: pd.Series = tokens[column].max()  # type: ignore[assignment]
+            if panel == 2:
+                acting: pd.Series = frame[frame.edit_norm > 0].groupby("position")[column].mean()  # type: ignore[assignment]
+                values = acting.reindex(values.index)
+            figure.add_trace(
+                go.Scatter(
+                    x=values.index,
+                    y=values,
+                    name=name,
+                    legendgroup=name,
+                    showlegend=panel == 1,
+                    mode="lines+markers",
+                    line={"color": theme.COLOURS[i]},
+                    marker={"symbol": theme.SYMBOLS[i], "size": 5},
+                ),
+                row=panel,
+                col=1,
+            )
+        figure.update_yaxes(range=[-0.05, 1.05], row=panel, col=1)
+    for i, site in enumerate(sites):
+        here = frame[frame.site == site]
+        figure.add_trace(
+            go.Bar(x=here.position, y=here.edit_norm, name=site, marker={"color": theme.COLOURS[(i + 2) % 8]}),
+            row=3,
+            col=1,
+        )
+    image = frame[frame.span == "image"].position
+    shade: dict[str, Any] = {"fillcolor": theme.GRID, "opacity": 0.5, "line_width": 0, "layer": "below"}
+    for panel in (1, 2, 3):
+        if len(image):
+            place: dict[str, Any] = {"row": panel, "col": 1}
+            figure.add_vrect(x0=image.min() - 0.5, x1=image.max() + 0.5, **shade, **place)
+        figure.update_xaxes(range=[-1, frame.position.max() + 1], row=panel, col=1)
+    figure.update_xaxes(title="position in the row", row=3, col=1)
+    norms = tokens.edit_norm.sum()
+    for i, (grid, first) in enumerate(grids):
+        shift = first - grid.start
+        shown = np.array([norms.get(p + shift, np.nan) for p in grid.positions()]).reshape(grid.rows, grid.cols)
+        scale: dict[str, Any] = {"colorscale": "Blues", "zmin": 0, "zmax": float(norms.max()) or 1.0}
+        figure.add_trace(go.Heatmap(z=shown, **scale, showscale=i == 0, colorbar=_bar(figure, 4 + i)), row=4 + i, col=1)
+        heat: Any = figure.data[-1]
+        square: dict[str, Any] = {"scaleanchor": heat.xaxis, "constrain": "domain", "autorange": "reversed"}
+        figure.update_yaxes(title="patch row", showgrid=False, **square, row=4 + i, col=1)
+        figure.update_xaxes(title="patch column", showgrid=False, constrain="domain", row=4 + i, col=1)
+    figure.update_layout(template=theme.TEMPLATE, height=660 + 300 * len(grids), width=760, barmode="stack")
+    return figure
+
+
+def _bar(figure: go.Figure, row: int) -> dict[str, Any]:
+    """A colour bar as high as one panel, beside it."""
+    axis: Any = next(iter(figure.select_yaxes(row=row, col=1)))
+    low, high = axis.domain
+    return {"y": (low + high) / 2, "len": high - low, "thickness": 14}

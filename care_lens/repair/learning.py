@@ -1,0 +1,289 @@
+"""Learning a repair: readers, gates and writers of one plan, from rows.
+
+A reader is the discriminant (or the energy of the top generalised eigenvectors) of attacks against harmless rows, for each modality
+and each token that is looked at; a writer moves a token to where the model stands before it refuses. The paper's pencil
+C_m u = lambda C_b u is that of `SafetySubspace.fit`; readers and writers apart, and reading the answer, are ours.
+
+    rows = study_rows(lvlm, study)
+    plan = ReaderPlan(layer=2, offsets=(0, 5))
+    fitted = Readers(rows).fit(plan, calibration)  # calibration: TokenRows of benign prompts
+    repair = assemble(fitted, rows, plan, alpha=1.5)
+
+`learn_repair` does these steps and calibrates the gate in one call; `care_lens.evaluation.tune` tries many plans.
+"""
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from care_lens.core.site import Site
+from care_lens.repair.calibrating import captured_scores
+from care_lens.repair.controls import shuffled_labels
+from care_lens.repair.correction import Correction
+from care_lens.repair.errors import RepairError
+from care_lens.repair.fusion import HybridFusion
+from care_lens.repair.gate import ConformalGate
+from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, SiteReader
+from care_lens.repair.rows import FitRows, TokenRows
+from care_lens.repair.writer import Writer
+from care_lens.subspace import Modality, SafetySubspace
+
+
+@dataclass(frozen=True)
+class ReaderPlan:
+    """Which readers a repair has: for every modality one at each offset, after one block; their largest score is gated.
+
+    Attributes:
+        layer: Readers look at the residual stream after this block of the language tower.
+        offsets: 0 reads the last prompt token; k reads generated tokens with what was learned at the k-th.
+        rank: 0 for the discriminant, else of the energy.
+        epsilon: Share of benign prompts that the gate may touch.
+
+    Raises:
+        RepairError: If layer, an offset or the rank is below 0, or there is no offset.
+    """
+
+    layer: int
+    offsets: tuple[int, ...] = (0,)
+    rank: int = 0
+    epsilon: float = 0.01
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", tuple(self.offsets))
+        if not self.offsets or min(self.offsets) < 0 or len({*self.offsets}) < len(self.offsets):
+            raise RepairError(f"offsets must be one or more different numbers of 0 or more, got {self.offsets}")
+        if self.layer < 0 or self.rank < 0:
+            raise RepairError(f"layer and rank must be 0 or more, got {self.layer} and {self.rank}")
+
+    def __str__(self) -> str:
+        where = " and ".join(
+            "last prompt token" if k == 0 else f"answer, as learned at token {k}" for k in self.offsets
+        )
+        what = f"energy of rank {self.rank}" if self.rank else "discriminant"
+        return f"{what} after block {self.layer}, {where}, epsilon {self.epsilon:g}"
+
+
+@dataclass(frozen=True)
+class FittedReaders:
+    """The readers of a plan and their gate, ready to be combined with writers.
+
+    Attributes:
+        readers: By modality and offset, in units of the spread of benign fit scores. Each gates its own writer, so that a
+            gate that the prompt opened does not stop the answer from being read.
+        subspaces: What they read.
+        gate: Calibrated on the largest score over all of them.
+    """
+
+    readers: Mapping[tuple[Modality, int], SiteReader]
+    subspaces: tuple[SafetySubspace, ...]
+    gate: ConformalGate
+
+    @property
+    def both(self) -> MaxReader:
+        """The largest score over modalities and offsets, which is what the gate bounds."""
+        return MaxReader(readers=tuple(self.readers.values()))
+
+
+def reader_plans(
+    layers: Sequence[int],
+    *,
+    answer_tokens: int = 6,
+    ranks: Sequence[int] = (0, 8),
+    epsilons: Sequence[float] = (0.01, 0.02),
+) -> list[ReaderPlan]:
+    """Every plan of some layers: the last prompt token, an answer token, or both; each rank and epsilon.
+
+    Args:
+        layers: After whose blocks.
+        answer_tokens: So many tokens of an answer may be read.
+        ranks: Ranks of the readers; 0 stands for the discriminant.
+        epsilons: Shares of benign prompts that a gate may touch.
+
+    Example:
+        >>> from care_lens.repair import reader_plans
+        >>> [plan.offsets for plan in reader_plans([2], answer_tokens=2, ranks=[0], epsilons=[0.02])]
+        [(0,), (1,), (2,), (0, 1), (0, 2)]
+    """
+    answers = range(1, answer_tokens + 1)
+    offsets = [(0,), *((k,) for k in answers), *((0, k) for k in answers)]
+    return [ReaderPlan(*plan) for plan in itertools.product(layers, offsets, ranks, epsilons)]
+
+
+def fit_reader_subspace(
+    rows: FitRows, site: Site, modality: Modality, *, offset: int, rank: int, shuffle_seed: int | None = None
+) -> SafetySubspace:
+    """The subspace that a reader reads: rank 0 is the discriminant direction, else the top generalised eigenvectors.
+
+    At the last prompt token (offset 0) it is fitted on last prompt tokens; for the answer, on the malicious token at the
+    offset against every token of benign prompts' ends and answers, since the reader will look at all of them.
+
+    Args:
+        rows: What to learn from.
+        site: One of the rows' sites.
+        modality: One of the rows' modalities.
+        offset: 0, or which token of the answer.
+        rank: 0 or the number of eigenvectors.
+        shuffle_seed: Deal the rows to the classes at random first: the control fit.
+
+    Raises:
+        RepairError: If the rows have no such site, modality or offset.
+        ValueError: If there are too few rows for the rank (RankError).
+    """
+    _require_part(rows, site, modality, offset)
+    benign = rows.harmless(site, offset)
+    malicious = rows.malicious[modality].at(site, offset)
+    if shuffle_seed is not None:
+        benign, malicious = shuffled_labels(benign, malicious, seed=shuffle_seed)
+    token = "last prompt token" if offset == 0 else f"answer token {offset}"
+    return SafetySubspace.fit(
+        benign,
+        malicious,
+        rank=max(rank, 1),
+        contrast="second_moment" if rank else "mean",
+        projection="oblique",
+        site=site,
+        modality=modality,
+        provenance={"rows": token, "split": "fit", "shuffled": shuffle_seed is not None},
+    )
+
+
+def reader_of(subspace: SafetySubspace, *, offset: int, rank: int) -> SiteReader:
+    """The reader of such a subspace: of the last prompt token, or of every generated token.
+
+    Args:
+        subspace: From `fit_reader_subspace`.
+        offset: 0, or which token of the answer it was fitted at.
+        rank: 0 for the coordinate along its first direction, else its energy.
+    """
+    kind = EnergyReader if rank else LinearReader
+    return kind.from_subspace(subspace, positions="generated" if offset else "last")
+
+
+def refusal_writer(rows: FitRows, site: Site, *, offset: int, alpha: float = 1.0) -> Writer:
+    """Moves a token to where the model stands before a refusal, along the line from where it stands when it complies.
+
+    Args:
+        rows: What to learn from; the complied mean is that of all attacks, so that one writer serves both modalities and the
+            fusion has to say only how they share it.
+        site: Where to write; one of the rows' sites.
+        offset: 0: written at the last prompt token; else at a generated one, from the malicious mean at that offset.
+        alpha: Strength; beyond 1 it goes past the refusal mean, without a warning here.
+
+    Raises:
+        RepairError: If the rows have no such site or offset, or the two means are the same.
+    """
+    _require_part(rows, site, None, offset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a strength beyond 1 is tried on validation, and reported
+        return Writer.towards(
+            site,
+            target=rows.refused.at(site, 0).mean(0),
+            source=rows.complied(site, offset).mean(0),
+            alpha=alpha,
+            scope="generated" if offset else "last",
+        )
+
+
+class Readers:
+    """Fits readers, each once, however many plans share it.
+
+    Args:
+        rows: What to learn from.
+        shuffle_seed: For the control fit on shuffled labels.
+    """
+
+    def __init__(self, rows: FitRows, *, shuffle_seed: int | None = None) -> None:
+        self._rows, self._shuffle = rows, shuffle_seed
+        self._made: dict[tuple[Modality, int, int, int], tuple[SafetySubspace, SiteReader]] = {}
+
+    def _one(self, modality: Modality, layer: int, offset: int, rank: int) -> tuple[SafetySubspace, SiteReader]:
+        key = (modality, layer, offset, rank)
+        if key not in self._made:
+            site = Site("language", layer, "hook_resid_post")
+            subspace = fit_reader_subspace(
+                self._rows, site, modality, offset=offset, rank=rank, shuffle_seed=self._shuffle
+            )
+            reader = reader_of(subspace, offset=offset, rank=rank)
+            scores = reader.tokens(self._rows.harmless(site, offset)[None])[0]
+            self._made[key] = subspace, reader.standardised(scores)
+        return self._made[key]
+
+    def fit(self, plan: ReaderPlan, calibration: TokenRows) -> FittedReaders:
+        """The readers of a plan, their gate calibrated on teacher-forced benign answers.
+
+        Args:
+            plan: Which readers.
+            calibration: Rows of benign prompts that nothing was learned from, at the plan's layer.
+
+        Raises:
+            ValueError: If there are too few calibration prompts for the plan's epsilon (TooFewCalibrationError), or too few rows
+                for its rank (RankError).
+        """
+        made: dict[tuple[Modality, int], tuple[SafetySubspace, SiteReader]] = {
+            (m, offset): self._one(m, plan.layer, offset, plan.rank)
+            for m in self._rows.modalities
+            for offset in plan.offsets
+        }
+        readers: dict[tuple[Modality, int], SiteReader] = {key: reader for key, (_, reader) in made.items()}
+        scores = captured_scores(MaxReader(readers=tuple(readers.values())), calibration)
+        subspaces = tuple(subspace for subspace, _ in made.values())
+        return FittedReaders(readers, subspaces, ConformalGate.calibrate(scores, epsilon=plan.epsilon))
+
+
+def assemble(
+    fitted: FittedReaders,
+    rows: FitRows,
+    plan: ReaderPlan,
+    site: Site | None = None,
+    *,
+    alpha: float = 1.0,
+    name: str = "care_lens",
+    provenance: Mapping[str, Any] | None = None,
+) -> HybridFusion:
+    """The repair: each modality's reader gates the refusal writers; the adaptive rule shares them between modalities.
+
+    Args:
+        fitted: The plan's readers and gate.
+        rows: What the writers are learned from.
+        plan: The plan.
+        site: Where to write; None: where the readers look.
+        alpha: Strength of the writers.
+        name: Row of a defence table.
+        provenance: What it came from, JSON-able.
+    """
+    site = Site("language", plan.layer, "hook_resid_post") if site is None else site
+    writers = {offset: refusal_writer(rows, site, offset=offset, alpha=alpha) for offset in plan.offsets}
+    made: dict[Modality, tuple[Correction, ...]] = {
+        modality: tuple(
+            Correction(
+                writer=writers[offset],
+                reader=fitted.readers[modality, offset],
+                gate=fitted.gate,
+                modality=modality,
+                pulse=True,
+                name=f"{modality}, {'prompt' if offset == 0 else 'answer'}",
+            )
+            for offset in plan.offsets
+        )
+        for modality in rows.modalities
+    }
+    return HybridFusion(
+        visual=made.get("visual", ()),
+        textual=made.get("textual", ()),
+        rule="adaptive",
+        name=name,
+        provenance=dict(provenance or {}),
+    )
+
+
+def _require_part(rows: FitRows, site: Site, modality: Modality | None, offset: int) -> None:
+    if modality is not None and modality not in rows.malicious:
+        raise RepairError(f"modality must be one of {list(rows.modalities)}, got {modality!r}; give such attacks")
+    if site not in rows.benign.rows:
+        raise RepairError(f"site must be one of the rows', got {site}; capture it: fit_rows(..., sites=[...])")
+    if not 0 <= offset <= rows.tokens:
+        raise RepairError(
+            f"offset must be from 0 to {rows.tokens}, the answer tokens captured, got {offset}; capture more tokens"
+        )

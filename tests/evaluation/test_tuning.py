@@ -1,0 +1,145 @@
+"""The choice on validation: the public call, the pipeline's and the one made by hand are one; its store resumes; the rule for rivals."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from care_lens import organism
+from care_lens.core.identity import repair_fingerprint
+from care_lens.evaluation import GenerationStore, NoCandidateError, evaluate, tune, tune_defence
+from care_lens.mediation import Placement
+from care_lens.pipeline import RunSettings
+from care_lens.pipeline.choose import NoCandidate, answer_verdicts, choose
+from care_lens.pipeline.learn import capture_fit
+from care_lens.repair import Correction, HybridFusion, NoRepair, Writer, learn_repair, study_rows
+
+# Every setting differs from the default of its keyword, so that one that is not passed on shows.
+SETTINGS = replace(
+    RunSettings(),
+    answer_tokens=4,
+    reader_ranks=(0, 3),
+    epsilons=(0.05,),
+    alphas=(1.25,),
+    candidates=2,
+    benign_loss=0.5,
+    max_new_tokens=8,
+    batch_size=64,
+    seed=5,
+)
+PLACEMENT = Placement((2,), "for the test")
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    with organism.load() as lvlm:
+        yield lvlm
+
+
+@pytest.fixture(scope="module")
+def study():
+    return organism.study().limited(6)
+
+
+@pytest.fixture(scope="module")
+def chosen(bundled, study, tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "search.jsonl"
+    rows = capture_fit(bundled, study, SETTINGS)
+    made = choose(bundled, study, rows, SETTINGS, placement=PLACEMENT, store=GenerationStore(path))
+    return made, path
+
+
+def test_the_pipeline_only_passes_its_settings_on(bundled, study, chosen):
+    theirs, path = chosen
+    store = GenerationStore(path)
+    held = len(store)
+    ours = tune(
+        bundled,
+        study,
+        study_rows(bundled, study, tokens=4, batch_size=64),
+        layers=PLACEMENT,
+        answer_tokens=4,
+        ranks=(0, 3),
+        epsilons=(0.05,),
+        alphas=(1.25,),
+        candidates=2,
+        benign_loss=0.5,
+        max_new_tokens=8,
+        batch_size=64,
+        seed=5,
+        store=store,
+    )
+    assert repair_fingerprint(ours.repair) == repair_fingerprint(theirs.repair)
+    assert (ours.plan, ours.writer_site, ours.alpha) == (theirs.plan, theirs.writer_site, theirs.alpha)
+    assert ours.readers.equals(theirs.readers) and ours.runs.equals(theirs.runs)
+    assert held and len(store) == held  # a stopped choice goes on: nothing was generated again
+    assert list(ours.readers)[:3] == ["plan", "worst", "benign"]
+
+
+def test_the_choice_is_what_one_call_learns_of_its_plan(bundled, study, chosen):
+    choice, _ = chosen
+    repair = learn_repair(
+        bundled,
+        study,
+        choice.plan,
+        site=choice.writer_site,
+        alpha=choice.alpha,
+        answer_tokens=4,
+        batch_size=64,
+        max_new_tokens=8,
+        seed=5,
+    )
+    assert repair_fingerprint(repair) == repair_fingerprint(choice.repair)
+
+
+def test_the_figures_of_the_winner_are_those_of_an_evaluation(bundled, study, chosen):
+    choice, _ = chosen
+    won = choice.runs[choice.runs["benign_after"].notna()].iloc[-1]
+    suites = {c: list(e) for c, e in study.channels("validation", harmful=False).items()}
+    table = evaluate(
+        bundled, suites, {"care_lens": choice.repair}, judge=study.judge, max_new_tokens=8, batch_size=64,
+        fidelity=False, n_boot=20, progress=False,
+    ).to_dataframe()  # fmt: skip
+    right = table[table["metric"] == "accuracy"]
+    assert won["benign_after"] == pytest.approx((right["value"] * right["n"]).sum() / right["n"].sum())
+
+
+def _refusing_everything(choice):
+    """Writes the refusal state at every prompt's last token, whatever was asked."""
+    writer = choice.repair.corrections[0].writer
+    d = writer.width
+    whole = Writer(site=writer.site, write=torch.eye(d), left=torch.eye(d), target=writer.target, scope="last")
+    return HybridFusion(visual=(Correction(writer=whole),), name="refuses")
+
+
+def test_the_least_attack_success_within_the_budget_wins(bundled, study, chosen):
+    choice, path = chosen
+    store = GenerationStore(path)
+    attacked = [e for m in ("visual", "textual") for e in study.malicious("validation", m)]
+    options = {"attacked": attacked, "benign": study.benign("validation"), "judge": study.judge}
+    more = {"max_new_tokens": 8, "batch_size": 64, "store": store}
+    refusing = _refusing_everything(choice)
+    makers = [NoRepair, lambda: refusing, lambda: choice.repair]
+    best, reached = tune_defence(bundled, makers, **options, **more, benign_loss=0.5)
+    assert best is choice.repair and reached["candidates"] == 3
+    assert reached["benign_after"] >= reached["benign_before"] - 0.5
+    verdicts = answer_verdicts(bundled, attacked, refusing, SETTINGS, study.judge, store=store)
+    assert sum(v.value == "complied" for v in verdicts) / len(verdicts) <= reached["asr"]  # and yet it lost
+    with pytest.raises(ValueError, match="candidates must hold"):
+        tune_defence(bundled, [], **options)
+
+
+def test_what_cannot_be_chosen_is_said(bundled, study):
+    rows = study_rows(bundled, study, tokens=1, batch_size=64)
+    with pytest.raises(NoCandidateError, match="no reader could be calibrated"):
+        tune(bundled, study, rows, layers=[2], answer_tokens=1, ranks=[0], epsilons=[0.0001])
+    assert NoCandidate is NoCandidateError
+    for options, words in (
+        ({"answer_tokens": 2}, "answer_tokens must be from 0 to 1"),
+        ({"layers": [9]}, "layers must be"),
+        ({"alphas": []}, "alphas must hold"),
+        ({"candidates": 0}, "candidates must be 1"),
+        ({"benign_loss": 2.0}, "benign_loss must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tune(bundled, study, rows, **options)

@@ -1,0 +1,178 @@
+"""Rows, readers, writers and the repair made of them, against activations and formulas by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from care_lens import Example, Site, organism
+from care_lens.core.errors import CareLensError
+from care_lens.repair import (
+    FitRows,
+    MaxReader,
+    ReaderPlan,
+    Readers,
+    RepairError,
+    TokenRows,
+    TooFewCalibrationError,
+    assemble,
+    captured_scores,
+    fit_reader_subspace,
+    fit_rows,
+    halves,
+    learn_repair,
+    read_scores,
+    reader_of,
+    reader_plans,
+    recalibrated,
+    refusal_writer,
+    residual_sites,
+    study_rows,
+    token_rows,
+)
+
+SITE = Site("language", 2, "hook_resid_post")
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    with organism.load() as lvlm:
+        yield lvlm
+
+
+@pytest.fixture(scope="module")
+def study():
+    return organism.study().limited(6)
+
+
+@pytest.fixture(scope="module")
+def rows(bundled, study):
+    return study_rows(bundled, study, tokens=3, batch_size=64)
+
+
+def test_token_rows_are_the_activations_of_each_example_run_alone(bundled):
+    examples = [*organism.examples("typographic", "fit", n=2), *organism.examples("benign plain", "fit", n=1)]
+    examples[1] = replace(examples[1], response="sorry")
+    rows = token_rows(bundled, examples, [SITE], tokens=4, batch_size=2)
+    for i, example in enumerate(examples):
+        inputs = bundled.prepare(example, responses=True)
+        _, cache = bundled.run_with_cache(inputs, sites=[SITE])
+        answered = inputs.spans.response[0].nonzero()[:, 0].tolist()
+        # The end of sequence is the last token of the response span, and generation never reads it.
+        read = [answered[0] - 1, *answered[:-1]][:5]
+        assert rows.valid[i].tolist() == [k < len(read) for k in range(5)]
+        torch.testing.assert_close(
+            rows.rows[SITE][i, : len(read)], cache[str(SITE)][0, read].float(), rtol=1e-4, atol=1e-4
+        )
+    assert rows.tokens == 4 and rows.groups == tuple(e.group for e in examples)
+    assert len(rows.at(SITE, 4)) == int(rows.valid[:, 4].sum()) < 3
+    assert len(rows.everything(SITE)) == int(rows.valid.sum())
+
+
+def test_rows_of_a_study_are_those_of_its_three_sets(bundled, study, rows):
+    again = fit_rows(
+        bundled,
+        benign=study.benign("fit"),
+        malicious={"textual": study.malicious("fit", "textual"), "visual": study.malicious("fit", "visual")},
+        refused=[replace(e, response=study.refusal) for e in study.refused("fit")],
+        sites=[SITE],
+        tokens=3,
+        batch_size=64,
+    )
+    assert again.modalities == rows.modalities == ("visual", "textual")
+    for one, other in ((again.benign, rows.benign), (again.refused, rows.refused)):
+        assert torch.equal(one.rows[SITE], other.rows[SITE])
+    assert torch.equal(again.complied(SITE, 2), rows.complied(SITE, 2))
+    assert {*rows.benign.rows} == {*residual_sites(bundled)}
+
+
+def test_a_discriminant_is_the_lda_direction_and_a_writer_the_line_between_two_means(rows):
+    subspace = fit_reader_subspace(rows, SITE, "visual", offset=2, rank=0)
+    benign = np.concatenate(
+        [rows.benign.everything(SITE), rows.refused.rows[SITE][:, 1:][rows.refused.valid[:, 1:]]]
+    ).astype(float)
+    delta = rows.malicious["visual"].at(SITE, 2).double().numpy().mean(0) - benign.mean(0)
+    raw = reader_of(subspace, offset=2, rank=0).raw(rows.malicious["visual"].at(SITE, 2)[None])[0].double().mean()
+    assert float(raw) == pytest.approx(float(subspace.read[:, 0].double() @ torch.tensor(delta)), rel=1e-3)
+    assert float(raw) > 0  # the malicious mean lies on the positive side
+    writer = refusal_writer(rows, SITE, offset=2, alpha=0.5)
+    source, target = rows.complied(SITE, 2).mean(0), rows.refused.at(SITE, 0).mean(0)
+    assert writer.scope == "generated" and writer.rank == 1
+    # At full strength the mean of what complied lands on the refusal mean.
+    torch.testing.assert_close(source + writer.delta(source[None, None])[0, 0], target, rtol=1e-3, atol=1e-3)
+
+
+def test_scores_of_captured_rows_are_those_of_a_run(bundled, study, rows):
+    examples = [*study.benign("calibration")[:5], *study.malicious("validation", "visual")[:5]]
+    held = token_rows(bundled, examples, [SITE], tokens=3, batch_size=64)
+    fitted = Readers(rows).fit(
+        ReaderPlan(2, (0,), 0, 0.3), token_rows(bundled, study.benign("calibration"), [SITE], tokens=3)
+    )
+    reader = fitted.both
+    run = read_scores(bundled, examples, [reader], progress=False)[:, 0]
+    torch.testing.assert_close(captured_scores(reader, held), run, rtol=1e-3, atol=1e-3)
+    answer = reader_of(fit_reader_subspace(rows, SITE, "visual", offset=1, rank=0), offset=1, rank=0)
+    by_hand = [answer.tokens(held.rows[SITE][i : i + 1])[0, 1:][held.valid[i, 1:]].max() for i in range(len(examples))]
+    torch.testing.assert_close(captured_scores(MaxReader(readers=(answer,)), held), torch.stack(by_hand))
+    with pytest.raises(RepairError, match="'last' or 'generated'"):
+        captured_scores(replace(answer, positions="image"), held)
+
+
+def test_the_parts_make_what_the_one_call_makes(bundled, study, rows):
+    plan = ReaderPlan(layer=2, offsets=(0, 2), epsilon=0.05)
+    whole = learn_repair(bundled, study, plan, alpha=1.5, answer_tokens=3, batch_size=64, max_new_tokens=6, seed=3)
+    comparing, calibrating = halves(study.benign("calibration"), seed=3)
+    held = token_rows(bundled, comparing, [SITE], tokens=3, batch_size=64)
+    about = {"study": study.name, "plan": str(plan)}
+    repair = assemble(Readers(rows).fit(plan, held), rows, plan, SITE, alpha=1.5, provenance=about)
+    repair = recalibrated(bundled, repair, calibrating, epsilon=0.05, batch_size=64, max_new_tokens=6)
+    assert whole.describe() == {**repair.describe(), "model": whole.describe()["model"]}
+    assert whole.model is not None
+    # The control learns from the same rows, dealt at random: other readers, the same writers.
+    control = learn_repair(
+        bundled, rows, plan, calibration=study.benign("calibration"), alpha=1.5, max_new_tokens=6, shuffle_seed=0
+    )
+    assert torch.equal(control.visual[0].writer.write, whole.visual[0].writer.write)
+    assert not torch.equal(control.visual[0].reader.direction, whole.visual[0].reader.direction)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m, s, r: learn_repair(m, r, ReaderPlan(2)), "calibration must be given"),
+        (lambda m, s, r: learn_repair(m, s, ReaderPlan(2, epsilon=0.001), answer_tokens=1), "must be at least 999"),
+        (lambda m, s, r: fit_reader_subspace(r, SITE, "visual", offset=4, rank=0), "offset must be from 0 to 3"),
+        (
+            lambda m, s, r: refusal_writer(r, Site.parse("blocks.2.hook_mlp_out"), offset=0),
+            "site must be one of the rows'",
+        ),
+        (lambda m, s, r: FitRows(r.benign, {}, r.refused), "malicious must hold rows"),
+        (lambda m, s, r: token_rows(m, [], [SITE]), "examples must hold at least one"),
+        (lambda m, s, r: token_rows(m, [Example("cut", id="a")], [SITE]), "must have a response"),
+        (lambda m, s, r: ReaderPlan(2, ()), "offsets must be"),
+        (lambda m, s, r: ReaderPlan(-1), "layer and rank"),
+    ],
+)
+def test_what_cannot_be_learned_is_said(bundled, study, rows, call, words):
+    with pytest.raises(CareLensError, match=words) as raised:
+        call(bundled, study, rows)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_halves_are_whole_items_and_plans_cover_every_choice():
+    examples = [Example(f"p {i}", id=str(i), group=f"g{i % 5}") for i in range(20)]
+    one, other = halves(examples, seed=1)
+    assert len({e.group for e in one}) == 2 and len({e.group for e in other}) == 3 and len(one) + len(other) == 20
+    assert not {e.group for e in one} & {e.group for e in other}
+    alone = halves([Example(f"p {i}") for i in range(4)])  # without items each is one
+    assert [len(half) for half in alone] == [2, 2]
+    plans = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4), epsilons=(0.1,))
+    assert len({*plans}) == len(plans) == 2 * 5 * 2 and plans[0] == ReaderPlan(1, (0,), 0, 0.1)
+
+
+def test_too_few_calibration_prompts_are_their_own_error(bundled, study, rows):
+    held = token_rows(bundled, study.benign("calibration")[:9], [SITE], tokens=3)
+    with pytest.raises(TooFewCalibrationError):
+        Readers(rows).fit(ReaderPlan(2, epsilon=0.05), held)
+    assert isinstance(held, TokenRows)
