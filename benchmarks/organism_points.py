@@ -24,7 +24,7 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.organism import OrganismJudge, build, channels, render, tasks
 from care_lens.organism.channels import CHANNELS, examples
 from care_lens.organism.prompts import Ask, Reference
-from care_lens.pipeline.learn import token_rows
+from care_lens.repair import token_rows
 
 MAX_NEW_TOKENS = 14
 Row = tuple[object, ...]

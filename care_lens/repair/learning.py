@@ -244,6 +244,8 @@ def assemble(
 ) -> HybridFusion:
     """The repair: each modality's reader gates the refusal writers; the adaptive rule shares them between modalities.
 
+    A correction of the prompt acts once; one of the answer acts from the token on that opens its gate.
+
     Args:
         fitted: The plan's readers and gate.
         rows: What the writers are learned from.
@@ -262,7 +264,8 @@ def assemble(
                 reader=fitted.readers[modality, offset],
                 gate=fitted.gate,
                 modality=modality,
-                pulse=True,
+                # On the answer it goes on acting: an edit spent on one token is undone by forcing another opening after it.
+                pulse=offset == 0,
                 name=f"{modality}, {'prompt' if offset == 0 else 'answer'}",
             )
             for offset in plan.offsets
