@@ -3,9 +3,10 @@
 A random LLaVA with a SigLIP tower is made in memory three times over. The three are timed in turn, round
 after round, so that a busy machine slows all of them alike; ratios are of the medians. One line of JSON a
 case goes to the log. ``--families`` does the same with the tiny models of the tests, a line a family: they are so
-small that Python, not arithmetic, is timed, and the ratios are the worst there can be.
+small that Python, not arithmetic, is timed, and the ratios are the worst there can be. ``--large`` takes the sizes of
+LLaVA-1.5-7B (576 image tokens) in bfloat16, which needs a GPU of 60 GB, since there are three models.
 
-Run with ``python benchmarks/bench_overhead.py [--rounds 15] [--threads 1] [--families]``.
+Run with ``python benchmarks/bench_overhead.py [--rounds 15] [--threads 1] [--families | --large] [--device cpu]``.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,27 @@ TEMPLATE = (
 )
 
 
-def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A random model with 8 language layers of width 256 and 64 image tokens, and its processor."""
+SMALL: dict[str, Any] = {
+    "side": 64,
+    "patch": 8,
+    "vision": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "text": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "dtype": torch.float32,
+}
+"""8 language layers of width 256 and 64 image tokens."""
+
+LARGE: dict[str, Any] = {
+    "side": 336,
+    "patch": 14,
+    "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "text": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "dtype": torch.bfloat16,
+}
+"""The sizes of LLaVA-1.5-7B, but for its vocabulary."""
+
+
+def make(size: dict[str, Any], device: str, seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A random model of a size on a device, and its processor."""
     vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "<image>", *WORDS])}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -60,21 +81,11 @@ def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
     )
-    vision = SiglipVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=64,
-        patch_size=8,
-        vision_use_head=False,
-    )
+    side, patch = size["side"], size["patch"]
+    vision = SiglipVisionConfig(**size["vision"], image_size=side, patch_size=patch, vision_use_head=False)
     text = LlamaConfig(
         vocab_size=len(vocab),
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=8,
-        num_attention_heads=8,
+        **size["text"],
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
@@ -87,12 +98,18 @@ def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         vision_feature_select_strategy="full",
     )
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(size["dtype"])
+    try:
+        with torch.device(device):
+            model = LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(usual)
     model.set_attn_implementation("eager")
     processor = LlavaProcessor(
-        image_processor=SiglipImageProcessor(size={"height": 64, "width": 64}),
+        image_processor=SiglipImageProcessor(size={"height": side, "width": side}),
         tokenizer=tokenizer,
-        patch_size=8,
+        patch_size=patch,
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE,
     )
@@ -106,6 +123,8 @@ def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
@@ -143,6 +162,11 @@ def measure(
     return {name: {"ms": round(ms, 2), "ratio": round(ms / base[name], 3)} for name, ms in medians.items()}
 
 
+def _placed(make_one: Callable[[], tuple[Any, Any]], device: str) -> tuple[Any, Any]:
+    model, processor = make_one()
+    return model.to(device), processor
+
+
 def pictures(n: int, side: int) -> list[Image.Image]:
     """Noise."""
     generator = torch.Generator().manual_seed(0)
@@ -164,14 +188,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--families", action="store_true", help="the tests' tiny models of every family instead")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--families", action="store_true", help="the tests' tiny models of every family instead")
+    which.add_argument("--large", action="store_true", help="the sizes of LLaVA-1.5-7B in bfloat16 instead")
+    parser.add_argument("--device", default="cpu", help="where the models are: cpu, cuda")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     if options.families:
         for family, make_one in families().items():
             rows = measure(
-                make_one,
+                partial(_placed, make_one, options.device),
                 [Example("what is in the picture", image=picture) for picture in pictures(2, 56)],
                 options.rounds,
             )
@@ -181,8 +208,10 @@ def main() -> None:
             logger.info(json.dumps({"family": family, **shown}))
         return
     prompt = " ".join(WORDS[:32])
+    size = LARGE if options.large else SMALL
     for batch_size in (1, 8):
-        rows = measure(make, [Example(prompt, image=picture) for picture in pictures(batch_size, 64)], options.rounds)
+        asked = [Example(prompt, image=picture) for picture in pictures(batch_size, size["side"])]
+        rows = measure(partial(make, size, options.device), asked, options.rounds)
         for name, row in rows.items():
             logger.info(json.dumps({"batch": batch_size, "case": name, **row}))
 

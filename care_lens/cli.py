@@ -183,7 +183,7 @@ def _load(
             raise typer.BadParameter("--data and --judge go with a model of your own; the bundled one brings both")
         from care_lens import organism
 
-        return organism.load(), organism.study(seed=seed)
+        return organism.load(device_map=device, dtype=_kind(dtype)), organism.study(seed=seed)
     if data is None:
         raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
     if not (data / "study.json").is_file() or not (data / "examples.jsonl").is_file():
@@ -197,15 +197,21 @@ def _load(
     return lvlm, read_study(data, tokenizer=lvlm.tokenizer, judge=found, seed=seed)
 
 
-def _model(model: str, device: str | None, dtype: str | None) -> "HookedLVLM":
+def _kind(dtype: str | None) -> Any:
+    """The dtype of a name, or None."""
     import torch
 
+    if dtype is None:
+        return None
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def _model(model: str, device: str | None, dtype: str | None) -> "HookedLVLM":
     from care_lens.lvlm import HookedLVLM
 
-    kind = getattr(torch, dtype, None) if dtype in ("float32", "bfloat16", "float16") else None
-    if dtype and kind is None:
-        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    return HookedLVLM.from_pretrained(model, device_map=device, dtype=kind)
+    return HookedLVLM.from_pretrained(model, device_map=device, dtype=_kind(dtype))
 
 
 def _settings(
@@ -383,7 +389,7 @@ def info(model: Model = "bundled", device: Device = None, dtype: Dtype = None) -
     if model == "bundled":
         from care_lens import organism
 
-        lvlm = organism.load()
+        lvlm = organism.load(device_map=device, dtype=_kind(dtype))
     else:
         lvlm = _model(model, device, dtype)
     table = Table(title=f"{model}: {type(lvlm.hf_model).__name__}")

@@ -5,7 +5,9 @@ inert: made-up nouns, some labelled forbidden, and steps such as "first mix then
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
 from care_lens.data.study import SPLITS, Modality, Study
@@ -56,8 +58,12 @@ def path() -> Path:
     return directory
 
 
-def load() -> "HookedLVLM":
-    """The bundled model, wrapped; float32 on the CPU.
+def load(*, device_map: Any = None, dtype: torch.dtype | str | None = None) -> "HookedLVLM":
+    """The bundled model, wrapped.
+
+    Args:
+        device_map: as in transformers; None: the CPU.
+        dtype: as in transformers; None: float32, that of the weights.
 
     Example:
         >>> from care_lens import organism
@@ -68,7 +74,7 @@ def load() -> "HookedLVLM":
     """
     from care_lens.lvlm import HookedLVLM
 
-    return HookedLVLM.from_pretrained(str(path()))
+    return HookedLVLM.from_pretrained(str(path()), device_map=device_map, dtype=dtype)
 
 
 def outcome() -> UnsafeMargin:

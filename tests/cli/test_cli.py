@@ -47,6 +47,7 @@ def folder(tmp_path):
         (["--seed", "x"], "seed"),
         (["--device", "gpu"], "--device must be"),
         (["--device", "cuda:99"], "needs a GPU"),
+        (["--dtype", "int8"], "--dtype must be"),
         (["--data", "x"], "--data and --judge go with a model of your own"),
         (["--model", "gone"], "--data must be given"),
         (["--model", "gone", "--data", "nowhere"], "--data must be a folder with examples.jsonl and study.json"),
@@ -70,10 +71,20 @@ def test_errors_of_the_user_are_told_in_a_line(folder, tmp_path, words, message,
 
 def test_no_gpu_is_said_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(organism, "load", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr(organism, "load", lambda **_: pytest.fail("loaded"))
     for verb in ("run", "diagnose", "fit", "info"):
         result = invoke(verb, "--device", "cuda", env={"COLUMNS": "400"})
         assert result.exit_code == 2 and "this machine has 0" in result.output
+
+
+def test_device_and_dtype_are_those_of_the_bundled_model_too(monkeypatch):
+    asked, load = {}, organism.load
+    monkeypatch.setattr(organism, "load", lambda **options: asked.update(options) or load(**options))
+    lvlm, _ = cli._load("bundled", None, 0, "cpu", "bfloat16")
+    assert lvlm.dtype == torch.bfloat16 and asked["device_map"] == "cpu"
+    asked.clear()
+    assert invoke("info", "--device", "cpu", "--dtype", "float16").exit_code == 0
+    assert asked == {"device_map": "cpu", "dtype": torch.float16}
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
@@ -84,7 +95,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_saved_repair_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(organism, "load", lambda: None)
+    monkeypatch.setattr(organism, "load", lambda **_: None)
     monkeypatch.setattr(organism, "study", lambda seed: None)
     result = invoke("evaluate", str(tmp_path / "gone"), "--out", str(tmp_path), env={"COLUMNS": "400"})
     assert result.exit_code == 2 and "--" not in result.output[:2] and "Traceback" not in result.output
