@@ -1,5 +1,7 @@
 """Tuning the repair: readers, gate and writers chosen on the validation split.
 
+::
+
     choice = tune(lvlm, study, max_new_tokens=14)
     choice.repair.save("repair")
 

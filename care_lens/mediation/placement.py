@@ -1,8 +1,10 @@
 """Where readers are tried: after the blocks that the diagnosis says carry the unsafe answer.
 
-places = localised({"typographic": mediate(lvlm, pairs, outcome=outcome)})
-placement = reader_layers(places, lvlm.n_layers())
-choice = care_lens.evaluation.tune(lvlm, study, layers=placement)
+::
+
+    places = localised({"typographic": mediate(lvlm, pairs, outcome=outcome)})
+    placement = reader_layers(places, lvlm.n_layers())
+    choice = care_lens.evaluation.tune(lvlm, study, layers=placement)
 """
 
 import logging

@@ -1,8 +1,10 @@
 """Repair: corrections that read, gate and write, their fusion into a defence that is put on a model, and how they are learned.
 
-repair = learn_repair(lvlm, study, ReaderPlan(layer=2, offsets=(0, 5)))  # or care_lens.evaluation.tune(lvlm, study).repair
-with repair.on(lvlm):
-    lvlm.generate(inputs)
+::
+
+    repair = learn_repair(lvlm, study, ReaderPlan(layer=2, offsets=(0, 5)))  # or care_lens.evaluation.tune(lvlm, study).repair
+    with repair.on(lvlm):
+        lvlm.generate(inputs)
 """
 
 from care_lens.core.arguments import checked

@@ -1,5 +1,7 @@
 """The method in one call: rows, readers, writers, and a calibrated gate, for a plan that is given.
 
+::
+
     repair = learn_repair(lvlm, study, ReaderPlan(layer=2, offsets=(0, 5)), alpha=1.5, max_new_tokens=14)
     with repair.on(lvlm):
         lvlm.generate(inputs)
