@@ -312,6 +312,8 @@ def test_moments_know_the_energy_rank_but_no_rule_that_needs_rows(rows):
     moments = [Moments.from_rows(part).without_rows() for part in rows]
     found = SafetySubspace.from_moments(*moments, rank=EnergyRank(0.5))
     assert found.equals(SafetySubspace.fit(*rows, rank=EnergyRank(0.5)))
-    for rank in ("auto", "permutation", True):
+    for rank in ("auto", "permutation"):
         with unchecked(), pytest.raises(SubspaceError, match=r"use SafetySubspace\.fit"):
             SafetySubspace.from_moments(*moments, rank=rank)
+    with unchecked(), pytest.raises(SubspaceError, match="rank must be a number, one of"):
+        SafetySubspace.from_moments(*moments, rank=True)
