@@ -173,13 +173,15 @@ def _encode(value: Any, on_tensor: Callable[[Tensor], Any], *, stored: bool) -> 
         return [encode(item) for item in value]
     if isinstance(value, Mapping):
         return {"mapping": [[encode(part) for part in pair] for pair in value.items()]}
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    own = dataclasses.is_dataclass(value) or isinstance(value, StoredPart)
+    if not own or isinstance(value, type):
         raise KindError(
             "fields of a defence must be numbers, texts, tensors, sites, tuples, mappings, frames or registered kinds to be saved or "
             f"described, got a {type(value).__name__}; give it in one of these forms, or see care_lens.repair.register_kind"
         )
     named = {"kind": name_of(value), **({"module": type(value).__module__} if stored else {})}
-    return {**named, **{f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}}
+    fields: Any = dataclasses.fields(value)  # pyright: ignore[reportArgumentType]  # name_of has refused others
+    return {**named, **{f.name: encode(getattr(value, f.name)) for f in fields if f.init}}
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
