@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from care_lens.core import files
+from care_lens.core.display import ShortRepr
 from care_lens.core.errors import ArtifactError, CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.results import package_versions
@@ -26,6 +27,7 @@ from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair import Attachment, attach
 from care_lens.repair.errors import KindError
+from care_lens.repair.explain import Explainable
 from care_lens.repair.kinds import RESERVED, declare_kind, kind_of, name_of
 from care_lens.subspace import ModelIdentity
 
@@ -43,7 +45,7 @@ class FitError(CareLensError, ValueError):
     """A defence cannot be fitted on these examples; the message says why."""
 
 
-class StoredPart:
+class StoredPart(ShortRepr):
     """Mix-in for a frozen dataclass that is a field of a defence and is stored with it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -51,7 +53,7 @@ class StoredPart:
         declare_kind(cls)
 
 
-class StoredDefence(StoredPart):
+class StoredDefence(Explainable, StoredPart):
     """Base of defences that are frozen dataclasses. As it stands it changes neither requests nor model.
 
     Fields may be numbers, texts, tensors, sites, tuples, mappings and data frames of these, and other registered dataclasses.

@@ -21,6 +21,7 @@ from care_lens.repair.errors import (
     RepairMismatchError,
     TooFewCalibrationError,
 )
+from care_lens.repair.explain import PlanPart, RepairPlan, explain
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
 from care_lens.repair.kinds import register_kind
@@ -65,6 +66,7 @@ __all__ = [
     "LinearReader",
     "MaxReader",
     "NoRepair",
+    "PlanPart",
     "Positions",
     "Reader",
     "ReaderPlan",
@@ -73,6 +75,7 @@ __all__ = [
     "RepairError",
     "RepairFileError",
     "RepairMismatchError",
+    "RepairPlan",
     "SiteReader",
     "TokenRows",
     "TooFewCalibration",
@@ -82,6 +85,7 @@ __all__ = [
     "attach",
     "bake",
     "captured_scores",
+    "explain",
     "fit_reader_subspace",
     "fit_rows",
     "halves",

@@ -13,13 +13,14 @@ from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.attach import Attachment, attach
 from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.errors import BakeError
+from care_lens.repair.explain import Explainable, PlanPart
 from care_lens.repair.linear import LinearPart
 
 HookPair = tuple[str, Callable[..., Any]]
 """A TransformerLens hook: the name of a hook point, and ``fn(activation, hook)``."""
 
 
-class HookRepair(ABC):
+class HookRepair(Explainable, ABC):
     """A repair that is a set of forward hooks. Satisfies :class:`care_lens.core.Repair`."""
 
     name: str
@@ -141,6 +142,10 @@ class NoRepair(HookRepair):
 
     def check(self, lvlm: HookedLVLM) -> None:
         """Fits every model."""
+
+    def plan_parts(self) -> list[PlanPart]:
+        """None."""
+        return []
 
     def linear_parts(self) -> list[LinearPart]:
         """None: the model stays as it is."""

@@ -57,12 +57,15 @@ _LINES = (
     ("measured", ("held out", "halves apart")),
 )
 """The lines of the text and the headings of the summary in each."""
+_NAMED = ("control", "shrinkage", "held out", "halves apart")
+"""Headings whose values do not say what they are."""
 
 
 def as_text(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
     """Eight lines at most under the class name, each with several headings of the summary."""
-    lines = {name: ", ".join(rows[heading] for heading in headings if heading in rows) for name, headings in _LINES}
-    return display.as_text("SafetySubspace", {**lines, "eigenvalues": spectrum(eigenvalues)})
+    said = {heading: f"{heading} {value}" if heading in _NAMED else value for heading, value in rows.items()}
+    lines = {name: ", ".join(said[heading] for heading in headings if heading in said) for name, headings in _LINES}
+    return display.as_text("SafetySubspace", {**lines, "eigenvalues": spectrum(eigenvalues)}, widest=160)
 
 
 def as_html(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
