@@ -13,6 +13,7 @@ from care_lens.repair import (
     ConformalGate,
     Correction,
     EnergyReader,
+    FitRows,
     HookRepair,
     HybridFusion,
     LinearReader,
@@ -20,6 +21,7 @@ from care_lens.repair import (
     NoRepair,
     PlanPart,
     RepairError,
+    TokenRows,
     Writer,
     explain,
     read_scores,
@@ -28,6 +30,7 @@ from care_lens.repair.positions import includes_generated
 from care_lens.repair.reading import BatchView
 from care_lens.subspace import ModelIdentity
 
+SITE = Site.parse("blocks.1.hook_resid_post")
 GATE = ConformalGate(threshold=2.5, epsilon=0.05, n=60, width=0.5)
 
 
@@ -226,3 +229,13 @@ def test_a_repair_that_does_not_say_its_parts_is_explained_from_its_description(
             return {}
 
     assert "does not say where it acts" in str(explain(Bare()))
+
+
+def test_rows_and_records_are_short_too(model, inputs):
+    rows = TokenRows({SITE: torch.randn(9, 3, 32)}, torch.ones(9, 3).bool(), ("a",) * 9)
+    held = FitRows(benign=rows, malicious={"visual": rows}, refused=rows)
+    with HybridFusion(visual=(make_correction(),)).recording(model) as seen, torch.no_grad():
+        model(inputs)
+    for thing in (rows, held, seen):
+        assert "tensor(" not in repr(thing) and len(repr(thing)) <= 360 and "<table" in thing._repr_html_()
+    assert "passes=1" in repr(seen) and "blocks.1.hook_resid_post" in repr(seen)
