@@ -18,8 +18,8 @@ from care_lens.defences.base import Batch, HookDefence, last_states
 from care_lens.defences.stored import FitError, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
-from care_lens.repair.explain import PlanPart
 from care_lens.repair.linear import LinearPart, linear_part
+from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import Positions, check_positions, check_site
 
 

@@ -22,7 +22,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output, last_state
 from care_lens.defences.stored import FitError, StoredPart, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
-from care_lens.repair.explain import PlanPart
+from care_lens.repair.plan import PlanPart
 
 _RIDGE = 10.0
 

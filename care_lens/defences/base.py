@@ -29,8 +29,8 @@ from care_lens.core.site import Site, SiteLike
 from care_lens.defences.stored import FitError, StoredDefence, WrongModelError, require_examples
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair, HookRepair
-from care_lens.repair.explain import PlanPart
 from care_lens.repair.placed import compute_dtype
+from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import BatchView, Positions
 
 

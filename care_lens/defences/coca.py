@@ -23,7 +23,7 @@ from care_lens.defences.hiddendetect import LOGITS, require_logits
 from care_lens.defences.stored import WrongModelError
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair
-from care_lens.repair.explain import PlanPart
+from care_lens.repair.plan import PlanPart
 
 _TOKENS = "embed.hook_in"
 

@@ -25,7 +25,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output
 from care_lens.defences.stored import FitError, WrongModelError, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
-from care_lens.repair.explain import PlanPart
+from care_lens.repair.plan import PlanPart
 
 LOGITS = "unembed.hook_out"
 _FORCED = -1e4

@@ -34,7 +34,7 @@ from care_lens.defences.care_fit import CAREFaults, VisualScore, care_columns, i
 from care_lens.defences.stored import FitError, StoredPart, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
-from care_lens.repair.explain import PlanPart
+from care_lens.repair.plan import PlanPart
 
 Side = Literal["visual", "textual"]
 

@@ -38,7 +38,7 @@ from care_lens.defences.base import Batch, HookDefence
 from care_lens.defences.stored import FitError
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair
-from care_lens.repair.explain import PlanPart
+from care_lens.repair.plan import PlanPart
 
 _MAX_KL = 0.1
 _MIN_INDUCE = 0.0

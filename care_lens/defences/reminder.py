@@ -13,7 +13,7 @@ from typing import Any
 from care_lens.core.examples import Example
 from care_lens.defences.stored import StoredDefence
 from care_lens.lvlm import HookedLVLM
-from care_lens.repair.explain import PlanPart
+from care_lens.repair.plan import PlanPart
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -20,7 +20,7 @@ from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.defences.stored import FitError, StoredDefence, require_examples
 from care_lens.lvlm import HookedLVLM
-from care_lens.repair.explain import PlanPart
+from care_lens.repair.plan import PlanPart
 
 
 class CannotJudgeError(FitError):

@@ -23,7 +23,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output, last_state
 from care_lens.defences.stored import FitError, require_examples
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair
-from care_lens.repair.explain import PlanPart
+from care_lens.repair.plan import PlanPart
 
 
 def captions(batch: Batch, prompt: str, max_new_tokens: int) -> list[str]:

@@ -21,7 +21,7 @@ from care_lens.repair.errors import (
     RepairMismatchError,
     TooFewCalibrationError,
 )
-from care_lens.repair.explain import PlanPart, RepairPlan, explain
+from care_lens.repair.explain import explain
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
 from care_lens.repair.kinds import register_kind
@@ -37,6 +37,7 @@ from care_lens.repair.learning import (
 )
 from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.method import learn_repair
+from care_lens.repair.plan import PlanPart, RepairPlan
 from care_lens.repair.positions import Positions
 from care_lens.repair.printed import printed_form, printed_subspaces
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader

@@ -40,12 +40,13 @@ from care_lens.repair.base import HookPair, HookRepair
 from care_lens.repair.checks import require_mapping, require_number, require_text
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import RepairError, RepairMismatchError
-from care_lens.repair.explain import PlanPart, fusion_plan
+from care_lens.repair.explain import fusion_plan
 from care_lens.repair.fuse import GatedWriter, fused_edit
 from care_lens.repair.gate import Gate, openness
 from care_lens.repair.kinds import register_kind
 from care_lens.repair.linear import LinearPart, fusion_parts
 from care_lens.repair.placed import compute_dtype
+from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import BatchView, Positions, check_positions
 from care_lens.repair.reader import Reader
 from care_lens.repair.reading import Readings
