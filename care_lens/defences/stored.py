@@ -27,7 +27,7 @@ from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair import Attachment, attach
 from care_lens.repair.errors import KindError
-from care_lens.repair.explain import Explainable
+from care_lens.repair.explaining import Explainable
 from care_lens.repair.kinds import RESERVED, declare_kind, kind_of, name_of
 from care_lens.subspace import ModelIdentity
 

@@ -21,7 +21,7 @@ from care_lens.repair.errors import (
     RepairMismatchError,
     TooFewCalibrationError,
 )
-from care_lens.repair.explain import explain
+from care_lens.repair.explaining import explain
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
 from care_lens.repair.kinds import register_kind

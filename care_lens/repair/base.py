@@ -13,7 +13,7 @@ from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.attach import Attachment, attach
 from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.errors import BakeError
-from care_lens.repair.explain import Explainable
+from care_lens.repair.explaining import Explainable
 from care_lens.repair.linear import LinearPart
 from care_lens.repair.plan import PlanPart
 

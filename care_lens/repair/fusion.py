@@ -40,7 +40,7 @@ from care_lens.repair.base import HookPair, HookRepair
 from care_lens.repair.checks import require_mapping, require_number, require_text
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import RepairError, RepairMismatchError
-from care_lens.repair.explain import fusion_plan
+from care_lens.repair.explaining import fusion_plan
 from care_lens.repair.fuse import GatedWriter, fused_edit
 from care_lens.repair.gate import Gate, openness
 from care_lens.repair.kinds import register_kind

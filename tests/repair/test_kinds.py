@@ -46,7 +46,7 @@ class Loudness(SiteReader):
 
 @register_kind
 @dataclasses.dataclass(frozen=True)
-class Ramp:
+class RampGate:
     """A foreign gate: opens from one score to another."""
 
     low: float
@@ -77,7 +77,7 @@ class Guided(HookDefence):
     """A foreign defence that holds a reader and a gate of a repair, and a part of its own."""
 
     reader: SiteReader
-    gate: Ramp
+    gate: RampGate
     part: Part
     name: str = "guided"
 
@@ -97,7 +97,7 @@ def foreign_fusion():
     writer = make_correction(alpha=1.0).writer
     fields = {f.name: getattr(writer, f.name) for f in dataclasses.fields(writer)}
     reader = Loudness(site=writer.site, size=32, positions=("last", "generated"))
-    return HybridFusion(visual=(Correction(writer=Reflecting(**fields), reader=reader, gate=Ramp(0.0, 9.0)),))
+    return HybridFusion(visual=(Correction(writer=Reflecting(**fields), reader=reader, gate=RampGate(0.0, 9.0)),))
 
 
 def answers(model, examples, defence):
@@ -122,48 +122,43 @@ def test_a_foreign_reader_gate_and_writer_are_saved_and_give_the_same_tokens(mod
 
 def test_a_foreign_defence_holds_foreign_parts_of_a_repair(model, examples, tmp_path):
     reader = Loudness(site=Site.parse("blocks.1.hook_resid_post"), size=32)
-    defence = Guided(reader=reader, gate=Ramp(0.0, 4.0), part=Part(vector=torch.linspace(-2, 2, 32)))
+    defence = Guided(reader=reader, gate=RampGate(0.0, 4.0), part=Part(vector=torch.linspace(-2, 2, 32)))
     defence.save(tmp_path / "a")
     again = load_defence(tmp_path / "a")
     assert torch.equal(answers(model, examples, again), answers(model, examples, defence))
     assert again.describe() == defence.describe() and repair_fingerprint(again) == repair_fingerprint(defence)
-    other = dataclasses.replace(defence, gate=Ramp(0.0, 4.0000001))
+    other = dataclasses.replace(defence, gate=RampGate(0.0, 4.0000001))
     assert repair_fingerprint(other) != repair_fingerprint(defence)
     # The other kind of file holds it too: there is one registry.
     save_repair(defence, tmp_path / "b")
     assert repair.load_repair(Guided, tmp_path / "b").describe() == defence.describe()
-    assert {"Guided", "Part", "Ramp", "HybridFusion", "PublishedCARE"} <= {*kinds.registered()}
+    assert {"Guided", "Part", "RampGate", "HybridFusion", "PublishedCARE"} <= {*kinds.registered()}
     assert defences.register_kind is repair.register_kind
 
 
-@pytest.mark.parametrize("name", ["Ramp", "Part", "Guided"])
+@pytest.mark.parametrize("name", ["RampGate", "Part", "Guided"])
 def test_an_unknown_kind_in_a_defence_names_the_module(tmp_path, monkeypatch, name):
     reader = Loudness(site=Site.parse("blocks.1.hook_resid_post"), size=32)
-    Guided(reader=reader, gate=Ramp(0.0, 1.0), part=Part(vector=torch.ones(32))).save(tmp_path)
+    Guided(reader=reader, gate=RampGate(0.0, 1.0), part=Part(vector=torch.ones(32))).save(tmp_path)
     monkeypatch.delitem(kinds._KINDS, name)
     with pytest.raises(ArtifactError, match=f"got '{name}'; import {__name__} that registers it first"):
         load_defence(tmp_path)
 
 
-def test_a_defence_file_of_schema_1_is_read(tmp_path, monkeypatch):
+def test_a_defence_file_of_schema_1_is_read(tmp_path):
     """It named no modules."""
     from care_lens.core import files
-    from care_lens.defences import MeanAblation, stored
+    from care_lens.defences import MeanAblation
 
     defence = MeanAblation(means={Site.parse("blocks.1.hook_resid_post"): torch.arange(4.0)})
-    encode = stored._encode
-    with monkeypatch.context() as patch:
-        patch.setattr(stored, "_SCHEMA", 1)
-        patch.setattr(stored, "_encode", lambda value, on_tensor, stored: encode(value, on_tensor, stored=False))
-        defence.save(tmp_path)
+    defence.save(tmp_path)
     manifest = json.loads((tmp_path / "defence.json").read_text())
-    assert manifest["schema"] == 1 and "module" not in manifest["fields"]
-    assert load_defence(tmp_path).describe() == defence.describe()
-    content = {
-        key: value for key, value in manifest.items() if key not in ("manifest_sha256", "kind", "schema", "files")
-    }
-    content["fields"]["kind"] = "Theirs"
+    assert manifest["schema"] == 2 and manifest["fields"].pop("module") == "care_lens.defences.ablation"
     data = {"safetensors": (tmp_path / "defence.safetensors").read_bytes()}
+    content = {key: manifest[key] for key in ("versions", "fields")}
+    files.save_artifact(tmp_path, "defence", kind="Defence", schema=1, data=data, content=content)
+    assert load_defence(tmp_path).describe() == defence.describe()
+    content["fields"]["kind"] = "Theirs"
     files.save_artifact(tmp_path, "defence", kind="Defence", schema=1, data=data, content=content)
     with pytest.raises(
         ArtifactError, match="got 'Theirs'; import the module that registers it first, or update care_lens"
