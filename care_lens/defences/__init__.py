@@ -28,8 +28,8 @@ from care_lens.defences.stored import (
     StoredPart,
     WrongModelError,
     load_defence,
-    register_kind,
 )
+from care_lens.repair import register_kind
 
 __all__ = [
     "ASTRA",

@@ -19,6 +19,7 @@ from care_lens.defences.stored import FitError, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
 from care_lens.repair.linear import LinearPart, linear_part
+from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import Positions, check_positions, check_site
 
 
@@ -76,6 +77,23 @@ class MeanAblation(HookDefence):
     def widths(self) -> dict[Site, int]:
         """Its sites."""
         return {site: len(mean) for site, mean in self.means.items()}
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name=str(site),
+                site=site,
+                positions=self.scope,
+                writer="goes to the mean of benign requests",
+                rank=len(mean),
+                width=len(mean),
+                rank_rule="all directions",
+                alpha=self.alpha,
+                multiply_adds=len(mean),
+            )
+            for site, mean in self.means.items()
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """A hook a site."""

@@ -22,6 +22,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output, last_state
 from care_lens.defences.stored import FitError, StoredPart, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 _RIDGE = 10.0
 
@@ -129,6 +130,23 @@ class AlphaSteer(HookDefence):
     def widths(self) -> dict[Site, int]:
         """Outputs of its blocks."""
         return {block_output(layer): len(of.read) for layer, of in self.steerings.items()}
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name=str(block_output(layer)),
+                site=block_output(layer),
+                positions="prompt",
+                writer="adds a direction times a linear map of the token that is small on benign ones",
+                rank=1,
+                width=len(of.read),
+                rank_rule="one direction",
+                alpha=self.alpha,
+                multiply_adds=2 * len(of.read),
+            )
+            for layer, of in self.steerings.items()
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """A hook a block, which acts on prompts only."""

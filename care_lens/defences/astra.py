@@ -32,6 +32,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output, last_state
 from care_lens.defences.stored import FitError, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 _LASSO, _LEAST, _TOP, _KEPT = 0.01, 1e-4, 15, 0.5
 
@@ -189,6 +190,23 @@ class ASTRA(HookDefence):
     def widths(self) -> dict[Site, int]:
         """Output of its block."""
         return {block_output(self.layer): len(self.vector)}
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name=str(block_output(self.layer)),
+                site=block_output(self.layer),
+                positions=("last", "generated"),
+                writer="takes the token away from the attack vector by cosine times its norm",
+                rank=1,
+                width=len(self.vector),
+                rank_rule="one direction",
+                alpha=self.alpha,
+                multiply_adds=5 * len(self.vector),
+                note="the cosine with the attack vector sets the strength, none where it is negative",
+            )
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """One hook."""

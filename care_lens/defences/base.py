@@ -30,6 +30,7 @@ from care_lens.defences.stored import FitError, StoredDefence, WrongModelError, 
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair, HookRepair
 from care_lens.repair.placed import compute_dtype
+from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import BatchView, Positions
 
 
@@ -218,6 +219,10 @@ class NoDefence(HookDefence):
     def off(self) -> bool:
         """Always."""
         return True
+
+    def plan_parts(self) -> list[PlanPart]:
+        """None."""
+        return []
 
 
 def last_states(

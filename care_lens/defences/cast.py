@@ -22,6 +22,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output, last_state
 from care_lens.defences.stored import FitError, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 
 def condition_score(h: Float[Tensor, "*batch d"], condition: Float[Tensor, "d"]) -> Float[Tensor, "*batch"]:
@@ -139,6 +140,28 @@ class CAST(HookDefence):
         """Which states meet the condition."""
         scores = condition_score(h, self.condition)
         return scores > self.threshold if self.above else scores < self.threshold
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        sign = "above" if self.above else "below"
+        return [
+            PlanPart(
+                name=str(block_output(layer)),
+                site=block_output(layer),
+                positions="all",
+                writer="adds a vector, and keeps the norm from growing",
+                rank=1,
+                width=len(vector),
+                rank_rule="one direction",
+                alpha=self.alpha,
+                reader="cosine with the condition (last)",
+                reader_site=str(block_output(self.condition_layer)),
+                gate=f"opens {sign} the threshold",
+                threshold=self.threshold,
+                multiply_adds=3 * len(vector),
+            )
+            for layer, vector in self.vectors.items()
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """A hook that decides, and one a steered block."""

@@ -23,6 +23,7 @@ from care_lens.defences.hiddendetect import LOGITS, require_logits
 from care_lens.defences.stored import WrongModelError
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 _TOKENS = "embed.hook_in"
 
@@ -77,6 +78,20 @@ class CoCA(HookDefence):
                 "overwrite its counter; use SelfReminder, which needs one branch"
             )
         require_logits(lvlm, self.name)
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name="logits",
+                site=LOGITS,
+                positions=("last", "generated"),
+                writer="moves the logits on to those under a safety sentence",
+                alpha=self.alpha,
+                extra_per_token=1,
+                note=f"a second branch runs with: {self.prefix}",
+            )
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """A hook that sees the tokens, and one at the logits."""

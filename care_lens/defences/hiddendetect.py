@@ -25,6 +25,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output
 from care_lens.defences.stored import FitError, WrongModelError, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 LOGITS = "unembed.hook_out"
 _FORCED = -1e4
@@ -163,6 +164,23 @@ class HiddenDetect(HookDefence):
         """
         layers = range(self.layers[0], self.layers[1] + 1)
         return torch.trapezoid(_cosines(lvlm, examples, layers, self.refusal_tokens, batch_size), dim=0)
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name="refusal",
+                site=LOGITS,
+                positions=("last", "generated"),
+                writer="gives a fixed refusal, token by token",
+                width=self.width,
+                reader="refusal tokens under the logit lens (last)",
+                reader_site=f"{block_output(self.layers[0])} to {block_output(self.layers[1])}",
+                gate="opens above the threshold",
+                threshold=self.threshold,
+                note="cost: one unembedding for each of these blocks per request",
+            )
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """Hooks that read the blocks, and one that gives the refusal."""

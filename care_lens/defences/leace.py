@@ -27,6 +27,7 @@ from care_lens.defences.stored import FitError, StoredPart, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
 from care_lens.repair.linear import LinearPart, linear_part
+from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import Positions
 
 _TOLERANCE = 1e-10
@@ -147,6 +148,23 @@ class LEACE(HookDefence):
     def widths(self) -> dict[Site, int]:
         """Its sites."""
         return {site: len(of.mean) for site, of in self.erasers.items()}
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name=str(site),
+                site=site,
+                positions=self.scope,
+                writer="erases what tells the classes apart",
+                rank=1,
+                width=len(of.mean),
+                rank_rule="one direction for two classes",
+                alpha=self.alpha,
+                multiply_adds=2 * len(of.mean),
+            )
+            for site, of in self.erasers.items()
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """A hook a site."""

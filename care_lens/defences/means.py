@@ -26,6 +26,7 @@ from care_lens.defences.stored import FitError, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
 from care_lens.repair.linear import LinearPart, linear_part
+from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import Positions
 
 
@@ -53,6 +54,22 @@ class AddedVector(HookDefence):
     def widths(self) -> dict[Site, int]:
         """Its site."""
         return {self.site: len(self.vector)}
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name=str(self.site),
+                site=self.site,
+                positions=self.scope,
+                writer=f"adds a vector ({type(self).__name__})",
+                rank=1,
+                width=len(self.vector),
+                rank_rule="one direction",
+                alpha=self.alpha,
+                multiply_adds=len(self.vector),
+            )
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """One hook, at its site."""
@@ -201,6 +218,24 @@ class ActAdd(HookDefence):
     def widths(self) -> dict[Site, int]:
         """Its site."""
         return {self.site: self.vectors.shape[1]}
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        n, width = self.vectors.shape
+        return [
+            PlanPart(
+                name=str(self.site),
+                site=self.site,
+                positions="prompt",
+                writer="adds a vector of its own at each position (ActAdd)",
+                rank=1,
+                width=width,
+                rank_rule="one direction",
+                alpha=self.alpha,
+                multiply_adds=width,
+                note=f"the first {n} tokens of the prompt alone",
+            )
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """One hook, which acts on prompts only."""

@@ -34,6 +34,7 @@ from care_lens.defences.care_fit import CAREFaults, VisualScore, care_columns, i
 from care_lens.defences.stored import FitError, StoredPart, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 Side = Literal["visual", "textual"]
 
@@ -251,6 +252,33 @@ class PublishedCARE(HookDefence):
             for side in (self.visual, self.textual)
             for layer, of in side.items()
         }
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        sides: list[tuple[Side, Mapping[int, CARESubspace], float]] = [
+            ("visual", self.visual, self.alpha_visual),
+            ("textual", self.textual, self.alpha_textual),
+        ]
+        of_what = "of the edits as applied" if self.faults.actual_weights else "of the edits at alpha 1"
+        return [
+            PlanPart(
+                name=f"{side}[{layer}]",
+                site=Site("language", layer, "hook_mlp_out"),
+                positions="all",
+                writer=f"projects towards {self.beta:g} times the benign mean",
+                rank=of.columns.shape[1],
+                width=len(of.mean),
+                rank_rule="given to fit()",
+                alpha=alpha,
+                modality=side,
+                fusion=f"adaptive, by the norms {of_what}",
+                weighting="token",
+                multiply_adds=2 * of.columns.numel(),
+                note=f"fitted at {self.provenance.get('fitted_at', 'an unknown place')}",
+            )
+            for side, subspaces, alpha in sides
+            for layer, of in subspaces.items()
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """A hook a block."""

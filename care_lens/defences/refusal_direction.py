@@ -38,6 +38,7 @@ from care_lens.defences.base import Batch, HookDefence
 from care_lens.defences.stored import FitError
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 _MAX_KL = 0.1
 _MIN_INDUCE = 0.0
@@ -171,6 +172,23 @@ class RefusalDirection(HookDefence):
     def off(self) -> bool:
         """Whether its coefficient is 0."""
         return self.coefficient == 0
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name=str(self.site),
+                site=self.site,
+                positions="all",
+                writer="adds the refusal direction",
+                rank=1,
+                width=len(self.direction),
+                rank_rule="one direction",
+                alpha=self.coefficient,
+                multiply_adds=len(self.direction),
+                note=f"chosen of {len(self.candidates)} candidates",
+            )
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """One hook, at its site."""

@@ -13,6 +13,7 @@ from typing import Any
 from care_lens.core.examples import Example
 from care_lens.defences.stored import StoredDefence
 from care_lens.lvlm import HookedLVLM
+from care_lens.repair.plan import PlanPart
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,6 +43,18 @@ class SelfReminder(StoredDefence):
             **options: before, after, name.
         """
         return cls(**options)
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name="words",
+                site=None,
+                writer="puts a reminder before and after the request",
+                multiply_adds=0,
+                note=f"{len(f'{self.before} {self.after}'.split())} words more to read",
+            )
+        ]
 
     def examples(self, examples: Sequence[Example]) -> list[Example]:
         """The requests between the two sentences."""

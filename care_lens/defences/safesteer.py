@@ -24,6 +24,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output, last_state
 from care_lens.defences.stored import FitError, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 
 def steering_direction(differences: Float[Tensor, "n d"], *, rank: int) -> Float[Tensor, "d"]:
@@ -120,6 +121,27 @@ class SafeSteer(HookDefence):
     def probability(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """p of states at the last prompt token."""
         return torch.sigmoid(h @ self.weights.to(h) + self.bias)
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        site = block_output(self.layer)
+        return [
+            PlanPart(
+                name=str(site),
+                site=site,
+                positions=("last", "generated"),
+                writer="adds a direction times the token's norm",
+                rank=1,
+                width=len(self.direction),
+                rank_rule="one direction",
+                alpha=self.alpha,
+                reader="logistic regression (last)",
+                reader_site=str(site),
+                gate="2 p - 1, negative for what looks harmless",
+                multiply_adds=2 * len(self.direction),
+                note=f"the first {self.steps} steps alone",
+            )
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """One hook that reads p at the prompt, and one that steers."""

@@ -20,6 +20,7 @@ from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.defences.stored import FitError, StoredDefence, require_examples
 from care_lens.lvlm import HookedLVLM
+from care_lens.repair.plan import PlanPart
 
 
 class CannotJudgeError(FitError):
@@ -106,6 +107,21 @@ class SecondLook(StoredDefence):
             yield lvlm
         finally:
             object.__setattr__(self, "_lvlm", before)
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name="second look",
+                site=None,
+                writer="replaces the picture by the model's description of it",
+                reader="the model's own verdict on its answer",
+                gate="opens on " + " or ".join(self.harmful),
+                multiply_adds=0,
+                extra_per_request=2 * self.answer_tokens + self.judge_tokens if self.enabled else 0,
+                note="answer, verdict and description are generated; requests with a picture alone",
+            )
+        ]
 
     def examples(self, examples: Sequence[Example]) -> list[Example]:
         """The requests, those whose answer the model finds harmful with a description in place of their picture.

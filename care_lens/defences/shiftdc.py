@@ -23,6 +23,7 @@ from care_lens.defences.base import Batch, HookDefence, block_output, last_state
 from care_lens.defences.stored import FitError, require_examples
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair
+from care_lens.repair.plan import PlanPart
 
 
 def captions(batch: Batch, prompt: str, max_new_tokens: int) -> list[str]:
@@ -112,6 +113,25 @@ class ShiftDC(HookDefence):
     def widths(self) -> dict[Site, int]:
         """Outputs of its blocks."""
         return {block_output(layer): len(s) for layer, s in self.directions.items()}
+
+    def plan_parts(self) -> list[PlanPart]:
+        """What it does, for ``explain``."""
+        return [
+            PlanPart(
+                name=str(block_output(layer)),
+                site=block_output(layer),
+                positions="last",
+                writer="takes the picture's shift along the safety direction back",
+                rank=1,
+                width=len(direction),
+                rank_rule="one direction",
+                alpha=self.alpha,
+                multiply_adds=len(direction),
+                extra_per_request=self.caption_tokens + 2 if i == 0 else 0,
+                note="a caption of each picture is generated, then the request is run with the picture and with the caption",
+            )
+            for i, (layer, direction) in enumerate(self.directions.items())
+        ]
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """A hook a block, which acts on the last prompt token."""

@@ -1,12 +1,14 @@
 """Defences that are frozen dataclasses: described, saved and loaded by their fields.
 
-A class is known by its name as soon as it is defined, so that :func:`load_defence` reads files of a user's own classes too,
-once the module that defines them is imported. ``defence.json`` holds the fields, ``defence.safetensors`` the tensors, both
+A class is known by its name as soon as it is defined, in the one registry of :mod:`care_lens.repair.kinds`, so that
+:func:`load_defence` reads files of a user's own classes too, once the module that defines them is imported, and a defence may hold
+readers, gates and writers as parts. ``defence.json`` holds the fields, ``defence.safetensors`` the tensors, both
 checked by their sums when loaded.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,20 +16,23 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from safetensors.torch import load as tensors_of
-from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
+from care_lens.core import files
+from care_lens.core.display import ShortRepr
 from care_lens.core.errors import ArtifactError, CareLensError
 from care_lens.core.examples import Example
-from care_lens.core.files import load_artifact, save_artifact
 from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair import Attachment, attach
+from care_lens.repair.errors import KindError
+from care_lens.repair.explaining import Explainable
+from care_lens.repair.kinds import RESERVED, declare_kind, kind_of, name_of
+from care_lens.subspace import ModelIdentity
 
-_NAME, _SCHEMA = "defence", 1
-_KINDS: dict[str, type] = {}
+_NAME, _SCHEMA = "defence", 2
+"""Schema 1 named no modules; its files are read as they are."""
 
 Stored = TypeVar("Stored", bound="StoredDefence")
 
@@ -40,34 +45,15 @@ class FitError(CareLensError, ValueError):
     """A defence cannot be fitted on these examples; the message says why."""
 
 
-def register_kind(kind: type) -> type:
-    """Make a dataclass known by its name, so that defences with such parts are saved and loaded. Bases of
-    defences call this by themselves.
-
-    Args:
-        kind: The class.
-
-    Raises:
-        ValueError: If another module has a class of that name already.
-    """
-    known = _KINDS.get(kind.__name__)
-    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(
-            f"kind must have a name of its own, got {kind.__name__!r}, which {known.__module__} has; rename the class"
-        )
-    _KINDS[kind.__name__] = kind
-    return kind
-
-
-class StoredPart:
+class StoredPart(ShortRepr):
     """Mix-in for a frozen dataclass that is a field of a defence and is stored with it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        register_kind(cls)
+        declare_kind(cls)
 
 
-class StoredDefence(StoredPart):
+class StoredDefence(Explainable, StoredPart):
     """Base of defences that are frozen dataclasses. As it stands it changes neither requests nor model.
 
     Fields may be numbers, texts, tensors, sites, tuples, mappings and data frames of these, and other registered dataclasses.
@@ -106,24 +92,24 @@ class StoredDefence(StoredPart):
 
     def describe(self) -> dict[str, Any]:
         """Its class and its fields, as JSON-able values; tensors by shape and norm."""
-        return _encode(self, _summary)
+        return _encode(self, _summary, stored=False)
 
     def save(self, directory: str | Path) -> None:
         """Write ``defence.json`` and ``defence.safetensors`` into a directory, made if it does not exist.
 
         Raises:
-            TypeError: If a field is of a kind that cannot be stored.
+            KindError: If a field is of a kind that cannot be stored, or the class is no frozen dataclass.
             OSError: If a file cannot be written.
         """
         tensors: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor) -> dict[str, Any]:
-            tensors[str(len(tensors))] = tensor.detach().cpu().contiguous().clone()
+            tensors[str(len(tensors))] = tensor
             return {"tensor": str(len(tensors) - 1)}
 
-        content = {"versions": package_versions(), "fields": _encode(self, keep)}
-        data = {"safetensors": bytes_of(tensors)}
-        save_artifact(directory, _NAME, kind="Defence", schema=_SCHEMA, data=data, content=content)
+        content = {"versions": package_versions(), "fields": _encode(self, keep, stored=True)}
+        data = {"safetensors": files.tensor_bytes(tensors)}
+        files.save_artifact(directory, _NAME, kind="Defence", schema=_SCHEMA, data=data, content=content)
 
     @classmethod
     def load(cls: type[Stored], directory: str | Path) -> Stored:
@@ -149,36 +135,55 @@ def load_defence(directory: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ArtifactError: If it is damaged, or of a class that is not known.
+        ArtifactError: If it is damaged, holds what makes no defence, or is of a class that is not known; the message says which
+            module to import.
     """
-    data, content = load_artifact(directory, _NAME, kind="Defence", schema=_SCHEMA)
-    return _decode(content["fields"], tensors_of(data["safetensors"]))
+    data, content = files.load_artifact(directory, _NAME, kind="Defence", schema=_SCHEMA)
+    path = Path(directory) / f"{_NAME}.json"
+    tensors = files.tensors_of(data, where=path.with_suffix(".safetensors"))
+    try:
+        return _decode(content["fields"], tensors)
+    except ArtifactError:
+        raise
+    except (CareLensError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{path} must hold a defence, got one that cannot be made: {error}") from error
 
 
 def _summary(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "norm": round(float(tensor.double().norm()), 6)}
 
 
-def _encode(value: Any, on_tensor: Callable[[Tensor], Any]) -> Any:
+def _encode(value: Any, on_tensor: Callable[[Tensor], Any], *, stored: bool) -> Any:
+    """JSON-able form; where it is stored, with each kind's module and numbers that JSON lacks."""
+
+    def encode(part: Any) -> Any:
+        return _encode(part, on_tensor, stored=stored)
+
+    if isinstance(value, float) and not math.isfinite(value) and stored:
+        return files.packed(value)
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, Tensor):
         return on_tensor(value)
     if isinstance(value, Site):
         return {"site": str(value)}
+    if isinstance(value, ModelIdentity):
+        return {"model": value.to_dict()}
     if isinstance(value, pd.DataFrame):
         return {"frame": value.to_json(orient="split")}
     if isinstance(value, (tuple, list)):
-        return [_encode(item, on_tensor) for item in value]
+        return [encode(item) for item in value]
     if isinstance(value, Mapping):
-        return {"mapping": [[_encode(part, on_tensor) for part in pair] for pair in value.items()]}
-    name = type(value).__name__
-    if dataclasses.is_dataclass(value) and _KINDS.get(name) is type(value):
-        return {"kind": name, **{f.name: _encode(getattr(value, f.name), on_tensor) for f in dataclasses.fields(value)}}
-    raise TypeError(
-        f"fields of a defence must be numbers, texts, tensors, sites, tuples, mappings, frames or registered dataclasses, got {name}; "
-        "see care_lens.defences.register_kind"
-    )
+        return {"mapping": [[encode(part) for part in pair] for pair in value.items()]}
+    own = dataclasses.is_dataclass(value) or isinstance(value, StoredPart)
+    if not own or isinstance(value, type):
+        raise KindError(
+            "fields of a defence must be numbers, texts, tensors, sites, tuples, mappings, frames or registered kinds to be saved or "
+            f"described, got a {type(value).__name__}; give it in one of these forms, or see care_lens.repair.register_kind"
+        )
+    named = {"kind": name_of(value), **({"module": type(value).__module__} if stored else {})}
+    fields: Any = dataclasses.fields(value)  # pyright: ignore[reportArgumentType]  # name_of has refused others
+    return {**named, **{f.name: encode(getattr(value, f.name)) for f in fields if f.init}}
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -186,20 +191,21 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(_decode(item, tensors) for item in value)
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "site" in value and len(value) == 1:
-        return Site.parse(value["site"])
-    if "frame" in value:
-        return pd.DataFrame(**json.loads(value["frame"]))
-    if "mapping" in value:
-        return {_decode(key, tensors): _decode(part, tensors) for key, part in value["mapping"]}
-    kind = _KINDS.get(value["kind"])
-    if kind is None:
-        raise ArtifactError(
-            f"kind must be one of {sorted(_KINDS)}, got {value['kind']!r}; import the module that defines it, or update care_lens"
-        )
-    return kind(**{name: _decode(item, tensors) for name, item in value.items() if name != "kind"})
+    if "kind" in value:
+        kind = kind_of(value["kind"], value.get("module"))
+        return kind(**{name: _decode(item, tensors) for name, item in value.items() if name not in RESERVED})
+    ((form, held),) = value.items()
+    if form == "tensor":
+        return tensors[held]
+    if form == "site":
+        return Site.parse(held)
+    if form == "model":
+        return ModelIdentity(**held)
+    if form == "frame":
+        return pd.DataFrame(**json.loads(held))
+    if form == "mapping":
+        return {_decode(key, tensors): _decode(part, tensors) for key, part in held}
+    return files.unpacked(value)
 
 
 def require_examples(**sets: Sequence[Example]) -> None:

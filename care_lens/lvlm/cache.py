@@ -9,7 +9,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
+from care_lens.core.display import as_html, as_text
 from care_lens.core.site import Site
+from care_lens.lvlm.display import shown_cache
 from care_lens.lvlm.plain import refuse_copies
 
 _START, _SCALE = "blocks.0.hook_resid_pre", "ln_final.hook_scale"
@@ -48,6 +50,12 @@ class LVLMCache(ActivationCache):
         self.has_embed = self.has_embed or _START in cache_dict
         self.image_rows = None if image_rows is None else tuple(image_rows)
         self._rows = batch_size
+
+    def __repr__(self) -> str:
+        return as_text(*shown_cache(self.cache_dict, self._rows, type(self).__name__))
+
+    def _repr_html_(self) -> str:
+        return as_html(*shown_cache(self.cache_dict, self._rows, type(self).__name__))
 
     def __deepcopy__(self, memo: Any) -> "LVLMCache":
         """A cache of copies of the activations, of the same model."""

@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr, as_html, as_text
 from care_lens.core.examples import Example
 from care_lens.core.spans import TokenSpans
+from care_lens.lvlm.display import shown_inputs
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class LVLMInputs:
     own_positions: bool = False
     first_position: int = 0
     examples: tuple[Example, ...] = ()
+
+    def __repr__(self) -> str:
+        return as_text(*shown_inputs(self))
+
+    def _repr_html_(self) -> str:
+        return as_html(*shown_inputs(self))
 
     @property
     def batch_size(self) -> int:
@@ -154,7 +162,7 @@ class LVLMInputs:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(ShortRepr):
     """What a model answered.
 
     Attributes:

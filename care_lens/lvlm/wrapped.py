@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from care_lens.core.display import as_html, as_text
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.lvlm.blocks import Block, Blocks
+from care_lens.lvlm.display import shown_model
 from care_lens.lvlm.doors import Doors
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import Family, family_of
@@ -163,6 +165,12 @@ class WrappedBridge:
             TypeError: Always; it says what to do instead.
         """
         return refuse_copies(f"a {type(self).__name__}", COPYING)()
+
+    def __repr__(self) -> str:
+        return as_text(*shown_model(self))
+
+    def _repr_html_(self) -> str:
+        return as_html(*shown_model(self))
 
     def __enter__(self: Wrapped) -> Wrapped:
         return self

@@ -23,6 +23,7 @@ from care_lens.repair.errors import (
     RepairMismatchError,
     TooFewCalibrationError,
 )
+from care_lens.repair.explaining import explain
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
 from care_lens.repair.kinds import register_kind
@@ -38,6 +39,7 @@ from care_lens.repair.learning import (
 )
 from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.method import learn_repair
+from care_lens.repair.plan import PlanPart, RepairPlan
 from care_lens.repair.positions import Positions
 from care_lens.repair.printed import printed_form, printed_subspaces
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
@@ -67,6 +69,7 @@ __all__ = [
     "LinearReader",
     "MaxReader",
     "NoRepair",
+    "PlanPart",
     "Positions",
     "Reader",
     "ReaderPlan",
@@ -75,6 +78,7 @@ __all__ = [
     "RepairError",
     "RepairFileError",
     "RepairMismatchError",
+    "RepairPlan",
     "SiteReader",
     "TokenRows",
     "TooFewCalibration",
@@ -84,6 +88,7 @@ __all__ = [
     "attach",
     "bake",
     "captured_scores",
+    "explain",
     "fit_reader_subspace",
     "fit_rows",
     "halves",

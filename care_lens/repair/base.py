@@ -13,13 +13,15 @@ from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.attach import Attachment, attach
 from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.errors import BakeError
+from care_lens.repair.explaining import Explainable
 from care_lens.repair.linear import LinearPart
+from care_lens.repair.plan import PlanPart
 
 HookPair = tuple[str, Callable[..., Any]]
 """A TransformerLens hook: the name of a hook point, and ``fn(activation, hook)``."""
 
 
-class HookRepair(ABC):
+class HookRepair(Explainable, ABC):
     """A repair that is a set of forward hooks. Satisfies :class:`care_lens.core.Repair`."""
 
     name: str
@@ -141,6 +143,10 @@ class NoRepair(HookRepair):
 
     def check(self, lvlm: HookedLVLM) -> None:
         """Fits every model."""
+
+    def plan_parts(self) -> list[PlanPart]:
+        """None."""
+        return []
 
     def linear_parts(self) -> list[LinearPart]:
         """None: the model stays as it is."""

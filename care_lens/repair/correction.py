@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
+from care_lens.core.display import ShortRepr
 from care_lens.core.site import Site
 from care_lens.repair.checks import require_flag, require_text
 from care_lens.repair.errors import RepairError
@@ -18,7 +19,7 @@ _OPEN = AlwaysOpen()
 
 @register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Correction:
+class Correction(ShortRepr):
     """``h' = h - alpha g W L^T (h - target)``, with g from what the reader sees.
 
     g is decided for each row at prefill, from activations before this repair's edits at the reader's own site

@@ -37,5 +37,5 @@ class BakeError(RepairError):
         self.reasons = dict(reasons or {})
 
 
-class KindError(CareLensError, TypeError):
+class KindError(CareLensError, TypeError, ValueError):
     """A class cannot be registered, or a part of a repair is of a class that is not."""

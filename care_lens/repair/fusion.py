@@ -40,11 +40,13 @@ from care_lens.repair.base import HookPair, HookRepair
 from care_lens.repair.checks import require_mapping, require_number, require_text
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import RepairError, RepairMismatchError
+from care_lens.repair.explaining import fusion_plan
 from care_lens.repair.fuse import GatedWriter, fused_edit
 from care_lens.repair.gate import Gate, openness
 from care_lens.repair.kinds import register_kind
 from care_lens.repair.linear import LinearPart, fusion_parts
 from care_lens.repair.placed import compute_dtype
+from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import BatchView, Positions, check_positions
 from care_lens.repair.reader import Reader
 from care_lens.repair.reading import Readings
@@ -287,6 +289,18 @@ class HybridFusion(HookRepair):
                 opened = opened - openness(correction.gate, readings.score_before(correction.reader))
             acting = acting * opened.to(acting)
         return GatedWriter(correction.writer, acting)
+
+    def plan_parts(self) -> list[PlanPart]:
+        """One part for each correction, for :meth:`explain`."""
+        return fusion_plan(
+            self.visual,
+            self.textual,
+            rule=self.rule,
+            weights=self.weights,
+            weighting=self.weighting,
+            scope=self.scope,
+            provenance=self.provenance,
+        )
 
     def linear_parts(self) -> list[LinearPart]:
         """What of it is one affine map of every token, by site; and each correction that is not, with the reason."""

@@ -10,7 +10,8 @@ tuples of these. Once it is registered it is described, saved and loaded like th
     class ProbeReader(SiteReader): ...
 
 Whoever loads a file with a foreign kind imports the module that registers it first; the error says which module that is. No
-module is imported by loading a file.
+module is imported by loading a file. There is one registry: :mod:`care_lens.defences` uses this one, and subclasses of
+:class:`~care_lens.defences.StoredPart` (so of ``HookDefence`` and ``StoredDefence``) are registered as they are defined.
 """
 
 import dataclasses
@@ -52,11 +53,21 @@ def register_kind(cls: Kind) -> Kind:
         >>> Half()(torch.zeros(2)).tolist()
         [0.5, 0.5]
     """
-    found: Any = cls
-    if not isinstance(found, type) or not dataclasses.is_dataclass(found) or not _frozen(found):
-        raise KindError(f"a kind must be a frozen dataclass, got {cls!r}; decorate it with @dataclass(frozen=True)")
-    if taken := {field.name for field in dataclasses.fields(found)} & {*RESERVED}:
-        raise KindError(f"fields of {cls.__name__} must not be called {sorted(taken)}; name them otherwise")
+    _require_storable(cls)
+    declare_kind(cls)
+    return cls
+
+
+def declare_kind(cls: type) -> None:
+    """Register a class that is not finished: for bases whose subclasses are registered as they are defined, before the decorator
+    that makes them dataclasses has run. That they are frozen dataclasses is checked when they are described, saved or loaded.
+
+    Args:
+        cls: The class.
+
+    Raises:
+        KindError: If another class has its name.
+    """
     known = _KINDS.get(cls.__name__)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise KindError(
@@ -64,19 +75,18 @@ def register_kind(cls: Kind) -> Kind:
             f"{cls.__module__}.{cls.__qualname__}"
         )
     _KINDS[cls.__name__] = cls
-    return cls
 
 
 def registered() -> tuple[str, ...]:
     """The names of the kinds that are known."""
-    return tuple(sorted(_KINDS))
+    return tuple(sorted(name for name, cls in _KINDS.items() if dataclasses.is_dataclass(cls)))
 
 
 def name_of(value: Any) -> str:
     """The name a part's class is registered by.
 
     Raises:
-        KindError: If it is not.
+        KindError: If it is not, or is no frozen dataclass.
     """
     name = type(value).__name__
     if _KINDS.get(name) is not type(value):
@@ -84,6 +94,7 @@ def name_of(value: Any) -> str:
             f"parts of a repair must be one of {list(registered())} to be saved or described, got {name}; decorate the class "
             "with care_lens.repair.register_kind"
         )
+    _require_storable(type(value))
     return name
 
 
@@ -97,12 +108,25 @@ def kind_of(name: Any, module: Any) -> type:
     Raises:
         RepairFileError: If it is not registered; the message names the module to import.
     """
-    if isinstance(name, str) and name in _KINDS:
+    if isinstance(name, str) and dataclasses.is_dataclass(_KINDS.get(name)):
         return _KINDS[name]
     if isinstance(module, str) and re.fullmatch(r"[\w.]+", module) and not module.startswith("care_lens."):
         cell = "run the script or the notebook's cell" if module == "__main__" else f"import {module}"
         raise RepairFileError(f"kind must be one of {list(registered())}, got {name!r}; {cell} that registers it first")
-    raise RepairFileError(f"kind must be one of {list(registered())}, got {name!r}; update care_lens")
+    first = "import the module that registers it first, or " if module is None else ""
+    raise RepairFileError(f"kind must be one of {list(registered())}, got {name!r}; {first}update care_lens")
+
+
+def _require_storable(cls: Any) -> None:
+    """Refuse what is no frozen dataclass, or has a field that the files need for themselves.
+
+    Raises:
+        KindError: Saying which.
+    """
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or not _frozen(cls):
+        raise KindError(f"a kind must be a frozen dataclass, got {cls!r}; decorate it with @dataclass(frozen=True)")
+    if taken := {field.name for field in dataclasses.fields(cls)} & {*RESERVED}:
+        raise KindError(f"fields of {cls.__name__} must not be called {sorted(taken)}; name them otherwise")
 
 
 def _frozen(cls: type) -> bool:

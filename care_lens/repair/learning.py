@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from care_lens.core.display import ShortRepr
 from care_lens.core.site import Site
 from care_lens.repair.calibrating import captured_scores
 from care_lens.repair.controls import shuffled_labels
@@ -66,7 +67,7 @@ class ReaderPlan:
 
 
 @dataclass(frozen=True)
-class FittedReaders:
+class FittedReaders(ShortRepr):
     """The readers of a plan and their gate, ready to be combined with writers.
 
     Attributes:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.centring import split
 
 
@@ -19,7 +20,7 @@ def subtract(activation: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
     return rest if low is None else rest - low
 
 
-class PlacedTensors:
+class PlacedTensors(ShortRepr):
     """Mix-in for frozen dataclasses: their tensor fields, a copy kept for each device and dtype asked for."""
 
     def centred(self, activation: Tensor, name: str) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.core.site import Site
 from care_lens.repair.checks import require_number, require_tensor
 from care_lens.repair.errors import RepairError
@@ -34,7 +35,7 @@ AnyReader = TypeVar("AnyReader", bound="Reader")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Reader(ABC):
+class Reader(ShortRepr, ABC):
     """A score for every row of a batch.
 
     Attributes:

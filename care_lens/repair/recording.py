@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr, listed
 from care_lens.core.site import Site
 from care_lens.core.spans import TokenSpans
 from care_lens.lvlm import LVLMInputs
@@ -43,7 +44,7 @@ class _Pass:
 
 
 @dataclass
-class Recording:
+class Recording(ShortRepr):
     """The record of a repair at work, one entry for each forward pass and site.
 
     Gate values are times scope: 0 where a token is out of the correction's reach, and the largest where several corrections of a modality
@@ -82,6 +83,11 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self._passes)
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """How much it holds."""
+        sites = listed(dict.fromkeys(str(one.site) for one in self._passes))
+        return "Recording", {"batches": str(len(self._spans)), "passes": str(len(self)), "sites": sites or "none"}
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each token and site that was written at, padding left out.

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.core.examples import Example
 from care_lens.core.require import require_examples
 from care_lens.core.site import Site
@@ -31,7 +32,7 @@ MODALITIES: tuple[Modality, ...] = get_args(Modality)
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class TokenRows(ShortRepr):
     """Activations of single tokens: the last prompt token, then the tokens of the answer.
 
     Attributes:
@@ -69,7 +70,7 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class FitRows:
+class FitRows(ShortRepr):
     """Token activations of the examples that a repair is learned from.
 
     Attributes:

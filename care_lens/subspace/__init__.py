@@ -40,7 +40,8 @@ from care_lens.subspace.model_identity import Match, ModelIdentity
 from care_lens.subspace.moments import Moments
 from care_lens.subspace.moments_table import MomentsKey, MomentsTable, fold_of_group
 from care_lens.subspace.overlap import DirectionOverlap, overlap_with_directions
-from care_lens.subspace.rank_rules import EnergyRank, PermutationRank, SpectrumRank
+from care_lens.subspace.rank_rule import EnergyRank, HeldOutRank, PermutationRank, RankRule
+from care_lens.subspace.rank_rules import SpectrumRank
 from care_lens.subspace.safety_subspace import Modality, SafetySubspace
 from care_lens.subspace.shrinkage import Shrinkage, ShrunkCovariance, Target, shrink, shrinkage_weight
 from care_lens.subspace.solvers import PencilSolution, Solver, solve_pencil
@@ -53,6 +54,7 @@ __all__ = [
     "DirectionOverlap",
     "EnergyRank",
     "FamilyFits",
+    "HeldOutRank",
     "IdenticalClassesWarning",
     "LinearMap",
     "Match",
@@ -68,6 +70,7 @@ __all__ = [
     "PermutationRank",
     "Projection",
     "RankError",
+    "RankRule",
     "RowsNeededError",
     "SafetySubspace",
     "SharedSubspace",

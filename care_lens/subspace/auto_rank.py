@@ -9,8 +9,9 @@ cross-validation:
 - null: draw benign groups at random, as many as the malicious class has but at most half, call them malicious
   and do the same; take the largest r_j. Repeat; the threshold is the largest of all repeats.
 
-The rank is the number of leading directions before the first whose r_j is not above the threshold. With R
-repeats a class with nothing to find passes its first direction with probability about 1/(R + 1) or less.
+The rank is the number of leading directions before the first whose r_j is not above the threshold
+(:class:`~care_lens.subspace.rank_rule.HeldOutRank`; a rule of one's own with ``evidence = "heldout"`` is given the same
+figures). With R repeats a class with nothing to find passes its first direction with probability about 1/(R + 1) or less.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from care_lens.subspace.errors import TooFewRowsError
+from care_lens.subspace.rank_rule import HeldOutRank, RankRule, decided, name_of_rule
 
 _FOLDS = 4
 _LEAST_GROUPS = (8, 4)
@@ -40,6 +42,7 @@ class RankChoice:
         threshold: What benign against benign reached.
         folds: Number of folds.
         draws: Number of benign-against-benign draws.
+        rule: Which rule decided.
     """
 
     rank: int
@@ -47,6 +50,7 @@ class RankChoice:
     threshold: float
     folds: int
     draws: int
+    rule: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -56,6 +60,7 @@ class RankChoice:
             "threshold": self.threshold,
             "folds": self.folds,
             "null_draws": self.draws,
+            **({} if self.rule == "auto" else {"rule": self.rule}),
         }
 
 
@@ -66,6 +71,7 @@ def choose_rank(
     *,
     groups: tuple[Sequence[str], Sequence[str]],
     seed: int,
+    rule: RankRule | None = None,
 ) -> RankChoice:
     """Choose a rank by held-out energy against a benign-against-benign null.
 
@@ -76,6 +82,7 @@ def choose_rank(
         groups: The item of each benign and of each malicious row; rows of one item are never on both sides of
             a split.
         seed: Of the folds and the null draws.
+        rule: What decides on the ratios; None: HeldOutRank.
 
     Returns:
         The choice.
@@ -91,17 +98,18 @@ def choose_rank(
         )
     generator = torch.Generator().manual_seed(seed)
     ratios = _heldout_ratios((benign, malicious), groups, directions, generator)
-    threshold = 0.0
+    largest = []
     for _ in range(_NULL_DRAWS):
         order = torch.randperm(len(names[0]), generator=generator).tolist()
         leaving = {names[0][i] for i in order[: min(len(order) // 2, len(names[1]))]}
         sides = [[i for i, item in enumerate(groups[0]) if (item in leaving) == away] for away in (False, True)]
         items = ([groups[0][i] for i in sides[0]], [groups[0][i] for i in sides[1]])
         null = _heldout_ratios((benign[sides[0]], benign[sides[1]]), items, directions, generator)
-        threshold = max([threshold, *null.tolist()])
-    failed = (~(ratios > threshold)).nonzero()
-    rank = int(failed[0]) if len(failed) else len(ratios)
-    return RankChoice(rank, tuple(ratios.tolist()), threshold, _FOLDS, _NULL_DRAWS)
+        largest.append(max([0.0, *null.tolist()]))
+    rule = HeldOutRank() if rule is None else rule
+    null = torch.tensor(largest, dtype=ratios.dtype)[:, None].expand(-1, len(ratios))
+    rank = decided(rule, ratios, null)
+    return RankChoice(rank, tuple(ratios.tolist()), max(largest), _FOLDS, _NULL_DRAWS, name_of_rule(rule))
 
 
 def heldout_energies(

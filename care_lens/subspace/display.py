@@ -1,18 +1,18 @@
 """How a subspace introduces itself in a terminal and in a notebook."""
 
 from collections.abc import Mapping
-from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from care_lens.core import display
 
 if TYPE_CHECKING:
     from care_lens.subspace.safety_subspace import SafetySubspace
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MOST_BARS = 32
-_LEFT = 'style="text-align:left"'
 
 
 def summary(subspace: "SafetySubspace") -> dict[str, str]:
@@ -48,21 +48,29 @@ def summary(subspace: "SafetySubspace") -> dict[str, str]:
     return {heading: value for heading, value in rows.items() if value}
 
 
+_LINES = (
+    ("rank", ("rank", "rank chosen")),
+    ("where", ("site", "modality", "model")),
+    ("made by", ("made by", "control")),
+    ("fit", ("contrast", "projection", "rows", "shrinkage")),
+    ("solver", ("solver",)),
+    ("measured", ("held out", "halves apart")),
+)
+"""The lines of the text and the headings of the summary in each."""
+_NAMED = ("control", "shrinkage", "held out", "halves apart")
+"""Headings whose values do not say what they are."""
+
+
 def as_text(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
-    """Several aligned lines under the class name."""
-    named = {**rows, "eigenvalues": spectrum(eigenvalues)}
-    wide = max(map(len, named))
-    return "\n".join(["SafetySubspace", *(f"  {heading:<{wide}}  {value}" for heading, value in named.items())])
+    """Eight lines at most under the class name, each with several headings of the summary."""
+    said = {heading: f"{heading} {value}" if heading in _NAMED else value for heading, value in rows.items()}
+    lines = {name: ", ".join(said[heading] for heading in headings if heading in said) for name, headings in _LINES}
+    return display.as_text("SafetySubspace", {**lines, "eigenvalues": spectrum(eigenvalues)}, widest=160)
 
 
 def as_html(rows: Mapping[str, str], eigenvalues: Tensor) -> str:
     """A two-column table."""
-    named = {**rows, "eigenvalues": spectrum(eigenvalues)}
-    cells = "".join(
-        f"<tr><th {_LEFT}>{escape(heading)}</th><td {_LEFT}>{escape(value)}</td></tr>"
-        for heading, value in named.items()
-    )
-    return f"<table><caption {_LEFT}><b>SafetySubspace</b></caption><tbody>{cells}</tbody></table>"
+    return display.as_html("SafetySubspace", {**rows, "eigenvalues": spectrum(eigenvalues)})
 
 
 def spectrum(eigenvalues: Tensor) -> str:

@@ -13,6 +13,7 @@ from care_lens.subspace.contrast import Contrast, Metric, check_classes, class_m
 from care_lens.subspace.errors import IdenticalClassesWarning, SubspaceError
 from care_lens.subspace.memory import plan_fit
 from care_lens.subspace.moments import Moments
+from care_lens.subspace.rank_rule import RankRule, evidence_of, rule_of
 from care_lens.subspace.shrinkage import Shrinkage, ShrunkCovariance, Target
 from care_lens.subspace.solvers import PencilSolution, Solver, _ritz, solve_pencil
 from care_lens.subspace.solvers.pencil import signed
@@ -33,7 +34,7 @@ def fit_tensors(
     benign: Tensor,
     malicious: Tensor,
     *,
-    rank: int | Literal["auto"],
+    rank: int | Literal["auto"] | RankRule,
     contrast: Contrast,
     shrinkage: Shrinkage,
     projection: Projection,
@@ -45,8 +46,9 @@ def fit_tensors(
     """The tensors of a subspace and the diagnostics of its fit; see ``SafetySubspace.fit``."""
     if projection not in get_args(Projection):
         raise SubspaceError(f"projection must be one of {get_args(Projection)}, got {projection!r}")
-    if rank != "auto" and (not isinstance(rank, int) or isinstance(rank, bool)):
-        raise SubspaceError(f"rank must be 'auto' or a number, got {rank!r}")
+    rule = rule_of(rank)
+    if rule is not None and evidence_of(rule) != "heldout":
+        raise SubspaceError(f"rank must be a number or decided on held-out rows here, got {rank!r}")
     moments = class_moments(benign, malicious, contrast, metric)
 
     def directions(held_in: Tensor, against: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,14 +70,13 @@ def fit_tensors(
             "give the item of each benign and of each malicious row"
         )
     choice: RankChoice | None = None
-    if rank == "auto" and contrast == "mean":
-        rank = 1
-    elif rank == "auto":
-        choice = _auto_rank(moments, directions, groups, seed)
-        rank = max(choice.rank, 1)
+    number = rank if isinstance(rank, int) else 1
+    if rule is not None and contrast != "mean":
+        choice = _auto_rank(moments, directions, groups, seed, rule)
+        number = max(choice.rank, 1)
     tensors, diagnostics = fit_moments(
         *moments,
-        rank=rank,
+        rank=number,
         contrast=contrast,
         shrinkage=shrinkage,
         projection=projection,
@@ -171,12 +172,14 @@ def floor_of(malicious: ShrunkCovariance, benign: ShrunkCovariance) -> float | N
     return malicious.ridge / benign.ridge
 
 
-def _auto_rank(moments: tuple[Moments, Moments], directions: Any, groups: Groups, seed: int) -> RankChoice:
+def _auto_rank(
+    moments: tuple[Moments, Moments], directions: Any, groups: Groups, seed: int, rule: RankRule
+) -> RankChoice:
     rows = [of.centred + of.mean for of in moments]
-    choice = choose_rank(rows[0], rows[1], directions, groups=groups, seed=seed)
+    choice = choose_rank(rows[0], rows[1], directions, groups=groups, seed=seed, rule=rule)
     if choice.rank == 0 and choice.ratios:
         warnings.warn(
-            f"rank='auto' found no direction: held-out malicious/benign energy {choice.ratios[0]:.3g} of the "
+            f"rank={choice.rule!r} found no direction: held-out malicious/benign energy {choice.ratios[0]:.3g} of the "
             f"first is not above {choice.threshold:.3g}, which benign against benign reaches; rank 1 is "
             "kept, expect nothing of it",
             stacklevel=4,

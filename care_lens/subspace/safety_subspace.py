@@ -23,14 +23,8 @@ from care_lens.subspace.linear_map import LinearMap
 from care_lens.subspace.model_identity import Match, ModelIdentity
 from care_lens.subspace.moments import Moments
 from care_lens.subspace.overlap import DirectionOverlap, overlap_with_directions
-from care_lens.subspace.rank_rules import (
-    EnergyRank,
-    PermutationRank,
-    RankRule,
-    SpectrumRank,
-    rank_by_energy,
-    rank_of_rule,
-)
+from care_lens.subspace.rank_rule import RankRule, evidence_of, rule_of
+from care_lens.subspace.rank_rules import SpectrumRank, rank_by_floor, rank_of_rule
 from care_lens.subspace.recipe import Recipe
 from care_lens.subspace.shrinkage import Shrinkage, Target
 from care_lens.subspace.solvers import Solver
@@ -46,7 +40,6 @@ RankName = Literal["auto", "energy", "permutation"]
 
 _TENSORS = ("basis", "read", "write", "left", "eigenvalues", "mean_benign", "mean_malicious")
 _BY_COLUMN = ("basis", "read", "write", "left")
-_RULES: dict[str, RankRule] = {"energy": EnergyRank(), "permutation": PermutationRank()}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -119,7 +112,8 @@ class SafetySubspace:
                 ratio is above what benign rows against benign rows give (``care_lens.subspace.auto_rank``;
                 about 80 fits, 64 directions at most); "energy" or an ``EnergyRank``: those with a share of the
                 fit's excess energy; "permutation" or a ``PermutationRank``: those whose eigenvalues permuted labels
-                do not reach (20 fits). With contrast="mean" it is 1.
+                do not reach (20 fits); or any ``RankRule``, a function of eigenvalues and what they are compared with.
+                With contrast="mean" it is 1.
             contrast: "second_moment": malicious second moment about the benign mean, which also sees a shift
                 of the mean; "covariance": malicious covariance about its own mean, as in the paper; "mean":
                 the difference of the means alone.
@@ -179,9 +173,9 @@ class SafetySubspace:
             >>> bool(subspace.energy(repaired).max() < 1e-6)
             True
         """
-        number, chosen = rank, {}
-        rule = _RULES.get(rank) if isinstance(rank, str) else rank
-        if isinstance(rule, (EnergyRank, PermutationRank)):
+        rule, chosen = rule_of(rank), {}
+        number = rank if rule is None else rule
+        if rule is not None and evidence_of(rule) != "heldout":
             number = 1
             if contrast != "mean":
                 recipe = Recipe(contrast, metric, shrinkage, solver)
@@ -191,7 +185,7 @@ class SafetySubspace:
         tensors, diagnostics = fit_tensors(
             benign,
             malicious,
-            rank=number,  # pyright: ignore[reportArgumentType]  # a rule or "auto"; anything else is refused there
+            rank=number,  # pyright: ignore[reportArgumentType]  # rule_of has refused what is neither number nor rule
             contrast=contrast,
             shrinkage=shrinkage,
             projection=projection,
@@ -218,7 +212,7 @@ class SafetySubspace:
         benign: Moments,
         malicious: Moments,
         *,
-        rank: int | Literal["energy"] | EnergyRank,
+        rank: int | Literal["energy"] | RankRule,
         contrast: Contrast = "second_moment",
         shrinkage: Shrinkage = "ledoit-wolf",
         projection: Projection = "oblique",
@@ -235,8 +229,8 @@ class SafetySubspace:
         Args:
             benign: Moments of the benign rows, in either form.
             malicious: Of the malicious ones.
-            rank: Number of directions, or a share of the energy. What looks at rows (held-out ratios, permutations) needs
-                :meth:`fit`.
+            rank: Number of directions, a share of the energy, or a rule of your own with ``evidence`` "floor". What looks at
+                rows (held-out ratios, permutations) needs :meth:`fit`.
             contrast: As for :meth:`fit`; likewise shrinkage, projection, solver, metric, site, modality, model and
                 provenance.
             shrinkage: See :meth:`fit`.
@@ -266,18 +260,18 @@ class SafetySubspace:
             >>> SafetySubspace.from_moments(*streamed, rank=2).equals(SafetySubspace.fit(*rows, rank=2))
             True
         """
-        number, chosen = rank, {}
-        rule = _RULES.get(rank) if isinstance(rank, str) else rank
-        if isinstance(rule, EnergyRank):
+        rule, chosen = rule_of(rank), {}
+        number: Any = rank if rule is None else None
+        if rule is not None and evidence_of(rule) == "floor":
             number = 1
             if contrast != "mean":
                 recipe = Recipe(contrast, metric, shrinkage, solver, target)
-                choice = rank_by_energy(benign, malicious, rule=rule, recipe=recipe)
+                choice = rank_by_floor(benign, malicious, rule=rule, recipe=recipe)
                 number, chosen = max(choice.rank, 1), {"rank_rule": choice.to_dict()}
                 _warn_if_none(choice)
-        if not isinstance(number, int) or isinstance(number, bool):
+        if number is None:
             raise SubspaceError(
-                f"rank must be a number, 'energy' or an EnergyRank for moments, got {rank!r}; other rules look at rows: use "
+                f"rank must be a number, 'energy' or an EnergyRank (or a rule with evidence 'floor') for moments, got {rank!r}; other rules look at rows: use "
                 "SafetySubspace.fit"
             )
         tensors, diagnostics = fit_moments(

@@ -146,6 +146,84 @@ def test_hooks_are_gone_after_an_exception_and_files_hold_the_same_defence(world
         assert again.describe() == defence.describe()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", FITS)
+def test_the_plan_is_what_the_hooks_do(world_model, made, requests, name):
+    """Edits are at the sites and tokens that the plan names, and nowhere else; a defence has as many parts as it edits."""
+    defence = made[name]
+    plan = defence.explain()
+    inputs = world_model.prepare(requests, responses=True)
+    moved: dict[str, torch.Tensor] = {}
+
+    def watched(site, fn):
+        def hook_fn(activation, hook):
+            edited = fn(activation, hook=hook)
+            if edited is not None:
+                moved[site] = (edited != activation).any(dim=-1) | moved.get(
+                    site, torch.zeros(activation.shape[:2]).bool()
+                )
+            return edited
+
+        return site, hook_fn
+
+    defence.check(world_model)
+    world_model.run_with_hooks(
+        inputs, fwd_hooks=[watched(str(site), fn) for site, fn in defence.fwd_hooks(inputs, world_model)]
+    )
+    moved.pop("embed.hook_in", None)
+    allowed: dict[str, torch.Tensor] = {}
+    for part in plan.parts:
+        mask = torch.zeros_like(inputs.spans.padding)
+        for span in (part.positions,) if isinstance(part.positions, str) else part.positions:
+            mask |= inputs.spans.mask(span)
+        allowed[str(part.site)] = mask | allowed.get(str(part.site), False)
+    assert {site for site, mask in moved.items() if bool(mask.any())} == {*allowed}
+    for site, mask in allowed.items():
+        assert not bool((moved[site] & ~mask).any())
+        part = next(part for part in plan.parts if str(part.site) == site)
+        assert bool((moved[site] & inputs.spans.response).any()) == (part.acts_on in ("both", "answer"))
+    sites = defence.widths()
+    assert all(part.width == sites[part.site] for part in plan.parts if isinstance(part.site, Site))
+    for text in (str(plan), repr(defence)):
+        assert defence.name in text and "tensor(" not in text
+    assert len(str(plan).splitlines()) <= 25 and len(repr(defence).splitlines()) <= 8
+    assert "<table" in plan._repr_html_() and "<table" in defence._repr_html_()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["coca", "shiftdc", "published care", "hiddendetect"])
+def test_the_plan_counts_the_forward_passes(world_model, made, requests, name):
+    defence = made[name]
+    passes = [0]
+    handle = world_model.first_block.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    counts = []
+    try:
+        for acting in (NoDefence(), defence):
+            passes[0] = 0
+            with acting.on(world_model):
+                world_model.generate(world_model.prepare(requests), max_new_tokens=4, min_new_tokens=4)
+            counts.append(passes[0])
+    finally:
+        handle.remove()
+    request, token = (
+        sum(getattr(part, f"extra_per_{of}") for part in defence.explain().parts) for of in ("request", "token")
+    )
+    extra = counts[1] - counts[0]
+    assert counts[0] * token <= extra <= request + counts[0] * token
+    assert (extra == 0) == (request + token == 0) and (extra > 0) == (name in ("coca", "shiftdc"))
+
+
+def test_defences_that_rewrite_requests_say_so():
+    for defence, said in ((SelfReminder(), "before and after the request"), (SecondLook(), "136 per request at most")):
+        text = str(defence.explain())
+        assert "in the request" in text and said in text
+        assert len(repr(defence).splitlines()) == 2 and repr(defence).startswith(
+            f"{type(defence).__name__}: {defence.name}"
+        )
+    assert "none per" not in str(SelfReminder().explain()) and "forward passes: none" in str(SelfReminder().explain())
+    assert repr(NoDefence()) == "NoDefence: none"
+
+
 def test_another_models_width_is_refused(made, lvlm):
     for name, defence in made.items():
         if name != "coca":  # it has no tensors of a width

@@ -144,7 +144,7 @@ def test_refused(fusion, tmp_path):
     part = whole["repair"]
     for change, match in (
         ({"schema": 99}, "schema of .* must be 2 or less"),
-        ({"repair": {"kind": "Hex"}}, "kind must be one of .* got 'Hex'; update care_lens"),
+        ({"repair": {"kind": "Hex"}}, "got 'Hex'; import the module that registers it first, or update care_lens"),
         ({"repair": {"kind": "Hex", "module": "their.readers"}}, "import their.readers that registers it first"),
         ({"repair": {"kind": "Hex", "module": "os; x"}}, "update care_lens"),
         ({"repair": {"kind": "AlwaysOpen"}}, "must hold a HybridFusion, got a AlwaysOpen"),

@@ -1,3 +1,4 @@
+import dataclasses
 import warnings
 
 import pytest
@@ -7,7 +8,15 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from subspace_rows import planted, unchecked
 
 from care_lens.core import Site
-from care_lens.subspace import EnergyRank, Moments, RankError, SafetySubspace, SubspaceError, SubspaceMismatchError
+from care_lens.subspace import (
+    EnergyRank,
+    ModelIdentity,
+    Moments,
+    RankError,
+    SafetySubspace,
+    SubspaceError,
+    SubspaceMismatchError,
+)
 
 PROJECTIONS = ["orthogonal", "oblique"]
 
@@ -282,7 +291,10 @@ def test_representations_say_what_it_is(subspace):
             "█",
         ):
             assert word in text
-    assert len(repr(subspace)) < 700
+    assert len(repr(subspace)) < 700 and len(repr(subspace).splitlines()) <= 8
+    named = dataclasses.replace(subspace, model=ModelIdentity("<b>theirs</b>" * 40, revision="main"))
+    assert max(map(len, repr(named).splitlines())) <= 160 and "<b>theirs" not in named._repr_html_()
+    assert "&lt;b&gt;theirs" in named._repr_html_() and "tensor(" not in repr(named)
     assert subspace._repr_html_().startswith("<table>")
 
 
@@ -312,6 +324,8 @@ def test_moments_know_the_energy_rank_but_no_rule_that_needs_rows(rows):
     moments = [Moments.from_rows(part).without_rows() for part in rows]
     found = SafetySubspace.from_moments(*moments, rank=EnergyRank(0.5))
     assert found.equals(SafetySubspace.fit(*rows, rank=EnergyRank(0.5)))
-    for rank in ("auto", "permutation", True):
+    for rank in ("auto", "permutation"):
         with unchecked(), pytest.raises(SubspaceError, match=r"use SafetySubspace\.fit"):
             SafetySubspace.from_moments(*moments, rank=rank)
+    with unchecked(), pytest.raises(SubspaceError, match="rank must be a number, one of"):
+        SafetySubspace.from_moments(*moments, rank=True)
