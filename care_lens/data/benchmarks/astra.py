@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from care_lens.core.examples import Example
 from care_lens.core.require import require_examples
 from care_lens.data.benchmarks.places import BenchmarkError, BenchmarkNotFoundError, Found, Place, natural
-from care_lens.data.benchmarks.reader import Benchmark, Item, Root, one_of
-from care_lens.data.benchmarks.rows import Problem, Row, RowError, Table
+from care_lens.data.benchmarks.reader import Benchmark, Item, Root, one_of, require_whole
+from care_lens.data.benchmarks.rows import Problem, Row, Table
 
 _PATH = re.compile(
     r"(?:.*/)?adv_img_(jb|toxic)/([^/]+)/(constrain_[0-9]+|unconstrain)/bad_prompt_([0-9]+)_([^/]*)\.(?:bmp|png)",
@@ -48,7 +48,7 @@ class ASTRAPictures(Benchmark):
         pictures: str | Path | None = None,
     ) -> None:
         self.prompts = require_examples(prompts, "prompts")
-        one_of(task, ("jb", "toxic", None), "task")  # type: ignore[arg-type]
+        task = task if task is None else one_of(task, ("jb", "toxic"), "task")
         self.wanted = {"task": task, "model": model, "budget": budget}
         self._seen = 0
         super().__init__(root, pictures=pictures)
@@ -64,7 +64,7 @@ class ASTRAPictures(Benchmark):
             raise BenchmarkNotFoundError(
                 f"{place.root} must hold adv_img_jb or adv_img_toxic of ASTRAPictures, got neither; give the folder that holds them"
             )
-        rows = [Row(_INSIDE.match(n)[1], n, {"name": n}) for n in names]  # type: ignore[index]
+        rows = [Row("pictures", n, {"name": n}) for n in names]  # type: ignore[index]
         return place, [Table("pictures", ("name",), rows, [])]
 
     def units(self, row: Row) -> Sequence[Row | Problem]:
@@ -84,15 +84,14 @@ class ASTRAPictures(Benchmark):
         assert self.place is not None
         task, model, budget, kind = (str(row.values[key]) for key in ("task", "model", "budget", "kind"))
         number, name = row.number_in("number"), str(row.values["name"])
-        if self.place.files[name].size() == 0:
-            raise RowError("the picture is empty", "download it again", "empty picture")
+        require_whole(found := Found(name, self.place.files[name], "", name))
         asked = self.prompts[self._seen % len(self.prompts)] if self.prompts else None
         self._seen += 1
         split = "test" if number >= 41 else "validation" if number >= 16 else None
         return Item(
             id=f"{task}/{model}/{budget}/{number}_{kind}",
             prompt=asked.prompt if asked else "",
-            pictures=(Found(name, self.place.files[name]),),
+            pictures=(found,),
             harmful=asked.harmful if asked else True,
             channel=f"astra {task} {budget}",
             behaviour=(asked.behaviour or asked.prompt) if asked else None,

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import pandas as pd
 from PIL import Image
@@ -37,6 +37,10 @@ from care_lens.data.benchmarks.tables import ENDINGS, columns_of, read_table
 log = logging.getLogger(__name__)
 
 Root = str | Path | Any
+if TYPE_CHECKING:
+    _Examples = Sequence[Example]
+else:
+    _Examples = Sequence  # a check of types would look into a subscripted one, and open a picture
 _POINTER = b"version https://git-lfs"
 
 
@@ -55,7 +59,7 @@ class Item:
     meta: Mapping[str, str | None] = field(default_factory=dict)
 
 
-class Benchmark(Sequence[Example]):
+class Benchmark(_Examples):
     """The examples of a published benchmark.
 
     Args:
@@ -93,11 +97,12 @@ class Benchmark(Sequence[Example]):
     """Whether each picture belongs to one behaviour."""
 
     def __init__(self, root: Root, *, pictures: str | Path | None = None) -> None:
+        self._items: list[Item] = []
+        self.problems: tuple[Problem, ...] = ()
         self._place, tables = self._sources(root)
         if pictures is not None:
             more = Place.of(pictures)
             self._place = more if self._place is None else self._place.joined(more)
-        self._items: list[Item] = []
         self._ids: dict[str, str] = {}
         problems: list[Problem] = []
         notes: list[tuple[str, str, str, str, str]] = []
@@ -179,10 +184,7 @@ class Benchmark(Sequence[Example]):
                 "missing picture", f"no file {wanted[0]!r}", "give the folder with the pictures as pictures="
             )
         found = self._place.find_any(wanted, stem=stem)
-        size = found.file.size()
-        if size == 0 or (size < 300 and found.file.read().startswith(_POINTER)):
-            what = "is empty" if size == 0 else "is a pointer of Git LFS"
-            raise RowError(f"{found.name!r} {what}", "download it again, or run `git lfs pull`", "empty picture")
+        require_whole(found)
         return found
 
     def mispaired(self) -> Iterable[tuple[Item, str]]:
@@ -305,6 +307,18 @@ def opened(picture: Found | PictureSource | Image.Image) -> Image.Image:
         return picture
     file = picture.file if isinstance(picture, Found) else picture
     return open_picture(file.path if isinstance(file, StoredFile) and file.member is None else file)
+
+
+def require_whole(found: Found) -> None:
+    """Refuse a file that is empty, or that holds a pointer in place of the picture.
+
+    Raises:
+        RowError: If it is one of these.
+    """
+    size = found.file.size()
+    if size == 0 or (size < 300 and found.file.read().startswith(_POINTER)):
+        what = "is empty" if size == 0 else "is a pointer of Git LFS"
+        raise RowError(f"{found.name!r} {what}", "download it again, or run `git lfs pull`", "empty picture")
 
 
 def _noted(item: Item, row: Row) -> list[tuple[str, str, str, str, str]]:

@@ -63,6 +63,18 @@ def columns_of(place: Place, name: str, *, key: str | None = None) -> tuple[str,
         return ()
 
 
+def read_text_file(file: StoredFile, name: str) -> str:
+    """A UTF-8 text, without a byte order mark and with line feeds as line ends.
+
+    Raises:
+        BenchmarkError: If it cannot be read.
+    """
+    try:
+        return _content(file, name).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{name} must be UTF-8 text ({error}); save it as UTF-8") from None
+
+
 def _content(file: StoredFile, name: str) -> bytes:
     """The bytes of a text file, without its byte order mark."""
     try:
