@@ -356,24 +356,12 @@ def mmbench() -> Mini:
         for i, t in enumerate(THINGS):
             index = i + turn * 1_000_000
             image = base64.b64encode(picture(10 + i)).decode() if turn == 0 else str(i)
-            rows.append(
-                [
-                    index,
-                    f"What is the {t}?",
-                    "" if i % 2 else "look",
-                    "paper",
-                    "wood",
-                    "tin",
-                    "",
-                    "ABC"[turn],
-                    "fine",
-                    image,
-                ]
-            )
-            lines = ["Hint: look"] * (i % 2 == 0) + [f"Question: What is the {t}?", "Options:", "A. paper", "B. wood", "C. tin",
+            turned = ["paper", "wood", "tin"] if turn == 0 else ["tin", "paper", "wood"]
+            rows.append([index, f"What is the {t}?", "" if i % 2 else "look", *turned, "", "AB"[turn], "fine", image])
+            lines = ["Hint: look"] * (i % 2 == 0) + [f"Question: What is the {t}?", "Options:", *(f"{k}. {v}" for k, v in zip("ABC", turned)),
                                                      "Please select the correct answer from the options above."]  # fmt: skip
-            expected.append({"id": f"mmbench/{index}", "prompt": "\n".join(lines), "response": "ABC"[turn], "harmful": False, "width": 10 + i,
-                             "group": f"mmbench {i}", "meta": {"answer": ("paper", "wood")[turn]}})  # fmt: skip
+            expected.append({"id": f"mmbench/{index}", "prompt": "\n".join(lines), "response": "AB"[turn], "harmful": False, "width": 10 + i,
+                             "group": f"mmbench {i}", "meta": {"answer": "paper"}})  # fmt: skip
     columns = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
     return Mini(b.MMBench, {"mmbench_dev_en_20231003.tsv": sheet(columns, rows, "\t")}, expected)
 

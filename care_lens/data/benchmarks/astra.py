@@ -35,7 +35,6 @@ class ASTRAPictures(Benchmark):
 
     name: ClassVar[str] = "astra"
     files = ("adv_img_jb", "adv_img_toxic")
-    own_pictures = False
 
     def __init__(
         self,

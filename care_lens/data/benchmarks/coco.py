@@ -26,7 +26,9 @@ class COCOCaptions(Benchmark):
     files = ("captions_val2017.json", "captions_val2014.json", "captions_*.json")
     columns = ("id", "file_name")
     key = "images"
-    own_pictures = False
+    variants: ClassVar = {
+        f"captions_{split}.json": {"split": split} for split in ("val2017", "train2017", "val2014", "train2014")
+    }
 
     def __init__(
         self,

@@ -54,7 +54,9 @@ class FigStep(Benchmark):
     files = ("safebench.csv",)
     columns = ("dataset", "category_id", "task_id", "question")
     optional = ("category_name", "instruction")
-    picture_size: ClassVar[tuple[int, int] | None] = (760, 760)
+    own_pictures = True
+    picture_size = (760, 760)
+    variants: ClassVar = {"safebench.csv": {"subset": "SafeBench"}, "safebench-tiny.csv": {"subset": "SafeBench-Tiny"}}
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class FigStep(Benchmark):
         pictures: str | Path | None = None,
     ) -> None:
         self.subset = one_of(subset, ("SafeBench", "SafeBench-Tiny"), "subset")
-        self.files, self.prompt = (f"{subset}.csv",), prompt
+        self.files, self.prompt, self.published = (f"{subset}.csv",), prompt, 500 if subset == "SafeBench" else 50
         super().__init__(root, pictures=pictures)
 
     def item(self, row: Row) -> Item:
@@ -97,6 +99,8 @@ class FigStepPro(Benchmark):
     files = ("safebench-tiny.csv",)
     columns = ("dataset", "category_id", "task_id", "question")
     optional = ("category_name", "instruction")
+    own_pictures = True
+    published = 50
     sentences: ClassVar[str] = "benign_sentences_without_harmful_phase.csv"
 
     def __init__(self, root: Root, *, prompt: str = PRO_CARRIER, pictures: str | Path | None = None) -> None:

@@ -25,13 +25,13 @@ class JailBreakV(Benchmark):
     columns = ("id", "jailbreak_query", "redteam_query", "format", "policy", "image_path")
     optional = ("from", "selected_mini", "transfer_from_llm")
     files = ("jailbreakv_28k.csv", "mini_jailbreakv_28k.csv")
-    own_pictures = False  # pictures of noise, of nature and empty ones serve many requests
+    variants: ClassVar = {files[0]: {"subset": "full"}, files[1]: {"subset": "mini"}}
 
     def __init__(
         self, root: Root, *, subset: Literal["full", "mini"] = "full", pictures: str | Path | None = None
     ) -> None:
         self.subset = one_of(subset, ("full", "mini"), "subset")
-        self.files = (self.files[subset == "mini"],)
+        self.files, self.published = (self.files[subset == "mini"],), 280 if subset == "mini" else 28_000
         super().__init__(root, pictures=pictures)
 
     def item(self, row: Row) -> Item:

@@ -22,7 +22,6 @@ class MMBench(Benchmark):
     columns = ("index", "question", "image", "A", "B")
     optional = ("hint", "C", "D", "answer", "category", "l2-category")
     base64_columns = ("image",)
-    own_pictures = False
 
     def prepared(self, table: Table) -> Table:
         """Take up which row holds which picture."""

@@ -50,6 +50,7 @@ class MMSafetyBench(Benchmark):
     columns = ("Question", "Rephrased Question", "Rephrased Question(SD)")
     optional = ("Changed Question", "Key Phrase", "Phrase Type")
     several = True
+    own_pictures = True
 
     def __init__(
         self,

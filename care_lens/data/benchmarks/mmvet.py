@@ -13,7 +13,6 @@ class MMVet(Benchmark):
     files = ("mm-vet.json",)
     columns = ("imagename", "question", "answer")
     optional = ("capability", "imagesource")
-    own_pictures = False
 
     def item(self, row: Row) -> Item:
         """A question about a picture."""

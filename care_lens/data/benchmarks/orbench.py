@@ -21,6 +21,7 @@ class ORBench(Benchmark):
     name: ClassVar[str] = "orbench"
     files = ("or-bench-hard-1k.csv", "or-bench-80k.csv", "or-bench-toxic.csv")
     columns = ("prompt", "category")
+    variants: ClassVar = {f"or-bench-{subset}.csv": {"subset": subset} for subset in _SUBSETS}
     other = ("type", "image", "question", "goal")
 
     def __init__(

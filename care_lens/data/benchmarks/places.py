@@ -10,6 +10,7 @@ these it was. What fits two files is refused, and nothing is found by its last n
 
 import copy
 import functools
+import logging
 import os
 import posixpath
 import re
@@ -26,6 +27,8 @@ from pathlib import Path, PurePosixPath
 from care_lens.core.errors import CareLensError
 from care_lens.core.pictures import PictureError
 from care_lens.core.require import require_path
+
+log = logging.getLogger(__name__)
 
 _JUNK = ("__macosx", ".git", ".cache", "__pycache__", ".ds_store", "thumbs.db", "desktop.ini")
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif")
@@ -130,17 +133,25 @@ class Place:
     Attributes:
         root: As given.
         files: Files by name, relative to the root, with "/" between folders. A zip in a folder counts as the folder in which it lies.
+        broken: Names of zips in the folder that cannot be opened.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.files: dict[str, StoredFile] = {}
+        self.broken: list[str] = []
         if root.is_dir():
             for name, file in _walked(root):
                 self.files[name] = file
             for name in [n for n in self.files if n.lower().endswith(".zip")]:
                 folder = posixpath.dirname(name)
-                for inner, file in _members(self.files[name].path):
+                try:
+                    members = [*_members(self.files[name].path)]
+                except BenchmarkError as error:  # what is in it may not be needed
+                    log.warning("%s", error)
+                    self.broken.append(name)
+                    continue
+                for inner, file in members:
                     self.files.setdefault(posixpath.join(folder, inner), file)
         elif zipfile.is_zipfile(root):
             self.files = dict(_members(root))
@@ -150,8 +161,11 @@ class Place:
 
     def _index(self) -> None:
         self._tails: dict[str, list[str]] = defaultdict(list)
+        self._stems: dict[str, str] = {}
         for name in self.files:
             self._tails[_key(posixpath.basename(name))].append(name)
+            if name.lower().endswith(_PICTURES):
+                self._stems.setdefault(_key(PurePosixPath(name).stem), name)
 
     @classmethod
     def of(cls, root: str | Path) -> "Place":
@@ -258,10 +272,8 @@ class Place:
         return Found(left[0], self.files[left[0]], "case" if best[0] else how, name)
 
     def _advice(self, parts: Sequence[str]) -> str:
-        stem = _key(PurePosixPath(parts[-1]).stem)
-        near = [n for n in self.pictures() if _key(PurePosixPath(n).stem) == stem]
-        if near:
-            return f"there is {near[0]!r}: rename or move it"
+        if near := self._stems.get(_key(PurePosixPath(parts[-1]).stem)):
+            return f"there is {near!r}: see whether it is the one, and rename or move it"
         return f"put it under {self.root.name}, or the zip with the pictures"
 
 

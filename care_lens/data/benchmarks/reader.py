@@ -93,8 +93,14 @@ class Benchmark(_Examples):
     key: ClassVar[str | None] = None
     several: ClassVar[bool] = False
     """Whether its rows stand in several tables."""
-    own_pictures: ClassVar[bool] = True
-    """Whether each picture belongs to one behaviour."""
+    own_pictures: ClassVar[bool] = False
+    """Whether each picture was made for one behaviour."""
+    picture_size: ClassVar[tuple[int, int] | None] = None
+    """Width and height of all pictures, where they have one size."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Options by the table that they read, where there are several."""
+    published: int | None = None
+    """Examples of the published files."""
 
     def __init__(self, root: Root, *, pictures: str | Path | None = None) -> None:
         self._items: list[Item] = []

@@ -26,7 +26,7 @@ class ScienceQA(Benchmark):
     columns = ("question", "choices", "answer")
     optional = ("hint", "image", "subject", "topic")
     several = True
-    own_pictures = False
+    variants: ClassVar = {"*.parquet": {"split": None}}
 
     def __init__(
         self,

@@ -117,7 +117,9 @@ def _csv(file: StoredFile, name: str, content: bytes, delimiter: str, base64_col
             what = f"line {first + 1} has {len(fields)} fields, the header {len(columns)}"
             problems.append(Problem(name, number, "bad row", what, "put texts with commas in quotes"))
         else:
-            values: dict[str, Any] = dict(zip(columns, fields))
+            # a copy made on Windows has its line ends inside of texts too, and must give the same prompts
+            texts = [text.replace("\r\n", "\n") for text in fields] if lines[0].endswith(b"\r") else fields
+            values: dict[str, Any] = dict(zip(columns, texts))
             span = (starts[first] + marked, starts[end] + marked)
             cells = {
                 c: CsvCell(file, c, *span, delimiter, columns.index(c))

@@ -28,12 +28,13 @@ class VLGuard(Benchmark):
     files = ("test.json", "train.json")
     columns = ("id", "image", "safe", "instr-resp")
     optional = ("harmful_category", "harmful_subcategory")
+    variants: ClassVar = {"test.json": {"split": "test"}, "train.json": {"split": "train"}}
 
     def __init__(
         self, root: Root, *, split: Literal["test", "train"] = "test", pictures: str | Path | None = None
     ) -> None:
         self.split = one_of(split, ("test", "train"), "split")
-        self.files = (f"{split}.json",)
+        self.files, self.published = (f"{split}.json",), 2 * 558 + 442 if split == "test" else None
         super().__init__(root, pictures=pictures)
 
     def units(self, row: Row) -> Iterable[Row | Problem]:

@@ -28,7 +28,10 @@ class VQAv2(Benchmark):
     columns = ("question_id", "question", "image_id")
     optional = ("multiple_choice_answer", "answers", "image")
     key = "questions"
-    own_pictures = False
+    variants: ClassVar = {
+        f"v2_openended_mscoco_{split}_questions.json": {"split": split}
+        for split in ("val2014", "train2014", "test2015", "test-dev2015")
+    }
 
     def __init__(self, root: Root, *, split: str = "val2014", pictures: str | Path | None = None) -> None:
         self.split, self._answers = split, dict[str, dict[str, Any]]()
