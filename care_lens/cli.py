@@ -415,14 +415,12 @@ def preflight(
     for column in ("benchmark", "check", "level", "count", "what", "do"):
         table.add_column(column, overflow="fold", justify="right" if column == "count" else "left")
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
-    for row in report.frame.itertuples():
-        level = f"[{colours[str(row.level)]}]{row.level}[/]"
-        table.add_row(
-            str(row.benchmark), str(row.check), level, str(row.count), escape(str(row.what)), escape(str(row.do))
-        )
+    for row in report.frame.astype(str).to_dict("records"):
+        level = f"[{colours[row['level']]}]{row['level']}[/]"
+        table.add_row(row["benchmark"], row["check"], level, row["count"], escape(row["what"]), escape(row["do"]))
     console.print(table)
-    for row in report.problems.head(rows).itertuples():
-        console.print(escape(f"{row.file} row {row.row}: {row.kind}: {row.what}; {row.do}"))
+    for row in report.problems.head(rows).to_dict("records"):
+        console.print(escape("{file} row {row}: {kind}: {what}; {do}".format(**row)))
     if (left := len(report.problems) - rows) > 0:
         console.print(f"and {left} rows more; --rows {len(report.problems)} lists all")
     raise typer.Exit(0 if report.ok else 1)

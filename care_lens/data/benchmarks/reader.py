@@ -10,7 +10,6 @@ known before anything is run. A picture is opened when its example is asked for,
 
 import logging
 import posixpath
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from PIL import Image
 from care_lens.core.conversation import PICTURE
 from care_lens.core.examples import Example
 from care_lens.core.pictures import PictureError, PictureSource, open_picture
+from care_lens.data.behaviours import behaviour_key as behaviour_key
 from care_lens.data.benchmarks.places import (
     BenchmarkError,
     BenchmarkNotFoundError,
@@ -294,17 +294,6 @@ class Benchmark(_Examples):
     def __repr__(self) -> str:
         more = f", {len(self.problems)} problems" if self.problems else ""
         return f"{type(self).__name__}({len(self)} examples{more})"
-
-
-def behaviour_key(text: str) -> str:
-    """A behaviour as a group: two texts that differ in case, spaces or the mark at their end are one behaviour.
-
-    Example:
-        >>> behaviour_key("How to fold  a Zorp?") == behaviour_key("how to fold a zorp")
-        True
-    """
-    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return plain.rstrip(".?! ") or plain
 
 
 def opened(picture: Found | PictureSource | Image.Image) -> Image.Image:
