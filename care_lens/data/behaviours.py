@@ -60,30 +60,38 @@ def deal_behaviours(
     """The split of each example: no behaviour in two, each channel spread over all of them by the shares.
 
     Behaviours are shuffled among those of the same channels, and dealt one after another to the split that is furthest below its share of the
-    examples so far. The deal depends on the seed and on what the examples are about, not on their order.
+    behaviours so far. The deal depends on the seed and on what the examples are about, not on their order.
 
     Args:
         examples: Of any channels.
-        shares: Of the examples, by split; they sum to 1.
+        shares: Of the behaviours, by split; they sum to 1.
         benign_only: Splits that behaviours of harmful examples alone are not dealt to.
         seed: Of the shuffle.
+
+    Raises:
+        ValueError: If no split is left for a behaviour.
     """
     strata: dict[tuple[str, ...], list[list[int]]] = defaultdict(list)
     for component in behaviour_components(examples):
         strata[tuple(sorted({examples[i].channel for i in component}))].append(component)
     draw = random.Random(seed)
     homes: dict[int, Name] = {}
+    owed: dict[bool, dict[Name, float]] = {}
     for channels in sorted(strata):
         components = strata[channels]
         draw.shuffle(components)
-        harmful = all(examples[i].harmful for component in components for i in component)
-        allowed = {s: share for s, share in shares.items() if share > 0 and not (harmful and s in benign_only)}
-        whole = sum(allowed.values())
-        owed = dict.fromkeys(allowed, 0.0)
         for component in components:
-            for split, share in allowed.items():
-                owed[split] += len(component) * share / whole
-            home = max(owed, key=lambda split: owed[split])
-            owed[home] -= len(component)
+            harmful = all(examples[i].harmful for i in component)
+            open_to = {s: share for s, share in shares.items() if share > 0 and not (harmful and s in benign_only)}
+            if not open_to:
+                raise ValueError(
+                    f"shares must give harmful behaviours a split too, got {dict(shares)}; give fit or test a share"
+                )
+            # what is owed goes on from one set of channels to the next: many small sets get their shares together
+            due = owed.setdefault(harmful, dict.fromkeys(open_to, 0.0))
+            for split, share in open_to.items():
+                due[split] += share / sum(open_to.values())
+            home = max(due, key=lambda split: due[split])
+            due[home] -= 1.0
             homes |= dict.fromkeys(component, home)
     return [homes[index] for index in range(len(examples))]

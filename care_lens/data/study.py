@@ -4,17 +4,20 @@ fit: subspaces, means and directions are learned here. calibration: benign only,
 here. test: reported, and read once. No item (group) stands in two splits.
 """
 
+import logging
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
 from care_lens.core.require import require_examples
 from care_lens.data.behaviours import deal_behaviours
+
+log = logging.getLogger(__name__)
 
 Split = Literal["fit", "calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -107,8 +110,9 @@ class Study:
         Args:
             examples: Examples, or a list of benchmarks (:mod:`care_lens.data.benchmarks`) or other lists of examples.
             name: As of the study, and so are ``judge``, ``outcome``, ``refusal``, ``plain`` and ``about``.
-            seen: Attack channels that the fit may use. None: all but ``plain``; those with pictures are visual, the others textual.
-            shares: Share of the examples of each split; by default 40 % fit, 15 % calibration, 15 % validation, 30 % test.
+            seen: Attack channels that the fit may use. None: all but ``plain`` that have behaviours enough to be in the fit split; those
+                with pictures are visual, the others textual.
+            shares: Share of the behaviours of each split; by default 40 % fit, 15 % calibration, 15 % validation, 30 % test.
             seed: Of the deal.
 
         Returns:
@@ -138,7 +142,12 @@ class Study:
         for example, home in sorted(zip(rows, homes), key=lambda pair: (pair[0].channel, pair[0].id)):
             suites[home].setdefault(example.channel, []).append(example)
         if seen is None:
-            seen = _seen_by_pictures(rows, plain)
+            seen = _seen_by_pictures(suites["fit"], plain)
+            held = sorted(
+                {e.channel for e in rows if e.harmful} - {plain, *(c for some in seen.values() for c in some)}
+            )
+            if held:
+                log.warning("%s: too few behaviours for the fit split, and so held out: %s", name, ", ".join(held))
         return cls(
             name=name,
             about=about,
@@ -243,7 +252,7 @@ class Study:
         return replace(self, suites=suites, pairs=pairs, gradient=self.gradient[:n])
 
 
-def _flat(examples: Sequence[Example] | Sequence[Sequence[Example]]) -> list[Example]:
+def _flat(examples: Any) -> list[Example]:
     """Examples out of a list of them, or of a list of such lists."""
     if isinstance(examples, (str, bytes, Example)) or not isinstance(examples, Iterable):
         raise TypeError(f"examples must be a list of examples or of benchmarks, got {type(examples).__name__}")
@@ -253,16 +262,11 @@ def _flat(examples: Sequence[Example] | Sequence[Sequence[Example]]) -> list[Exa
     return rows
 
 
-def _seen_by_pictures(rows: Sequence[Example], plain: str) -> dict[Modality, tuple[str, ...]]:
+def _seen_by_pictures(suites: Mapping[str, Sequence[Example]], plain: str) -> dict[Modality, tuple[str, ...]]:
     """All attack channels but the plain one: those with a picture act through it."""
-    pictured: dict[str, bool] = {}
-    for example in rows:
-        if example.harmful and example.channel != plain:
-            pictured[example.channel] = pictured.get(example.channel, False) or example.image is not None
-    return {
-        "visual": tuple(sorted(c for c, shown in pictured.items() if shown)),
-        "textual": tuple(sorted(c for c, shown in pictured.items() if not shown)),
-    }
+    attacks = {c: some for c, some in suites.items() if some[0].harmful and c != plain}
+    pictured = [c for c, some in attacks.items() if any(example.image is not None for example in some)]
+    return {"visual": tuple(sorted(pictured)), "textual": tuple(sorted({*attacks} - {*pictured}))}
 
 
 def _require_shares(shares: Mapping[Split, float] | None) -> Mapping[Split, float]:
