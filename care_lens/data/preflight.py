@@ -205,7 +205,7 @@ def _checks(rows: Benchmark, damaged: Sequence[Problem]) -> Iterator[tuple[str, 
     yield from _pairing(rows)
     yield from _leaks(rows)
     without = [item.id for item in rows.items if item.response is None]
-    if without and len(without) < len(rows):
+    if without and (rows.answered or len(without) < len(rows)):
         yield (
             "no answer",
             "warning",

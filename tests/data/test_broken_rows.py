@@ -10,7 +10,20 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miniatures import FIGSTEP, IMAGE, Mini, figstep, jailbreakv, mmsafetybench, parquet, picture, sheet, text, vlguard
+from miniatures import (
+    FIGSTEP,
+    IMAGE,
+    MAKERS,
+    Mini,
+    figstep,
+    jailbreakv,
+    mmsafetybench,
+    parquet,
+    picture,
+    sheet,
+    text,
+    vlguard,
+)
 from miniatures import mmbench as make_mmbench
 from miniatures import scienceqa as make_scienceqa
 
@@ -289,6 +302,35 @@ def test_masked_sentences_that_are_not_as_many_as_the_questions_are_refused(tmp_
     made.files[name] = b"\n".join(made.files[name].split(b"\n")[:-2])
     with pytest.raises(b.BenchmarkError, match=r"a sentence for each row of .*got 4 and 5"):
         made.read(made.at(tmp_path))
+
+
+def test_broken_annotations_are_listed_with_the_questions_that_lack_them(tmp_path):
+    made = MAKERS["vqa"]()
+    name = "v2_mscoco_val2014_annotations.json"
+    found = json.loads(made.files[name])
+    found["annotations"][0]["answers"] = "paper"
+    found["annotations"][1] = "gone"
+    made.files[name] = text(found)
+    rows = made.read(made.at(tmp_path / "a"))
+    assert sorted((p.file.split("_")[1], str(p.row)) for p in rows.problems) == [
+        ("OpenEnded", "1"),
+        ("OpenEnded", "2"),
+        ("mscoco", "1"),
+        ("mscoco", "2"),
+    ]
+    assert len(rows) == 3
+    del made.files[name]
+    assert [e.response for e in made.read(made.at(tmp_path / "b"))] == [None] * 5
+    shown = MAKERS["coco"]()
+    name = "annotations/captions_val2017.json"
+    found = json.loads(shown.files[name])
+    found["annotations"] = [one for one in found["annotations"] if one["image_id"] != 101]
+    found["annotations"][0]["caption"] = 7.5
+    found["annotations"][1]["caption"] = ["no text"]
+    shown.files[name] = text(found)
+    rows = shown.read(shown.at(tmp_path / "c"))
+    assert [(str(p.row), p.kind) for p in rows.problems] == [("2", "bad field"), ("2", "bad field")] and len(rows) == 3
+    assert "annotation 2" in rows.problems[0].what and "picture 101 must have captions" in rows.problems[1].what
 
 
 def test_a_parquet_file_alone_and_its_empty_pictures(tmp_path):

@@ -127,6 +127,12 @@ def test_examples_that_stand_twice_and_rows_that_lack_an_answer(tmp_path):
     assert report.ok and found(report, "warning") == {"duplicate": 1, "no answer": 1, "fewer rows": 1558 - 9}
 
 
+def test_answers_that_are_all_missing(tmp_path):
+    made = MAKERS["vqa"]()
+    del made.files["v2_mscoco_val2014_annotations.json"]
+    assert found(preflight(made.at(tmp_path)), "warning") == {"no answer": 5}
+
+
 def test_behaviours_in_two_splits(tmp_path):
     made = MAKERS["scienceqa"]()
     report = preflight(made.at(tmp_path))

@@ -25,6 +25,7 @@ class AdvBench(Benchmark):
     """
 
     name: ClassVar[str] = "advbench"
+    answered = True
     files = ("harmful_behaviors.csv",)
     columns = ("goal", "target")
     other = ("Behavior",)

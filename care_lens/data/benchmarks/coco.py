@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from care_lens.data.benchmarks.reader import Benchmark, Item, Root, split_of
-from care_lens.data.benchmarks.rows import Row, RowError, Table
+from care_lens.data.benchmarks.rows import Problem, Row, RowError, Table
 from care_lens.data.benchmarks.tables import read_table
 
 
@@ -23,6 +23,7 @@ class COCOCaptions(Benchmark):
     """
 
     name: ClassVar[str] = "cococaptions"
+    answered = True
     files = ("captions_val2017.json", "captions_val2014.json", "captions_*.json")
     columns = ("id", "file_name")
     key = "images"
@@ -46,9 +47,14 @@ class COCOCaptions(Benchmark):
     def prepared(self, table: Table) -> Table:
         """Take up the captions."""
         if self.place is not None:
-            for row in read_table(self.place, table.name, key="annotations").rows:
-                if (name := row.optional("image_id")) and (caption := row.optional("caption")):
-                    self._captions[name].append(caption.strip())
+            annotations = read_table(self.place, table.name, key="annotations")
+            table.problems += annotations.problems
+            for row in annotations.rows:
+                try:
+                    self._captions[row.text("image_id")].append(row.text("caption").strip())
+                except RowError as error:
+                    what = f"annotation {row.number}: {error.what}"
+                    table.problems.append(Problem(row.file, row.number, error.kind, what, error.do))
         return table
 
     def item(self, row: Row) -> Item:

@@ -13,6 +13,7 @@ class JailbreakBench(Benchmark):
     """
 
     name: ClassVar[str] = "jailbreakbench"
+    answered = True
     files = ("harmful-behaviors.csv|benign-behaviors.csv",)
     columns = ("Goal", "Target", "Behavior", "Category")
     optional = ("Index", "Source")

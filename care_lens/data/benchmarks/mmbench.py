@@ -18,6 +18,7 @@ class MMBench(Benchmark):
     """
 
     name: ClassVar[str] = "mmbench"
+    answered = True
     files = ("mmbench_dev_en*.tsv", "mmbench*.tsv")
     columns = ("index", "question", "image", "A", "B")
     optional = ("hint", "C", "D", "answer", "category", "l2-category")

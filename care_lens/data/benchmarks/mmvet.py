@@ -10,6 +10,7 @@ class MMVet(Benchmark):
     """MM-Vet: ``mm-vet.json`` and its pictures. ``response`` is the published answer, with its <AND> and <OR>. Questions about one picture are one group."""
 
     name: ClassVar[str] = "mmvet"
+    answered = True
     files = ("mm-vet.json",)
     columns = ("imagename", "question", "answer")
     optional = ("capability", "imagesource")

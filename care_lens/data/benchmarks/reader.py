@@ -91,6 +91,8 @@ class Benchmark(_Examples):
     """Columns that tell another benchmark from this one."""
     base64_columns: ClassVar[tuple[str, ...]] = ()
     key: ClassVar[str | None] = None
+    answered: ClassVar[bool] = False
+    """Whether its rows have a reference answer."""
     several: ClassVar[bool] = False
     """Whether its rows stand in several tables."""
     own_pictures: ClassVar[bool] = False
@@ -105,16 +107,19 @@ class Benchmark(_Examples):
     def __init__(self, root: Root, *, pictures: str | Path | None = None) -> None:
         self._items: list[Item] = []
         self.problems: tuple[Problem, ...] = ()
-        self._place, tables = self._sources(root)
-        if pictures is not None:
-            more = Place.of(pictures)
-            self._place = more if self._place is None else self._place.joined(more)
+        try:
+            self._place, tables = self._sources(root)
+            if pictures is not None:
+                more = Place.of(pictures)
+                self._place = more if self._place is None else self._place.joined(more)
+            tables = [self.prepared(table) for table in tables]
+        except RowError as error:  # of a row that other rows need
+            raise BenchmarkError(f"{_title(self)}: {error}") from None
         self._ids: dict[str, str] = {}
         problems: list[Problem] = []
         notes: list[tuple[str, str, str, str, str]] = []
         self._found: dict[str, list[str]] = {}
-        for read in tables:
-            table = self.prepared(read)
+        for table in tables:
             self._found[table.name] = [*table.columns]
             problems += table.problems
             for row in table.rows:

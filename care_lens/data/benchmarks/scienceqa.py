@@ -22,6 +22,7 @@ class ScienceQA(Benchmark):
     """
 
     name: ClassVar[str] = "scienceqa"
+    answered = True
     files = ("train*.parquet|validation*.parquet|test*.parquet|scienceqa*.parquet",)
     columns = ("question", "choices", "answer")
     optional = ("hint", "image", "subject", "topic")

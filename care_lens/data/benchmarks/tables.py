@@ -153,15 +153,17 @@ def _records(lines: Sequence[bytes], delimiter: str) -> Iterator[tuple[int, int,
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that knows its keys that are given twice."""
+    """A JSON object with keys that are given twice."""
 
     pairs: list[tuple[str, Any]]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> _Object:
-    made = _Object(pairs)
-    made.pairs = pairs
-    return made
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(made := dict(pairs)) == len(pairs):
+        return made
+    twice = _Object(pairs)
+    twice.pairs = pairs
+    return twice
 
 
 def _parsed(name: str, text: bytes) -> Any:
@@ -179,8 +181,8 @@ def _json(name: str, content: bytes, key: str | None) -> Table:
                 f"{name} must have a list under {key!r}, got the keys {sorted(found)[:8]}; download it again"
             )
         found = found[key]
-    if isinstance(found, _Object):
-        return _table(name, found.pairs)
+    if isinstance(found, dict):
+        return _table(name, found.pairs if isinstance(found, _Object) else found.items())
     if isinstance(found, list):
         return _table(name, enumerate(found, 1))
     raise BenchmarkError(f"{name} must hold rows, got {type(found).__name__}; download it again")
@@ -200,10 +202,10 @@ def _jsonl(name: str, content: bytes) -> Table:
 def _table(name: str, pairs: Any) -> Table:
     rows, problems, columns = [], [], {}
     for number, values in pairs:
-        if not isinstance(values, _Object):
+        if not isinstance(values, dict):
             what = str(values) if isinstance(values, BenchmarkError) else f"it must be an object, got {values!r:.40}"
             problems.append(Problem(name, number, "bad row", what, "write it as the other rows are"))
-        elif len(values) != len(values.pairs):
+        elif isinstance(values, _Object):
             problems.append(Problem(name, number, "bad row", "a key is given twice", "take one out"))
         else:
             columns |= dict.fromkeys(values)

@@ -25,6 +25,7 @@ class VLGuard(Benchmark):
     """
 
     name: ClassVar[str] = "vlguard"
+    answered = True
     files = ("test.json", "train.json")
     columns = ("id", "image", "safe", "instr-resp")
     optional = ("harmful_category", "harmful_subcategory")

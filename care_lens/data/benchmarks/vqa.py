@@ -3,12 +3,14 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from care_lens.data.benchmarks.places import BenchmarkError
 from care_lens.data.benchmarks.reader import Benchmark, Item, Root, split_of
-from care_lens.data.benchmarks.rows import Row, Table
+from care_lens.data.benchmarks.rows import Problem, Row, RowError, Table
 from care_lens.data.benchmarks.tables import read_table
+
+#: All answers, the commonest one, and what kind they are.
+Answered = tuple[list[str], str | None, dict[str, str | None]]
 
 
 class VQAv2(Benchmark):
@@ -24,6 +26,7 @@ class VQAv2(Benchmark):
     """
 
     name: ClassVar[str] = "vqav2"
+    answered = True
     files = ("v2_openended_mscoco_val2014_questions.json", "v2_openended_mscoco_*_questions.json")
     columns = ("question_id", "question", "image_id")
     optional = ("multiple_choice_answer", "answers", "image")
@@ -34,26 +37,30 @@ class VQAv2(Benchmark):
     }
 
     def __init__(self, root: Root, *, split: str = "val2014", pictures: str | Path | None = None) -> None:
-        self.split, self._answers = split, dict[str, dict[str, Any]]()
+        self.split, self._answers = split, dict[str, Answered]()
+        self._annotated = ""
         self.files = (f"v2_openended_mscoco_{split}_questions.json",)
         super().__init__(root, pictures=pictures)
 
     def prepared(self, table: Table) -> Table:
         """Take up the answers."""
         if self.place is not None and (names := self.place.matching(f"v2_mscoco_{self.split}_annotations.json")):
-            rows = read_table(self.place, names[0], key="annotations").rows
-            self._answers = {row.optional("question_id") or "": dict(row.values) for row in rows}
+            annotations = read_table(self.place, names[0], key="annotations")
+            self._annotated = names[0]
+            table.problems += annotations.problems
+            for row in annotations.rows:
+                try:
+                    self._answers[row.text("question_id")] = _answered(row)
+                except RowError as error:
+                    table.problems.append(Problem(row.file, row.number, error.kind, error.what, error.do))
         return table
 
     def item(self, row: Row) -> Item:
         """A question about a picture."""
         name, picture = row.text("question_id"), row.number_in("image_id")
-        about = self._answers.get(name, dict(row.values))
-        given = about.get("answers") or []
-        if not isinstance(given, list):
-            raise BenchmarkError(f"{row.file} row {row.number}: answers must be a list, got {type(given).__name__}")
-        answers = [str(one.get("answer")) if isinstance(one, dict) else str(one) for one in given]
-        most = about.get("multiple_choice_answer") or (max(answers, key=answers.count) if answers else None)
+        if self._annotated and name not in self._answers:
+            raise RowError(f"question {name} must have answers, got none in {self._annotated}", "download both again")
+        answers, most, about = self._answers.get(name) or _answered(row)
         split = re.sub("test-dev", "test", self.split)
         return Item(
             id=name,
@@ -69,12 +76,21 @@ class VQAv2(Benchmark):
                 ),
             ),
             harmful=False,
-            response=str(most) if most is not None else None,
+            response=most,
             group=f"coco {picture}",
             meta={
                 "answers": json.dumps(answers) if answers else None,
-                "answer_type": str(about.get("answer_type") or ""),
-                "question_type": str(about.get("question_type") or ""),
+                **about,
                 "source_split": split_of(self.split),
             },
         )
+
+
+def _answered(row: Row) -> Answered:
+    """The answers of a row of annotations, or of a dataset."""
+    given = row.values.get("answers") or []
+    if not isinstance(given, list):
+        raise RowError(f"'answers' must be a list, got {type(given).__name__}", "download the file again")
+    answers = [str(one.get("answer")) if isinstance(one, dict) else str(one) for one in given]
+    most = row.optional("multiple_choice_answer") or (max(answers, key=answers.count) if answers else None)
+    return answers, most, {key: row.optional(key) for key in ("answer_type", "question_type")}
