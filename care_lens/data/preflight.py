@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ def preflight(root: str | Path, *, format: str | None = None, pixels: bool = Fal
     Checked are, for each benchmark that the folder holds: which tables there are; rows that give no example, by reason (pictures that are
     missing, empty, damaged or fit two files; ids that stand twice; fields and rows that cannot be read); pictures that are found by
     another name than the table's (case, Windows separators, absolute paths); examples that stand twice; pictures that seem to belong to
-    another question; behaviours that stand in several splits; examples without a reference answer; and whether there are as many examples as are
+    another question; behaviours that stand in several splits, or in several benchmarks of the folder; examples without a reference answer; and whether there are as many examples as are
     published.
 
     Args:
@@ -96,6 +97,7 @@ def preflight(root: str | Path, *, format: str | None = None, pixels: bool = Fal
     checks: list[tuple[Any, ...]] = []
     problems: list[tuple[Any, ...]] = []
     named: list[str] = []
+    behaviours: dict[str, set[str]] = defaultdict(set)
     found = [*_variants(place, only, kind)]
     for title, reader, options in found:
         named.append(title)
@@ -104,9 +106,11 @@ def preflight(root: str | Path, *, format: str | None = None, pixels: bool = Fal
         except BenchmarkError as error:
             checks.append((title, "files", "error", 1, str(error), "see what is said"))
             continue
+        behaviours[reader.name] |= {behaviour_key(item.behaviour) for item in rows.items if item.behaviour}
         damaged = [*_damaged(rows, pixels)]
         checks += [(title, *check) for check in _checks(rows, damaged)]
         problems += [(title, p.file, str(p.row), p.kind, p.what, p.do) for p in (*rows.problems, *damaged)]
+    checks += _shared(behaviours)
     for name in place.broken:
         do = "download it again"
         checks.append(
@@ -302,6 +306,14 @@ def _leaks(rows: Benchmark) -> Iterator[tuple[str, Level, int, str, str]]:
         own = isinstance(rows, OwnExamples)
         do = "give each group one split, or let Study.from_examples deal them"
         yield "leak over splits", "error" if own else "warning", len(leaks), _told(leaks), do
+
+
+def _shared(behaviours: dict[str, set[str]]) -> Iterator[tuple[str, str, Level, int, str, str]]:
+    """Behaviours that stand in two benchmarks: fitted on one and tested on the other, they leak."""
+    for one, other in combinations(sorted(behaviours), 2):
+        if both := sorted(behaviours[one] & behaviours[other]):
+            do = "deal them together, by Study.from_examples"
+            yield f"{one}, {other}", "shared behaviour", "warning", len(both), _told(map(repr, both)), do
 
 
 def _told(texts: Any, n: int = 3) -> str:

@@ -139,6 +139,14 @@ def test_behaviours_in_two_splits(tmp_path):
     assert found(report, "warning")["leak over splits"] == 5 and report.ok
 
 
+def test_behaviours_in_two_benchmarks(tmp_path):
+    for name in ("figstep", "redteam2k", "xstest"):
+        MAKERS[name]().at(tmp_path / name)
+    report = preflight(tmp_path)
+    assert report.ok and found(report, "warning")["shared behaviour"] == 5
+    assert "figstep, redteam2k" in [*report.frame["benchmark"]]
+
+
 def test_a_study_of_ones_own(tmp_path):
     shown = [Image.new("RGB", (8 + i, 8)) for i in range(4)]
     rows = [Example(f"fold {i}", image=shown[i], response="sure", id=str(i), group=f"g{i % 3}", channel="x", meta={"split": "fit" if i < 3 else "test"})
