@@ -20,9 +20,10 @@ from PIL import Image
 
 from care_lens.core.pictures import PictureError
 from care_lens.data.benchmarks import READERS, ASTRAPictures
+from care_lens.data.benchmarks.finding import lacking
 from care_lens.data.benchmarks.own import OwnExamples
 from care_lens.data.benchmarks.places import BenchmarkError, Found, Place, StoredFile
-from care_lens.data.benchmarks.reader import Benchmark, Item, behaviour_key, lacking, one_of, opened
+from care_lens.data.benchmarks.reader import Benchmark, Item, behaviour_key, one_of, opened
 from care_lens.data.benchmarks.rows import Problem
 from care_lens.data.benchmarks.tables import ENDINGS, columns_of
 

@@ -23,16 +23,16 @@ from care_lens.core.conversation import PICTURE
 from care_lens.core.examples import Example
 from care_lens.core.pictures import PictureError, PictureSource, open_picture
 from care_lens.data.behaviours import behaviour_key as behaviour_key
+from care_lens.data.benchmarks.finding import datasets_of, renamed, tables_of, title_of
 from care_lens.data.benchmarks.places import (
     BenchmarkError,
-    BenchmarkNotFoundError,
     Found,
     NotThereError,
     Place,
     StoredFile,
 )
 from care_lens.data.benchmarks.rows import Problem, Row, RowError, Table
-from care_lens.data.benchmarks.tables import ENDINGS, columns_of, read_table
+from care_lens.data.benchmarks.tables import ENDINGS, read_table
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Benchmark(_Examples):
                 self._place = more if self._place is None else self._place.joined(more)
             tables = [self.prepared(table) for table in tables]
         except RowError as error:  # of a row that other rows need
-            raise BenchmarkError(f"{_title(self)}: {error}") from None
+            raise BenchmarkError(f"{title_of(self)}: {error}") from None
         self._ids: dict[str, str] = {}
         problems: list[Problem] = []
         notes: list[tuple[str, str, str, str, str]] = []
@@ -123,18 +123,7 @@ class Benchmark(_Examples):
             self._found[table.name] = [*table.columns]
             problems += table.problems
             for row in table.rows:
-                for unit in self.units(row):
-                    if isinstance(unit, Problem):
-                        problems.append(unit)
-                        continue
-                    try:
-                        if (item := self.item(unit)) is not None:
-                            self._keep(item, unit)
-                            notes += _noted(item, unit)
-                    except RowError as error:
-                        problems.append(Problem(unit.file, unit.number, error.kind, error.what, error.do))
-                    except NotThereError as error:
-                        problems.append(Problem(unit.file, unit.number, error.kind, error.what, error.do))
+                self._read_row(row, problems, notes)
         self.problems, self.notes = tuple(problems), tuple(notes)
         self.n_rows = len(self._items) + len(problems)
         if problems:
@@ -144,6 +133,23 @@ class Benchmark(_Examples):
             )
         if notes:
             log.info("%s: %d pictures found by another name than the table's", self.name, len(notes))
+
+    def _read_row(self, row: Row, problems: list[Problem], notes: list[tuple[str, str, str, str, str]]) -> None:
+        try:
+            units = [*self.units(row)]
+        except RowError as error:
+            problems.append(Problem(row.file, row.number, error.kind, error.what, error.do))
+            return
+        for unit in units:
+            if isinstance(unit, Problem):
+                problems.append(unit)
+                continue
+            try:
+                if (item := self.item(unit)) is not None:
+                    self._keep(item, unit)
+                    notes += _noted(item, unit)
+            except (RowError, NotThereError) as error:
+                problems.append(Problem(unit.file, unit.number, error.kind, error.what, error.do))
 
     # What a reader says for itself.
 
@@ -239,7 +245,7 @@ class Benchmark(_Examples):
             from care_lens.data.benchmarks.arrow import dataset_table
 
             self._root_name = str(getattr(root, "config_name", None) or "dataset")
-            return None, [_renamed(self, dataset_table(part, name)) for name, part in _datasets(root, "").items()]
+            return None, [renamed(self, dataset_table(part, name)) for name, part in datasets_of(root, "").items()]
         path = Path(root) if isinstance(root, (str, Path)) else None
         if path is not None and path.is_file() and path.suffix.lower() in ENDINGS:
             place, names = Place.of(path.absolute().parent), [path.name]
@@ -247,7 +253,7 @@ class Benchmark(_Examples):
             place = Place.of(root)
             names = tables_of(self, place)
         self._root_name = place.root.name
-        return place, [_renamed(self, self.read(place, name)) for name in names]
+        return place, [renamed(self, self.read(place, name)) for name in names]
 
     def read(self, place: Place, name: str) -> Table:
         """A table of the place."""
@@ -326,73 +332,6 @@ def _noted(item: Item, row: Row) -> list[tuple[str, str, str, str, str]]:
     return [(row.file, str(row.number), picture.asked, picture.name, picture.how) for picture in found]
 
 
-def _datasets(root: Any, name: str) -> dict[str, Any]:
-    """Datasets by name; those of a mapping of mappings are named "outer/inner"."""
-    if isinstance(root, Mapping):
-        return {
-            full: part
-            for key, value in root.items()
-            for full, part in _datasets(value, f"{name}/{key}" if name else str(key)).items()
-        }
-    return {name or str(getattr(root, "split", None) or "dataset"): root}
-
-
-def tables_of(kind: Benchmark | type[Benchmark], place: Place) -> list[str]:
-    """Names of the tables of a benchmark in a place; tables of other names are told by their columns.
-
-    Raises:
-        BenchmarkNotFoundError: If there is none.
-        BenchmarkError: If there are several and the benchmark has one.
-    """
-    names = place.matching(*kind.files)
-    if not names:
-        names = [n for n in place.matching("*.csv|*.tsv|*.parquet") if not lacking(kind, n, columns_of(place, n))]
-    if not names:
-        raise BenchmarkNotFoundError(
-            f"{place.root} must hold {' or '.join(kind.files)} of {_title(kind)}, got none of them among its {len(place.files)} files; "
-            "give the folder that holds them"
-        )
-    if len(names) > 1 and not kind.several:
-        shallow = [n for n in names if n.count("/") == names[0].count("/")]
-        if len(shallow) > 1:
-            raise BenchmarkError(
-                f"{place.root} must hold one table of {_title(kind)}, got {len(names)}, {names[:4]}; give one of them as root, and the "
-                "folder of the pictures as pictures="
-            )
-        names = shallow
-    return names
-
-
-def lacking(kind: Benchmark | type[Benchmark], name: str, columns: Iterable[str]) -> list[str]:
-    """Columns that a table of the benchmark has and this one lacks, and those of another benchmark that it has."""
-    have = {_tight(column) for column in columns}
-    return [c for c in kind.columns_in(name) if _tight(c) not in have] + [c for c in kind.other if _tight(c) in have]
-
-
-def _renamed(kind: Benchmark, table: Table) -> Table:
-    """The table with its columns named as the benchmark names them; those of another case are taken for them."""
-    wanted = kind.columns_in(table.name)
-    missing = [c for c in wanted if _tight(c) not in {_tight(d) for d in table.columns}]
-    if missing and (table.columns or not table.problems):
-        raise BenchmarkError(
-            f"{table.name} must have the columns {[*wanted]} of {_title(kind)}, got {[*table.columns][:12]} without {missing}; "
-            "is it a table of another benchmark?"
-        )
-    known = {_tight(c): c for c in (*wanted, *kind.optional)}
-    names = {c: known[_tight(c)] for c in table.columns if c not in known.values() and _tight(c) in known}
-    if not names:
-        return table
-    rows = [
-        replace(
-            row,
-            values={names.get(c, c): v for c, v in row.values.items()},
-            cells={names.get(c, c): v for c, v in row.cells.items()},
-        )
-        for row in table.rows
-    ]
-    return Table(table.name, tuple(names.get(c, c) for c in table.columns), rows, table.problems)
-
-
 def one_of(value: Any, known: Sequence[str], what: str) -> Any:
     """An option.
 
@@ -402,14 +341,6 @@ def one_of(value: Any, known: Sequence[str], what: str) -> Any:
     if value not in known:
         raise BenchmarkError(f"{what} must be one of {list(known)}, got {value!r}; write one of them")
     return value
-
-
-def _title(kind: Benchmark | type[Benchmark]) -> str:
-    return kind.__name__ if isinstance(kind, type) else type(kind).__name__
-
-
-def _tight(column: str) -> str:
-    return column.strip().casefold()
 
 
 def split_of(name: str) -> str | None:
