@@ -357,12 +357,12 @@ def mmbench() -> Mini:
             index = i + turn * 1_000_000
             image = base64.b64encode(picture(10 + i)).decode() if turn == 0 else str(i)
             turned = ["paper", "wood", "tin"] if turn == 0 else ["tin", "paper", "wood"]
-            rows.append([index, f"What is the {t}?", "" if i % 2 else "look", *turned, "", "AB"[turn], "fine", image])
+            rows.append([index, f"What is the {t}?", "" if i % 2 else "look", *turned, "", image, "AB"[turn], "fine"])
             lines = ["Hint: look"] * (i % 2 == 0) + [f"Question: What is the {t}?", "Options:", *(f"{k}. {v}" for k, v in zip("ABC", turned)),
                                                      "Please select the correct answer from the options above."]  # fmt: skip
             expected.append({"id": f"mmbench/{index}", "prompt": "\n".join(lines), "response": "AB"[turn], "harmful": False, "width": 10 + i,
                              "group": f"mmbench {i}", "meta": {"answer": "paper"}})  # fmt: skip
-    columns = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
+    columns = ["index", "question", "hint", "A", "B", "C", "D", "image", "answer", "category"]
     return Mini(b.MMBench, {"mmbench_dev_en_20231003.tsv": sheet(columns, rows, "\t")}, expected)
 
 
