@@ -1,4 +1,4 @@
-"""Command line: `care-lens run`, `diagnose`, `fit`, `evaluate`, `info`."""
+"""Command line: `care-lens run`, `diagnose`, `fit`, `evaluate`, `info`, `preflight`."""
 
 import functools
 import importlib
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from care_lens.core.errors import CareLensError
@@ -400,6 +401,35 @@ def info(model: Model = "bundled", device: Device = None, dtype: Dtype = None) -
         table.add_row(str(site), str(about.width), " ".join(about.axes), "yes" if about.editable else "no")
     console.print(table)
     console.print(package_versions())
+
+
+@app.command()
+@_told
+def preflight(
+    root: Annotated[Path, typer.Argument(help="Folder, zip or table of a benchmark, or folder of a study.")],
+    format: Annotated[
+        str | None, typer.Option(help="Name of the benchmark, such as figstep.", show_default="found out")
+    ] = None,
+    pixels: Annotated[bool, typer.Option("--pixels", help="Decode every picture to its end.")] = False,
+    rows: Annotated[int, typer.Option(help="Rows with problems to list.", min=0)] = 10,
+) -> None:
+    """What benchmark files lack, before any GPU time; status 1 if something is wrong."""
+    from care_lens.data.preflight import preflight as look
+
+    report = look(root, format=format, pixels=pixels)
+    table = Table(title=f"{', '.join(report.benchmarks) or 'no benchmark'}: {root}")
+    for column in ("benchmark", "check", "level", "count", "what", "do"):
+        table.add_column(column, overflow="fold", justify="right" if column == "count" else "left")
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    for row in report.frame.astype(str).to_dict("records"):
+        level = f"[{colours[row['level']]}]{row['level']}[/]"
+        table.add_row(row["benchmark"], row["check"], level, row["count"], escape(row["what"]), escape(row["do"]))
+    console.print(table)
+    for row in report.problems.head(rows).to_dict("records"):
+        console.print(escape("{file} row {row}: {kind}: {what}; {do}".format(**row)))
+    if (left := len(report.problems) - rows) > 0:
+        console.print(f"and {left} rows more; --rows {len(report.problems)} lists all")
+    raise typer.Exit(0 if report.ok else 1)
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ import struct
 import threading
 import warnings
 from collections import OrderedDict
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -46,11 +47,27 @@ class PictureNotFoundError(PictureError, FileNotFoundError):
     """There is no such file."""
 
 
-def open_picture(path: str | Path) -> Image.Image:
+@runtime_checkable
+class PictureSource(Protocol):
+    """Where the bytes of a picture come from that is no file of its own: in an archive, in a column of a table.
+
+    It can be hashed, and pickled if the pictures are to be. ``str()`` of it names it in errors.
+    """
+
+    def read(self) -> bytes:
+        """The bytes of the picture's file."""
+        ...
+
+    def stamp(self) -> tuple[int, int]:
+        """Size and time of what holds it: another stamp means that it has changed since."""
+        ...
+
+
+def open_picture(path: str | Path | PictureSource) -> Image.Image:
     """A picture on the disk as a viewer shows it, read when its pixels are used.
 
     Args:
-        path: Of a file in any format that Pillow reads.
+        path: Of a file in any format that Pillow reads, or a :class:`PictureSource` of the bytes of one.
 
     Returns:
         An RGB picture. It is a `PIL.Image.Image` and knows its size; its pixels are decoded when they are asked for, and only those of
@@ -70,7 +87,7 @@ def open_picture(path: str | Path) -> Image.Image:
         ...     picture.size, picture.mode, picture.getpixel((0, 0))
         ((4, 2), 'RGB', (255, 255, 255))
     """
-    if not isinstance(path, (str, Path)):
+    if not isinstance(path, (str, Path, PictureSource)):
         raise TypeError(f"path must be a str or a Path, got {type(path).__name__}")
     return PictureFile(path)
 
@@ -114,21 +131,21 @@ def shown_picture(image: Image.Image) -> Image.Image:
 class PictureFile(Image.Image):
     """What :func:`open_picture` returns: an RGB image whose pixels are on the disk."""
 
-    _path: Path
+    _path: Path | PictureSource
     _own: Any = None
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | PictureSource) -> None:
         super().__init__()
-        if "\0" in str(path):
+        if isinstance(path, (str, Path)) and "\0" in str(path):
             raise PictureError(f"path must be of a file, got {str(path)!r}, which holds a null character")
-        self._path = Path(path).absolute()
+        self._path = Path(path).absolute() if isinstance(path, (str, Path)) else path
         self._stamp = _stamp(self._path)
         self._size = _shown_size(self._path)
         self._mode, self.readonly = "RGB", 1
 
     @property
     def filename(self) -> str:
-        """The path of the file."""
+        """The path of the file, or the name of the source."""
         return str(self._path)
 
     # Pillow keeps an image's pixels in `im` (from version 11 on in `_im` behind it). Here they are decoded at every use, and
@@ -161,7 +178,7 @@ class PictureFile(Image.Image):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._own is None:
-            return open_picture, (str(self._path),)
+            return open_picture, (str(self._path) if isinstance(self._path, Path) else self._path,)
         return Image.frombytes, (self.mode, self.size, self.tobytes())
 
 
@@ -170,9 +187,9 @@ class _Recent:
 
     def __init__(self, limit: int) -> None:
         self._limit, self._lock = limit, threading.Lock()
-        self._held: OrderedDict[tuple[Path, tuple[int, int]], tuple[int, Any]] = OrderedDict()
+        self._held: OrderedDict[tuple[Path | PictureSource, tuple[int, int]], tuple[int, Any]] = OrderedDict()
 
-    def pixels(self, path: Path, stamp: tuple[int, int], size: tuple[int, int]) -> Any:
+    def pixels(self, path: Path | PictureSource, stamp: tuple[int, int], size: tuple[int, int]) -> Any:
         if _stamp(path) != stamp:
             raise PictureError(
                 f"{path} must be as it was when it was opened, but it has changed; read the examples again"
@@ -194,18 +211,20 @@ class _Recent:
 _recent = _Recent(_KEPT_BYTES)
 
 
-def _opened(path: Path) -> ImageFile.ImageFile:
+def _opened(path: Path | PictureSource) -> ImageFile.ImageFile:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path)
+            return Image.open(path if isinstance(path, Path) else BytesIO(path.read()))
+    except PictureError:  # of a source
+        raise
     except FileNotFoundError:
         raise PictureNotFoundError(f"{path} must be a picture, but there is no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PictureError(f"{path} must be a picture that Pillow reads ({error}); save it as PNG or JPEG") from None
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path | PictureSource) -> Image.Image:
     with _opened(path) as image:
         try:
             image.load()
@@ -217,7 +236,7 @@ def _decode(path: Path) -> Image.Image:
             raise PictureError(f"{path} must be a whole picture, but its pixels cannot be read ({error})") from None
 
 
-def _shown_size(path: Path) -> tuple[int, int]:
+def _shown_size(path: Path | PictureSource) -> tuple[int, int]:
     """Width and height as shown, from the header; says so where there are further frames."""
     with _opened(path) as image:
         if image.format in _FRAMED and getattr(image, "is_animated", False):
@@ -229,7 +248,9 @@ def _shown_size(path: Path) -> tuple[int, int]:
         return (height, width) if sideways else (width, height)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path | PictureSource) -> tuple[int, int]:
+    if not isinstance(path, Path):
+        return path.stamp()
     try:
         about = path.stat()
     except FileNotFoundError:

@@ -68,7 +68,7 @@ def read_examples(path: str | Path) -> list[Example]:
         if not line.strip():
             continue
         where = f"{path.name}:{number}"
-        example = _example(parse_json(line, where), where, f"{path.stem}/{number}", path.parent)
+        example = example_of(parse_json(line, where), where, f"{path.stem}/{number}", path.parent)
         if (first := lines.setdefault(example.id, number)) != number:
             raise DataFileError(
                 f"{where} must have an id of its own, got {example.id!r}, which line {first} has; change one of them"
@@ -165,7 +165,19 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     return found
 
 
-def _example(row: Mapping[str, Any], where: str, name: str, folder: Path) -> Example:
+def example_of(row: Mapping[str, Any], where: str, name: str, folder: Path) -> Example:
+    """The example of one line's object.
+
+    Args:
+        row: The object.
+        where: Names the line in errors.
+        name: The example's id where the object gives none.
+        folder: That paths of pictures are relative to.
+
+    Raises:
+        DataFileError: As :func:`read_examples`.
+        PictureNotFoundError: As :func:`read_examples`.
+    """
     if unknown := sorted(set(row) - {*_KEYS}):
         raise DataFileError(
             f"{where} must have keys out of {list(_KEYS)}, got {unknown}; put what else you have in meta"

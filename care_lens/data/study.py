@@ -4,16 +4,20 @@ fit: subspaces, means and directions are learned here. calibration: benign only,
 here. test: reported, and read once. No item (group) stands in two splits.
 """
 
+import logging
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
 from care_lens.core.require import require_examples
+from care_lens.data.behaviours import deal_behaviours
+
+log = logging.getLogger(__name__)
 
 Split = Literal["fit", "calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -81,6 +85,79 @@ class Study:
         missing = [c for channels in self.seen.values() for c in channels if not self.suites.get("fit", {}).get(c)]
         if missing:
             raise StudyError(f"seen channels must have examples in the fit split, got none for {missing}")
+
+    @classmethod
+    def from_examples(
+        cls,
+        examples: Sequence[Example] | Sequence[Sequence[Example]],
+        *,
+        name: str,
+        judge: Judge,
+        outcome: UnsafeMargin,
+        refusal: str,
+        seen: Mapping[Modality, tuple[str, ...]] | None = None,
+        plain: str = "plain",
+        shares: Mapping[Split, float] | None = None,
+        seed: int = 0,
+        about: str = "",
+    ) -> "Study":
+        """A study of one or several benchmarks, dealt to splits so that no behaviour stands in two.
+
+        Examples with one group, or with one text of a behaviour, go to one split, of whatever benchmark they are; each channel is spread over
+        the splits by the shares. Behaviours that are harmful only are not dealt to the calibration split, which is for gates and
+        benign. The same examples and seed give the same study, in whatever order they come.
+
+        Args:
+            examples: Examples, or a list of benchmarks (:mod:`care_lens.data.benchmarks`) or other lists of examples.
+            name: As of the study, and so are ``judge``, ``outcome``, ``refusal``, ``plain`` and ``about``.
+            seen: Attack channels that the fit may use. None: all but ``plain`` that have behaviours enough to be in the fit split; those
+                with pictures are visual, the others textual.
+            shares: Share of the behaviours of each split; by default 40 % fit, 15 % calibration, 15 % validation, 30 % test.
+            seed: Of the deal.
+
+        Returns:
+            The study. Responses are those of the examples; :meth:`require` says which are missing. Pairs are added with
+            ``dataclasses.replace(study, pairs=...)``, from examples of its fit split.
+
+        Raises:
+            StudyError: If there are no examples, ids stand twice in a channel, a channel is harmful and benign, or a seen channel has too few
+                behaviours to be in the fit split.
+            ValueError: If shares do not sum to 1, or are of no split.
+
+        Example:
+            >>> from care_lens.evaluation import SubstringRefusalJudge
+            >>> rows = [Example(f"fold {i}", harmful=i % 2 == 0, channel="ab"[i % 2], id=str(i), group=f"item {i % 5}") for i in range(20)]
+            >>> study = Study.from_examples(
+            ...     rows, name="folds", judge=SubstringRefusalJudge(), outcome=UnsafeMargin(comply=(1,), refuse=(2,)), refusal="no", plain="a"
+            ... )
+            >>> {split: sum(map(len, suites.values())) for split, suites in study.suites.items()}
+            {'fit': 8, 'calibration': 4, 'validation': 4, 'test': 4}
+        """
+        rows = _flat(examples)
+        if not rows:
+            raise StudyError("examples must hold one or more, got none; see the problems of their benchmarks")
+        shares = _require_shares(shares)
+        homes = deal_behaviours(rows, shares, benign_only=("calibration",), seed=seed)
+        suites: dict[Split, dict[str, list[Example]]] = {split: {} for split in SPLITS}
+        for example, home in sorted(zip(rows, homes), key=lambda pair: (pair[0].channel, pair[0].id)):
+            suites[home].setdefault(example.channel, []).append(example)
+        if seen is None:
+            seen = _seen_by_pictures(suites["fit"], plain)
+            held = sorted(
+                {e.channel for e in rows if e.harmful} - {plain, *(c for some in seen.values() for c in some)}
+            )
+            if held:
+                log.warning("%s: too few behaviours for the fit split, and so held out: %s", name, ", ".join(held))
+        return cls(
+            name=name,
+            about=about,
+            suites={split: {c: tuple(some) for c, some in channels.items()} for split, channels in suites.items()},
+            seen=seen,
+            judge=judge,
+            outcome=outcome,
+            refusal=refusal,
+            plain=plain,
+        )
 
     def _require_channels(self) -> None:
         home: dict[str, str] = {}
@@ -175,6 +252,33 @@ class Study:
         return replace(self, suites=suites, pairs=pairs, gradient=self.gradient[:n])
 
 
+def _flat(examples: Any) -> list[Example]:
+    """Examples out of a list of them, or of a list of such lists."""
+    if isinstance(examples, (str, bytes, Example)) or not isinstance(examples, Iterable):
+        raise TypeError(f"examples must be a list of examples or of benchmarks, got {type(examples).__name__}")
+    rows: list[Example] = []
+    for index, one in enumerate(examples):
+        rows += [one] if isinstance(one, Example) else require_examples(one, f"examples[{index}]")
+    return rows
+
+
+def _seen_by_pictures(suites: Mapping[str, Sequence[Example]], plain: str) -> dict[Modality, tuple[str, ...]]:
+    """All attack channels but the plain one: those with a picture act through it."""
+    attacks = {c: some for c, some in suites.items() if some[0].harmful and c != plain}
+    pictured = [c for c, some in attacks.items() if any(example.image is not None for example in some)]
+    return {"visual": tuple(sorted(pictured)), "textual": tuple(sorted({*attacks} - {*pictured}))}
+
+
+def _require_shares(shares: Mapping[Split, float] | None) -> Mapping[Split, float]:
+    """Shares of the splits, by default those of the docstrings."""
+    shares = shares or {"fit": 0.4, "calibration": 0.15, "validation": 0.15, "test": 0.3}
+    if unknown := [split for split in shares if split not in SPLITS]:
+        raise ValueError(f"shares must be of splits out of {list(SPLITS)}, got {unknown}")
+    if not all(share >= 0 for share in shares.values()) or abs(sum(shares.values()) - 1.0) > 1e-6:
+        raise ValueError(f"shares must be 0 or more and sum to 1, got {dict(shares)}")
+    return shares
+
+
 def _require_name(name: object, known: Sequence[str], what: str) -> None:
     if name not in known:
         raise ValueError(f"{what} must be one of {list(known)}, got {name!r}")
@@ -200,11 +304,7 @@ def split_by_group(
         ValueError: if shares do not sum to 1, one is negative or of no split, or examples have neither group nor id.
     """
     require_examples(examples)
-    shares = shares or {"fit": 0.4, "calibration": 0.15, "validation": 0.15, "test": 0.3}
-    if unknown := [split for split in shares if split not in SPLITS]:
-        raise ValueError(f"shares must be of splits out of {list(SPLITS)}, got {unknown}")
-    if not all(share >= 0 for share in shares.values()) or abs(sum(shares.values()) - 1.0) > 1e-6:
-        raise ValueError(f"shares must be 0 or more and sum to 1, got {dict(shares)}")
+    shares = _require_shares(shares)
     if nameless := [i for i, example in enumerate(examples) if not (example.group or example.id)]:
         raise ValueError(
             f"examples must have a group or an id to be dealt by, got neither at {nameless[:5]}; give them ids"

@@ -19,6 +19,25 @@ def test_the_code_of_the_page_runs(capsys):
     names["lvlm"].close()
 
 
+def test_the_code_of_the_page_on_benchmarks_runs(capsys):
+    page = PAGE.with_name("benchmarks.md")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+    told = capsys.readouterr().out
+    assert (
+        "PreflightReport(figstep: 1 errors, 1 warnings) False" in told and "FigStep(11 examples, 1 problems) 12" in told
+    )
+    assert "safebench.csv row 12: no file" in told
+    readers = {
+        line.split("`")[1]: line.split("`")[3]
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+    }
+    assert readers == {reader.__name__: name for name, reader in names["benchmarks"].READERS.items()}
+    names["lvlm"].close()
+
+
 def test_the_code_of_the_page_on_conversations_runs(capsys):
     page = PAGE.with_name("conversations.md")
     names: dict[str, object] = {}
