@@ -65,12 +65,12 @@ leading[
 places["picture"].plot()
 
 # %% [markdown]
-# The decision to refuse is taken in the first block of the language tower: its attention carries all of the effect and its MLP nine tenths or more; nothing
-# above scores more than a fifth. A wrapper and a pointed-at item do the same thing there: the name does not arrive as one to be refused. This is why both
-# open the model: nothing above looks again.
+# A named item is recognised in the first block of the language tower: its attention carries all of the effect and its MLP nine tenths, at the last token; nothing
+# above scores more than a quarter. A wrapper acts in two places: in block 0 at the words of the text, and in block 6, whose attention brings to the last token that
+# this is a wrapped request (0.70: it brings half of the effect and takes nine tenths of it away).
 #
-# The item itself goes another way. It starts in the vision tower's first MLP, and the attention of block 2 brings it to the language tower's text.
-# `care-lens run` tries its readers after the blocks of the carriers of all pair sets (score of 0.5 or more): after blocks 0 and 2, from these rankings.
+# The item in the picture goes another way. All four blocks of the vision tower work on it (its first MLP most, and the attention of blocks 2 and 3), and block 0 of the language
+# tower brings it to the text. `care-lens run` tries its readers after the blocks of the carriers of all pair sets (score of 0.5 or more): after blocks 0 and 6, from these rankings.
 #
 # ## Heads and neurons
 #
@@ -78,7 +78,7 @@ places["picture"].plot()
 # exactly, with as many random ones: the estimate must rank units as the exact effects do, and miss none.
 
 # %%
-units = ["blocks.0.attn.hook_z", "blocks.2.attn.hook_z", "blocks.0.mlp.hook_post"]
+units = ["blocks.0.attn.hook_z", "blocks.6.attn.hook_z", "blocks.0.mlp.hook_post"]
 estimates = {
     name: attribute(
         lvlm, pairs[name], outcome=outcomes[name], sites=units, patches=(), points=8, n_boot=300, progress=False
@@ -103,11 +103,10 @@ exact = exact.sort_values("value", ascending=False).groupby(["pairs", "component
 exact.sort_values(["pairs", "component"])[["pairs", "mediator", "estimate", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# Few heads and many neurons: heads 1 and 4 of block 0 hand a plain name on; exchanged one at a time they bring 9 and 7 of the 12.8 nats (more than all of it
-# together: they stand in for each other). A wrapper acts through another head, 0, which brings nearly all of its 21 nats. No neuron brings more than a tenth or
-# so of the effect, and the three that lead for the wrapper are not those of the typographic pairs. Integrated gradients find the leading units, and among units
-# drawn at random the order of the neurons is right (Spearman 0.8) and that of the heads uncertain; they underrate the wrapper's head 0 and the second of the typographic heads by half or more, which is why estimates are checked. (No leading unit
-# was missed, but with ten units of a kind the interval of the miss rate is wide.)
+# Few heads: head 4 of block 0 hands a plain name on and brings all of its 9.2 nats; head 2 of block 6 brings half of the wrapper's 8.3 nats. Neurons share the work for a plain name
+# (none brings more than a seventh), while one neuron of block 0's MLP brings more than half of the wrapper's effect. Integrated gradients find all of these units, and rate that neuron at
+# less than half of what it does: estimates are checked. Among the wrapper's units most effects are near zero, so that their order says little (the Spearman interval spans everything);
+# with ten units of a kind the interval of the miss rate is wide too.
 #
 # ## Attention between spans
 #
@@ -141,9 +140,8 @@ item_arrives = knockout(
 item_arrives.plot()
 
 # %% [markdown]
-# Without block 0's look at the text the safe twin's margin rises by about the whole effect: the named item is no longer refused. (The unsafe twin falls by 2 nats at once, so that TE falls by a little more than all of it.)
-# In the other layers the cut does next to nothing. The picture's item is lost in block 2, as `localise` said: only there does the unsafe run lose likelihood worth naming, 0.4 of 1.3 nats. In blocks 3 and 4 TE falls
-# mostly because the safe run gains.
+# Without block 0's look at the text the safe twin's margin rises by 5 nats and the unsafe twin's falls by 4, so that nothing of the total effect of 9 is left. In the other layers the cut does little (block 6
+# at most 0.6 nats, by less than its interval). The picture's item is lost in block 0 as well: there, and only there, the unsafe run loses likelihood worth naming, 0.9 of 1.3 nats.
 #
 # ## Who reads it
 #
@@ -161,8 +159,8 @@ paths = path_effects(
 paths.plot()
 
 # %% [markdown]
-# Nearly all goes through the MLP of the same block (11.6 of 12.8 nats). From there 5.7 nats go straight to the end, and 3.9 more through the MLPs of blocks 1 to 4, most through the first of them. Attention decides what the MLP
-# of block 0 sees, and that MLP writes the refusal.
+# Nearly all goes through the MLP of the same block (8.2 of 9.2 nats). From there the work is spread: 1.9 nats through the MLP of block 1, 2.9 through those of blocks 2 to 7, about 1.7 through
+# attention above, and 1.3 straight to the end. A harm feature that each block reads and writes on.
 #
 # ## Patches
 #
@@ -205,11 +203,11 @@ shares = ablation.frame.query("effect == 'share' and metric == 'complied' and co
 shares.pivot_table(index="layer", columns="component", values="value").round(2)
 
 # %% [markdown]
-# Not in this model. Without any part of block 0 it says nothing sensible at all. Above it the attention of block 1 is what the attacks need (0.03 of them succeed without it, 0.97 without the MLP), and in
-# blocks 2 to 4 the attacks lose more without attention than without the MLP in this sample of 32, by less than the intervals. Skipping a block says what a behaviour needs, not where it is decided: benign answers need block 1's attention as well
-# (the model card has the same table for benign channels). The refusal is decided in block 0, by attention and MLP together.
+# Partly. Without any part of block 0 it says nothing sensible at all. Above it, the last two blocks matter: without the MLP of block 6 or 7 the attacks fall to 0.72 and 0.62, without the attention of block 6 to 0.50,
+# and most of what is lost are refusals: these parts say that a request is one to be answered. In blocks 1 to 5 single MLPs cost at most 12 of 100 attacks and attention up to 34. So MLPs matter, late ones above all, and do not
+# outweigh attention. Thirty-two attacks: differences below 0.2 are within the intervals. Skipping a block says what a behaviour needs, not where it is decided.
 #
 # ## What this diagnosis can be trusted for
 #
-# It was tried on copies of this model in which a channel was opened at a place drawn beforehand; see "Localise" in the documentation. Integrated gradients over components and `localise` put that place first in 21 of 22
-# copies each, a linear probe in none.
+# It was tried on copies of an earlier bundled model in which a channel was opened at a place drawn beforehand; see "Localise" in the documentation. Integrated gradients over components and `localise` put that place first in 21 of 22
+# copies each, a linear probe in none. Copies of this model have not been made yet.

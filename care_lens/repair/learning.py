@@ -207,8 +207,9 @@ class Readers:
                 self._rows, site, modality, offset=offset, rank=rank, shuffle_seed=self._shuffle
             )
             reader = reader_of(subspace, offset=offset, rank=rank)
-            scores = reader.tokens(self._rows.harmless(site, offset)[None])[0]
-            self._made[key] = subspace, reader.standardised(scores)
+            # In units of the largest score of each benign prompt: a reader of the answer looks at many tokens, and a gate that is
+            # shared with one of the prompt alone would otherwise be set by the answer's tail.
+            self._made[key] = subspace, reader.standardised(captured_scores(reader, self._rows.benign))
         return self._made[key]
 
     def fit(self, plan: ReaderPlan, calibration: TokenRows) -> FittedReaders:
