@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from care_lens.core.display import ShortRepr, as_text
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
@@ -32,7 +33,7 @@ class StudyError(CareLensError, ValueError):
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(ShortRepr):
     """Example sets of one study.
 
     Attributes:
@@ -69,6 +70,17 @@ class Study:
     plain: str = "plain"
     gradient: tuple[Example, ...] = ()
     about: str = ""
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its splits, channels and pair sets, counted."""
+        told = {split: f"{sum(map(len, c.values()))} examples of {len(c)} channels" for split, c in self.suites.items()}
+        told |= {"seen": "; ".join(f"{m}: {', '.join(c)}" for m, c in self.seen.items())}
+        return "Study", {"name": self.name} | told | {
+            "pairs": ", ".join(f"{k} ({len(p)})" for k, p in self.pairs.items())
+        }
+
+    def __repr__(self) -> str:
+        return as_text(*self.shown())
 
     def __post_init__(self) -> None:
         for what in ("suites", "seen", "pairs", "pair_outcomes"):
