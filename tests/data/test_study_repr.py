@@ -1,5 +1,8 @@
 """A study says what it holds in a few lines."""
 
+import subprocess
+import sys
+
 import pytest
 
 from care_lens import organism
@@ -18,11 +21,19 @@ def test_a_study_prints_counts_not_examples():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "tset"}, "split"),
-        ({"split": "test", "n": -1}, "n must be a whole number of 0 or more"),
-        ({"split": "test", "per_item": 0}, "per_item must be a whole number of 1 or more"),
+        ({"n": -1}, "n must be a whole number of 0 or more"),
+        ({"per_item": 0}, "per_item must be a whole number of 1 or more"),
     ],
 )
 def test_examples_that_cannot_be_had_are_refused(options, message):
-    with pytest.raises(Exception, match=message):  # the tests' own check of types speaks first where a type is wrong
-        organism.examples("typographic", **options)
+    with pytest.raises(ValueError, match=message):
+        organism.examples("typographic", "test", **options)
+
+
+def test_a_split_that_is_none_is_refused_where_types_are_not_checked():
+    code = "from care_lens.organism import channels; channels.examples('typographic', 'tset')"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (
+        told.returncode
+        and "split must be one of ['fit', 'calibration', 'validation', 'test'], got 'tset'" in told.stderr
+    )
