@@ -359,10 +359,12 @@ def evaluate(
     from care_lens.evaluation import evaluate as step
     from care_lens.repair import HybridFusion
 
+    if not (repair / "repair.json").is_file():
+        raise typer.BadParameter(f"REPAIR must be a folder with repair.json, as `care-lens fit` saves it, got {repair}")
+    saved = replace(HybridFusion.load(repair), name="repair")
     lvlm, study = _load(model, data, seed, device, dtype, judge, out)
     settings = _settings(study, model, short, seed, batch_size, max_new_tokens)
     study = study.limited(settings.limit) if settings.limit else study
-    saved = replace(HybridFusion.load(repair), name="repair")
     out.mkdir(parents=True, exist_ok=True)
     table = step(
         lvlm,

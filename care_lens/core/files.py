@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -106,7 +107,8 @@ def save_artifact(
         TypeError: If the content is not JSON-able.
         ValueError: If the content has one of the manifest's own keys, or holds NaN or infinity.
         OSError: If a file cannot be written.
-        ArtifactError: If a file of that name is there that no save has written; it is left as it is.
+        ArtifactError: If a file of that name is there that no save has written, or a file stands where the directory should; it is left
+            as it is.
     """
     own = {"kind": kind, "schema": schema, _FILES: {suffix: sha256(found) for suffix, found in data.items()}}
     if taken := {*own, _SUM} & {*content}:
@@ -115,8 +117,10 @@ def save_artifact(
     manifest = json.loads(json.dumps({**own, **content}, allow_nan=False))
     text = json.dumps({**manifest, _SUM: _sum(manifest)}, indent=2, allow_nan=False) + "\n"
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ArtifactError(f"{directory} must be a folder, got a file, which is left as it is; use another path")
     note = directory / f".{name}.saving"
-    _require_own(directory, name, [*data], note)
+    _require_own(directory, name, kind, [*data], note)
     # The note says whose the data files are if the save is cut off before the manifest is there.
     write_whole(note, json.dumps(sorted(data)) + "\n")
     for suffix, found in data.items():
@@ -126,7 +130,7 @@ def save_artifact(
     return path
 
 
-def _require_own(directory: Path, name: str, suffixes: Sequence[str], note: Path) -> None:
+def _require_own(directory: Path, name: str, kind: str, suffixes: Sequence[str], note: Path) -> None:
     """Refuse to write over files that no save of this name has written.
 
     Raises:
@@ -137,8 +141,7 @@ def _require_own(directory: Path, name: str, suffixes: Sequence[str], note: Path
     if manifest.exists():
         try:
             held = json.loads(manifest.read_bytes())
-            # Layouts before the sums name no files: they are ours by their kind and schema.
-            known = isinstance(held, dict) and {"kind", "schema"} <= {*held}
+            known = isinstance(held, dict) and ({"kind", "schema", _FILES, _SUM} <= {*held} or _older(held, kind))
         except ValueError:
             held, known = {}, note.exists()
         if not known:
@@ -153,6 +156,26 @@ def _require_own(directory: Path, name: str, suffixes: Sequence[str], note: Path
                 f"{path} must be free, got a file without the manifest that care_lens writes, which is left as it is; use another "
                 "name, or remove it"
             )
+
+
+def _older(held: Mapping[str, Any], kind: str) -> bool:
+    """Whether a manifest is of a layout before the sums, which named no files: ours by its kind and schema, and the first repairs by
+    all of their keys. Other programs write a "kind" and a "schema" too."""
+    if {*held} == {"schema", "versions", "repair"}:
+        return held["schema"] == 1
+    return held.get("kind") == kind and type(held.get("schema")) is int
+
+
+def warn_unsummed(path: str | Path) -> None:
+    """Say that a file is of a layout without sums, in which damage does not show.
+
+    Warns:
+        UserWarning: Naming it.
+    """
+    warnings.warn(
+        f"{path} is of schema 1, which had no checksum, so that damage of it is not seen; compare it with its source, and save it again",
+        stacklevel=3,
+    )
 
 
 def load_artifact(

@@ -13,7 +13,7 @@ import pandas as pd
 
 from care_lens.core.cells import csv_text, defused_text, restored
 from care_lens.core.errors import ArtifactError
-from care_lens.core.files import load_artifact, save_artifact
+from care_lens.core.files import load_artifact, save_artifact, warn_unsummed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -127,6 +127,7 @@ class FrameResult(ABC):
         if (old := _first_schema(directory / f"{name}.json", cls.__name__)) is not None:
             if context is not None:
                 raise ArtifactError(f"{name}.json must be of this run, got a file of an older version; remove it")
+            warn_unsummed(directory / f"{name}.json")
             columns, settings = old["columns"], old["settings"]
             data = {path.name[len(name) + 1 :]: path.read_bytes() for path in directory.glob(f"{name}.*csv")}
             if "csv" not in data:

@@ -120,9 +120,11 @@ class Site:
                 return cls(tower, None, component)
         except ValueError as error:
             raise ValueError(f"site {site!r} is not known: {error}") from None
+        # A string where a list is asked for is gone through letter by letter.
+        hint = "; give a list of sites, not a string" if len(site) == 1 else ""
         raise ValueError(
             "site must look like 'blocks.3.hook_mlp_out', 'vision.blocks.3.hook_mlp_out', "
-            f"'vision.hook_embed' or 'projector.hook_out', got {site!r}"
+            f"'vision.hook_embed' or 'projector.hook_out', got {site!r}{hint}"
         )
 
 

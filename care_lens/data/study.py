@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from care_lens.core.display import ShortRepr, as_text
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
@@ -32,7 +33,7 @@ class StudyError(CareLensError, ValueError):
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(ShortRepr):
     """Example sets of one study.
 
     Attributes:
@@ -53,8 +54,8 @@ class Study:
 
     Raises:
         StudyError: if a split or modality is unknown, a group stands in two splits, an id stands twice in a channel of a split, a seen channel
-            has no fit examples, a channel mixes harmful and benign, or the name of a pair set is no plain file name. It is
-            a ValueError.
+            has no fit examples, a channel mixes harmful and benign, a seen or the plain channel is benign, or the name of a pair
+            set is no plain file name. It is a ValueError.
         TypeError: if a channel holds other things than examples, or seen names channels by one text.
     """
 
@@ -69,6 +70,17 @@ class Study:
     plain: str = "plain"
     gradient: tuple[Example, ...] = ()
     about: str = ""
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its splits, channels and pair sets, counted."""
+        told = {split: f"{sum(map(len, c.values()))} examples of {len(c)} channels" for split, c in self.suites.items()}
+        told |= {"seen": "; ".join(f"{m}: {', '.join(c)}" for m, c in self.seen.items())}
+        return "Study", {"name": self.name} | told | {
+            "pairs": ", ".join(f"{k} ({len(p)})" for k, p in self.pairs.items())
+        }
+
+    def __repr__(self) -> str:
+        return as_text(*self.shown())
 
     def __post_init__(self) -> None:
         for what in ("suites", "seen", "pairs", "pair_outcomes"):
@@ -85,6 +97,12 @@ class Study:
         missing = [c for channels in self.seen.values() for c in channels if not self.suites.get("fit", {}).get(c)]
         if missing:
             raise StudyError(f"seen channels must have examples in the fit split, got none for {missing}")
+        attacks = dict.fromkeys([*(c for channels in self.seen.values() for c in channels), self.plain])
+        if benign := [c for c in attacks if any(c in self.channels(split, harmful=False) for split in SPLITS)]:
+            raise StudyError(
+                f"seen and plain must name channels of harmful requests, got {benign}, which are benign; name attack channels, or set "
+                "harmful in their examples"
+            )
 
     @classmethod
     def from_examples(
@@ -223,8 +241,8 @@ class Study:
         """Refuse a study that lacks what the four steps need, before anything is run.
 
         Raises:
-            StudyError: naming every gap: splits without benign or seen attack channels, missing plain requests, and examples
-                without the response that is teacher-forced.
+            StudyError: naming every gap: splits without benign or seen attack channels, missing plain requests, examples
+                without the response that is teacher-forced, and gradient requests without a picture or without the answer aimed at.
         """
         gaps = [f"{split}: no benign examples" for split in SPLITS if not self.benign(split)]
         for split in ("fit", "validation", "test"):
@@ -235,6 +253,11 @@ class Study:
         for split in ("fit", "calibration", "validation"):
             rows = [*self.benign(split), *(e for m in self.seen for e in self.malicious(split, m))]
             gaps += [f"{split}: example {e.id!r} of {e.channel!r} has no response" for e in rows if e.response is None]
+        for what, lacking in (
+            ("picture", [e.id for e in self.gradient if e.image is None]),
+            ("response", [e.id for e in self.gradient if not e.response]),
+        ):
+            gaps += [f"gradient: example {name!r} has no {what}" for name in lacking]
         if gaps:
             more = f" and {len(gaps) - 12} more" if len(gaps) > 12 else ""
             raise StudyError(f"the study must hold what the steps need, got gaps: {'; '.join(gaps[:12])}{more}")

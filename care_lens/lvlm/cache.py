@@ -60,7 +60,9 @@ class LVLMCache(ActivationCache):
     def __deepcopy__(self, memo: Any) -> "LVLMCache":
         """A cache of copies of the activations, of the same model."""
         copies = {name: value.detach().clone() for name, value in self.cache_dict.items()}
-        return type(self)(copies, self.model, has_batch_dim=self.has_batch_dim)
+        return type(self)(
+            copies, self.model, has_batch_dim=self.has_batch_dim, image_rows=self.image_rows, batch_size=self._rows
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled.

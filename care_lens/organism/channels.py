@@ -18,7 +18,7 @@ from care_lens.organism import prompts, render, tasks
 from care_lens.organism.prompts import Ask, Context, Reference
 from care_lens.organism.render import PictureKind, Style
 from care_lens.organism.tasks import Task
-from care_lens.organism.world import Noun, Split, world
+from care_lens.organism.world import SPLITS, Noun, Split, world
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def examples(channel: str, split: Split, *, n: int | None = None, per_item: int 
         seed: of wording and pictures; the same arguments always give the same examples.
 
     Raises:
-        ValueError: if the channel is unknown.
+        ValueError: if the channel or the split is unknown, or a number is none.
 
     Example:
         >>> from care_lens.organism import channels
@@ -206,6 +206,11 @@ def channel_tasks(channel: str, split: Split, *, per_item: int = 1, seed: int = 
     """Identifiers and tasks of a channel, before they are drawn; see `examples`."""
     if channel not in CHANNELS:
         raise ValueError(f"channel must be one of {sorted(CHANNELS)}, got {channel!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
+    for name, count, least in (("n", n, 0), ("per_item", per_item, 1)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+            raise ValueError(f"{name} must be a whole number of {least} or more, got {count!r}")
     recipe = CHANNELS[channel]
     nouns = [
         noun

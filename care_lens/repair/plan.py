@@ -148,7 +148,7 @@ class RepairPlan:
         if more := len(groups) - _MOST_GROUPS:
             lines += [f"  and {more} more: see .frame"] * (more > 0)
         lines.append(f"  cost: {self.cost}")
-        if self.readings is not None:
+        if self.readings is not None and len(self.readings):
             opened = self.readings.groupby("part", sort=False)["gate"].agg(lambda gate: int((gate > 0).sum()))
             rows = self.readings["row"].nunique()
             lines.append("  on this batch open: " + listed([f"{part} in {n} of {rows}" for part, n in opened.items()]))

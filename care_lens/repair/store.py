@@ -100,12 +100,16 @@ def load_repair(kind: type[Loaded], directory: str | Path) -> Loaded:
         FileNotFoundError: If a file is not there.
         RepairFileError: If the files are damaged, hold another kind or one that is not registered, hold settings or tensors
             that make no repair, or come from a newer version.
+
+    Warns:
+        UserWarning: If they are of schema 1, which had no checksums.
     """
     path = Path(directory) / f"{_NAME}.json"
     try:
         manifest = files.read_object(path, kind="repair")
         if manifest.get("schema") == 1 and {*manifest} == {"schema", "versions", "repair"}:
             data = {"safetensors": path.with_suffix(".safetensors").read_bytes()}
+            files.warn_unsummed(path)
         else:
             data, manifest = files.load_artifact(directory, _NAME, kind=_KIND, schema=SCHEMA, oldest=2)
         tensors = files.tensors_of(data, where=path.with_suffix(".safetensors"))

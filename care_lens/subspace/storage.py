@@ -123,6 +123,8 @@ def _older(manifest: dict[str, Any], path: Path) -> tuple[dict[str, bytes], dict
             f"{path.with_name(TENSORS_FILE)} must be the file its manifest describes, but its checksum differs; "
             "copy both files again"
         )
+    if schema == 1:
+        files.warn_unsummed(path)
     for version in range(schema, SCHEMA):
         manifest = {**_MIGRATIONS[version](manifest), "schema": version + 1}
     return {"safetensors": data}, manifest

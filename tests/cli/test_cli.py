@@ -215,3 +215,9 @@ def test_a_command_gives_back_the_logging_of_its_process(monkeypatch, tmp_path):
     assert root.handlers == [mine] and (root.level, ours.level) == levels
     mine.handle(logging.makeLogRecord({"msg": "still open"}))
     assert mine.stream.getvalue() == "still open\n"
+
+
+def test_a_repair_that_is_not_there_is_told_before_a_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    result = invoke("evaluate", str(tmp_path))
+    assert result.exit_code == 2 and "REPAIR must be a folder with repair.json" in " ".join(result.output.split())

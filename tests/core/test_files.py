@@ -69,6 +69,31 @@ def test_other_kinds_newer_schemas_and_foreign_files_are_refused(tmp_path):
         load_artifact(tmp_path, "absent", kind="Effects", schema=2)
 
 
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"kind": "svc", "schema": 1, "mine": 2},
+        {"kind": "Effects", "schema": "draft-07"},
+        {"schema": 1, "versions": {}},
+        [],
+    ],
+)
+def test_files_of_other_programs_that_have_a_kind_too_are_left_as_they_are(tmp_path, theirs):
+    (tmp_path / "effects.json").write_text(json.dumps(theirs))
+    (tmp_path / "effects.csv").write_text("my table")
+    with pytest.raises(ArtifactError, match="care_lens did not write"):
+        _save(tmp_path)
+    assert json.loads((tmp_path / "effects.json").read_text()) == theirs
+    assert (tmp_path / "effects.csv").read_text() == "my table" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_where_the_folder_should_be_is_left_as_it_is(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ArtifactError, match="must be a folder"):
+        _save(tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_content_keeps_off_the_manifests_keys_and_off_nan(tmp_path):
     with pytest.raises(ValueError, match="kind"):
         _save(tmp_path, kind="x")

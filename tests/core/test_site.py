@@ -54,3 +54,8 @@ def test_what_is_no_site_is_refused(name):
 def test_what_cannot_be_is_refused(tower, layer, component, message):
     with pytest.raises(ValueError, match=message):
         Site(tower, layer, component)
+
+
+def test_a_string_in_place_of_a_list_of_sites_is_named_as_such():
+    with pytest.raises(ValueError, match="give a list of sites, not a string"):
+        [Site.parse(site) for site in "blocks.1.hook_mlp_out"]

@@ -178,6 +178,8 @@ def test_names_of_pair_sets_that_are():
     [
         ({"fit": {"a": make(1) * 2}}, {}, StudyError, "got 'a0' twice"),
         ({"fit": {"a": (make(1)[0], make(1, harmful=True)[0])}}, {}, StudyError, "all harmful or all benign"),
+        ({"fit": {"a": make(1)}}, {"visual": ("a",)}, StudyError, r"\['a'\], which are benign"),
+        ({"test": {"plain": make(1)}}, {}, StudyError, r"\['plain'\], which are benign"),
     ],
 )
 def test_studies_that_contradict_themselves(suites, seen, error, message):
@@ -220,6 +222,9 @@ def test_a_study_with_gaps_names_them_all():
     suites["fit"][channel] = tuple(replace(e, response=None) for e in suites["fit"][channel][:1])
     with pytest.raises(ValueError, match=r"calibration: no benign.*has no response"):
         replace(study, suites=suites).require()
+    attacked = (replace(study.gradient[0], image=None), replace(study.gradient[1], response=None))
+    with pytest.raises(ValueError, match=r"gradient: example .* has no picture; gradient: example .* has no response"):
+        replace(study, gradient=attacked).require()
     study.require()
 
 

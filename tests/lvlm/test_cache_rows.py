@@ -1,5 +1,7 @@
 """Rows of a cache: whose the pictures are."""
 
+import copy
+
 import pytest
 import torch
 
@@ -45,3 +47,12 @@ def test_a_row_of_several_pictures_has_all_of_them(lvlm, picture):
         assert turned.image_rows == (0, 0, 1)
         assert torch.equal(turned["vision.blocks.0.hook_mlp_out"], whole[[1, 2, 0]])
         assert torch.equal(turned["blocks.0.hook_mlp_out"], cache["blocks.0.hook_mlp_out"][[2, 0]])
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_knows_whose_the_pictures_are(lvlm, inputs):
+    _, cache = lvlm.run_with_cache(inputs, sites=["vision.blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out"])
+    taken, expected = copy.deepcopy(cache).apply_slice_to_batch_dim([2]), cache.apply_slice_to_batch_dim([2])
+    assert taken.image_rows == expected.image_rows == (0,) and len(taken.cache_dict) == 2
+    for name, value in expected.items():
+        assert torch.equal(taken[name], value)

@@ -118,6 +118,16 @@ def test_a_file_of_schema_1_is_loaded_and_saved_as_the_present_one(tmp_path):
     assert held_digest(HybridFusion.load(tmp_path)) == held_digest(loaded)
 
 
+def test_a_file_of_schema_1_is_named_as_unchecked_and_can_be_saved_where_it_stands(tmp_path):
+    import shutil
+
+    shutil.copytree(FILES / "schema_1", tmp_path / "a")
+    with pytest.warns(UserWarning, match="schema 1, which had no checksum"):
+        loaded = HybridFusion.load(tmp_path / "a")
+    loaded.save(tmp_path / "a")
+    assert held_digest(HybridFusion.load(tmp_path / "a")) == held_digest(loaded)
+
+
 def test_schema_1_with_wrong_numbers_is_refused(tmp_path):
     """It had no sums: what its numbers must fulfil is all there is."""
     import shutil
