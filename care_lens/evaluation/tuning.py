@@ -118,6 +118,7 @@ def tune(
     layers: Placement | Sequence[int] | None = None,
     answer_tokens: int = 6,
     ranks: Sequence[int] = (0, 8),
+    classifier: bool = True,
     epsilons: Sequence[float] = (0.01, 0.02),
     alphas: Sequence[float] = (1.0, 1.5),
     candidates: int = 4,
@@ -143,6 +144,7 @@ def tune(
             the last.
         answer_tokens: So many tokens of an answer may be read.
         ranks: Ranks of the readers tried; 0 stands for the linear (discriminant) reader.
+        classifier: Whether readers fitted as classifiers are tried.
         epsilons: Shares of benign prompts that a gate may touch.
         alphas: Strengths of the writers; beyond 1 they go past their target.
         candidates: Reader plans that are run with writers, and runs that are checked on benign prompts.
@@ -160,13 +162,16 @@ def tune(
         NoCandidateError: If no plan could be calibrated, or none keeps benign accuracy.
         ValueError: If an option makes no sense, or the study lacks what is read.
     """
-    _require_options(candidates, benign_loss, ranks=ranks, epsilons=epsilons, alphas=alphas)
+    kinds = {} if classifier else {"ranks": ranks}
+    _require_options(candidates, benign_loss, **kinds, epsilons=epsilons, alphas=alphas)
     placement = _placement(layers, lvlm.n_layers())
     rows = study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size) if rows is None else rows
     if not 0 <= answer_tokens <= rows.tokens:
         raise ValueError(f"answer_tokens must be from 0 to {rows.tokens}, those of the rows, got {answer_tokens}")
     comparing, calibrating = halves(study.benign("calibration"), seed=seed)
-    plans = reader_plans(placement.layers, answer_tokens=answer_tokens, ranks=ranks, epsilons=epsilons)
+    plans = reader_plans(
+        placement.layers, answer_tokens=answer_tokens, ranks=ranks, epsilons=epsilons, classifier=classifier
+    )
     table = _compared(lvlm, study, rows, plans, comparing, tokens=answer_tokens, batch_size=batch_size)
 
     attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]

@@ -169,6 +169,7 @@ def to_example(task: Task, *, channel: str, split: Split | str, id: str) -> Exam
         channel=channel,
         id=id,
         group=task.source.name if task.source else id,
+        behaviour=f"make {task.item.name}" if task.harmful and task.item else None,
         meta=meta,
     )
 
@@ -196,6 +197,8 @@ def examples(channel: str, split: Split, *, n: int | None = None, per_item: int 
         >>> one.harmful, one.channel
         (True, 'spelled')
     """
+    if n is not None:
+        _require_count("n", n, least=0)
     return [
         to_example(task, channel=channel, split=split, id=name)
         for name, task in channel_tasks(channel, split, per_item=per_item, seed=seed)[:n]
@@ -208,9 +211,7 @@ def channel_tasks(channel: str, split: Split, *, per_item: int = 1, seed: int = 
         raise ValueError(f"channel must be one of {sorted(CHANNELS)}, got {channel!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
-    for name, count, least in (("n", n, 0), ("per_item", per_item, 1)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
-            raise ValueError(f"{name} must be a whole number of {least} or more, got {count!r}")
+    _require_count("per_item", per_item, least=1)
     recipe = CHANNELS[channel]
     nouns = [
         noun
@@ -248,6 +249,11 @@ def made(
             key = f"{name}/{split}/{seed}/{source.name}"
             out.append(to_example(_task(_rng(key), recipe, source, split), channel=name, split=split, id=key))
     return out
+
+
+def _require_count(name: str, count: int, *, least: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more, got {count!r}")
 
 
 def _item(recipe: Recipe, source: Noun) -> Noun:

@@ -49,7 +49,11 @@ offline = captured_scores
 def plans(layers: Sequence[int], settings: RunSettings) -> list[ReaderPlan]:
     """`care_lens.repair.reader_plans` with the settings of a run."""
     return reader_plans(
-        layers, answer_tokens=settings.answer_tokens, ranks=settings.reader_ranks, epsilons=settings.epsilons
+        layers,
+        answer_tokens=settings.answer_tokens,
+        ranks=settings.reader_ranks,
+        epsilons=settings.epsilons,
+        classifier=settings.reader_classifier,
     )
 
 
@@ -117,6 +121,7 @@ def choose(
         layers=placement or reader_layers({}, lvlm.n_layers(), score=settings.carrier_score),
         answer_tokens=settings.answer_tokens,
         ranks=settings.reader_ranks,
+        classifier=settings.reader_classifier,
         epsilons=settings.epsilons,
         alphas=settings.alphas,
         candidates=settings.candidates,

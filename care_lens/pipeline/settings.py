@@ -25,6 +25,7 @@ class RunSettings:
         alphas: strengths of the writers tried; beyond 1 they go past their target.
         candidates: reader plans that are run with writers, and runs that are checked on benign prompts.
         reader_ranks: ranks of the energy readers tried; 0 stands for the linear (discriminant) reader.
+        reader_classifier: whether readers fitted as classifiers are tried too.
         benign_loss: most that accuracy on benign validation prompts may fall, as a share, for a repair to be chosen.
         printed_layers: on how many neighbouring layers the paper's printed form is put; every window is tried.
         printed_rank, printed_alphas: its rank, and its strengths tried (1: projection; published runs use 4 to 4.5).
@@ -48,6 +49,7 @@ class RunSettings:
     alphas: tuple[float, ...] = (1.0, 1.5)
     candidates: int = 4
     reader_ranks: tuple[int, ...] = (0, 8)
+    reader_classifier: bool = True
     benign_loss: float = 0.03
     printed_layers: int = 3
     printed_rank: int = 8

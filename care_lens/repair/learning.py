@@ -1,7 +1,7 @@
 """Learning a repair: readers, gates and writers of one plan, from rows.
 
-A reader is the discriminant (or the energy of the top generalised eigenvectors) of attacks against harmless rows, for each modality
-and each token that is looked at; a writer moves a token to where the model stands before it refuses. The paper's pencil
+A reader is a linear classifier (or the discriminant, or the energy of the top generalised eigenvectors) of attacks against harmless
+rows, for each modality and each token that is looked at; a writer moves a token to where the model stands before it refuses. The paper's pencil
 C_m u = lambda C_b u is that of `SafetySubspace.fit`; readers and writers apart, and reading the answer, are ours.
 
     rows = study_rows(lvlm, study)
@@ -29,7 +29,7 @@ from care_lens.repair.gate import ConformalGate
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, SiteReader
 from care_lens.repair.rows import FitRows, TokenRows
 from care_lens.repair.writer import Writer
-from care_lens.subspace import Modality, SafetySubspace
+from care_lens.subspace import Modality, SafetySubspace, classifier_direction, subspace_along
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,20 @@ class ReaderPlan:
     Attributes:
         layer: Readers look at the residual stream after this block of the language tower.
         offsets: 0 reads the last prompt token; k reads generated tokens with what was learned at the k-th.
-        rank: 0 for the discriminant, else of the energy.
+        rank: 0 for one direction, else of the energy.
         epsilon: Share of benign prompts that the gate may touch.
+        classifier: The one direction is that of a logistic regression; else it is the discriminant's, the difference of the means
+            whitened by the benign covariance.
 
     Raises:
-        RepairError: If layer, an offset or the rank is below 0, or there is no offset.
+        RepairError: If layer, an offset or the rank is below 0, there is no offset, or a classifier shall have a rank.
     """
 
     layer: int
     offsets: tuple[int, ...] = (0,)
     rank: int = 0
     epsilon: float = 0.01
+    classifier: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", tuple(self.offsets))
@@ -57,12 +60,16 @@ class ReaderPlan:
             raise RepairError(f"offsets must be one or more different numbers of 0 or more, got {self.offsets}")
         if self.layer < 0 or self.rank < 0:
             raise RepairError(f"layer and rank must be 0 or more, got {self.layer} and {self.rank}")
+        if self.classifier and self.rank:
+            raise RepairError(
+                f"rank must be 0 for a classifier, which is one direction, got {self.rank}; leave one out"
+            )
 
     def __str__(self) -> str:
         where = " and ".join(
             "last prompt token" if k == 0 else f"answer, as learned at token {k}" for k in self.offsets
         )
-        what = f"energy of rank {self.rank}" if self.rank else "discriminant"
+        what = f"energy of rank {self.rank}" if self.rank else "classifier" if self.classifier else "discriminant"
         return f"{what} after block {self.layer}, {where}, epsilon {self.epsilon:g}"
 
 
@@ -93,6 +100,7 @@ def reader_plans(
     answer_tokens: int = 6,
     ranks: Sequence[int] = (0, 8),
     epsilons: Sequence[float] = (0.01, 0.02),
+    classifier: bool = True,
 ) -> list[ReaderPlan]:
     """Every plan of some layers: the last prompt token, an answer token, or both; each rank and epsilon.
 
@@ -101,21 +109,34 @@ def reader_plans(
         answer_tokens: So many tokens of an answer may be read.
         ranks: Ranks of the readers; 0 stands for the discriminant.
         epsilons: Shares of benign prompts that a gate may touch.
+        classifier: Whether classifiers are among them.
 
     Example:
         >>> from care_lens.repair import reader_plans
-        >>> [plan.offsets for plan in reader_plans([2], answer_tokens=2, ranks=[0], epsilons=[0.02])]
+        >>> [plan.offsets for plan in reader_plans([2], answer_tokens=2, ranks=[], epsilons=[0.02])]
         [(0,), (1,), (2,), (0, 1), (0, 2)]
     """
     answers = range(1, answer_tokens + 1)
     offsets = [(0,), *((k,) for k in answers), *((0, k) for k in answers)]
-    return [ReaderPlan(*plan) for plan in itertools.product(layers, offsets, ranks, epsilons)]
+    kinds = [*((rank, False) for rank in ranks), *([(0, True)] if classifier else [])]
+    return [
+        ReaderPlan(layer, where, rank, epsilon, learned)
+        for layer, where, (rank, learned), epsilon in itertools.product(layers, offsets, kinds, epsilons)
+    ]
 
 
 def fit_reader_subspace(
-    rows: FitRows, site: Site, modality: Modality, *, offset: int, rank: int, shuffle_seed: int | None = None
+    rows: FitRows,
+    site: Site,
+    modality: Modality,
+    *,
+    offset: int,
+    rank: int,
+    classifier: bool = False,
+    shuffle_seed: int | None = None,
 ) -> SafetySubspace:
-    """The subspace that a reader reads: rank 0 is the discriminant direction, else the top generalised eigenvectors.
+    """The subspace that a reader reads: rank 0 is one direction, of the discriminant or of a classifier, else the top generalised
+    eigenvectors.
 
     At the last prompt token (offset 0) it is fitted on last prompt tokens; for the answer, on the malicious token at the
     offset against every token of benign prompts' ends and answers, since the reader will look at all of them.
@@ -126,6 +147,8 @@ def fit_reader_subspace(
         modality: One of the rows' modalities.
         offset: 0, or which token of the answer.
         rank: 0 or the number of eigenvectors.
+        classifier: For rank 0: the direction of a logistic regression (`care_lens.subspace.classifier_direction`), not of the
+            discriminant.
         shuffle_seed: Deal the rows to the classes at random first: the control fit.
 
     Raises:
@@ -138,6 +161,17 @@ def fit_reader_subspace(
     if shuffle_seed is not None:
         benign, malicious = shuffled_labels(benign, malicious, seed=shuffle_seed)
     token = "last prompt token" if offset == 0 else f"answer token {offset}"
+    provenance = {"rows": token, "split": "fit", "shuffled": shuffle_seed is not None}
+    if classifier:
+        direction = classifier_direction(benign, malicious)
+        return subspace_along(
+            direction,
+            benign,
+            malicious,
+            site=site,
+            modality=modality,
+            provenance={**provenance, "direction": "classifier"},
+        )
     return SafetySubspace.fit(
         benign,
         malicious,
@@ -146,7 +180,7 @@ def fit_reader_subspace(
         projection="oblique",
         site=site,
         modality=modality,
-        provenance={"rows": token, "split": "fit", "shuffled": shuffle_seed is not None},
+        provenance=provenance,
     )
 
 
@@ -197,16 +231,21 @@ class Readers:
 
     def __init__(self, rows: FitRows, *, shuffle_seed: int | None = None) -> None:
         self._rows, self._shuffle = rows, shuffle_seed
-        self._made: dict[tuple[Modality, int, int, int], tuple[SafetySubspace, SiteReader]] = {}
+        self._made: dict[tuple[Modality, int, int, int, bool], tuple[SafetySubspace, SiteReader]] = {}
 
-    def _one(self, modality: Modality, layer: int, offset: int, rank: int) -> tuple[SafetySubspace, SiteReader]:
-        key = (modality, layer, offset, rank)
+    def _one(self, modality: Modality, plan: ReaderPlan, offset: int) -> tuple[SafetySubspace, SiteReader]:
+        key = (modality, plan.layer, offset, plan.rank, plan.classifier)
         if key not in self._made:
-            site = Site("language", layer, "hook_resid_post")
             subspace = fit_reader_subspace(
-                self._rows, site, modality, offset=offset, rank=rank, shuffle_seed=self._shuffle
+                self._rows,
+                Site("language", plan.layer, "hook_resid_post"),
+                modality,
+                offset=offset,
+                rank=plan.rank,
+                classifier=plan.classifier,
+                shuffle_seed=self._shuffle,
             )
-            reader = reader_of(subspace, offset=offset, rank=rank)
+            reader = reader_of(subspace, offset=offset, rank=plan.rank)
             # In units of the largest score of each benign prompt: a reader of the answer looks at many tokens, and a gate that is
             # shared with one of the prompt alone would otherwise be set by the answer's tail.
             self._made[key] = subspace, reader.standardised(captured_scores(reader, self._rows.benign))
@@ -224,9 +263,7 @@ class Readers:
                 for its rank (RankError).
         """
         made: dict[tuple[Modality, int], tuple[SafetySubspace, SiteReader]] = {
-            (m, offset): self._one(m, plan.layer, offset, plan.rank)
-            for m in self._rows.modalities
-            for offset in plan.offsets
+            (m, offset): self._one(m, plan, offset) for m in self._rows.modalities for offset in plan.offsets
         }
         readers: dict[tuple[Modality, int], SiteReader] = {key: reader for key, (_, reader) in made.items()}
         scores = captured_scores(MaxReader(readers=tuple(readers.values())), calibration)

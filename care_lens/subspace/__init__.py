@@ -11,6 +11,7 @@ from care_lens.subspace.calibration import ConformalScores
 from care_lens.subspace.comparison import SubspaceComparison, compare_bases
 from care_lens.subspace.contrast import Contrast, Metric
 from care_lens.subspace.controls import edit_norm_ratio, random_isometry, random_like
+from care_lens.subspace.directions import classifier_direction, subspace_along
 from care_lens.subspace.errors import (
     ConvergenceError,
     IdenticalClassesWarning,
@@ -87,6 +88,7 @@ __all__ = [
     "Target",
     "TooFewRowsError",
     "WidthError",
+    "classifier_direction",
     "compare_bases",
     "compare_references",
     "edit_norm_ratio",
@@ -103,6 +105,7 @@ __all__ = [
     "shrink",
     "shrinkage_weight",
     "solve_pencil",
+    "subspace_along",
 ]
 
 checked(globals(), __all__)

@@ -143,7 +143,7 @@ def fit_moments(
         "residual": solution.residual,
     }
     logger.debug("fitted a subspace of rank %d at width %d: %s", rank, benign.width, diagnostics)
-    return _tensors(solution, denominator, (benign, malicious), projection), diagnostics
+    return subspace_tensors(solution, denominator, (benign, malicious), projection), diagnostics
 
 
 def _say_if_same(benign: Moments, malicious: Moments, contrast: Contrast) -> None:
@@ -187,12 +187,13 @@ def _auto_rank(
     return choice
 
 
-def _tensors(
+def subspace_tensors(
     solution: PencilSolution,
     metric: ShrunkCovariance,
     moments: tuple[Moments, Moments],
     projection: Projection,
 ) -> dict[str, Tensor]:
+    """The tensors of a subspace whose reading directions are those of a solution; the malicious mean is turned to their positive side."""
     delta = moments[1].mean - moments[0].mean
     read = _towards(solution.vectors, delta)
     basis, triangle = torch.linalg.qr(read)
