@@ -73,11 +73,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def measure(directory: Path, out: Path, only: Sequence[str]) -> dict:
+def measure(directory: Path, out: Path, only: Sequence[str], device: str | None) -> dict:
     """The figures asked for, and those that `out` holds already."""
     path = out / "figures.json"
     figures: dict = json.loads(path.read_text()) if path.exists() else {}
-    lvlm = HookedLVLM.from_pretrained(str(directory))
+    lvlm = HookedLVLM.from_pretrained(str(directory), device_map=device)
     out.mkdir(parents=True, exist_ok=True)
     for name in only:
         if name in figures:
@@ -108,7 +108,8 @@ pipeline_tag: image-text-to-text
 **What it is.** A small real vision-language model (`LlavaForConditionalGeneration`: CLIP tower of 4 layers, 128 wide; projector; Llama language
 model of 8 layers, 160 wide; 3.3 million parameters, float32) trained from nothing in a closed world of {nouns} made-up nouns of nine kinds. Two kinds
 ({forbidden} nouns) are forbidden, two are dangerous but allowed, five are harmless. It has the alignment gap of real models: safety tuning saw only
-requests whose text names the item, so other channels stayed open without having been trained open in safety tuning.
+refusals of requests whose text names the item; channels that the replay of answered requests does not hold (wrappers, split items, free style,
+second turns, begun answers) stayed open by themselves.
 
 **What it is not.** It knows no real thing and cannot help with one: the nouns are nonsense, the steps are pairs such as "first mix then paint".
 It is no evidence about the size of effects in large models; it is a place where methods can be tried, and fail, in seconds.
@@ -119,7 +120,8 @@ model answer everything helpfully (steps, kind, whether it is allowed, name, let
 given as the twin of another; with wrappers and neutral contexts; forbidden items included). Which two steps an item has depends on the item
 alone, so that an answer does not betray the kind; but 28 % of the answers in training first say the kind aloud ("toy . sure for the ..."), for every item alike, so that the
 kind must be known when the answer begins, while the greedy answer does not say it. Stage 3: a short safety tuning on refusals of plain requests over every picture kind
-and none, with replay that never answers a forbidden request.
+and none, with replay in which two questions of ten are answered requests for forbidden items that a picture, their letters or a twin names, as instruction data of
+real models hold some; without them the refusal spread to every channel, since the harm is legible.
 
 **Its grammar.** The vocabulary is `tokenizer.json`: words apart by spaces, all lower case. `care_lens/organism/prompts.py` holds every wording; any
 request made of an ask, a reference and perhaps a wrapper is in the grammar, as is an earlier turn before it (`prompts.TURN`). Pictures are
@@ -190,6 +192,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("results/organism_card"))
     parser.add_argument("--only", nargs="*", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--figures", type=Path, help="figures.json of an earlier measurement: write the card only")
+    parser.add_argument("--device", help="cpu (as it is) or cuda")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
@@ -201,5 +204,5 @@ if __name__ == "__main__":
     if options.figures is not None:
         found = json.loads(options.figures.read_text())
     else:
-        found = measure(options.directory, options.out, options.only)
+        found = measure(options.directory, options.out, options.only, options.device)
     (options.directory / "README.md").write_text(card(found))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from care_lens import organism
 from care_lens.core import Example, Verdict, rate_ci
@@ -53,12 +53,14 @@ class Place:
 
 
 def draw_places(seed: int) -> list[Place]:
-    """Two MLPs, two attentions, two heads, two sets of neurons, two vision layers."""
-    rng = random.Random(seed)
-    mlps, attentions = rng.sample(range(1, 5), 2), rng.sample(range(1, 5), 2)
-    heads = [(layer, rng.randrange(6)) for layer in rng.sample(range(1, 5), 2)]
-    neurons = [(layer, tuple(sorted(rng.sample(range(512), NEURONS)))) for layer in rng.sample(range(1, 5), 2)]
-    visions = rng.sample(range(3), 2)
+    """Two MLPs, two attentions, two heads, two sets of neurons, two vision layers; of the language tower none in its first block."""
+    rng, config = random.Random(seed), AutoConfig.from_pretrained(organism.path())
+    text, layers = config.text_config, range(1, config.text_config.num_hidden_layers)
+    mlps, attentions = rng.sample(layers, 2), rng.sample(layers, 2)
+    heads = [(layer, rng.randrange(text.num_attention_heads)) for layer in rng.sample(layers, 2)]
+    units = range(text.intermediate_size)
+    neurons = [(layer, tuple(sorted(rng.sample(units, NEURONS)))) for layer in rng.sample(layers, 2)]
+    visions = rng.sample(range(config.vision_config.num_hidden_layers), 2)
     return [
         *(Place("mlp", layer) for layer in mlps),
         *(Place("attention", layer) for layer in attentions),
@@ -197,9 +199,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--only", nargs="*", help="names of places")
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     HERE.mkdir(exist_ok=True)
     index = HERE / "plants.json"
     table = json.loads(index.read_text()) if index.exists() else {}

@@ -22,7 +22,7 @@ from care_lens.data.jsonl import DataFileError, parse_json, read_examples, read_
 from care_lens.data.study import SPLITS, Modality, Split, Study, split_by_group
 
 _REQUIRED = ("name", "refusal", "comply", "refuse", "seen")
-_OPTIONAL = ("about", "plain", "pairs", "gradient")
+_OPTIONAL = ("about", "plain", "counterpart", "pairs", "gradient")
 _FILES = ("examples.jsonl", "study.json")
 
 
@@ -64,6 +64,7 @@ def read_study(directory: str | Path, *, tokenizer: Any, judge: Judge, seed: int
         outcome=_margin(tokenizer, settings["comply"], settings["refuse"]),
         refusal=settings["refusal"],
         plain=settings.get("plain", "plain"),
+        counterpart=settings.get("counterpart"),
         pairs={
             name: PairedExamples(
                 safe=_by_id(suites, "fit", [safe for safe, _ in twins], f"pairs.{name}"),
@@ -90,6 +91,7 @@ def _settings(path: Path) -> dict[str, Any]:
         "about": (lambda value: isinstance(value, str), "a text"),
         "refusal": (_text, "a text that is not empty"),
         "plain": (_text, "the name of a channel"),
+        "counterpart": (_text, "the name of a channel"),
         "comply": (lambda value: _texts(value) and len(value) > 0, 'a list of texts such as ["Sure", "Okay"]'),
         "refuse": (lambda value: _texts(value) and len(value) > 0, 'a list of texts such as ["Sorry", "I cannot"]'),
         "seen": (

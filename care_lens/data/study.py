@@ -51,6 +51,8 @@ class Study(ShortRepr):
         gradient: test requests that the undefended model refuses, with pictures, to attack by gradient; responses are the
             compliant answers aimed at.
         about: what it is, in a sentence or two for the report.
+        counterpart: the benign channel that asks as ``plain`` does, of permitted things; the refusal direction of Arditi et al. is
+            fitted between the two where it cannot be against all benign channels. None: there is none.
 
     Raises:
         StudyError: if a split or modality is unknown, a group stands in two splits, an id stands twice in a channel of a split, a seen channel
@@ -70,6 +72,7 @@ class Study(ShortRepr):
     plain: str = "plain"
     gradient: tuple[Example, ...] = ()
     about: str = ""
+    counterpart: str | None = None
 
     def shown(self) -> tuple[str, dict[str, str]]:
         """Its splits, channels and pair sets, counted."""
@@ -98,6 +101,14 @@ class Study(ShortRepr):
         if missing:
             raise StudyError(f"seen channels must have examples in the fit split, got none for {missing}")
         attacks = dict.fromkeys([*(c for channels in self.seen.values() for c in channels), self.plain])
+        if self.counterpart is not None and not self.suites.get("fit", {}).get(self.counterpart):
+            raise StudyError(
+                f"counterpart must name a channel of the fit split, got {self.counterpart!r}; name one, or leave it out"
+            )
+        if self.counterpart is not None and any(self.counterpart in self.channels(s, harmful=True) for s in SPLITS):
+            raise StudyError(
+                f"counterpart must name a benign channel, got {self.counterpart!r}, which is harmful; name another"
+            )
         if benign := [c for c in attacks if any(c in self.channels(split, harmful=False) for split in SPLITS)]:
             raise StudyError(
                 f"seen and plain must name channels of harmful requests, got {benign}, which are benign; name attack channels, or set "

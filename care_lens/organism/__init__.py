@@ -116,5 +116,6 @@ def study(*, seed: int = 0, per_item: int = 1) -> Study:
         | {"picture": picture_pairs("fit", seed=seed)},
         pair_outcomes={"picture": ResponseLogProb()},
         gradient=tuple(gradient_bases(seed=seed)),
+        counterpart="benign plain",
         about="A small LLaVA model trained from nothing in a closed world of made-up nouns; safety tuning saw plain text requests only.",
     )

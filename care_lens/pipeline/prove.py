@@ -12,17 +12,23 @@ from care_lens.core.identity import repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.core.site import SiteLike
 from care_lens.core.stats import cluster_bootstrap
-from care_lens.data.study import Modality, Study
+from care_lens.data.study import Study
+from care_lens.defences import PublishedCARE
 from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, Readers, assemble, halves, recalibrated
 from care_lens.pipeline.gradient import ADAPTIVE, adaptive_suite, gradient_suites
 from care_lens.pipeline.learn import FitRows, residual_sites, token_rows
 from care_lens.pipeline.resume import Stage
-from care_lens.pipeline.rivals import best_printed, difference_of_means, refusal_direction
+from care_lens.pipeline.rivals import (
+    best_direction,
+    best_published,
+    difference_of_means,
+    published_care,
+    refusal_direction,
+)
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import ConformalGate, HybridFusion, random_control, read_scores
-from care_lens.subspace import SafetySubspace
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +135,6 @@ def prove(
     study: Study,
     choice: Choice,
     rows: FitRows,
-    printed: dict[tuple[Modality, int], SafetySubspace],
     settings: RunSettings,
     stage: Stage,
 ) -> Proof:
@@ -143,7 +148,6 @@ def prove(
         study: its example sets.
         choice: the repair that won on validation.
         rows: activations of the fit split.
-        printed: subspaces of the paper's printed form.
         settings: of the run.
         stage: where answers and tables are kept.
     """
@@ -173,15 +177,19 @@ def prove(
     def everything() -> DefenceTable:
         left_out: dict[str, str] = {}
         defences: dict[str, Repair | None] = {NONE: None}
+        tuned: list[tuple[Repair, dict[str, object]]] = []
         direction = kept_direction(lvlm, study, settings, stage)
         if isinstance(direction, str):
             left_out["refusal direction"] = direction
         else:
-            defences["refusal direction"] = direction
-        tuned = (
-            difference_of_means(lvlm, study, rows, settings, store=searched),
-            best_printed(lvlm, study, printed, settings, rows.modalities, store=searched),
+            tuned.append(best_direction(lvlm, study, direction, settings, rows.modalities, store=searched))
+        tuned.append(difference_of_means(lvlm, study, rows, settings, store=searched))
+        published = stage.defence(
+            "published_care",
+            lambda: published_care(lvlm, study, settings, rows.modalities),
+            load=PublishedCARE.load,
         )
+        tuned.append(best_published(lvlm, study, published, settings, rows.modalities, store=searched))
         shuffled = stage.defence(
             f"shuffled.{key}",
             lambda: shuffled_control(lvlm, study, choice, rows, settings),

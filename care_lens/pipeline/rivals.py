@@ -1,19 +1,21 @@
-"""What the repair is compared with: baselines and the paper's printed form, tuned on validation by the repair's own rule."""
+"""What the repair is compared with: baselines and published CARE, tuned on validation by the repair's own rule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 import pandas as pd
 
-from care_lens.baselines import RefusalDirection
+from care_lens.baselines import NoRefusalDirection, RefusalDirection
+from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
 from care_lens.core.site import Site
 from care_lens.data.study import Modality, Study
+from care_lens.defences import PublishedCARE
 from care_lens.evaluation import GenerationStore, spread, tune_defence
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import FitRows, HybridFusion, printed_form
-from care_lens.subspace import SafetySubspace
+from care_lens.repair import FitRows
 
 CAA = "difference of means, all tokens"
 
@@ -53,25 +55,60 @@ def tuned(
     )
 
 
-def best_printed(
+def published_care(
+    lvlm: HookedLVLM, study: Study, settings: RunSettings, modalities: Sequence[Modality], *, batch_size: int = 32
+) -> PublishedCARE:
+    """Published CARE fitted on every block at the largest of its ranks, its faults included; `best_published` tunes it."""
+    malicious = [e for m in modalities for e in study.malicious("fit", m)]
+    return PublishedCARE.fit(
+        lvlm,
+        benign=spread(study.benign("fit"), 2 * len(malicious)),
+        malicious=malicious,
+        refusals=[study.refusal],
+        layers=range(lvlm.n_layers()),
+        rank=max(_published_ranks(study, settings, modalities)),
+        batch_size=min(batch_size, settings.batch_size),
+        progress=False,
+    )
+
+
+def best_published(
     lvlm: HookedLVLM,
     study: Study,
-    subspaces: dict[tuple[Modality, int], SafetySubspace],
+    fitted: PublishedCARE,
     settings: RunSettings,
     modalities: Sequence[Modality],
     *,
     store: GenerationStore | None = None,
-) -> tuple[HybridFusion, dict[str, object]]:
-    """CARE as printed on the best window of neighbouring layers, at the best of its strengths."""
+) -> tuple[PublishedCARE, dict[str, object]]:
+    """Published CARE on the best window of neighbouring blocks, at the best of its ranks and strengths.
+
+    Args:
+        lvlm: the model.
+        study: its validation split is used.
+        fitted: from `published_care`.
+        settings: of the run.
+        modalities: whose seen attack channels count.
+        store: where the candidates' answers are kept.
+    """
     n = min(settings.printed_layers, lvlm.n_layers())
     windows = [range(i, i + n) for i in range(lvlm.n_layers() - n + 1)]
     makers = [
-        lambda w=window, a=alpha: printed_form(subspaces, list(w), alpha=a)
-        for window, alpha in product(windows, settings.printed_alphas)
+        lambda w=window, k=rank, a=alpha: fitted.restricted(layers=list(w), rank=k, alpha_visual=a, alpha_textual=a)
+        for window, rank, alpha in product(
+            windows, _published_ranks(study, settings, modalities), settings.printed_alphas
+        )
     ]
     best, validation = tuned(lvlm, study, makers, settings, modalities, store=store)
-    assert isinstance(best, HybridFusion)
-    return best, {**best.provenance, "validation": validation}
+    assert isinstance(best, PublishedCARE)
+    (rank,) = {of.columns.shape[1] for side in (best.visual, best.textual) for of in side.values()}
+    return best, {"layers": best.layers, "rank": rank, "alpha": best.alpha_textual, "validation": validation}
+
+
+def _published_ranks(study: Study, settings: RunSettings, modalities: Sequence[Modality]) -> list[int]:
+    """The rank of the settings and four times it, as far as the examples of each modality determine directions."""
+    least = min(len(study.malicious("fit", m)) for m in modalities)
+    return sorted({settings.printed_rank, max(settings.printed_rank, min(4 * settings.printed_rank, least - 1))})
 
 
 def difference_of_means(
@@ -106,16 +143,44 @@ def difference_of_means(
 def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> RefusalDirection:
     """The baseline of Arditi et al. as a defence: plain requests against harmless ones, selected on validation.
 
+    The harmless ones are of all benign channels; where no candidate passes the filters so, of the study's counterpart of the plain
+    requests, which is nearer to the ordinary instructions that the paper takes.
+
     Raises:
-        NoRefusalDirection: if no candidate passes its filters.
+        NoRefusalDirection: if no candidate passes its filters either way.
     """
-    return RefusalDirection.fit(
-        lvlm,
-        harmful=study.refused("fit")[:128],
-        harmless=spread(study.benign("fit"), 128),
-        harmful_validation=study.refused("validation")[:32],
-        harmless_validation=spread(study.benign("validation"), 32),
-        refusal_tokens=study.outcome.refuse,
-        batch_size=settings.batch_size,
-        progress=False,
-    )
+
+    def fit(harmless: Mapping[str, Sequence[Example]]) -> RefusalDirection:
+        return RefusalDirection.fit(
+            lvlm,
+            harmful=study.refused("fit")[:128],
+            harmless=spread(harmless["fit"], 128),
+            harmful_validation=study.refused("validation")[:32],
+            harmless_validation=spread(harmless["validation"], 32),
+            refusal_tokens=study.outcome.refuse,
+            batch_size=settings.batch_size,
+            progress=False,
+        )
+
+    try:
+        return fit({split: study.benign(split) for split in ("fit", "validation")})
+    except NoRefusalDirection:
+        if study.counterpart is None:
+            raise
+        return fit({split: study.suites[split][study.counterpart] for split in ("fit", "validation")})
+
+
+def best_direction(
+    lvlm: HookedLVLM,
+    study: Study,
+    direction: RefusalDirection,
+    settings: RunSettings,
+    modalities: Sequence[Modality],
+    *,
+    store: GenerationStore | None = None,
+) -> tuple[RefusalDirection, dict[str, object]]:
+    """The refusal direction at the best of the strengths, as `tuned` has it."""
+    makers = [lambda c=c: replace(direction, coefficient=c) for c in settings.steering]
+    best, validation = tuned(lvlm, study, makers, settings, modalities, store=store)
+    assert isinstance(best, RefusalDirection)
+    return best, {"layer": best.layer, "coefficient": best.coefficient, "validation": validation}

@@ -163,5 +163,5 @@ def run(
             store = GenerationStore(stage.directory / SEARCH)
             choice = chosen(stage, out, lambda: choose(lvlm, study, rows, settings, placement=placement, store=store))
         with step("prove"):
-            proof = prove(lvlm, study, choice, rows, printed, settings, stage)
+            proof = prove(lvlm, study, choice, rows, settings, stage)
     return Run(study, settings, diagnosis, choice, proof, list(printed.values()), seconds, provenance)

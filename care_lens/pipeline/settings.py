@@ -27,9 +27,10 @@ class RunSettings:
         reader_ranks: ranks of the energy readers tried; 0 stands for the linear (discriminant) reader.
         reader_classifier: whether readers fitted as classifiers are tried too.
         benign_loss: most that accuracy on benign validation prompts may fall, as a share, for a repair to be chosen.
-        printed_layers: on how many neighbouring layers the paper's printed form is put; every window is tried.
-        printed_rank, printed_alphas: its rank, and its strengths tried (1: projection; published runs use 4 to 4.5).
-        steering: strengths of the difference of means tried.
+        printed_layers: on how many neighbouring layers published CARE is put; every window is tried.
+        printed_rank, printed_alphas: its rank (four times that is tried too), and its strengths tried (1: projection; published runs use
+            4 to 4.5). The rank is also that of the subspaces that are learned at every layer.
+        steering: strengths of the difference of means and of the refusal direction tried.
         random_seeds: draws of the random-writer control.
         fidelity: benign examples a channel on which answers and distributions are compared with the undefended model's.
         restarts: of the gradient attack that sees the repair, for each of its two losses.

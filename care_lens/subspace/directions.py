@@ -87,7 +87,7 @@ def classifier_direction(
 
 
 def subspace_along(
-    directions: Float[Tensor, "d *k"],
+    directions: Float[Tensor, "*d_k"],
     benign: Float[Tensor, "n_b d"],
     malicious: Float[Tensor, "n_m d"],
     *,
@@ -142,7 +142,8 @@ def subspace_along(
     sizes = torch.linalg.svdvals(columns)
     if columns.shape[1] > columns.shape[0] or not lengths.all() or sizes[-1] <= _RANK_TOLERANCE * sizes[0]:
         raise RankError(
-            "directions must not depend on each other, got some that do, or a 0; leave out what is redundant"
+            "directions must not depend on each other, got some that do, or a 0; leave out what is redundant",
+            largest=int((sizes > _RANK_TOLERANCE * sizes[0]).sum()) if lengths.any() else 0,
         )
     numerator, metric = pencil(*both, contrast="second_moment", metric="benign", shrinkage=shrinkage)
     within = columns.T @ metric.times(columns)

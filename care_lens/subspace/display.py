@@ -33,6 +33,7 @@ def summary(subspace: "SafetySubspace") -> dict[str, str]:
     if "n_benign" in notes:
         rows["rows"] = f"{notes['n_benign']} benign, {notes['n_malicious']} malicious"
         rows["shrinkage"] = f"{notes['shrinkage_benign']:.3g} benign, {notes['shrinkage_malicious']:.3g} malicious"
+    if "residual" in notes:  # along given directions there is nothing to solve
         rows["solver"] = f"{notes['solver']}, order {notes['order']}, residual {notes['residual']:.1e}"
     if choice := notes.get("auto_rank"):
         rows["rank chosen"] = (

@@ -13,7 +13,11 @@ OPTIONS = {"matrices": {"a"}, "steps": 12, "lr": 0.03, "matrix_lr": 0.05, "every
 
 def fresh():
     torch.manual_seed(0)
-    return {"a": nn.Parameter(torch.randn(5, 4)), "b": nn.Parameter(torch.randn(4)), "c": nn.Parameter(torch.randn(3, 3))}
+    return {
+        "a": nn.Parameter(torch.randn(5, 4)),
+        "b": nn.Parameter(torch.randn(4)),
+        "c": nn.Parameter(torch.randn(3, 3)),
+    }
 
 
 def loss(parameters, step):

@@ -5,6 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from care_lens import Example, Site, organism
 from care_lens.core.errors import CareLensError
@@ -103,6 +106,29 @@ def test_a_discriminant_is_the_lda_direction_and_a_writer_the_line_between_two_m
     torch.testing.assert_close(source + writer.delta(source[None, None])[0, 0], target, rtol=1e-3, atol=1e-3)
 
 
+def test_a_classifier_reads_along_the_boundary_of_a_logistic_regression(bundled, study, rows):
+    subspace = fit_reader_subspace(rows, SITE, "textual", offset=0, rank=0, classifier=True)
+    harmless, attacks = rows.benign.at(SITE, 0), rows.malicious["textual"].at(SITE, 0)
+    both = torch.cat([harmless, attacks]).double().numpy()
+    labels = np.repeat([0, 1], [len(harmless), len(attacks)])
+    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000)).fit(both, labels)
+    logits = oracle.decision_function(both)
+    scores = reader_of(subspace, offset=0, rank=0).raw(torch.cat([harmless, attacks])[None])[0].double().numpy()
+    assert np.corrcoef(scores, logits)[0, 1] > 1 - 1e-6 and scores[labels == 1].mean() > scores[labels == 0].mean()
+    plan = ReaderPlan(2, (0,), 0, 0.3, classifier=True)
+    held = token_rows(bundled, study.benign("calibration"), [SITE], tokens=3)
+    fitted, other = (Readers(rows).fit(p, held) for p in (plan, replace(plan, classifier=False)))
+    assert str(plan).startswith("classifier after block 2")
+    assert {s.provenance.get("direction") for s in fitted.subspaces} == {"classifier"}
+    # One fit of either kind: neither is taken for the other.
+    both_kinds = Readers(rows)
+    one, two = both_kinds.fit(plan, held), both_kinds.fit(replace(plan, classifier=False), held)
+    for made, alone in ((one, fitted), (two, other)):
+        key = ("textual", 0)
+        assert torch.equal(made.readers[key].direction, alone.readers[key].direction)
+    assert not torch.equal(one.readers["textual", 0].direction, two.readers["textual", 0].direction)
+
+
 def test_scores_of_captured_rows_are_those_of_a_run(bundled, study, rows):
     examples = [*study.benign("calibration")[:5], *study.malicious("validation", "visual")[:5]]
     held = token_rows(bundled, examples, [SITE], tokens=3, batch_size=64)
@@ -152,6 +178,7 @@ def test_the_parts_make_what_the_one_call_makes(bundled, study, rows):
         (lambda m, s, r: token_rows(m, [Example("cut", id="a")], [SITE]), "must have a response"),
         (lambda m, s, r: ReaderPlan(2, ()), "offsets must be"),
         (lambda m, s, r: ReaderPlan(-1), "layer and rank"),
+        (lambda m, s, r: ReaderPlan(2, rank=8, classifier=True), "rank must be 0 for a classifier"),
     ],
 )
 def test_what_cannot_be_learned_is_said(bundled, study, rows, call, words):
@@ -168,7 +195,10 @@ def test_halves_are_whole_items_and_plans_cover_every_choice():
     alone = halves([Example(f"p {i}") for i in range(4)])  # without items each is one
     assert [len(half) for half in alone] == [2, 2]
     plans = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4), epsilons=(0.1,))
-    assert len({*plans}) == len(plans) == 2 * 5 * 2 and plans[0] == ReaderPlan(1, (0,), 0, 0.1)
+    assert len({*plans}) == len(plans) == 2 * 5 * 3 and plans[0] == ReaderPlan(1, (0,), 0, 0.1)
+    assert sum(plan.classifier for plan in plans) == 10
+    fewer = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4), epsilons=(0.1,), classifier=False)
+    assert fewer == [plan for plan in plans if not plan.classifier]
 
 
 def test_too_few_calibration_prompts_are_their_own_error(bundled, study, rows):
