@@ -114,6 +114,7 @@ def measure(place: Place, dose: dict, n: int) -> dict[str, object]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", help="names of plants")
     parser.add_argument("--short", action="store_true", help="full dose only, 8 pairs")
     parser.add_argument("--out", type=Path, default=Path("results/localise"))
     parser.add_argument("--threads", type=int, default=2)
@@ -123,6 +124,8 @@ if __name__ == "__main__":
     rows = []
     for entry in json.loads((HERE / "plants.json").read_text()).values():
         place = Place(**{**entry["place"], "units": tuple(entry["place"]["units"])})
+        if options.only and place.name not in options.only:
+            continue
         for dose in entry["doses"][-1:] if options.short else entry["doses"]:
             rows.append(measure(place, dose, 8 if options.short else 24))
             log.info("%s", rows[-1])

@@ -29,7 +29,16 @@ from care_lens.core.outcome import ResponseLogProb
 from care_lens.evaluation import evaluate
 from care_lens.mediation import mediate, patch_map, probe_auc
 from care_lens.plots import plot_patch_effects
-from care_lens.repair import ReaderPlan, fit_reader_subspace, learn_repair, random_control, study_rows, token_rows
+from care_lens.repair import (
+    ReaderPlan,
+    Readers,
+    captured_scores,
+    fit_reader_subspace,
+    learn_repair,
+    random_control,
+    study_rows,
+    token_rows,
+)
 
 torch.set_num_threads(2)
 lvlm = organism.load()
@@ -82,61 +91,88 @@ plot_patch_effects(patches.details[patches.details["pair"] == 0], image=pictures
 # ## 2. Learn
 #
 # Where is harm legible? Activations of harmless requests (hard ones included: forbidden nouns in harmless questions) and of attacks, at the
-# last prompt token and at the first tokens of the answer; a linear probe per token, tested on unseen items.
+# last prompt token after every block; a linear probe per block, tested on items that it was not fitted on.
 
 # %%
 study = organism.study()
 rows = study_rows(lvlm, study, batch_size=64)
-layer = Site("language", 2, "hook_resid_post")
+blocks = [Site("language", block, "hook_resid_post") for block in range(lvlm.n_layers())]
 
 
-def auc_by_token(channel, harmless_channel):
-    sets = [organism.examples(c, "fit", per_item=2) for c in (channel, harmless_channel)]
-    attack, harmless = (token_rows(lvlm, e, [layer], tokens=6, batch_size=64) for e in sets)
+def auc_by_block(channel, harmless_channel):
+    sets = [organism.examples(c, "fit") for c in (channel, harmless_channel)]
+    attack, harmless = (token_rows(lvlm, e, blocks, tokens=0, batch_size=64) for e in sets)
     out = []
-    for token in range(7):
-        x = torch.cat([attack.at(layer, token), harmless.at(layer, token)])
-        y = torch.arange(len(x)) < len(attack.at(layer, token))
+    for site in blocks:
+        x = torch.cat([attack.at(site, 0), harmless.at(site, 0)])
+        y = torch.arange(len(x)) < len(attack.at(site, 0))
         auc = probe_auc(x, y, [*attack.groups, *harmless.groups], n_boot=100)
-        out.append({"channel": channel, "token": token, "AUC": auc.estimate})
+        out.append({"channel": channel, "block": site.layer, "AUC": auc.estimate, "low": auc.low, "high": auc.high})
     return out
 
 
 named = [("wrapper", "hard wrapper"), ("typographic", "benign typographic"), ("spelled", "benign spelled")]
-legible = pd.DataFrame([row for pair in named for row in auc_by_token(*pair)])
+legible = pd.DataFrame([row for pair in named for row in auc_by_block(*pair)])
 px.line(
     legible,
-    x="token",
+    x="block",
     y="AUC",
     color="channel",
     markers=True,
-    title="Harm is legible at token 0 = last prompt token, k = answer token k",
+    title="Harm at the last prompt token, by a probe on unseen items",
 )
 
 # %% [markdown]
-# An item that the text names is known to be harmful at the end of the prompt. An item in the picture is not: the model finds out what it is while
-# it answers. So the repair has to read the answer too, and stop it before the first step.
+# The harm of an item is known before the answer begins, whether the text names it, spells it, or the picture shows it, and the model answers
+# nevertheless: what is missing is not knowledge. So a repair can refuse from the first token, if it reads late enough.
 #
-# The subspace that a reader reads, and its spectrum:
+# The safety subspace of the visual attacks there, by the generalised eigenproblem, and its spectrum:
 
 # %%
-spectrum = fit_reader_subspace(rows, layer, "visual", offset=5, rank=8)
+layer = blocks[6]
+spectrum = fit_reader_subspace(rows, layer, "visual", offset=0, rank=8)
 spectrum
 
 # %%
 spectrum.plot()
 
 # %% [markdown]
+# Directions of much malicious energy need not tell requests apart one by one. Three readers of the same rows, their gates set so that 2 % of
+# benign calibration prompts may open them; how many of the attacks of the validation split do?
+
+# %%
+plans = {
+    "energy, rank 8": ReaderPlan(layer=6, rank=8, epsilon=0.02),
+    "discriminant": ReaderPlan(layer=6, epsilon=0.02),
+    "classifier": ReaderPlan(layer=6, epsilon=0.02, classifier=True),
+}
+readers = Readers(rows)
+calibration, *validation = (
+    token_rows(lvlm, examples, [layer], tokens=0, batch_size=64)
+    for examples in (study.benign("calibration"), *(study.suites["validation"][c] for c, _ in named))
+)
+opened = {}
+for name, plan in plans.items():
+    fitted = readers.fit(plan, calibration)
+    shares = [(captured_scores(fitted.both, held) > fitted.gate.threshold).float().mean() for held in validation]
+    opened[name] = {channel: f"{float(share):.0%}" for (channel, _), share in zip(named, shares)}
+pd.DataFrame(opened).T
+
+# %% [markdown]
 # ## 3. Repair
 #
-# A correction reads (the discriminant of each modality's attacks, at the last prompt token and while answering), gates (opens only where the
+# A correction reads (a classifier of each modality's attacks, at the last prompt token), gates (opens only where the
 # score exceeds what benign prompts reach, by split conformal calibration) and writes (towards where the model stands before it
 # refuses). Fusion balances the two modalities. `care_lens.evaluation.tune` would pick layer, token and strength on validation; here we set them.
 
 # %%
-plan = ReaderPlan(layer=2, offsets=(0, 5), rank=0, epsilon=0.01)
 repair = learn_repair(
-    lvlm, rows, plan, calibration=study.benign("calibration"), alpha=1.5, batch_size=64, max_new_tokens=14
+    lvlm,
+    rows,
+    plans["classifier"],
+    calibration=study.benign("calibration"),
+    batch_size=64,
+    max_new_tokens=14,
 )
 with repair.on(lvlm):
     for example in (*typographic, *organism.examples("benign typographic", "test", n=4)):
@@ -149,12 +185,11 @@ with repair.on(lvlm):
 # ## 4. Prove
 #
 # Test items, wordings and type faces that neither the fit nor the calibration saw, the same settings for safety and utility, and a
-# control: the same readers and gate with random writers of equal rank and, token by token scope, equal edit norm. One draw here; `care-lens run` takes five.
+# control: the same readers and gate with random writers of equal rank and equal edit norm. One draw here; `care-lens run` takes five.
 
 # %%
-met = {(layer, "generated" if k else "last"): rows.complied(layer, k) for k in plan.offsets}
-control = random_control(repair, met, seed=0)
-channels = ("typographic", "wrapper", "indirect", "benign typographic", "hard read", "hard over forbidden")
+control = random_control(repair, {layer: rows.complied(layer, 0)}, seed=0)
+channels = ("typographic", "wrapper", "indirect", "split", "benign typographic", "hard read", "hard named kind")
 table = evaluate(
     lvlm,
     {c: study.suites["test"][c] for c in channels},
@@ -170,6 +205,7 @@ table.plot()
 table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_high", "n"]]
 
 # %% [markdown]
-# `care-lens run` chooses on validation and adds baselines tuned by the same rule, the paper's printed form, the shuffled-label control, gradient attacks (one sees the repair) and fidelity; see its
-# report. A caution: this world is small, and what a reader finds here at the fifth answer token is close to the verb that the model is about
-# to say. In a large model harm may be legible earlier, later, or less cleanly: the figure of section 2 is what to draw first.
+# *indirect* (the item as the twin of another) and *split* (its letters divided between text and picture) were not in the fit.
+# `care-lens run` chooses on validation and adds baselines tuned by the same rule, CARE as published, the shuffled-label control, gradient attacks
+# (one sees the repair) and fidelity; see its report. A caution: in this small world harm is nearly linear at one block. In a large model it may be legible
+# earlier, later, or less cleanly: the two figures of section 2 are what to draw first.
