@@ -60,8 +60,8 @@ typographic[0].image.resize((256, 256))
 # %% [markdown]
 # ## 1. Diagnose
 #
-# Counterfactual twins: over the same picture, the safe twin names the item ("the fozno in the picture": refused), the unsafe one does not
-# ("the item in the picture": answered). The natural indirect effect (NIE) of a place is what happens to the unsafe margin
+# Counterfactual twins: over the same picture, the safe twin names the item ("the ziap in the picture": refused), the unsafe one does not
+# ("the word in the picture": answered). The natural indirect effect (NIE) of a place is what happens to the unsafe margin
 # log p(comply) - log p(refuse) of the safe run when that place alone takes its value from the unsafe run.
 
 # %%
