@@ -13,8 +13,8 @@ from torch import Tensor
 
 from care_lens.core.site import Site, SiteLike
 from care_lens.subspace import display, hub, set_operations, storage
-from care_lens.subspace.calibration import ConformalScores
 from care_lens.subspace.affine import along, working_dtype
+from care_lens.subspace.calibration import ConformalScores
 from care_lens.subspace.centring import centred, split
 from care_lens.subspace.comparison import SubspaceComparison, compare_bases
 from care_lens.subspace.contrast import Contrast, Metric
