@@ -33,7 +33,7 @@ def not_held(what: str, wanted: Any, held: Iterable[Any], *, advice: str = "") -
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     there = f"one of {', '.join(map(repr, shown))}{more}" if names else "one that is there, and there is none"
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return NotHeldError(f"{what} must be {there}, got {wanted!r}{hint}{f'; {advice}' if advice else ''}")
+    return NotHeldError(f"{what} must be {there}, got {wanted!r}{f'; {advice}' if advice else ''}{hint}")
 
 
 class Named(dict[str, Value]):

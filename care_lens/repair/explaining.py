@@ -63,6 +63,11 @@ def explain(repair: Explained, lvlm: HookedLVLM | None = None, inputs: LVLMInput
           cost: 32 multiply-adds per token; extra forward passes: none
     """
     _require_explained(repair)
+    for value, wanted, what in ((lvlm, HookedLVLM, "lvlm"), (inputs, LVLMInputs, "inputs")):
+        if value is not None and not isinstance(value, wanted):
+            raise RepairError(
+                f"{what} must be a {wanted.__name__}, got a {type(value).__name__}; write explain(repair, lvlm, lvlm.prepare(examples))"
+            )
     own = getattr(repair, "plan_parts", None)
     parts = tuple(default_parts(repair) if own is None else own())
     model, match = getattr(repair, "model", None), getattr(repair, "match", "")
