@@ -281,11 +281,13 @@ def diagnose(
     _start(threads)
     from care_lens import plots
     from care_lens.pipeline.diagnose import diagnose as step
+    from care_lens.pipeline.needs import require_diagnosable
     from care_lens.pipeline.run import open_stage
 
     lvlm, study = _load(model, data, seed, device, dtype, judge, out)
     settings = _settings(study, model, short, seed, batch_size, max_new_tokens)
     study = study.limited(settings.limit) if settings.limit else study
+    require_diagnosable(study, settings)
     with open_stage(lvlm, out, study, settings, model=model) as stage:
         found = step(lvlm, study, settings, stage)
     results = {f"effects_{k}": v for k, v in found.effects.items()} | {

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from care_lens.capture.attribution import TokenAttribution
+from care_lens.core.held import not_held
 from care_lens.core.site import Site, SiteLike
 from care_lens.core.spans import PatchGrid, TokenSpans
 
@@ -130,7 +131,7 @@ class TokenScores:
     def _index(self, site: SiteLike) -> int:
         wanted = Site.parse(site)
         if wanted not in self.sites:
-            raise KeyError(f"{wanted} was not scored; scored were {[str(one) for one in self.sites]}")
+            raise not_held("site that was scored", wanted, self.sites)
         return self.sites.index(wanted)
 
     def _grid(self, row: int, grid: int) -> PatchGrid:

@@ -17,6 +17,7 @@ from beartype.door import is_bearable
 from beartype.roar import BeartypeException
 from jaxtyping import jaxtyped
 
+from care_lens.core.display import cut, one_line
 from care_lens.core.errors import CareLensError
 
 OFF = "CARE_LENS_UNCHECKED"
@@ -105,4 +106,6 @@ def _require(call: str, name: str, value: Any, hint: Any) -> None:
     if not fits:
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
         wanted = wanted.replace("collections.abc.", "").replace("typing.", "").replace("care_lens.", "")
-        raise ArgumentError(f"{name} of {call} must be {wanted}, got {type(value).__name__} {value!r:.60}")
+        raise ArgumentError(
+            f"{name} of {call} must be {wanted}, got {type(value).__name__} {cut(one_line(repr(value)), 60)}"
+        )

@@ -60,6 +60,15 @@ def listed(names: Any, *, most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
+def told_column(column: pd.Series, *, most: int = 6) -> str:
+    """The values that stand in a column of a table: the smallest and the largest of numbers, the first few of names."""
+    values = [value for value in column.dropna().unique().tolist() if value != ""]
+    if values and all(isinstance(value, (int, float)) for value in values):
+        low, high = min(values), max(values)
+        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return listed(values, most=most)
+
+
 def memory(n_bytes: int) -> str:
     """A number of bytes in the unit that fits."""
     size = float(n_bytes)

@@ -121,6 +121,17 @@ class Example:
         return tuple(image for turn in self.turns for image in turn.images) + self.own_images
 
 
+def _is_one_request(one: Example, other: Example) -> bool:
+    """Whether two examples are the same to a model, as far as can be seen without decoding pictures: texts are equal, pictures are one object."""
+    if one is other:
+        return True
+    texts = ("prompt", "response", "system", "prefill")
+    if any(getattr(one, name) != getattr(other, name) for name in texts) or len(one.images) != len(other.images):
+        return False
+    told = [[(turn.role, turn.text) for turn in example.turns] for example in (one, other)]
+    return told[0] == told[1] and all(a is b for a, b in zip(one.images, other.images, strict=True))
+
+
 @dataclass(frozen=True)
 class PairedExamples:
     """Counterfactual twins: ``safe[i]`` and ``unsafe[i]`` differ only in what makes the second one unsafe.
@@ -131,6 +142,7 @@ class PairedExamples:
 
     Raises:
         ValueError: If the two differ in length.
+        ExampleError: If an example is its own twin. It is a ValueError.
     """
 
     safe: tuple[Example, ...]
@@ -143,6 +155,12 @@ class PairedExamples:
             raise ValueError(
                 f"safe and unsafe must be of the same length, got {len(self.safe)} and {len(self.unsafe)}; "
                 "give every safe example its unsafe twin at the same index"
+            )
+        twins = zip(self.safe, self.unsafe, strict=True)
+        if same := [i for i, (safe, unsafe) in enumerate(twins) if _is_one_request(safe, unsafe)]:
+            raise ExampleError(
+                f"twins must differ in what the model is given, got one request as safe and unsafe twin in pairs {same[:8]}; give the unsafe "
+                "one its own words or picture, or leave the pair out"
             )
 
     @classmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 
 from care_lens.core.cells import csv_text, defused_text, restored
+from care_lens.core.display import ShortRepr, as_html, as_text, listed, told_column
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact, warn_unsummed
 
@@ -37,8 +38,13 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-@dataclass(frozen=True)
-class FrameResult(ABC):
+_TOLD = ("tower", "layer", "component", "position", "metric", "effect")
+"""Columns whose values are told where a result introduces itself."""
+_FIRST_ROWS = 5
+
+
+@dataclass(frozen=True, repr=False)
+class FrameResult(ShortRepr, ABC):
     """A result that is a tidy frame.
 
     Attributes:
@@ -48,6 +54,25 @@ class FrameResult(ABC):
 
     frame: pd.DataFrame
     settings: dict[str, Any]
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """What was measured, of how many, and where the numbers are."""
+        frame, settings = self.frame, self.settings
+        rows = {name: told_column(frame[name]) for name in _TOLD if name in frame.columns}
+        of = [f"n {settings['n']}"] if "n" in settings else []
+        of += [f"{settings['groups']} groups"] if "groups" in settings else []
+        of += [f"seed {settings['seed']}"] if "seed" in settings else []
+        rows["of"] = ", ".join(of)
+        rows["outcome"] = str(settings.get("outcome", ""))
+        rows["also"] = ", ".join(f".{name}: {len(part)} rows" for name, part in self.parts().items())
+        rows["see"] = f".frame (columns {listed(frame.columns, most=20)}), .plot(), .save(folder, name)"
+        return f"{type(self).__name__}: {len(frame)} {'row' if len(frame) == 1 else 'rows'}", rows
+
+    def __repr__(self) -> str:
+        return as_text(*self.shown())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.shown()) + self.frame.head(_FIRST_ROWS).to_html(index=False)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A copy of the frame."""

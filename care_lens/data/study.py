@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from care_lens.core.display import ShortRepr, as_text
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
+from care_lens.core.held import Named
 from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
 from care_lens.core.require import require_examples
 from care_lens.data.behaviours import deal_behaviours
@@ -89,6 +90,17 @@ class Study(ShortRepr):
         for what in ("suites", "seen", "pairs", "pair_outcomes"):
             if not isinstance(getattr(self, what), Mapping):
                 raise TypeError(f"{what} must be a mapping, got {type(getattr(self, what)).__name__}; give a dict")
+        suites = {
+            split: Named(channels, what="channel") if isinstance(channels, Mapping) else channels
+            for split, channels in self.suites.items()
+        }
+        for field_name, what, given in (
+            ("suites", "split", suites),
+            ("seen", "modality", self.seen),
+            ("pairs", "pair set", self.pairs),
+            ("pair_outcomes", "pair set with an outcome of its own", self.pair_outcomes),
+        ):
+            object.__setattr__(self, field_name, Named(given, what=what))
         for what, keys, known in (("suites", self.suites, SPLITS), ("seen", self.seen, _MODALITIES)):
             if unknown := [key for key in keys if key not in known]:
                 raise StudyError(f"keys of {what} must be out of {list(known)}, got {unknown}; name them so")

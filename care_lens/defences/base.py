@@ -15,7 +15,6 @@ Everything else (putting it on a model, checking widths, saving, the row of a ta
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.capture import capture
+from care_lens.core.blocks import with_block
 from care_lens.core.examples import Example
 from care_lens.core.site import Site, SiteLike
 from care_lens.defences.stored import FitError, StoredDefence, WrongModelError, require_examples
@@ -176,7 +176,7 @@ class HookDefence(StoredDefence, HookRepair):
         batch = Batch(inputs, lvlm)
         return [batch.guard(), *self.edits(batch)]
 
-    @contextmanager
+    @with_block("defence.on(lvlm)")
     def on(self, lvlm: HookedLVLM) -> Iterator[HookedLVLM]:
         """Put the defence on a model: all it runs and generates is defended until the block is left.
 

@@ -12,10 +12,10 @@ Steps 1 to 3 happen when the requests are asked for, greedily; the last answer i
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from care_lens.core.blocks import with_block
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.defences.stored import FitError, StoredDefence, require_examples
@@ -98,7 +98,7 @@ class SecondLook(StoredDefence):
             )
         return made
 
-    @contextmanager
+    @with_block("defence.on(lvlm)")
     def on(self, lvlm: HookedLVLM) -> Iterator[HookedLVLM]:
         """Put the defence on a model, so that it can be asked for the rewritten requests."""
         before = self.__dict__.get("_lvlm")

@@ -6,12 +6,14 @@ to a model shares one AttachedLVLM with all others, and with the last of them it
 """
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from care_lens.core.site import Site, SiteLike
+from care_lens.lvlm.advice import ATTACHED as ATTACHED_ADVICE
+from care_lens.lvlm.advice import Advice
 from care_lens.lvlm.doors import Doors
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
@@ -36,6 +38,8 @@ class AttachedLVLM(HookedLVLM):
         users: How many have acquired it and not yet released it.
         held: What must live as long as it is on the model, whether or not anyone else keeps it.
     """
+
+    advice: ClassVar[Advice] = ATTACHED_ADVICE
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.users = 0

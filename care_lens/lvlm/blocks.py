@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from care_lens.lvlm.advice import HOOKED
 from care_lens.lvlm.errors import ThreadError
 
 CARRIED = (
     "the block whose hooks were carried must be open while the function runs, got one that was left; wait for the thread "
-    "(thread.join()) before leaving the block"
+    "(thread.join()) before leaving the block or removing the repair"
 )
 
 
@@ -39,9 +40,14 @@ class Block:
 
 
 class Blocks:
-    """The open blocks of one model, and the lock under which it runs."""
+    """The open blocks of one model, and the lock under which it runs.
 
-    def __init__(self) -> None:
+    Args:
+        advice: What a thread that is refused is told to do.
+    """
+
+    def __init__(self, advice: str = HOOKED.threads) -> None:
+        self._advice = advice
         self.lock = threading.RLock()
         self._open: list[Block] = []
         self._here = threading.local()
@@ -139,9 +145,7 @@ class Blocks:
             raise ThreadError(
                 f"hooks or a repair are on this model in thread {sorted(others)}, and they belong to the thread that put them "
                 f"there; thread {threading.current_thread().name!r} has none, so that nobody can say whether they are meant here. "
-                "Open the block in this thread (`with repair.on(lvlm): ...` inside its function), start it with "
-                "target=lvlm.carry_hooks(function) to have the starting thread's, or run it under `with lvlm.hooks():` "
-                "for the model as it is"
+                f"{self._advice}"
             )
 
     @contextmanager

@@ -10,6 +10,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
 from care_lens.core.display import as_html, as_text
+from care_lens.core.held import not_held
 from care_lens.core.site import Site
 from care_lens.lvlm.display import shown_cache
 from care_lens.lvlm.plain import refuse_copies
@@ -81,6 +82,9 @@ class LVLMCache(ActivationCache):
             key: A name, a shorthand of TransformerLens's, or a ``Site``. ``"hook_embed"`` and ``"embed"`` are what enters the first
                 block, if it is here. ``hook.name``, which is TransformerLens's own name of the point that a hook runs at, finds
                 the site's activation.
+
+        Raises:
+            NotHeldError: If it is not here; the message names what is. It is a KeyError.
         """
         if isinstance(key, Site):
             key = str(key)
@@ -91,7 +95,12 @@ class LVLMCache(ActivationCache):
             for name in self.cache_dict:
                 if name in registry and registry[name].name == key:
                     return self.cache_dict[name]
-        return super().__getitem__(key)
+        try:
+            return super().__getitem__(key)
+        except (KeyError, TypeError, IndexError) as error:
+            raise not_held(
+                "activation", key, self.cache_dict, advice="run_with_cache keeps the sites it is given, sites=[...]"
+            ) from error
 
     def logit_attrs(
         self,

@@ -4,6 +4,7 @@ What a template leaves out or puts elsewhere is an error, never a silent loss: m
 pictures before all text.
 """
 
+import re
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -106,6 +107,12 @@ def require_no_markers(processor: Any, example: Example, family: Family, row: st
             )
 
 
+_BOUNDARY = re.compile(
+    r"[<\[].*(image|img|vision|video|patch|tile|(?<![a-z])[be]oi(?![a-z])|row_\d+_col_\d+).*[>\]]", re.IGNORECASE
+)
+"""Added tokens that stand for pictures or parts of them, or enclose them."""
+
+
 def image_markers(processor: Any, family: Family) -> list[str]:
     """The texts of the tokens that stand for pictures or enclose them, the longest first."""
     tokenizer = processor.tokenizer
@@ -120,6 +127,8 @@ def image_markers(processor: Any, family: Family) -> list[str]:
             if name.endswith("_token") and not name.startswith("__") and _about_images(name):
                 value = getattr(owner, name, None)
                 found.add(value if isinstance(value, str) else getattr(value, "content", None))
+    # What a tokenizer was taught beside its words: many boundaries (Qwen's <|vision_start|>) are known to no attribute.
+    found |= {token for token in tokenizer.get_added_vocab() if _BOUNDARY.fullmatch(token)}
     found.add(family.image_text(processor))
     return sorted((mark for mark in found if isinstance(mark, str) and mark.strip()), key=len, reverse=True)
 

@@ -19,7 +19,7 @@ def shown_model(lvlm: "WrappedBridge") -> Shown:
     kind = type(lvlm).__name__
     seams = getattr(lvlm, "_seams", None)
     if seams is None or not seams.points:
-        return f"{kind}, closed", {"to go on": "HookedLVLM.from_bridge(bridge, processor)"}
+        return f"{kind}, closed", {"to go on": lvlm.advice.again}
     model = lvlm.hf_model
     sized: dict[str, str] = {}
     for tower in ("language", "vision"):

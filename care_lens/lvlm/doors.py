@@ -86,8 +86,8 @@ class Doors:
         before, made = self._steps.get(cache, (None, []))
         if before != makers:
             raise HookError(
-                "a repair is on, and the tokens in past_key_values were read without it or under another one; read the whole prompt "
-                "inside the block first, or call lvlm.generate"
+                "a repair is on, and the tokens in past_key_values were read without it or under another one; "
+                f"{self._lvlm.advice.afresh}"
             )
         return made
 
@@ -114,7 +114,7 @@ class Doors:
     def _generated_from(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _named(original, args, kwargs)
         in_force = _in_force(self._lvlm.hf_model.generation_config, given)
-        options.refuse(in_force, allowed=("return_dict_in_generate",))
+        options.refuse(in_force, allowed=("return_dict_in_generate",), instead=self._lvlm.advice.plainly)
         if (cache := given.get(_CACHE)) is not None and cache.get_seq_length():
             raise HookError(
                 "a repair is on, and it must read the whole prompt: past_key_values must be empty, got "
@@ -145,7 +145,7 @@ class Doors:
         if self._blocks.makers:
             raise HookError(
                 "a repair is on, which must know what each position is, and the language tower was run without its tokens; call "
-                "lvlm(inputs), lvlm.generate(inputs), lvlm.hf_model(**processor_outputs) or lvlm.hf_model.generate(...)"
+                f"{self._lvlm.advice.calls}"
             )
 
     def _refuse_checkpointing(self) -> None:
@@ -155,7 +155,7 @@ class Doors:
         if acting := sorted({name for name, point in self._lvlm.bridge.hook_dict.items() if point.has_hooks()}):
             raise HookError(
                 "hooks must not be on a model with gradient checkpointing, which computes its layers again without them in the "
-                f"backward pass, got hooks at {acting[:3]}; call hf_model.gradient_checkpointing_disable(), or hf_model.eval()"
+                f"backward pass, got hooks at {acting[:3]}; call the model's gradient_checkpointing_disable() or eval()"
             )
 
 

@@ -60,6 +60,13 @@ def _count(logits_to_keep: Any, inputs: LVLMInputs) -> int:
     return logits_to_keep
 
 
+class _NotGiven(tuple[()]):
+    """What stands where no sites were named at all: another object than any empty tuple."""
+
+
+_NOT_GIVEN: Any = _NotGiven()
+
+
 def _listed(sites: Any) -> Sequence[SiteLike]:
     """One site as a list of one; a list of sites as it is."""
     if isinstance(sites, (str, Site)):
@@ -283,7 +290,7 @@ class HookedLVLM(WrappedBridge):
         self,
         inputs: LVLMInputs,
         *,
-        sites: Sequence[SiteLike] | SiteLike | None,
+        sites: Sequence[SiteLike] | SiteLike | None = _NOT_GIVEN,
         fwd_hooks: FwdHooks = (),
         logits_to_keep: int = 0,
     ) -> tuple[Float[Tensor, "batch kept vocab"], LVLMCache]:
@@ -302,8 +309,14 @@ class HookedLVLM(WrappedBridge):
             nothing.
 
         Raises:
+            HookError: If no sites are given.
             ValueError: If this model has no such site, or the batch has no images and a site is about them.
         """
+        if sites is _NOT_GIVEN:
+            raise HookError(
+                "sites must be given: the sites whose activations are kept, such as sites=['blocks.0.hook_mlp_out'], or sites=None for all "
+                f"{len(self.sites())} of them, which take memory; lvlm.sites() lists them"
+            )
         wanted = self.sites() if sites is None else [self._require(site) for site in _listed(sites)]
         if require_inputs(inputs).pixel_values is None:
             if sites is not None and (about := [str(site) for site in wanted if site.tower != "language"]):

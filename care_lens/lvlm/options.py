@@ -90,12 +90,18 @@ def resolve(own_config: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return passed, in_force
 
 
-def refuse(in_force: Mapping[str, Any], *, allowed: Sequence[str] = ()) -> None:
+def refuse(
+    in_force: Mapping[str, Any],
+    *,
+    allowed: Sequence[str] = (),
+    instead: str = "call lvlm.hf_model.generate inside `with lvlm.hooks(...)` for what they do",
+) -> None:
     """Refuse ways of decoding in which hooks do not see each token once.
 
     Args:
         in_force: The settings in force.
         allowed: Names that are not looked at.
+        instead: What to do where one of them is wanted.
 
     Raises:
         GenerationOptionError: As said.
@@ -103,10 +109,12 @@ def refuse(in_force: Mapping[str, Any], *, allowed: Sequence[str] = ()) -> None:
     if refused := [
         name for name, fine in REFUSED.items() if name not in allowed and in_force.get(name) not in (None, *fine)
     ]:
+        returned = "" if "return_dict_in_generate" in allowed else ", and what is returned is a Generation"
+        output = "" if "return_dict_in_generate" in allowed else ", transformers' own output"
         raise GenerationOptionError(
-            f"hooks must see each token once, and what is returned is a Generation: got {refused}, which are not "
-            "defined here (assisted or contrastive decoding, DoLa, a decoding loop of one's own, prompt lookup, chunked prefill, guidance, decoding without a cache, transformers' "
-            "own output); call lvlm.hf_model.generate inside `with lvlm.hooks(...)` for what they do"
+            f"hooks must see each token once{returned}: got {refused}, which are not "
+            "defined here (assisted or contrastive decoding, DoLa, a decoding loop of one's own, prompt lookup, chunked prefill, guidance, "
+            f"decoding without a cache{output}); leave them out, or {instead}"
         )
 
 

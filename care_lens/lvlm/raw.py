@@ -43,11 +43,11 @@ def raw_inputs(given: Mapping[str, Any], *, config: Any, family: Family, copies:
     if not isinstance(ids, Tensor) or ids.ndim != 2 or given.get("inputs_embeds") is not None:
         raise HookError(
             "a repair is on, which must know what each position is: the call must have input_ids [batch, pos] and no inputs_embeds; "
-            "give the processor's outputs as they are, or use lvlm.prepare and lvlm.generate"
+            "give the processor's outputs as they are"
         )
     if given.get("pixel_values_videos") is not None:
         raise HookError(
-            "a repair is on, and videos are not known to it; give pictures (pixel_values), or leave the block"
+            "a repair is on, and videos are not known to it; give pictures (pixel_values), or take the repair off"
         )
     mask = torch.ones_like(ids) if mask is None else mask
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:

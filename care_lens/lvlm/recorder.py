@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from care_lens.core.held import Named
 from care_lens.core.site import Site
 
 
@@ -45,8 +46,9 @@ class Recorder:
 
     def activations(self) -> dict[str, Tensor]:
         """What was kept, by name of the site; along the positions in the language tower."""
-        return {
+        made = {
             str(site): torch.cat(steps, dim=1) if site.tower == "language" else steps[0]
             for site, steps in self._steps.items()
             if steps
         }
+        return Named(made, what="site that was kept (generate's sites=[...])")

@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, TypeAlias, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from care_lens.core.blocks import with_block
 from care_lens.core.display import as_html, as_text
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
+from care_lens.lvlm.advice import HOOKED, Advice
 from care_lens.lvlm.blocks import Block, Blocks
 from care_lens.lvlm.display import shown_model
 from care_lens.lvlm.doors import Doors
@@ -102,7 +104,10 @@ class WrappedBridge:
         processor: The processor.
         tokenizer: The processor's tokenizer.
         family: How models of this kind are laid out.
+        advice: What messages tell the user to do.
     """
+
+    advice: ClassVar[Advice] = HOOKED
 
     def __init__(self, bridge: Any, processor: Any) -> None:
         model = bridge.original_model
@@ -112,7 +117,7 @@ class WrappedBridge:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self._seams = self._installed()
-        self._blocks = Blocks()
+        self._blocks = Blocks(self.advice.threads)
         doors = Doors(self)
         self._seams.on_remove(doors.remove)
         self._keep_plain(doors)
@@ -297,7 +302,7 @@ class WrappedBridge:
             mask[:, mask.shape[1] - self.family.closing_tokens(config) :] = False
         return mask
 
-    @contextmanager
+    @with_block("lvlm.hooks(fwd_hooks)")
     def hooks(self: Wrapped, fwd_hooks: FwdHooks = ()) -> Iterator[Wrapped]:
         """Have hooks on the model in a ``with`` block; they are gone after it, come what may.
 
@@ -333,7 +338,7 @@ class WrappedBridge:
                     with self._blocks.lock:
                         context.__exit__(None, None, None)
 
-    @contextmanager
+    @with_block("lvlm.hooks_for_each_batch(make)")
     def hooks_for_each_batch(self: Wrapped, make: Callable[[LVLMInputs], FwdHooks]) -> Iterator[Wrapped]:
         """Have hooks made anew for every batch that is run or generated from in a ``with`` block.
 
@@ -458,7 +463,7 @@ class WrappedBridge:
 
     def _require_open(self) -> None:
         if not self._seams.points:
-            raise RuntimeError("this HookedLVLM is closed; wrap the bridge again with HookedLVLM.from_bridge")
+            raise RuntimeError(f"this {type(self).__name__} is closed; go on with {self.advice.again}")
 
     def _require(self, site: SiteLike) -> Site:
         self._require_open()

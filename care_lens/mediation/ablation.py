@@ -22,7 +22,7 @@ answers came out alike.
 Source: Fu et al. 2026 (arXiv:2603.27240).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.capture import capture
 from care_lens.core import (
@@ -46,11 +45,12 @@ from care_lens.core import (
     paired_difference,
     require_verdicts,
 )
-from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.checkpoint import CellLog, made_by
+from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.mediation.checkpoint import made_by
 from care_lens.mediation.frames import DetailedResult, groups_of, site_columns, tidy
 from care_lens.mediation.resampling import bank_of, donors, resampled
 from care_lens.mediation.skipping import BLOCK, Blocks, left_out
+from care_lens.mediation.sweep import Part, Sweep, require_options
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -79,6 +79,7 @@ _JUDGED = (Verdict.COMPLIED, Verdict.REFUSED, Verdict.OTHER)
 
 
 Cell = Site | Blocks | None
+Hook = tuple[Site, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,11 @@ def ablate(
         The answers' shares for the baseline and every layer and component.
 
     Raises:
+        MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
         ValueError: If an option is out of range, the model has no such site or it cannot be edited, no
             example has an image for an ablation of the vision tower, or the checkpoint is of another sweep.
     """
+    require_options(batch_size=batch_size, max_new_tokens=max_new_tokens, n_boot=n_boot, seed=seed)
     sites = _sites(lvlm, components, tower, layers, mode, window)
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
@@ -164,42 +167,48 @@ def ablate(
     }
     if mode == "resample":
         settings |= {"seed": seed, "draws": "of each example"}
-    done = CellLog(checkpoint, settings=settings, probe=_probe(lvlm, examples[:batch_size]))
+    sweep = Sweep(checkpoint, settings=settings, probe=lambda: _probe(lvlm, examples[:batch_size]))
     cells: list[Cell] = [None, *sites]
-    todo = [cell for cell in cells if _key(cell) not in done]
-    replaced = [site for site in todo if isinstance(site, Site)]
+    left = sweep.todo(map(_key, cells))
+    replaced = [site for site in sites if isinstance(site, Site) and _key(site) in left]
     means = _means(lvlm, replaced, reference, batch_size, progress) if mode == "mean" else {}
     chosen = donors(examples, reference, seed) if mode == "resample" else []
     starts = range(0, len(examples), batch_size)
-    with tqdm(total=len(cells) * len(starts), desc="ablating", disable=not progress) as bar:
-        bar.update((len(cells) - len(todo)) * len(starts))
-        for cell in todo:
-            texts: list[str] = []
-            bank = None
-            if isinstance(cell, Site) and mode == "resample":
-                bank = bank_of(lvlm, cell, reference, batch_size, seed)
-            for start in starts:
-                inputs = lvlm.prepare(examples[start : start + batch_size])
-                hooks: list[tuple[Site, Callable[..., Any]]] = []
-                if isinstance(cell, Blocks):
-                    hooks = left_out(cell)
-                elif cell is not None:
-                    hooks = [(cell, _replace(means.get(cell)))]
-                if isinstance(cell, Site) and bank is not None:
-                    batch = range(start, min(start + batch_size, len(examples)))
-                    hooks = [
-                        (
-                            cell,
-                            resampled(
-                                bank, [chosen[i] for i in batch], [examples[i] for i in batch], inputs, cell, seed
-                            ),
-                        )
-                    ]
-                made = lvlm.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, fwd_hooks=hooks)
-                texts += made.answers
-                bar.update()
-            verdicts = [v.value for v in require_verdicts(judge(examples, texts), len(examples), judge=judge)]
-            done.add(_key(cell), {"texts": texts, "verdicts": verdicts})
+
+    def hooks_of(cell: Cell, bank: Sequence[Tensor | None] | None, inputs: LVLMInputs, start: int) -> list[Hook]:
+        if cell is None:
+            return []
+        if isinstance(cell, Blocks):
+            return left_out(cell)
+        if bank is None:
+            return [(cell, _replace(means.get(cell)))]
+        batch = range(start, min(start + batch_size, len(examples)))
+        own = [examples[i] for i in batch]
+        return [(cell, resampled(bank, [chosen[i] for i in batch], own, inputs, cell, seed))]
+
+    def answers(cell: Cell, bar: Any) -> dict[str, list[str]]:
+        texts: list[str] = []
+        drawn = isinstance(cell, Site) and mode == "resample"
+        bank = bank_of(lvlm, cell, reference, batch_size, seed) if isinstance(cell, Site) and drawn else None
+        for start in starts:
+            inputs = lvlm.prepare(examples[start : start + batch_size])
+            hooks = hooks_of(cell, bank, inputs, start)
+            made = lvlm.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, fwd_hooks=hooks)
+            texts += made.answers
+            bar.update()
+        verdicts = [v.value for v in require_verdicts(judge(examples, texts), len(examples), judge=judge)]
+        return {"texts": texts, "verdicts": verdicts}
+
+    def parts() -> Iterator[Part[Cell]]:
+        for cell in cells:
+
+            def run(todo: Sequence[str], bar: Any, cell: Cell = cell) -> Iterator[dict[str, Any]]:
+                yield {todo[0]: answers(cell, bar)}
+
+            yield Part(cell, [_key(cell)], run, len(starts))
+
+    total = len(cells) * len(starts)
+    done = {_key(cell): found for cell, (found,) in sweep.run(parts(), total=total, desc="ablating", progress=progress)}
     settings |= {
         "n": len(examples),
         "n_reference": len(reference) if mode in ("mean", "resample") else 0,
@@ -283,7 +292,7 @@ def _replace(mean: Tensor | None) -> Callable[..., Tensor]:
 def _result(
     examples: Sequence[Example],
     cells: Sequence[Cell],
-    done: CellLog,
+    done: Mapping[str, Any],
     tower: Tower,
     mode: Mode,
     n_boot: int,

@@ -39,7 +39,6 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core import (
     Interval,
@@ -49,13 +48,10 @@ from care_lens.core import (
     Site,
     SiteLike,
     cluster_bootstrap,
-    examples_digest,
 )
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import (
     DetailedResult,
-    describe_outcome,
     metric_name,
     sampling,
     site_columns,
@@ -64,6 +60,7 @@ from care_lens.mediation.frames import (
 from care_lens.mediation.interpolation import Found, Path, Plan, attributed, nodes_of, owners
 from care_lens.mediation.mediators import HEADS, NEURONS
 from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches
+from care_lens.mediation.sweep import Part, Sweep, require_options, require_positions, sweep_settings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -151,6 +148,7 @@ def attribute(
         The attributions.
 
     Raises:
+        MediationError: If positions or a number are none that it can be run with, before anything is run. It is a ValueError.
         ValueError: If an option is not known, the model has no such site or it cannot be edited, twins are not aligned,
             no pair has a picture where only such sites are asked for, or the outcome is not one finite number a row with a
             gradient, or the checkpoint is of another attribution.
@@ -170,6 +168,9 @@ def attribute(
         >>> sorted(set(found.frame.kind))
         ['head', 'patch']
     """
+    least = {"batch_size": 2, "neurons_by_pair": 0}
+    require_options(batch_size=batch_size, neurons_by_pair=neurons_by_pair, n_boot=n_boot, seed=seed, least=least)
+    positions = require_positions(positions)
     _check_options(outcome, method, points, path)
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
     if bad := misaligned(batches):
@@ -184,17 +185,14 @@ def attribute(
         "path": path,
         "enters_at": [str(site) for site in plan.entries(pictured)],
         "positions": list(positions),
-        "outcome": describe_outcome(outcome),
-        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
-        "batch_size": batch_size,
-        **made_by(lvlm, outcome=outcome),
+        **sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size),
     }
     held = {"sites": [str(site) for site in plan.sites], "patches": [str(site) for site in plan.patches]}
-    done = CellLog(checkpoint, settings={**made, "points": points, **held})
+    sweep = Sweep(checkpoint, settings={**made, "points": points, **held})
     count = (points or FIRST_POINTS) if method == "integrated" else 0
     while True:
         nodes = nodes_of(count) if count else ((0.0, 1.0),)
-        table, total, entering = _swept(lvlm, batches, outcome, plan, nodes, done, progress)
+        table, total, entering = _swept(lvlm, batches, outcome, plan, nodes, sweep, progress)
         gap = completeness_gap(entering, total)
         if points is not None or not count or gap <= TOLERANCE or count >= MOST_POINTS:
             break
@@ -223,22 +221,28 @@ def _swept(
     outcome: Any,
     plan: Plan,
     nodes: Sequence[tuple[float, float]],
-    done: CellLog,
+    sweep: Sweep,
     progress: bool,
 ) -> tuple["_Table", ndarray, ndarray]:
     """Attributions, and each pair's total effect and sum of the attributions of what enters, [n] each."""
     n = sum(batch.n for batch in batches)
     table, total, entering = _Table(n), np.full(n, np.nan), np.full(n, np.nan)
-    with tqdm(total=len(batches) * len(nodes), desc="attributing", disable=not progress) as bar:
+
+    def parts() -> Iterator[Part[list[int]]]:
         for batch in batches:
-            index = list(batch.index)
-            untouched, entering[index], cells = done.get(
-                f"from {index[0]} at {len(nodes)} points",
-                lambda batch=batch: _kept(batch, plan, attributed(lvlm, batch, outcome, plan, nodes, bar)),
-            )
-            total[index] = np.asarray(untouched[1]) - np.asarray(untouched[0])
-            for kind, site, position, values in cells:
-                table.add(_Cell(kind, Site.parse(site), position), index, np.asarray(values, dtype=np.float64))
+
+            def run(todo: Sequence[str], bar: Any, batch: PairBatch = batch) -> Iterator[dict[str, Any]]:
+                yield {todo[0]: _kept(batch, plan, attributed(lvlm, batch, outcome, plan, nodes, bar))}
+
+            key = f"from {batch.index[0]} at {len(nodes)} points"
+            yield Part(list(batch.index), [key], run, len(nodes))
+
+    steps = len(batches) * len(nodes)
+    for index, (found,) in sweep.run(parts(), total=steps, desc="attributing", progress=progress):
+        untouched, entering[index], cells = found
+        total[index] = np.asarray(untouched[1]) - np.asarray(untouched[0])
+        for kind, site, position, values in cells:
+            table.add(_Cell(kind, Site.parse(site), position), index, np.asarray(values, dtype=np.float64))
     return table, total, entering
 
 

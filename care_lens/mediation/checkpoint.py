@@ -16,8 +16,13 @@ from care_lens.core.errors import ArtifactError
 from care_lens.core.identity import model_fingerprint
 from care_lens.core.journal import Journal, Row, differing
 from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.errors import MediationError
 
 _TOLERANCE = 1e-3
+_KIND = "finished cells"
+
+Probe = Sequence[float] | Callable[[], Sequence[float]]
+"""Numbers that tell models and examples apart, or what computes them."""
 
 
 def made_by(lvlm: HookedLVLM, *, outcome: Outcome | Callable[..., Any]) -> dict[str, Any]:
@@ -43,20 +48,27 @@ class CellLog:
     Args:
         path: The file; it and its folder are made if they do not exist. None: nothing is kept.
         settings: JSON-able; the file must be of the same.
-        probe: Numbers that tell the model and the examples apart; the file's must agree to 1e-3.
+        probe: Numbers that tell the model and the examples apart; the file's must agree to 1e-3. Or what computes them, which is
+            called when the file's settings are known to be the same.
 
     Raises:
         ArtifactError: If the file is of other settings, another model or other examples, is damaged, or is no such log; it is left
             as it is.
+        MediationError: If the path is a folder.
     """
 
-    def __init__(self, path: str | Path | None, *, settings: dict[str, Any], probe: Sequence[float] = ()) -> None:
+    def __init__(self, path: str | Path | None, *, settings: dict[str, Any], probe: Probe = ()) -> None:
         self._cells: dict[str, Any] = {}
-        self._settings, self._probe, self._path = json.loads(json.dumps(settings)), list(probe), path
+        self._settings, self._path = json.loads(json.dumps(settings)), path
         self._journal = None
+        if path is not None and Path(path).is_dir():
+            raise MediationError(f"checkpoint must be a file, got the folder {path}; give {Path(path) / 'cells.jsonl'}")
+        if path is not None and callable(probe):
+            Journal(path, kind=_KIND, check=self._check_settings).read()
+        self._probe = list(probe() if callable(probe) else probe)
         if path is not None:
             about = {"settings": settings, "probe": self._probe}
-            self._journal = Journal(path, kind="finished cells", about=about, check=self._check)
+            self._journal = Journal(path, kind=_KIND, about=about, check=self._check)
             self._take(self._journal.append([]))
 
     def __contains__(self, cell: str) -> bool:
@@ -75,22 +87,18 @@ class CellLog:
         if self._journal is not None:
             self._take(self._journal.append([{"cells": dict(cells)}]))
 
-    def get(self, cell: str, make: Callable[[], Any]) -> Any:
-        """A cell's value; made and recorded if it is not there."""
-        if cell not in self._cells:
-            self.add(cell, make())
-        return self._cells[cell]
-
     def _take(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._cells.update(row["cells"])
 
-    def _check(self, found: Row) -> None:
-        theirs, ours = found["settings"], self._settings
-        if differ := differing(ours, theirs):
+    def _check_settings(self, found: Row) -> None:
+        if differ := differing(self._settings, found["settings"]):
             raise ArtifactError(
                 f"checkpoint must be of the same settings, {self._path} differs in {differ}; use another file"
             )
+
+    def _check(self, found: Row) -> None:
+        self._check_settings(found)
         same = len(found["probe"]) == len(self._probe) and all(
             math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) or (a != a and b != b)
             for a, b in zip(found["probe"], self._probe, strict=True)

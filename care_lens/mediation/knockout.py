@@ -19,9 +19,9 @@ Cost: a forward pass a batch, window and mode. Memory: that of a forward pass.
 Source: Geva et al. 2023, "Dissecting recall of factual associations in auto-regressive language models".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core import (
     Example,
@@ -37,14 +36,11 @@ from care_lens.core import (
     PairedExamples,
     PrefixMargin,
     Site,
-    examples_digest,
 )
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import (
     DetailedResult,
-    describe_outcome,
     groups_of,
     metric_name,
     sampling,
@@ -53,6 +49,7 @@ from care_lens.mediation.frames import (
 from care_lens.mediation.pairs import logits_needed
 from care_lens.mediation.patching import read_outcome
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
+from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -139,6 +136,7 @@ def knockout(
         The effects.
 
     Raises:
+        MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
         ValueError: If an option is out of range, the model's attention patterns cannot be edited, or no example (no
             pair, in both twins) has anything to be cut, or the checkpoint is of another sweep. Those that have not are left out; ``n`` counts the rest.
 
@@ -158,8 +156,9 @@ def knockout(
         >>> found.frame.layers.unique().tolist()
         ['0', '0-1']
     """
+    require_options(batch_size=batch_size, n_boot=n_boot, seed=seed)
+    _check(source, target, modes, outcome)
     windows = _windows(lvlm, layers, window)
-    _check(source, target, modes, outcome, batch_size)
     pairs = examples if isinstance(examples, PairedExamples) else None
     rows: list[Example] = [*examples.safe, *examples.unsafe] if isinstance(examples, PairedExamples) else list(examples)
     if not rows:
@@ -169,27 +168,30 @@ def knockout(
         "source": source,
         "target": target,
         "itself": itself,
-        "outcome": describe_outcome(outcome),
-        "examples": examples_digest(rows),
-        "batch_size": batch_size,
-        **made_by(lvlm, outcome=outcome),
+        **sweep_settings(lvlm, outcome=outcome, examples=rows, batch_size=batch_size),
     }
-    done = CellLog(checkpoint, settings=made)
+    sweep = Sweep(checkpoint, settings=made)
     untouched = np.full(len(rows), np.nan)
     values = np.full((len(rows), len(cells)), np.nan)
     there = np.zeros(len(rows), dtype=bool)
     starts = range(0, len(rows), batch_size)
-    with tqdm(total=len(starts) * len(cells), desc="knocking out", disable=not progress) as bar:
+
+    def parts() -> Iterator[Part[tuple[slice, int | None]]]:
+        """Of each batch the untouched outcomes, then those of each window and mode."""
         for start in starts:
             part = slice(start, start + batch_size)
             run = _Batch(lvlm, rows[part], outcome, source, target, itself)
-            there[part], untouched[part] = done.get(f"untouched from {start}", run.untouched)
+            yield Part((part, None), [f"untouched from {start}"], one_cell(run.untouched), 0)
             for at, (some, mode) in enumerate(cells):
-                values[part, at] = done.get(
-                    f"{_name(some)} {mode} from {start}",
-                    lambda run=run, some=some, mode=mode: run.cut_off(some, mode),
-                )
-                bar.update()
+                cut = partial(run.cut_off, some, mode)
+                yield Part((part, at), [f"{_name(some)} {mode} from {start}"], one_cell(cut))
+
+    total = len(starts) * len(cells)
+    for (part, at), (found,) in sweep.run(parts(), total=total, desc="knocking out", progress=progress):
+        if at is None:
+            there[part], untouched[part] = found
+        else:
+            values[part, at] = found
     groups = groups_of(rows) if pairs is None else pairs.groups
     settings: dict[str, Any] = {
         **made,
@@ -259,13 +261,11 @@ class _Batch:
             return read_outcome(bound, logits, inputs).tolist()
 
 
-def _check(source: str, target: str, modes: Sequence[str], outcome: Any, batch_size: int) -> None:
+def _check(source: str, target: str, modes: Sequence[str], outcome: Any) -> None:
     if unknown := [name for name in (source, target) if name not in SPAN_NAMES]:
         raise ValueError(f"source and target must be spans, some of {SPAN_NAMES}, got {unknown}")
     if not modes or (unknown := [mode for mode in modes if mode not in KNOCKOUT_MODES]):
         raise ValueError(f"modes must be some of {KNOCKOUT_MODES}, got {list(modes)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     if isinstance(outcome, PrefixMargin) or hasattr(outcome, "generated"):
         raise ValueError(
             f"outcome must be read off the logits of one run, got {metric_name(outcome)}; use UnsafeMargin, "

@@ -13,6 +13,7 @@ else, and redundant places (each sufficient, none necessary) share the middle of
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from care_lens.mediation.frames import sampling, tidy
 from care_lens.mediation.mediate import MediationResult, mediate
 from care_lens.mediation.mediators import HEADS, NEURONS, Mediator, heads, neurons
 from care_lens.mediation.pairs import ALWAYS_SHARED, pair_batches, shared_positions
+from care_lens.mediation.sweep import require_options
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -93,6 +95,7 @@ def localise(
     n_boot: int = 500,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Localisation:
     """Rank places by how far they carry the unsafe answer.
 
@@ -110,15 +113,19 @@ def localise(
         n_boot: Resamples of the pairs' groups.
         seed: Of the resamples.
         progress: Whether to show progress bars.
+        checkpoint: A file in which finished cells are kept; a stopped localisation goes on from it, and one of the same pairs by
+            :func:`mediate` with the same outcome and batch size shares it.
 
     Returns:
         The ranking.
 
     Raises:
+        MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
         NothingToLocalise: If the total effect's interval contains 0 or is below it, or the pairs are about one item alone.
         ValueError: If two mediators have one name, no pair could be measured at every place, or :func:`mediate` refuses the
             sites or the pairs.
     """
+    require_options(batch_size=batch_size, n_boot=n_boot, spans=spans, seed=seed, least={"batch_size": 2, "spans": 0})
     places = list(dict.fromkeys(Mediator.of(site) for site in (candidates(lvlm) if sites is None else sites)))
     if len({place.name for place in places}) < len(places):
         raise ValueError(
@@ -132,6 +139,7 @@ def localise(
         "n_boot": 2,
         "n_permutations": 2,
         "seed": seed,
+        "checkpoint": checkpoint,
     }
     found = mediate(lvlm, pairs, sites=places, positions=positions, progress=progress, **options)
     ranking = rank_places(found, components=None, n_boot=n_boot, seed=seed)

@@ -29,20 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from care_lens.core import Example, Interval, Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
+from care_lens.core import Example, Interval, Outcome, PairedExamples, PrefixMargin, Site, SiteLike
 from care_lens.core.stats import are_binary
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
-from care_lens.mediation.frames import (
-    DetailedResult,
-    describe_outcome,
-    metric_name,
-    sampling,
-    tidy,
-)
+from care_lens.mediation.errors import MediationError
+from care_lens.mediation.frames import DetailedResult, metric_name, sampling, tidy
 from care_lens.mediation.mediators import Mediator
 from care_lens.mediation.pairs import (
     PairBatch,
@@ -56,6 +49,7 @@ from care_lens.mediation.pairs import (
 from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import resolved, spacing
+from care_lens.mediation.sweep import EACH, Part, Sweep, require_options, require_positions, sweep_settings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -64,9 +58,6 @@ log = logging.getLogger(__name__)
 
 POSITIONS: tuple[str, ...] = ("image", "text", "last", "all")
 """The default positions of the language tower."""
-
-EACH = "each"
-"""Stands for every token of the language tower by itself."""
 
 _PLACE = ("tower", "layer", "component", "head", "neuron", "mediator", "position")
 COLUMNS = (*_PLACE, "metric", "effect", "value", "ci_low", "ci_high", "p_value", "n", "seed")
@@ -155,6 +146,7 @@ def mediate(
         The effects.
 
     Raises:
+        MediationError: If positions or a number are none that it can be run with, before anything is run. It is a ValueError.
         ValueError: If the model has no such site or it cannot be edited, twins are not aligned as the
             positions need, the outcome is not one finite number a row, or the checkpoint is of another sweep.
 
@@ -172,7 +164,13 @@ def mediate(
         >>> found.frame.effect.unique().tolist()
         ['TE', 'NIE', 'NDE', 'TIE', 'interaction', 'proportion']
     """
+    require_options(
+        batch_size=batch_size, n_boot=n_boot, n_permutations=n_permutations, seed=seed, least={"batch_size": 2}
+    )
+    positions = require_positions(positions, each=True)
     wanted = _editable(lvlm, default_sites(lvlm) if sites is None else sites)
+    if not positions and any(mediator.in_language for mediator in wanted):
+        raise MediationError(f"positions must name one or more for the language tower, got none; give {POSITIONS}")
     if isinstance(outcome, PrefixMargin):
         run, single = _with_prefixes(pairs, outcome), outcome.single
     else:
@@ -182,24 +180,27 @@ def mediate(
     require_shared(batches, positions)
     require_whole_pictures(batches, [site for mediator in wanted for site in mediator.sites])
     cells = _cells(wanted, positions, any(batch.has_images for batch in batches))
-    settings = {
-        "outcome": describe_outcome(outcome),
-        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
-        "batch_size": batch_size,
-        **made_by(lvlm, outcome=outcome),
-    }
+    settings = sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size)
     untouched = np.full((2, len(run)), np.nan)
-    for batch in batches:
-        untouched[:, list(batch.index)] = _twins(_plain_outcomes(lvlm, batch, single))
-    done = CellLog(checkpoint, settings=settings, probe=untouched.ravel().tolist())
-    patched = np.full((2, len(run), len(cells)), np.nan)
-    where = {cell: i for i, cell in enumerate(cells)}
-    with tqdm(total=len(batches) * len(wanted), desc="mediating", disable=not progress) as bar:
+
+    def probe() -> list[float]:
+        for batch in batches:
+            untouched[:, list(batch.index)] = _twins(_plain_outcomes(lvlm, batch, single))
+        return untouched.ravel().tolist()
+
+    sweep = Sweep(checkpoint, settings=settings, probe=probe)
+
+    def parts() -> Iterator[Part[tuple[_Batch, list[Cell]]]]:
         for batch in batches:
             before = torch.from_numpy(untouched[:, list(batch.index)].ravel())
-            sweep = _Sweep(lvlm, batch, single, before, batch_size, replay, done)
-            for cell, values in sweep.run(cells, bar):
-                patched[:, list(batch.index), where[cell]] = _twins(values)
+            yield from _Batch(lvlm, batch, single, before, batch_size, replay).parts(cells)
+
+    patched = np.full((2, len(run), len(cells)), np.nan)
+    where = {cell: i for i, cell in enumerate(cells)}
+    total = len(batches) * len(wanted)
+    for (batch, some), found in sweep.run(parts(), total=total, desc="mediating", progress=progress):
+        for cell, values in zip(some, found, strict=True):
+            patched[:, list(batch.index), where[cell]] = _twins(batch.present(cell, values))
     if isinstance(outcome, PrefixMargin):
         n = len(outcome.prefixes)
         untouched = outcome.combine(untouched.reshape(2, len(pairs), n))
@@ -274,7 +275,7 @@ def _plain_outcomes(lvlm: HookedLVLM, batch: PairBatch, outcome: Outcome) -> lis
         return read_outcome(bound(outcome, batch, logits), logits, batch.inputs).tolist()
 
 
-class _Sweep:
+class _Batch:
     """The cells of one batch; what replay and outcome need is run when the first cell is that is not done yet."""
 
     def __init__(
@@ -285,26 +286,28 @@ class _Sweep:
         untouched: torch.Tensor,
         batch_size: int,
         replay: bool,
-        done: CellLog,
     ) -> None:
         self._lvlm, self._batch, self._outcome, self._untouched = lvlm, batch, outcome, untouched
-        self._batch_size, self._may_replay, self._done = batch_size, replay, done
+        self._batch_size, self._may_replay, self.index = batch_size, replay, batch.index
         self._keep = logits_needed(outcome, batch.inputs)
         self._replay: Replay | None = None
         self._ready = False
 
-    def run(self, cells: Sequence[Cell], bar: Any) -> Iterator[tuple[Cell, list[float]]]:
-        """Outcomes [2n] in every cell the batch can have; those of rows without the position are missing."""
+    def parts(self, cells: Sequence[Cell]) -> Iterator[Part[tuple["_Batch", list[Cell]]]]:
+        """Every cell that the batch can have, those of mediators in the same layers together; values are outcomes [2n]."""
         mine = [cell for cell in cells if self._batch.has_images or not _needs_image(cell)]
         for places, layer in groupby(mine, key=lambda cell: {(site.tower, site.layer) for site in cell[0].sites}):
-            here = list(layer)
-            todo = [cell for cell in here if self._key(cell) not in self._done]
-            if todo:
-                self._prepare(any(place[0] == "language" for place in places))
-                self._fill(todo)
-            bar.update(len({mediator for mediator, _ in here}))
-            for cell in here:
-                yield cell, self._present(cell, self._done[self._key(cell)])
+            here = {self._key(cell): cell for cell in layer}
+            language = any(place[0] == "language" for place in places)
+
+            def run(
+                todo: Sequence[str], bar: Any, here: dict[str, Cell] = here, language: bool = language
+            ) -> Iterator[dict[str, list[float]]]:
+                self._prepare(language)
+                return self._filled([here[key] for key in todo])
+
+            steps = len({mediator for mediator, _ in here.values()})
+            yield Part((self, [*here.values()]), [*here], run, steps)
 
     def _key(self, cell: Cell) -> str:
         return f"{cell[0].key} {cell[1]} from {self._batch.index[0]}"
@@ -322,7 +325,7 @@ class _Sweep:
             self._replay, _ = Replay.of(self._lvlm, self._batch.inputs, logits_to_keep=self._keep)
             self._may_replay = False
 
-    def _fill(self, todo: Sequence[Cell]) -> None:
+    def _filled(self, todo: Sequence[Cell]) -> Iterator[dict[str, list[float]]]:
         """Run cells whose mediators are in the same layers, one mediator after the other."""
         own = self._activations(list(dict.fromkeys(site for mediator, _ in todo for site in mediator.sites)))
         for mediator, some in groupby(todo, key=lambda cell: cell[0]):
@@ -340,7 +343,7 @@ class _Sweep:
                 logits_to_keep=self._keep,
                 replay=self._replay,
             )
-            self._done.add_all({self._key(cell): row for cell, row in zip(mine, values.tolist(), strict=True)})
+            yield {self._key(cell): row for cell, row in zip(mine, values.tolist(), strict=True)}
 
     def _activations(self, sites: Sequence[Site]) -> dict[Site, torch.Tensor]:
         with torch.no_grad():
@@ -357,7 +360,8 @@ class _Sweep:
             for site, activation in own.items()
         }
 
-    def _present(self, cell: Cell, values: Sequence[float]) -> list[float]:
+    def present(self, cell: Cell, values: Sequence[float]) -> list[float]:
+        """Outcomes [2n] of a cell; those of rows without the position are missing."""
         if not cell[0].in_language:
             return list(values)
         has = self._batch.mask(cell[1]).any(dim=1).tolist()

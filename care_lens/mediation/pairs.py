@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from care_lens.core import Example, Outcome, PairedExamples, Site
+from care_lens.core.display import ShortRepr
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.patching import Swap
 
@@ -24,7 +25,7 @@ ALWAYS_SHARED = ("image", "last")
 
 
 @dataclass(frozen=True, eq=False)
-class PairBatch:
+class PairBatch(ShortRepr):
     """Some pairs, as one batch of 2n rows: the n safe twins, then the n unsafe ones.
 
     Attributes:

@@ -6,7 +6,7 @@ language model is given of that patch; at sites of the vision tower it is the pa
 mix it with others. Patches interact, so that their effects need not add up to that of the whole image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -14,24 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, examples_digest
+from care_lens.core import Outcome, PairedExamples, Site, SiteLike
 from care_lens.core.spans import PatchGrid
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.checkpoint import CellLog, made_by
-from care_lens.mediation.frames import (
-    DetailedResult,
-    describe_outcome,
-    metric_name,
-    sampling,
-    site_columns,
-    tidy,
-)
+from care_lens.mediation.frames import DetailedResult, metric_name, sampling, site_columns, tidy
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
+from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -95,9 +87,11 @@ def patch_map(
         The effects, patch by patch.
 
     Raises:
+        MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
         ValueError: If a pair lacks a picture, grids differ, the model has no such site, or it cannot be
             edited; or the checkpoint is of another map.
     """
+    require_options(batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
     place = Site.parse(site)
     if not lvlm.site_info(place).editable or place.component == "attn.hook_pattern":
         raise ValueError(f"site must be editable and have a patch axis, got {place}")
@@ -107,22 +101,22 @@ def patch_map(
     n_patches = grid.rows * grid.cols
     made = {
         "site": str(place),
-        "outcome": describe_outcome(outcome),
-        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
-        "batch_size": batch_size,
-        **made_by(lvlm, outcome=outcome),
+        **sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size),
     }
-    done = CellLog(checkpoint, settings=made)
+    sweep = Sweep(checkpoint, settings=made)
+
+    def parts() -> Iterator[Part[PairBatch]]:
+        for batch in batches:
+
+            def make(batch: PairBatch = batch) -> list[Any]:
+                return [part.tolist() for part in _patched(lvlm, batch, place, outcome, n_patches, batch_size)]
+
+            yield Part(batch, [f"from {batch.index[0]}"], one_cell(make))
+
     safe, total = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
     outcomes = np.full((len(pairs), n_patches), np.nan)
-    for batch in tqdm(batches, desc="patching", disable=not progress):
+    for batch, (found,) in sweep.run(parts(), total=len(batches), desc="patching", progress=progress):
         index = list(batch.index)
-        found = done.get(
-            f"from {index[0]}",
-            lambda batch=batch: [
-                part.tolist() for part in _patched(lvlm, batch, place, outcome, n_patches, batch_size)
-            ],
-        )
         untouched, patched = map(np.asarray, found)
         safe[index] = untouched[: batch.n]
         total[index] = untouched[batch.n :] - untouched[: batch.n]

@@ -20,12 +20,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from care_lens.core import Outcome, Site, require_outcome
+from care_lens.core.display import ShortRepr
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.replay import Edit, Replay
 
 
 @dataclass(frozen=True, eq=False)
-class Swap:
+class Swap(ShortRepr):
     """Which positions of each row are replaced, and which positions of the donor replace them.
 
     Attributes:

@@ -21,26 +21,25 @@ Source: Wang et al. 2023, "Interpretability in the wild"; Goldowsky-Dill et al. 
 patching".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
 from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.checkpoint import CellLog, made_by
 from care_lens.mediation.frames import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.mediation.mediators import HEADS, Mediator
 from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
+from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, require_positions, sweep_settings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -136,6 +135,7 @@ def path_effects(
         The effects.
 
     Raises:
+        MediationError: If positions or a number are none that it can be run with, before anything is run. It is a ValueError.
         ValueError: If a sender or receiver is of another kind, the model has no such site or it cannot be edited, there
             is no path, twins are not aligned as the positions need, no pair has the pictures that are needed, or the
             checkpoint is of another sweep.
@@ -156,30 +156,38 @@ def path_effects(
         ['blocks.0.hook_attn_out -> blocks.0.hook_mlp_out', 'blocks.0.hook_attn_out -> end']
     """
     _require_logits(outcome)
+    require_options(batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
+    positions = require_positions(positions)
     paths = _paths(lvlm, senders, receivers, positions)
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
     spans = tuple(dict.fromkeys(path.position for path in paths if path.sender.in_language))
     require_shared(batches, spans)
     if not any(batch.has_images for batch in batches) and any(_needs_image(path) for path in paths):
         raise ValueError("pairs must have images for senders of the vision tower and image positions, got text alone")
-    done = CellLog(checkpoint, settings=_made(lvlm, pairs, outcome, batch_size))
+    sweep = Sweep(checkpoint, settings=_made(lvlm, pairs, outcome, batch_size))
     safe, values = np.full(len(pairs), np.nan), np.full((len(pairs), len(paths)), np.nan)
-    with tqdm(total=len(batches) * len(paths), desc="tracing paths", disable=not progress) as bar:
+
+    def parts() -> Iterator[Part[tuple[list[int], list[int] | None]]]:
+        """Of each batch the outcomes of the safe rows, then those with each sender's paths."""
         for batch in batches:
-            index = list(batch.index)
-            run = _Batch(lvlm, batch, outcome, batch_size)
-            safe[index] = done.get(f"untouched from {index[0]}", run.untouched)
+            index, run = list(batch.index), _Batch(lvlm, batch, outcome, batch_size)
+            yield Part((index, None), [f"untouched from {index[0]}"], one_cell(run.untouched), 0)
             for sender, position in dict.fromkeys((path.sender, path.position) for path in paths):
                 mine = [i for i, path in enumerate(paths) if (path.sender, path.position) == (sender, position)]
-                if batch.has_images or not _needs_image(paths[mine[0]]):
-                    ends = [paths[i].receiver for i in mine]
-                    values[np.ix_(index, mine)] = done.get(
-                        f"{sender.key} {position} to {', '.join(ends)} from {index[0]}",
-                        lambda run=run, sender=sender, position=position, ends=ends: run.sent(
-                            sender, position, ends
-                        ).tolist(),
-                    )
-                bar.update(len(mine))
+                if not batch.has_images and _needs_image(paths[mine[0]]):
+                    yield Part((index, []), [], one_cell(list), len(mine))
+                    continue
+                ends = [paths[i].receiver for i in mine]
+                make = partial(run.sent, sender, position, ends)
+                key = f"{sender.key} {position} to {', '.join(ends)} from {index[0]}"
+                yield Part((index, mine), [key], one_cell(make), len(mine))
+
+    total = len(batches) * len(paths)
+    for (index, mine), found in sweep.run(parts(), total=total, desc="tracing paths", progress=progress):
+        if mine is None:
+            safe[index] = found[0]
+        elif mine:
+            values[np.ix_(index, mine)] = found[0]
     return _result(pairs, paths, safe, values, outcome, list(positions), n_boot, seed, spacing(lvlm))
 
 
@@ -219,11 +227,13 @@ def head_paths(
         The effects, by receiving head.
 
     Raises:
+        MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
         ValueError: If there is no such head or no later layer, twins are not aligned, or TransformerLens does not define
             the path on this model.
         NotImplementedError: If its attention cannot be split by reader.
     """
     _require_logits(outcome)
+    require_options(batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
     if component not in get_args(Component):
         raise ValueError(f"component must be one of {get_args(Component)}, got {component!r}")
     depth, dims = lvlm.n_layers("language"), lvlm.family.language.dims(lvlm.hf_model.config)
@@ -235,13 +245,16 @@ def head_paths(
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
     require_shared(batches, ("all",))
     place = {"layer": layer, "head": head, "component": component}
-    done = CellLog(checkpoint, settings={**_made(lvlm, pairs, outcome, batch_size), **place})
+    sweep = Sweep(checkpoint, settings={**_made(lvlm, pairs, outcome, batch_size), **place})
     safe, values = np.full(len(pairs), np.nan), np.full((len(pairs), len(paths)), np.nan)
-    for batch in tqdm(batches, desc="tracing paths", disable=not progress):
-        index = list(batch.index)
-        safe[index], values[index] = done.get(
-            f"from {index[0]}", lambda batch=batch: _to_heads(lvlm, batch, outcome, sender, place)
-        )
+
+    def parts() -> Iterator[Part[list[int]]]:
+        for batch in batches:
+            make = partial(_to_heads, lvlm, batch, outcome, sender, place)
+            yield Part(list(batch.index), [f"from {batch.index[0]}"], one_cell(make))
+
+    for index, (found,) in sweep.run(parts(), total=len(batches), desc="tracing paths", progress=progress):
+        safe[index], values[index] = found
     return _result(pairs, paths, safe, values, outcome, ["all"], n_boot, seed, spacing(lvlm))
 
 
@@ -279,12 +292,7 @@ def _to_heads(
 
 def _made(lvlm: HookedLVLM, pairs: PairedExamples, outcome: Outcome, batch_size: int) -> dict[str, Any]:
     """What a checkpoint must agree with."""
-    return {
-        "outcome": describe_outcome(outcome),
-        "examples": examples_digest([*pairs.safe, *pairs.unsafe]),
-        "batch_size": batch_size,
-        **made_by(lvlm, outcome=outcome),
-    }
+    return sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size)
 
 
 def _require_logits(outcome: Any) -> None:
@@ -382,7 +390,7 @@ class _Batch:
         """[n] outcomes of the safe rows."""
         return self._read[1].tolist()
 
-    def sent(self, sender: Mediator, position: str, receivers: Sequence[str]) -> np.ndarray:
+    def sent(self, sender: Mediator, position: str, receivers: Sequence[str]) -> list[list[float]]:
         """[n, receiver] outcomes of the safe rows with one path each."""
         place, n = sender.sites[0], self._batch.n
         frozen = {site: self._activations(site)[:n] for site in _after(self._lvlm, sender)}
@@ -413,7 +421,7 @@ class _Batch:
         values = torch.stack(out, dim=1)
         if place.tower == "language":
             values[~swap.mask.any(dim=1)] = torch.nan
-        return values.numpy()
+        return values.tolist()
 
     def _received(self, site: Site, frozen: dict[Site, Tensor], written: dict[Site, Tensor]) -> Tensor:
         """[n] outcomes of the safe run with what one receiver writes."""

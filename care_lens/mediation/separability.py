@@ -29,6 +29,7 @@ from torch import Tensor
 from care_lens.capture import Activations
 from care_lens.core import FrameResult, Interval, Site, SiteLike, cluster_bootstrap, package_versions
 from care_lens.mediation.frames import site_columns, tidy
+from care_lens.mediation.sweep import require_options
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -71,7 +72,7 @@ def probe_auc(
         features: [n, d] activations.
         labels: [n] True for the malicious class.
         groups: n items; no item is in the training and the test part of a fold at once.
-        n_folds: Number of folds; at most the number of items of the rarer class.
+        n_folds: Number of folds, 2 or more; at most the number of items of the rarer class.
         strength: Inverse regularisation of the logistic regression (scikit-learn's C).
         n_boot: Bootstrap resamples of the items.
         seed: Seed of folds and bootstrap.
@@ -82,6 +83,7 @@ def probe_auc(
     Raises:
         ValueError: If a class is empty, or there are fewer than two items of either.
     """
+    require_options(n_folds=n_folds, n_boot=n_boot, seed=seed, least={"n_folds": 2})
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -130,6 +132,7 @@ def separability(
     Raises:
         ValueError: If there is no site and selection in both, or an example has no positions of a selection.
     """
+    require_options(n_folds=n_folds, n_boot=n_boot, seed=seed, least={"n_folds": 2})
     wanted = None if sites is None else {Site.parse(site) for site in sites}
     keys = sorted(
         (site, select)

@@ -16,18 +16,28 @@ Intervals of rank correlations are over units, for these pairs. Exact effects th
 Cost: a forward pass a unit and pair, many in a batch. Memory: the activations of one site at a time, and what replay keeps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import rankdata
-from tqdm.auto import tqdm
 
-from care_lens.core import Interval, Outcome, PairedExamples, Site, cluster_bootstrap, examples_digest, rate_ci
+from care_lens.core import (
+    Interval,
+    Outcome,
+    PairedExamples,
+    Site,
+    cluster_bootstrap,
+    content_digest,
+    examples_digest,
+    rate_ci,
+)
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution import AttributionResult, patch_places
 from care_lens.mediation.frames import DetailedResult, describe_outcome, sampling, tidy
@@ -35,6 +45,7 @@ from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, re
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
+from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -89,6 +100,7 @@ def verify(
     n_boot: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> VerifiedResult:
     """Patch the units that attribution ranks highest, and as many random ones, and compare.
 
@@ -103,13 +115,15 @@ def verify(
         n_boot: Bootstrap resamples.
         seed: Seed of the draw and of the bootstraps.
         progress: Whether to show a progress bar.
+        checkpoint: A file in which what is finished is kept; a stopped verification goes on from it.
 
     Returns:
         Rank correlations and miss rates by kind, and exact effects by unit.
 
     Raises:
-        ValueError: If the outcome is another than the attribution's, top or random is below 1, or a twin has several images
-            and a site is in the vision tower.
+        MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
+        ValueError: If the outcome is another than the attribution's, a twin has several images and a site is in the vision tower, or
+            the checkpoint is of another verification.
 
     Example:
         >>> from care_lens import organism
@@ -121,8 +135,7 @@ def verify(
         >>> verify(lvlm, pairs, guess, outcome=outcome, top=2, random=1, progress=False).frame.effect.tolist()
         ['spearman', 'spearman of random', 'miss rate']
     """
-    if top < 1 or random < 1:
-        raise ValueError(f"top and random must be 1 or more, got {top} and {random}")
+    require_options(top=top, random=random, batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
     if describe_outcome(outcome) != attribution.settings["outcome"]:
         raise ValueError(
             f"outcome must be the attribution's, {attribution.settings['outcome']}, got {describe_outcome(outcome)}"
@@ -132,14 +145,25 @@ def verify(
     units = chosen.to_dict("records")
     order = sorted(range(len(units)), key=lambda i: _site(units[i]))
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
-    with tqdm(total=len(batches) * len(units), desc="verifying", disable=not progress) as bar:
+    made = sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size)
+    # Units that are patched in one pass depend on one another in the last bits, so that all of them are part of the settings.
+    sweep = Sweep(
+        checkpoint, settings={**made, "units": content_digest([tuple(map(str, unit.values())) for unit in units])}
+    )
+
+    def parts() -> Iterator[Part[tuple[list[int], list[int]]]]:
         for batch in batches:
-            run = _Run(lvlm, batch, outcome, batch_size)
+            index, run = list(batch.index), _Run(lvlm, batch, outcome, batch_size)
             for site, members in groupby(order, key=lambda i: _site(units[i])):
                 some = list(members)
-                if batch.has_images or site.tower == "language":
-                    exact[np.ix_(list(batch.index), some)] = run.effects(site, [units[i] for i in some])
-                bar.update(len(some))
+                there = batch.has_images or site.tower == "language"
+                effects = partial(run.effects, site, [units[i] for i in some])
+                yield Part((index, some), [f"{site} from {index[0]}"] if there else [], one_cell(effects), len(some))
+
+    total = len(batches) * len(units)
+    for (index, some), found in sweep.run(parts(), total=total, desc="verifying", progress=progress):
+        if found:
+            exact[np.ix_(index, some)] = found[0]
     details = _details(units, exact, pairs.groups, n_boot, seed)
     settings: dict[str, Any] = {
         "top": top,
@@ -196,25 +220,29 @@ def _choose(frame: pd.DataFrame, top: int, random: int, seed: int) -> tuple[pd.D
 
 
 class _Run:
-    """Exact effects on the safe rows of one batch."""
+    """Exact effects on the safe rows of one batch; what they have in common is run when it is first needed."""
 
     def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: Any, batch_size: int) -> None:
-        self._lvlm, self._batch, self._batch_size = lvlm, batch, batch_size
+        self._lvlm, self._batch, self._batch_size, self._given = lvlm, batch, batch_size, outcome
         self._keep = logits_needed(outcome, batch.inputs)
         self._inputs = batch.inputs.rows(range(batch.n))
+
+    @cached_property
+    def _ready(self) -> tuple[Any, torch.Tensor, Replay | None]:
+        """The outcome for the safe rows, what it is of them untouched, and their replay."""
+        outcome, batch = self._given, self._batch
         with torch.no_grad():
-            logits = lvlm(batch.inputs, logits_to_keep=self._keep)
+            logits = self._lvlm(batch.inputs, logits_to_keep=self._keep)
             if hasattr(outcome, "with_reference"):
                 outcome = outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
             own = outcome.for_rows(list(range(batch.n))) if hasattr(outcome, "for_rows") else outcome
-            self._untouched = read_outcome(own, logits[: batch.n], self._inputs)
-            self._outcome = own
-            self._replay, _ = Replay.of(lvlm, self._inputs, logits_to_keep=self._keep)
+            untouched = read_outcome(own, logits[: batch.n], self._inputs)
+            return own, untouched, Replay.of(self._lvlm, self._inputs, logits_to_keep=self._keep)[0]
 
-    def effects(self, site: Site, units: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def effects(self, site: Site, units: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """[n, unit] NIE; missing where a pair has no such position or patch."""
         require_whole_pictures([self._batch], [site])
-        n = self._batch.n
+        n, (outcome, untouched, replay) = self._batch.n, self._ready
         picture: list[torch.Tensor] = []
 
         def look(activation: torch.Tensor, hook: Any) -> None:
@@ -232,17 +260,17 @@ class _Run:
             patches=[{site: swap} for swap in swaps],
             own={site: own},
             donor={site: donor},
-            untouched=self._untouched,
-            outcome=self._outcome,
+            untouched=untouched,
+            outcome=outcome,
             batch_size=self._batch_size,
             logits_to_keep=self._keep,
-            replay=self._replay if site.tower == "language" else None,
+            replay=replay if site.tower == "language" else None,
         )
-        before = self._untouched.numpy()
+        before = untouched.numpy()
         found = resolved(patched.numpy() - before, patched.numpy(), before, spacing=spacing(self._lvlm))
         for at, swap in enumerate(swaps):
             found[at, ~swap.mask.any(dim=1).numpy()] = np.nan
-        return found.T
+        return found.T.tolist()
 
     def _swap(self, site: Site, unit: Mapping[str, Any], length: int, picture: torch.Tensor | None) -> Swap:
         n = self._batch.n

@@ -9,6 +9,7 @@ subspace of rank k by the covariance contrast needs k + 1 malicious examples, by
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from care_lens.core.errors import CareLensError
@@ -72,14 +73,8 @@ def require_feasible(study: Study, settings: RunSettings) -> RunSettings:
         )
     if len(study.benign("fit")) < _LEAST_BENIGN:
         gaps.append(f"fit: {_LEAST_BENIGN} benign examples are needed, got {len(study.benign('fit'))}")
-    for name, pairs in study.pairs.items():
-        items = len(set(pairs[: settings.pairs].groups))
-        if len(pairs) and items < 2:
-            gaps.append(
-                f"pairs: {name!r} needs pairs of 2 items or more for intervals, got {items}; give more or leave the set out"
-            )
-    if gaps:
-        raise NeedsError(f"the study must be large enough for the settings: {'; '.join(gaps)}")
+    gaps += _pair_gaps(study, settings)
+    _refuse(gaps)
     for what, asked, kept in (
         ("epsilons", settings.epsilons, epsilons),
         ("reader ranks", settings.reader_ranks, ranks),
@@ -90,6 +85,41 @@ def require_feasible(study: Study, settings: RunSettings) -> RunSettings:
                 what, left, half, counts,
             )  # fmt: skip
     return replace(settings, epsilons=tuple(epsilons), reader_ranks=tuple(ranks))
+
+
+def require_diagnosable(study: Study, settings: RunSettings) -> None:
+    """Refuse a study that step 1 alone cannot be run on; nothing is run.
+
+    Args:
+        study: as it will be run, limited already.
+        settings: of the run.
+
+    Raises:
+        NeedsError: if a pair set has one item only, there is no seen attack in the fit split to ablate on, or no benign example to take the
+            mean over; it lists all gaps.
+    """
+    gaps = _pair_gaps(study, settings)
+    if not any(study.malicious("fit", modality) for modality in study.seen):
+        gaps.append("fit: ablation needs examples of a seen attack channel, got none; name one in seen")
+    if not study.benign("fit"):
+        gaps.append("fit: ablation needs a benign example to take the mean over, got none; give some")
+    _refuse(gaps)
+
+
+def _pair_gaps(study: Study, settings: RunSettings) -> list[str]:
+    gaps = []
+    for name, pairs in study.pairs.items():
+        items = len(set(pairs[: settings.pairs].groups))
+        if len(pairs) and items < 2:
+            gaps.append(
+                f"pairs: {name!r} needs pairs of 2 items or more for intervals, got {items}; give more or leave the set out"
+            )
+    return gaps
+
+
+def _refuse(gaps: Sequence[str]) -> None:
+    if gaps:
+        raise NeedsError(f"the study must be large enough for the settings: {'; '.join(gaps)}")
 
 
 def shortened(study: Study, settings: RunSettings) -> RunSettings:

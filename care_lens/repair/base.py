@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from care_lens.core.blocks import with_block
 from care_lens.core.examples import Example
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.attach import Attachment, attach
@@ -52,7 +52,7 @@ class HookRepair(Explainable, ABC):
     def describe(self) -> dict[str, Any]:
         """Its settings, as JSON-able values."""
 
-    @contextmanager
+    @with_block("repair.on(lvlm)")
     def on(self, lvlm: HookedLVLM) -> Iterator[HookedLVLM]:
         """Put the repair on a model: all it runs and generates is repaired until the block is left.
 
@@ -69,6 +69,9 @@ class HookRepair(Explainable, ABC):
 
         Raises:
             ValueError: If the model does not fit.
+
+        Warns:
+            UnusedBlockWarning: If it is called without ``with``, which does nothing.
         """
         self.check(lvlm)
         with lvlm.hooks_for_each_batch(self.fwd_hooks):

@@ -48,7 +48,8 @@ def explain(repair: Explained, lvlm: HookedLVLM | None = None, inputs: LVLMInput
         The plan.
 
     Raises:
-        RepairError: If one of model and batch is given without the other, or the repair has no corrections whose gates could read.
+        RepairError: If it is no repair (of hook functions alone nothing can be said), one of model and batch is given without the other, or
+            the repair has no corrections whose gates could read.
 
     Example:
         >>> import torch
@@ -61,6 +62,12 @@ def explain(repair: Explained, lvlm: HookedLVLM | None = None, inputs: LVLMInput
             Writer, rank 1 of 8 (rule not recorded), alpha 1; adaptive, weights per token
           cost: 32 multiply-adds per token; extra forward passes: none
     """
+    _require_explained(repair)
+    for value, wanted, what in ((lvlm, HookedLVLM, "lvlm"), (inputs, LVLMInputs, "inputs")):
+        if value is not None and not isinstance(value, wanted):
+            raise RepairError(
+                f"{what} must be a {wanted.__name__}, got a {type(value).__name__}; write explain(repair, lvlm, lvlm.prepare(examples))"
+            )
     own = getattr(repair, "plan_parts", None)
     parts = tuple(default_parts(repair) if own is None else own())
     model, match = getattr(repair, "model", None), getattr(repair, "match", "")
@@ -69,6 +76,20 @@ def explain(repair: Explained, lvlm: HookedLVLM | None = None, inputs: LVLMInput
     if lvlm is not None or inputs is not None:
         readings = _read(repair, lvlm, inputs)
     return RepairPlan(repair.name, type(repair).__name__, parts, made_for, readings)
+
+
+def _require_explained(repair: Any) -> None:
+    """Refuse what is no repair, above all hooks: functions into which nobody can look."""
+    if isinstance(repair, HookedLVLM):
+        raise RepairError(
+            "repair must come first and the model after it, got the model first; write explain(repair), or explain(repair, lvlm, inputs) "
+            "for what its gates read on a batch"
+        )
+    if isinstance(repair, (list, tuple, dict)) or callable(repair) or not hasattr(repair, "name"):
+        raise RepairError(
+            f"repair must be a repair or a defence, got a {type(repair).__name__}; of hooks that are functions nothing can be told: make "
+            "them a defence (a HookDefence whose edits(batch) returns them, docs/howto/add_a_defence.md), and explain that"
+        )
 
 
 class Explainable(ShortRepr):

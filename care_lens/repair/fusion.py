@@ -24,7 +24,6 @@ Source: Fu et al., CVPR 2026, arXiv:2603.27240 (fusion); gates are ours. Cost: O
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,6 +31,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from care_lens.core.blocks import with_block
 from care_lens.core.identity import held_fingerprint
 from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM, LVLMInputs
@@ -208,7 +208,7 @@ class HybridFusion(HookRepair):
         """
         return self._hooks(inputs, None)
 
-    @contextmanager
+    @with_block("repair.recording(lvlm)")
     def recording(self, lvlm: HookedLVLM) -> Iterator[Recording]:
         """Put the repair on a model, as :meth:`on` does, and keep what it does to every token.
 

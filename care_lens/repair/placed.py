@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from care_lens.core.display import ShortRepr
-from care_lens.subspace.centring import split
+from care_lens.subspace.centring import Parts, split, subtract
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -14,23 +14,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def subtract(activation: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
-    """``activation - (high + low)`` without losing the low part of a large centre; see :func:`care_lens.subspace.centring.split`."""
-    rest = activation - high
-    return rest if low is None else rest - low
-
-
 class PlacedTensors(ShortRepr):
     """Mix-in for frozen dataclasses: their tensor fields, a copy kept for each device and dtype asked for."""
 
     def centred(self, activation: Tensor, name: str) -> Tensor:
         """``activation`` less the named field, exact where that is a float64 mean far from 0 and the activation float32."""
+        return subtract(activation, *self.parted(name, like=activation))
+
+    def parted(self, name: str, *, like: Tensor) -> Parts:
+        """The named field as the centre of activations like these, see :func:`care_lens.subspace.centring.split`."""
         kept: dict[Any, Any] = self.__dict__.setdefault("_placed", {})
-        key = (name, "centre", activation.device, activation.dtype)
+        key = (name, "centre", like.device, like.dtype)
         if key not in kept:
             with torch.inference_mode(False):
-                kept[key] = split(getattr(self, name), activation)
-        return subtract(activation, *kept[key])
+                kept[key] = split(getattr(self, name), like)
+        return kept[key]
 
     def placed(self, *names: str, like: Tensor) -> tuple[Tensor, ...]:
         """The named fields on the device and in the dtype of ``like``."""

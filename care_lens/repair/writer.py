@@ -20,6 +20,7 @@ from care_lens.repair.placed import PlacedTensors
 from care_lens.repair.positions import Positions, check_positions, check_site
 from care_lens.repair.reader import fitted_site
 from care_lens.subspace import SafetySubspace
+from care_lens.subspace.affine import along, working_dtype
 
 _DUALITY_TOLERANCE = 1e-2
 
@@ -99,11 +100,11 @@ class Writer(PlacedTensors):
                 f"activation at {self.site} must be {self.width} wide for this writer, got "
                 f"{activation.shape[-1]}; fit it on this model and site"
             )
-        if torch.float64 in (self.write.dtype, self.left.dtype) and activation.dtype != torch.float64:
-            # A fit keeps float64 where float32 would lose too much of so oblique a projector.
-            return self.delta(activation.double()).to(activation.dtype)
-        write, left = self.placed("write", "left", like=activation)
-        return -(self.centred(activation, "target") @ left) @ write.T
+        # In the dtype that the activation is given in: whoever applies several edits has widened it already.
+        wide = activation.to(working_dtype(activation.dtype, self.write, self.left, least=activation.dtype))
+        write, left = self.placed("write", "left", like=wide)
+        edit = along(wide, write=write, left=left, centre=self.parted("target", like=wide), back=True)
+        return edit.to(activation.dtype)
 
     @classmethod
     def from_subspace(

@@ -8,8 +8,11 @@ rest of the mean is small. Nothing is computed in float64 on the way, so that de
 import torch
 from torch import Tensor
 
+Parts = tuple[Tensor, Tensor | None]
+"""A centre as ``high + low``; low is None where high is all of it."""
 
-def split(centre: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+
+def split(centre: Tensor, like: Tensor) -> Parts:
     """A centre as ``high + low`` in the dtype and on the device of ``like``; low is None where high is all of it."""
     if centre.dtype != torch.float64 or like.dtype == torch.float64:
         return centre.to(device=like.device, dtype=like.dtype), None
@@ -18,8 +21,12 @@ def split(centre: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
     return high.to(like.device), low.to(like.device)
 
 
-def centred(activation: Tensor, centre: Tensor) -> Tensor:
-    """``activation - centre`` in the dtype of the activation, without what a cast of the centre would lose."""
-    high, low = split(centre, activation)
+def subtract(activation: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
+    """``activation - (high + low)`` without losing the low part of a large centre."""
     rest = activation - high
     return rest if low is None else rest - low
+
+
+def centred(activation: Tensor, centre: Tensor) -> Tensor:
+    """``activation - centre`` in the dtype of the activation, without what a cast of the centre would lose."""
+    return subtract(activation, *split(centre, activation))

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from care_lens.subspace.centring import centred
+from care_lens.subspace.affine import along, working_dtype
+from care_lens.subspace.centring import split, subtract
 from care_lens.subspace.errors import SubspaceError, SubspaceMismatchError
 
 
@@ -70,14 +71,12 @@ class LinearMap:
             )
         if self.is_identity:
             return h
-        wide = h.to(torch.promote_types(h.dtype, torch.float32))
-        if self.left.dtype == torch.float64:
-            wide = wide.double()
-        about = wide if self.centre is None else centred(wide, self.centre)
-        moved = (about @ self.left.to(wide)) @ self.write.to(wide).T
+        wide = h.to(working_dtype(h.dtype, self.left))
+        centre = None if self.centre is None else split(self.centre, wide)
+        moved = along(wide, write=self.write, left=self.left, centre=centre)
         if self.scale == 1:
             return (wide + moved).to(h.dtype)
-        moved = moved + self.scale * about
+        moved = moved + self.scale * (wide if centre is None else subtract(wide, *centre))
         return (moved if self.centre is None else moved + self.centre.to(wide)).to(h.dtype)
 
     @property

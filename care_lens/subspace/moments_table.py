@@ -16,6 +16,7 @@ from torch import Tensor
 
 from care_lens.core import files
 from care_lens.core.errors import ArtifactError
+from care_lens.core.held import not_held
 from care_lens.core.results import package_versions
 from care_lens.subspace.errors import SubspaceError, SubspaceFileError, TooFewRowsError, WidthError
 from care_lens.subspace.memory import Keep, MemoryPlan, form_of, plan_memory
@@ -95,6 +96,8 @@ class MomentsTable:
         return iter(sorted(self._entries))
 
     def __getitem__(self, key: MomentsKey) -> Moments:
+        if key not in self._entries:
+            raise not_held("entry of moments", key, self)
         return self._entries[key]
 
     @property

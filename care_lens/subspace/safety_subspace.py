@@ -13,8 +13,9 @@ from torch import Tensor
 
 from care_lens.core.site import Site, SiteLike
 from care_lens.subspace import display, hub, set_operations, storage
+from care_lens.subspace.affine import along, working_dtype
 from care_lens.subspace.calibration import ConformalScores
-from care_lens.subspace.centring import centred
+from care_lens.subspace.centring import centred, split
 from care_lens.subspace.comparison import SubspaceComparison, compare_bases
 from care_lens.subspace.contrast import Contrast, Metric
 from care_lens.subspace.errors import NonFiniteError, RankError, SubspaceError, SubspaceMismatchError
@@ -345,8 +346,8 @@ class SafetySubspace:
         Raises:
             SubspaceMismatchError: If h is of another width.
         """
-        wide, (left, write) = self._wide(h, self.left, self.write)
-        return ((wide @ left) @ write.T).to(torch.promote_types(h.dtype, torch.float32))
+        moved = along(self._wide(h), write=self.write, left=self.left)
+        return moved.to(torch.promote_types(h.dtype, torch.float32))
 
     def coordinates(self, h: Float[Tensor, "*batch d"], *, centre: bool = True) -> Float[Tensor, "*batch k"]:
         """``read^T (h - mean_benign)``: how many benign standard deviations along each direction; malicious
@@ -362,8 +363,8 @@ class SafetySubspace:
         Raises:
             SubspaceMismatchError: If h is of another width.
         """
-        wide, (read,) = self._wide(h, self.read)
-        found = (centred(wide, self.mean_benign) if centre else wide) @ read
+        wide = self._wide(h)
+        found = (centred(wide, self.mean_benign) if centre else wide) @ self.read.to(wide)
         return found.to(torch.promote_types(h.dtype, torch.float32))
 
     def energy(self, h: Float[Tensor, "*batch d"], *, centre: bool = True) -> Float[Tensor, "*batch"]:
@@ -457,16 +458,15 @@ class SafetySubspace:
             At alpha = 1 this is the paper's ``P_safe h + beta (I - P_safe) mean_benign`` with
             ``P_safe = I - P``.
         """
-        _require_floating(h)
-        self.check(width=h.shape[-1])
+        wide = self._wide(h)
         self._check_strengths(alpha, beta)
         if target is not None:
             self.check(width=target.shape[-1])
         if alpha == 0:
             return h
         aim = beta * self.mean_benign if target is None else _finite_target(target)
-        wide, _ = self._wide(h)
-        return (wide - alpha * self.project(centred(wide, aim))).to(h.dtype)
+        moved = along(wide, write=self.write, left=self.left, centre=split(aim, wide))
+        return (wide - alpha * moved).to(h.dtype)
 
     def truncate(self, rank: int) -> "SafetySubspace":
         """The subspace of the leading ``rank`` directions, as a fit of that rank would give.
@@ -803,14 +803,11 @@ class SafetySubspace:
         """What it is, in words: the rows of its notebook table."""
         return display.summary(self)
 
-    def _wide(self, h: Tensor, *own: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """h in float32, or float64 if h or the projector is, and own tensors beside it."""
+    def _wide(self, h: Tensor) -> Tensor:
+        """h in float32, or float64 if h or the projector is; checked."""
         _require_floating(h)
         self.check(width=h.shape[-1])
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        if self.left.dtype == torch.float64:
-            dtype = torch.float64
-        return h.to(dtype), [tensor.to(device=h.device, dtype=dtype) for tensor in own]
+        return h.to(working_dtype(h.dtype, self.left))
 
     @staticmethod
     def _check_strengths(alpha: float, beta: float) -> None:

@@ -100,14 +100,12 @@ def load_checked(directory: str | Path, names: Sequence[str]) -> tuple[dict[str,
         raise SubspaceFileError(
             f"{path.with_name(TENSORS_FILE)} must hold {sorted(names)}, got {sorted(tensors)}; copy both files again"
         )
-    check_tensors(tensors, where=str(path.with_name(TENSORS_FILE)), projection=_projection(manifest))
+    notes = manifest["diagnostics"] if isinstance(manifest["diagnostics"], dict) else {}
+    # A fit says of how many rows it is; a union, an intersection and what is made by hand do not.
+    fitted = "n_benign" in notes and "operation" not in notes
+    check_tensors(tensors, where=str(path.with_name(TENSORS_FILE)), projection=notes.get("projection"), fitted=fitted)
     check_notes(manifest, tensors, where=str(path))
     return tensors, manifest
-
-
-def _projection(manifest: Mapping[str, Any]) -> Any:
-    notes = manifest["diagnostics"]
-    return notes.get("projection") if isinstance(notes, dict) else None
 
 
 def _older(manifest: dict[str, Any], path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.held import not_held
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.stats import log_interval
 from care_lens.subspace.auto_rank import heldout_energies
@@ -57,11 +58,11 @@ class SubspaceUncertainty(FrameResult):
         """The rows of one metric, by direction.
 
         Raises:
-            KeyError: If there is no such metric.
+            NotHeldError: If there is no such metric. It is a KeyError.
         """
         found: pd.DataFrame = self.frame.loc[self.frame["metric"] == metric]
         if found.empty:
-            raise KeyError(f"metric must be one of {sorted(set(self.frame['metric']))}, got {metric!r}")
+            raise not_held("metric", metric, sorted(set(self.frame["metric"])))
         return found.sort_values(by="direction", ignore_index=True)
 
     def summary(self) -> dict[str, Any]:

@@ -18,13 +18,16 @@ _COLUMNS = ("basis", "read", "write", "left")
 _MEANS = ("mean_benign", "mean_malicious")
 
 
-def check_tensors(tensors: Mapping[str, Tensor], *, where: str, projection: str | None = None) -> None:
+def check_tensors(
+    tensors: Mapping[str, Tensor], *, where: str, projection: str | None = None, fitted: bool = False
+) -> None:
     """Refuse tensors that are no subspace's: types, shapes, finiteness, and what holds between them.
 
     Args:
         tensors: basis, read, write, left [d, k]; eigenvalues [k]; mean_benign, mean_malicious [d].
         where: The file, for the message.
         projection: "oblique", "orthogonal", or None where it is not known.
+        fitted: Whether it is a fit, whose eigenvalues are known; those of unions and intersections are not.
 
     Raises:
         SubspaceFileError: Says which tensor is wrong and how.
@@ -48,10 +51,14 @@ def check_tensors(tensors: Mapping[str, Tensor], *, where: str, projection: str 
         if not bool(tensors[name].isfinite().all()):
             refuse(name, "be finite", "NaN or infinity")
     values = tensors["eigenvalues"].double()
-    if not bool(values.isnan().all()):
+    if fitted or not bool(values.isnan().all()):
         tolerance = _tolerance(tensors["eigenvalues"]) * float(values.abs().nan_to_num().max())
         if not bool(values.isfinite().all()) or bool((values < -tolerance).any()):
-            refuse("eigenvalues", "be numbers of 0 or more, or all NaN where they are not known", values.tolist())
+            refuse(
+                "eigenvalues",
+                f"be numbers of 0 or more{'' if fitted else ', or all NaN where they are not known'}",
+                values.tolist(),
+            )
         if bool((values.diff() > tolerance).any()):
             refuse("eigenvalues", "fall", values.tolist())
     wide = {name: tensors[name].double().cpu() for name in _COLUMNS}

@@ -16,7 +16,7 @@ from care_lens import cli, organism
 from care_lens.core import Example
 from care_lens.data import write_examples
 from care_lens.pipeline import RunSettings
-from care_lens.pipeline.needs import NeedsError, needed_for, require_feasible, shortened
+from care_lens.pipeline.needs import NeedsError, needed_for, require_diagnosable, require_feasible, shortened
 from care_lens.pipeline.report import share_text
 
 
@@ -167,6 +167,26 @@ def test_needs_are_told_in_numbers_all_at_once(study):
     one = replace(study, pairs={"word": study.pairs["wrapper"][:1]}, pair_outcomes={})
     with pytest.raises(NeedsError, match=r"'word' needs pairs of 2 items or more for intervals, got 1"):
         require_feasible(one, RunSettings())
+
+
+def test_a_diagnosis_needs_pairs_and_attacks_and_nothing_of_the_gates(study):
+    require_diagnosable(smaller(study, 1, 1), RunSettings())
+    one = replace(study, pairs={"word": study.pairs["wrapper"][:1]}, pair_outcomes={})
+    with pytest.raises(NeedsError, match=r"'word' needs pairs of 2 items or more for intervals, got 1"):
+        require_diagnosable(one, RunSettings())
+    bare = {c: e for c, e in study.suites["fit"].items() if e[0].harmful}
+    with pytest.raises(NeedsError, match="a benign example to take the mean over, got none"):
+        require_diagnosable(replace(study, suites={**study.suites, "fit": bare}), RunSettings())
+    with pytest.raises(NeedsError, match="a seen attack channel, got none"):
+        require_diagnosable(replace(study, seen={}), RunSettings())
+
+
+def test_diagnose_tells_what_a_study_lacks_before_it_runs(study, tmp_path, monkeypatch):
+    one = replace(study, pairs={"word": study.pairs["wrapper"][:1]}, pair_outcomes={})
+    monkeypatch.setattr(cli, "_load", lambda *given: (None, one))
+    result = invoke("diagnose", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1 and "'word' needs pairs of 2 items or more" in " ".join(result.output.split())
+    assert not (tmp_path / "out" / "frames").exists()
 
 
 def test_what_cannot_be_done_is_left_out_with_a_warning(study, caplog):

@@ -71,6 +71,40 @@ def test_a_patch_of_the_picture_is_the_token_the_grid_says(lvlm, picture):
     }
 
 
+BOUNDARIES = {
+    "qwen": "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>",
+    "gemma3": "<start_of_image> <end_of_image> <image_soft_token>",
+    "glm4v": "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>",
+    "internvl": "<img> </img> <IMG_CONTEXT> <video>",
+    "idefics3": "<fake_token_around_image> <global-img> <row_1_col_2>",
+    "llama4": "<|image_start|> <|image_end|> <|patch|> <|tile_x_separator|> <|tile_y_separator|>",
+    "mistral3": "[IMG] [IMG_BREAK] [IMG_END]",
+}
+"""Tokens that enclose pictures or stand for parts of them, as the families' own tokenizers name them."""
+
+
+@pytest.mark.parametrize("family", BOUNDARIES)
+def test_a_boundary_of_pictures_that_a_user_types_is_refused(llava_maker, picture, family):
+    tokens = BOUNDARIES[family].split()
+    with HookedLVLM.from_hf(*llava_maker("clip")) as own:
+        fine = Example(f"what is {tokens[0]}")
+        with_words = own.prepare(fine).input_ids.shape  # words to this tokenizer, which does not know them
+        assert with_words == own.prepare(fine).input_ids.shape
+        own.tokenizer.add_tokens(tokens, special_tokens=True)
+        for token in tokens:
+            for example in (
+                Example(f"what is {token}"),
+                Example(f"x{token}y", image=picture(0)),
+                Example("red", response=token),
+                Example("red", prefill=token),
+            ):
+                with pytest.raises(ValueError, match="must hold no image placeholder in its") as raised:
+                    own.prepare(example, responses=example.response is not None)
+                assert repr(token) in str(raised.value)
+        own.tokenizer.add_tokens(["<|im_start|>", "<|user|>", "<boiling>", "red_image"], special_tokens=True)
+        own.prepare(Example("<|im_start|> <|user|> <boiling> red_image"))
+
+
 def test_placeholders_and_pictures_must_match(lvlm, picture):
     with pytest.raises(
         ValueError, match=r"example 1 must hold no image placeholder in its prompt, got '<image>'.* has 0 images"

@@ -50,6 +50,22 @@ def test_shares_are_those_of_the_mediation_effects(model, rising, margin):
     assert (frame.loc[frame["tower"] == "vision", "acts_through"] == "").all()
 
 
+def test_a_localisation_goes_on_from_its_checkpoint(model, rising, margin, tmp_path):
+    def saved(path):
+        options = {"sites": ["blocks.1.hook_mlp_out"], "spans": 1, "n_boot": 5, "progress": False}
+        folder = tmp_path / "found"
+        localise(model, rising, outcome=margin, checkpoint=path, **options).save(folder, "found")
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    path, expected = tmp_path / "a.jsonl", saved(None)
+    assert saved(path) == expected
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:9])
+    assert saved(path) == expected
+    assert path.read_bytes() == whole
+
+
 def test_what_everything_passes_through_is_sufficient_and_necessary_and_comes_first(model, rising, margin):
     everything = Mediator.of("blocks.0.hook_resid_pre")
     sites = [everything, "blocks.1.hook_mlp_out", "vision.blocks.1.hook_mlp_out"]

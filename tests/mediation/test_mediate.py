@@ -106,7 +106,8 @@ def test_batches_change_nothing(model, pairs, margin, batch_size, swept):
 
 
 def test_twins_that_are_the_same_have_no_effects_and_are_not_run(model, pictured, margin):
-    same = PairedExamples(pictured.safe, pictured.safe)
+    # Copies of the pictures: an example that is its own twin is refused.
+    same = PairedExamples(pictured.safe, tuple(replace(one, image=one.image.copy()) for one in pictured.safe))
     calls = []
     handle = model.hf_model.register_forward_hook(lambda *_: calls.append(1))
     result = mediate(model, same, outcome=margin, sites=["blocks.1.hook_mlp_out"], n_boot=10, progress=False)
@@ -151,7 +152,7 @@ def test_outcomes_over_responses(model, same_text, read):
 def test_misaligned_twins_exchange_what_both_have(model, picture, margin, read):
     safe = Example("what is red", image=picture(0))
     longer = Example("how to make a red picture", image=picture(1))
-    odd = PairedExamples((safe, safe), (longer, safe))
+    odd = PairedExamples((safe, safe), (longer, replace(safe, image=picture(2))))
     with pytest.raises(ValueError, match=r"positions \['text', 'all'\], got twins that differ in pairs \[0\]"):
         mediate(model, odd, outcome=margin, progress=False)
     pair = odd[:1]

@@ -17,8 +17,8 @@ from care_lens.baselines import RefusalDirection
 from care_lens.core.errors import ArtifactError, InUseError
 from care_lens.core.identity import repair_fingerprint
 from care_lens.evaluation import GenerationStore, StoredAnswer
-from care_lens.mediation.checkpoint import CellLog
 from care_lens.mediation.frames import DetailedResult
+from care_lens.mediation.sweep import Part, Sweep, one_cell
 from care_lens.pipeline.resume import Stage
 
 SETTINGS = {"settings": {"seed": 0, "limit": None}, "data": "d", "weights": "w"}
@@ -33,8 +33,9 @@ class Effects(DetailedResult):
 
 def make(stage: Stage, name: str) -> Effects:
     """A result of five cells, each of which is kept as soon as it is there."""
-    cells = CellLog(stage.checkpoint(name), settings={"name": name, "seed": 0}, probe=[0.5])
-    values = [cells.get(f"cell {i}", lambda i=i: len(name) / (i + 3)) for i in range(5)]
+    sweep = Sweep(stage.checkpoint(name), settings={"name": name, "seed": 0}, probe=[0.5])
+    parts = (Part(i, [f"cell {i}"], one_cell(lambda i=i: len(name) / (i + 3))) for i in range(5))
+    values = [found for _, (found,) in sweep.run(parts, total=5, desc="", progress=False)]
     details = pd.DataFrame({"pair": range(5), "value": values})
     return Effects(pd.DataFrame({"effect": ["TE"], "value": [sum(values)]}), {"seed": 0}, details)
 

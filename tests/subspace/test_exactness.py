@@ -262,7 +262,16 @@ def test_eigenvalues_that_are_none_are_refused(tmp_path):
     for change in (lambda t: -t, lambda t: t.flip(0)):
         with pytest.raises(SubspaceError, match="eigenvalues in"):
             SafetySubspace.load(sealed(tmp_path, eigenvalues=change))
-    assert SafetySubspace.load(sealed(tmp_path, eigenvalues=lambda t: t * torch.nan)).rank == 2
+    with pytest.raises(SubspaceError, match="eigenvalues in .* must be numbers of 0 or more, got"):
+        SafetySubspace.load(sealed(tmp_path, eigenvalues=lambda t: t * torch.nan))
+
+
+def test_a_union_has_no_eigenvalues_and_loads(tmp_path):
+    benign, malicious = rows(60, 24)
+    first, second = (SafetySubspace.fit(benign, some, rank=2) for some in (malicious, malicious.flip(1)))
+    for made in (first.union(second), first.intersect(first)):
+        made.save(tmp_path)
+        assert bool(SafetySubspace.load(tmp_path).eigenvalues.isnan().all())
 
 
 def test_every_subspace_that_is_one_loads(tmp_path):
