@@ -15,11 +15,13 @@ from care_lens.defences.cast import CAST
 from care_lens.defences.coca import CoCA
 from care_lens.defences.hiddendetect import HiddenDetect, NoSafetyLayersError
 from care_lens.defences.leace import LEACE
+from care_lens.defences.lora import MissingPeftError
 from care_lens.defences.means import CAA, ActAdd, MeanDifference
 from care_lens.defences.published_care import CARESubspace, PublishedCARE
 from care_lens.defences.refusal_direction import NoRefusalDirection, RefusalDirection
 from care_lens.defences.reminder import SelfReminder
 from care_lens.defences.safesteer import SafeSteer
+from care_lens.defences.safety_tuning import Adapter, SafetyTuning
 from care_lens.defences.secondlook import CannotJudgeError, NotOnModelError, SecondLook
 from care_lens.defences.shiftdc import ShiftDC
 from care_lens.defences.stored import (
@@ -37,6 +39,7 @@ __all__ = [
     "CAST",
     "LEACE",
     "ActAdd",
+    "Adapter",
     "AlphaSteer",
     "Batch",
     "CAREFaults",
@@ -49,6 +52,7 @@ __all__ = [
     "HookDefence",
     "MeanAblation",
     "MeanDifference",
+    "MissingPeftError",
     "NoDefence",
     "NoRefusalDirection",
     "NoSafetyLayersError",
@@ -56,6 +60,7 @@ __all__ = [
     "PublishedCARE",
     "RefusalDirection",
     "SafeSteer",
+    "SafetyTuning",
     "SecondLook",
     "SelfReminder",
     "ShiftDC",
