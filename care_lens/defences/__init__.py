@@ -13,6 +13,7 @@ from care_lens.defences.base import Batch, HookDefence, NoDefence
 from care_lens.defences.care_fit import CAREFaults
 from care_lens.defences.cast import CAST
 from care_lens.defences.coca import CoCA
+from care_lens.defences.controls import random_directions
 from care_lens.defences.hiddendetect import HiddenDetect, NoSafetyLayersError
 from care_lens.defences.leace import LEACE
 from care_lens.defences.lora import MissingPeftError
@@ -69,6 +70,7 @@ __all__ = [
     "WrongModelError",
     "defended",
     "load_defence",
+    "random_directions",
     "register_kind",
 ]
 

@@ -68,7 +68,7 @@ def linear_maps(
     maps = {
         name.removeprefix(start): module
         for name, module in lvlm.plain_modules().items()
-        if name.startswith(start) and isinstance(module, nn.Linear)
+        if name.startswith(start) and _is_linear(module)
     }
     chosen = {
         name: module
@@ -80,6 +80,12 @@ def linear_maps(
         there = sorted({name.split(".", 1)[1] for name in maps})
         raise WrongModelError(f"modules must be among {there}, got {modules}; name those to be trained")
     return chosen
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear map and nothing more; a router of experts, say, is an nn.Linear that returns something else."""
+    quantised = type(module).__module__.startswith("bitsandbytes")
+    return type(module) is nn.Linear or (quantised and isinstance(module, nn.Linear))
 
 
 def require_peft() -> Any:

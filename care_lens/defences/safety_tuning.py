@@ -203,7 +203,7 @@ class SafetyTuning(StoredDefence):
         """
         maps = self._maps(lvlm)
         edits = {} if self.off else {module: self._edit(self.adapters[name]) for name, module in maps.items()}
-        with lvlm.module_hooks(edits, _NoHooks(self).make):
+        with lvlm.module_hooks(edits, self._no_hooks):
             yield lvlm
 
     def plan_parts(self) -> list[PlanPart]:
@@ -245,6 +245,10 @@ class SafetyTuning(StoredDefence):
 
         return edit
 
+    def _no_hooks(self, inputs: LVLMInputs) -> list[Any]:
+        """What is made for a batch: nothing. Being of the defence it says what is acting on the model."""
+        return []
+
     def _maps(self, lvlm: HookedLVLM) -> dict[str, nn.Module]:
         there = linear_maps(lvlm)
         if missing := [name for name in self.adapters if name not in there]:
@@ -258,19 +262,6 @@ class SafetyTuning(StoredDefence):
                     "on this model"
                 )
         return {name: there[name] for name in self.adapters}
-
-
-@dataclass(frozen=True, eq=False)
-class _NoHooks:
-    """Makes no hooks for a batch; described as the defence, so that what is acting on a model is known by its numbers."""
-
-    defence: SafetyTuning
-
-    def make(self, inputs: LVLMInputs) -> list[Any]:
-        return []
-
-    def describe(self) -> dict[str, Any]:
-        return self.defence.describe()
 
 
 def own_answers(lvlm: HookedLVLM, examples: Sequence[Example], *, tokens: int, batch_size: int) -> list[Lesson]:

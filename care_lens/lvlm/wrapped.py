@@ -488,7 +488,8 @@ class WrappedBridge:
         """What is on the model now: the hook points that have hooks, and what was given to :meth:`hooks_for_each_batch`, a repair
         by a digest of its settings and numbers. Of other hook functions only the places are known."""
         points = [name for name, point in self.bridge.hook_dict.items() if point.has_hooks()]
-        owners: list[tuple[Any, Any]] = [(getattr(make, "__self__", None), make) for make in self._makers]
+        functions = [getattr(make, "func", make) for make in self._makers]  # of a partial, what is called
+        owners: list[tuple[Any, Any]] = [(getattr(make, "__self__", None), make) for make in functions]
         return points + [
             repair_fingerprint(owner) if hasattr(owner, "describe") else getattr(make, "__qualname__", repr(make))
             for owner, make in owners
