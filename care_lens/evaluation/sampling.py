@@ -41,8 +41,8 @@ def proposals(axes: Mapping[str, Sequence[Any]], n: int, *, sampler: Sampler, se
 
 def _of_grid(axes: Mapping[str, Sequence[Any]], n: int, seed: int | None) -> Proposals:
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    for setting in spread(grid, n) if seed is None else random.Random(seed).sample(grid, n):
-        yield setting  # noqa: UP028  # what is sent back is not for the list
+    picked = spread(grid, n) if seed is None else random.Random(seed).sample(grid, n)
+    yield from (setting for setting in picked)  # a generator, since a list takes nothing that is sent to it
 
 
 def _by_optuna(axes: Mapping[str, Sequence[Any]], n: int, seed: int, optuna: Any) -> Proposals:
