@@ -13,13 +13,16 @@ from care_lens.defences.base import Batch, HookDefence, NoDefence
 from care_lens.defences.care_fit import CAREFaults
 from care_lens.defences.cast import CAST
 from care_lens.defences.coca import CoCA
+from care_lens.defences.controls import random_directions
 from care_lens.defences.hiddendetect import HiddenDetect, NoSafetyLayersError
 from care_lens.defences.leace import LEACE
+from care_lens.defences.lora import MissingPeftError
 from care_lens.defences.means import CAA, ActAdd, MeanDifference
 from care_lens.defences.published_care import CARESubspace, PublishedCARE
 from care_lens.defences.refusal_direction import NoRefusalDirection, RefusalDirection
 from care_lens.defences.reminder import SelfReminder
 from care_lens.defences.safesteer import SafeSteer
+from care_lens.defences.safety_tuning import Adapter, SafetyTuning
 from care_lens.defences.secondlook import CannotJudgeError, NotOnModelError, SecondLook
 from care_lens.defences.shiftdc import ShiftDC
 from care_lens.defences.stored import (
@@ -37,6 +40,7 @@ __all__ = [
     "CAST",
     "LEACE",
     "ActAdd",
+    "Adapter",
     "AlphaSteer",
     "Batch",
     "CAREFaults",
@@ -49,6 +53,7 @@ __all__ = [
     "HookDefence",
     "MeanAblation",
     "MeanDifference",
+    "MissingPeftError",
     "NoDefence",
     "NoRefusalDirection",
     "NoSafetyLayersError",
@@ -56,6 +61,7 @@ __all__ = [
     "PublishedCARE",
     "RefusalDirection",
     "SafeSteer",
+    "SafetyTuning",
     "SecondLook",
     "SelfReminder",
     "ShiftDC",
@@ -64,6 +70,7 @@ __all__ = [
     "WrongModelError",
     "defended",
     "load_defence",
+    "random_directions",
     "register_kind",
 ]
 

@@ -16,6 +16,7 @@ Everything else (putting it on a model, checking widths, saving, the row of a ta
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,22 +188,8 @@ class HookDefence(StoredDefence, HookRepair):
             WrongModelError: If the defence cannot work on it.
         """
         self.check(lvlm)
-        with lvlm.hooks_for_each_batch(_Maker(self, lvlm).make):
+        with lvlm.hooks_for_each_batch(partial(self.fwd_hooks, lvlm=lvlm)):
             yield lvlm
-
-
-@dataclass(frozen=True, eq=False)
-class _Maker:
-    """Makes a defence's hooks; described as the defence, so that what is acting on a model is known by its numbers."""
-
-    defence: HookDefence
-    lvlm: HookedLVLM
-
-    def make(self, inputs: LVLMInputs) -> list[HookPair]:
-        return self.defence.fwd_hooks(inputs, self.lvlm)
-
-    def describe(self) -> dict[str, Any]:
-        return self.defence.describe()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

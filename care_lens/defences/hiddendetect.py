@@ -136,6 +136,26 @@ class HiddenDetect(HookDefence):
             width=lvlm.width(block_output(0)),
         )
 
+    @classmethod
+    def always(cls, lvlm: HookedLVLM, *, refusal: str) -> "HiddenDetect":
+        """A control: it refuses everything, whatever its detector reads.
+
+        Args:
+            lvlm: The model.
+            refusal: The answer that every request gets.
+        """
+        ids = tuple(lvlm.tokenizer(refusal, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise FitError(f"refusal must have a token, got {refusal!r}; give it words that the model knows")
+        return cls(
+            layers=(0, 0),
+            refusal_tokens=ids[:1],
+            refusal_ids=(*ids, lvlm.tokenizer.eos_token_id),
+            threshold=-float("inf"),
+            width=lvlm.width(block_output(0)),
+            name="refuses everything",
+        )
+
     def widths(self) -> dict[Site, int]:
         """Outputs of the blocks of the integral."""
         return {block_output(layer): self.width for layer in range(self.layers[0], self.layers[1] + 1)}

@@ -120,10 +120,44 @@ class MeanDifference(AddedVector):
         """
         require_examples(refused=refused, complied=complied)
         site = block_output(layer)
-        towards, away = (
-            last_states(lvlm, e, [site], batch_size=batch_size)[site].mean(dim=0) for e in (refused, complied)
-        )
-        return cls(vector=(towards - away).float(), site=site, scope=scope, alpha=alpha)
+        towards, away = (last_states(lvlm, e, [site], batch_size=batch_size)[site] for e in (refused, complied))
+        return cls.of_rows(towards, away, site=site, scope=scope, alpha=alpha)
+
+    @classmethod
+    def of_rows(
+        cls,
+        refused: Float[Tensor, "n_refused d"],
+        complied: Float[Tensor, "n_complied d"],
+        *,
+        site: Site,
+        scope: Positions = "all",
+        alpha: float = 1.0,
+        name: str = "difference of means",
+    ) -> "MeanDifference":
+        """The same from activations that are captured already.
+
+        Args:
+            refused: One row for each request that the model refuses.
+            complied: One row for each request that it complies with.
+            site: Where they were taken, and where the difference is added.
+            scope: Where it is added.
+            alpha: Strength.
+            name: Row of a defence table.
+
+        Raises:
+            FitError: If a set is empty, the widths differ, or an activation is not finite.
+
+        Example:
+            >>> made = MeanDifference.of_rows(torch.ones(3, 4), torch.zeros(2, 4), site=Site.parse("blocks.1.hook_resid_post"))
+            >>> made.vector.tolist()
+            [1.0, 1.0, 1.0, 1.0]
+        """
+        if not len(refused) or not len(complied) or refused.shape[1] != complied.shape[1]:
+            raise FitError(
+                f"refused and complied must be rows of one width, one or more each, got {list(refused.shape)} and {list(complied.shape)}"
+            )
+        vector = (refused.mean(dim=0) - complied.mean(dim=0)).float()
+        return cls(vector=vector, site=site, scope=scope, alpha=alpha, name=name)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -7,6 +7,7 @@ from care_lens.evaluation.classifier import ClassifierJudge
 from care_lens.evaluation.defence_tuning import tune_defence
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
+from care_lens.evaluation.frontier import Frontier, NoSettingError, Search, search
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.judging import JudgeError, judge_answers, judge_name, judge_store, verdict_frame
 from care_lens.evaluation.metrics import (
@@ -17,6 +18,8 @@ from care_lens.evaluation.metrics import (
     verdict_trials,
 )
 from care_lens.evaluation.refusal import NOT_REFUSALS, PUBLISHED_REFUSALS, REFUSALS, SubstringRefusalJudge
+from care_lens.evaluation.sampling import MissingOptunaError
+from care_lens.evaluation.splits import TestSplitError, refuse_test
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
 from care_lens.evaluation.tuning import Choice, NoCandidateError, tune
@@ -28,11 +31,16 @@ __all__ = [
     "Choice",
     "ClassifierJudge",
     "DefenceTable",
+    "Frontier",
     "GenerationStore",
     "JudgeError",
+    "MissingOptunaError",
     "NoCandidateError",
+    "NoSettingError",
+    "Search",
     "StoredAnswer",
     "SubstringRefusalJudge",
+    "TestSplitError",
     "TooManyMissing",
     "answer_verdicts",
     "evaluate",
@@ -44,6 +52,8 @@ __all__ = [
     "judge_store",
     "next_token_kl",
     "paired_difference",
+    "refuse_test",
+    "search",
     "share",
     "spread",
     "summarise",

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
+from care_lens.data.study import Study
 from care_lens.evaluation.answering import answer_verdicts, share, spread
+from care_lens.evaluation.splits import refuse_test
 from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm import HookedLVLM
 
@@ -30,6 +32,7 @@ def tune_defence(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     store: GenerationStore | None = None,
+    study: Study | None = None,
 ) -> tuple[Repair, dict[str, float | int]]:
     """The candidate with the lowest attack success among those that keep benign accuracy.
 
@@ -46,16 +49,20 @@ def tune_defence(
         max_new_tokens: Most tokens of an answer.
         batch_size: Examples at a time.
         store: Where the candidates' answers are kept, so that a stopped search goes on; None: in memory.
+        study: The study that the examples are of, whose test split is then refused.
 
     Returns:
         The candidate, and what it reached: "asr", "benign_before", "benign_after", and the number of "candidates".
 
     Raises:
         ValueError: If there are no candidates, attacks or benign prompts.
+        TestSplitError: If an example is of the test split of the study.
     """
     for what, given in (("candidates", candidates), ("attacked", attacked), ("benign", benign)):
         if not given:
             raise ValueError(f"{what} must hold one or more, got none; give those of the validation split")
+    if study is not None:
+        refuse_test(study, attacked, benign)
     store = GenerationStore() if store is None else store
     few = spread(benign, SCREENED)
 

@@ -51,7 +51,7 @@ def _acting(lvlm: "WrappedBridge") -> str:
 
 def _named(make: Any) -> str:
     """What gives the hooks: a repair by its name."""
-    owner = getattr(make, "__self__", None)
+    owner = getattr(getattr(make, "func", make), "__self__", None)
     owner = getattr(owner, "defence", owner)
     return str(getattr(owner, "name", None) or getattr(make, "__qualname__", type(make).__name__))
 

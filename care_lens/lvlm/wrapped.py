@@ -1,7 +1,7 @@
 """A TransformerBridge with the sites of its family on it: their names, their facts, and hooks at them."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import TracebackType
@@ -355,6 +355,44 @@ class WrappedBridge:
         with self._blocks.opened(make):
             yield self
 
+    def plain_modules(self) -> dict[str, nn.Module]:
+        """The Hugging Face model's own modules by the names they have on a plain model; the bridge's components are left out."""
+        with self._blocks.lock, plain(self.hf_model):
+            return dict(self.hf_model.named_modules())
+
+    @contextmanager
+    def module_hooks(
+        self: Wrapped,
+        edits: Mapping[nn.Module, Callable[[Tensor, Tensor], Tensor]],
+        make: Callable[[LVLMInputs], FwdHooks],
+    ) -> Iterator[Wrapped]:
+        """Edit the outputs of modules that are no sites, such as linear maps, in a ``with`` block; no module is changed or replaced.
+
+        For what changes weights, and so every position alike. It belongs to this thread, as :meth:`hooks_for_each_batch` does.
+
+        Args:
+            edits: From a module of :meth:`plain_modules` to a function of its input and its output that returns a new output.
+            make: What :meth:`hooks_for_each_batch` takes; it may make no hooks, and says by its owner what is on the model.
+        """
+        self._require_open()
+        with self._blocks.opened(make) as block:
+
+            def owned(edit: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+                def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+                    return edit(args[0], output) if block in self._blocks.mine else None
+
+                return hook
+
+            handles = []
+            try:
+                with self._blocks.lock:
+                    handles += [module.register_forward_hook(owned(edit)) for module, edit in edits.items()]
+                yield self
+            finally:
+                with self._blocks.lock:
+                    for handle in handles:
+                        handle.remove()
+
     @contextmanager
     def batch_hooks(self: Wrapped, inputs: LVLMInputs) -> Iterator[Wrapped]:
         """Have the hooks of :meth:`hooks_for_each_batch` for this batch on, and the model to this thread alone.
@@ -455,7 +493,8 @@ class WrappedBridge:
         """What is on the model now: the hook points that have hooks, and what was given to :meth:`hooks_for_each_batch`, a repair
         by a digest of its settings and numbers. Of other hook functions only the places are known."""
         points = [name for name, point in self.bridge.hook_dict.items() if point.has_hooks()]
-        owners: list[tuple[Any, Any]] = [(getattr(make, "__self__", None), make) for make in self._makers]
+        functions = [getattr(make, "func", make) for make in self._makers]  # of a partial, what is called
+        owners: list[tuple[Any, Any]] = [(getattr(make, "__self__", None), make) for make in functions]
         return points + [
             repair_fingerprint(owner) if hasattr(owner, "describe") else getattr(make, "__qualname__", repr(make))
             for owner, make in owners

@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-import pandas as pd
-
-from care_lens.baselines import NoRefusalDirection, RefusalDirection
+from care_lens.baselines import NoRefusalDirection
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
 from care_lens.core.site import Site
 from care_lens.data.study import Modality, Study
-from care_lens.defences import PublishedCARE
+from care_lens.defences import MeanDifference, PublishedCARE, RefusalDirection
 from care_lens.evaluation import GenerationStore, spread, tune_defence
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.settings import RunSettings
@@ -113,7 +111,7 @@ def _published_ranks(study: Study, settings: RunSettings, modalities: Sequence[M
 
 def difference_of_means(
     lvlm: HookedLVLM, study: Study, rows: FitRows, settings: RunSettings, *, store: GenerationStore | None = None
-) -> tuple[RefusalDirection, dict[str, object]]:
+) -> tuple[MeanDifference, dict[str, object]]:
     """c (mean of refused - mean of complied requests) added at the input of one block, at all tokens and always.
 
     After CAA (contrastive activation addition), which adds after the prompt only.
@@ -126,18 +124,16 @@ def difference_of_means(
         store: where the candidates' answers are kept.
     """
 
-    def make(layer: int, c: float) -> RefusalDirection:
+    def make(layer: int, c: float) -> MeanDifference:
         site = Site("language", layer - 1, "hook_resid_post")
-        direction = rows.refused.at(site, 0).mean(0) - rows.complied(site, 0).mean(0)
-        only = pd.DataFrame([{"layer": layer, "position": -1, "kept": True}])
-        return RefusalDirection(direction=direction, layer=layer, position=-1, candidates=only, coefficient=c, name=CAA)
+        return MeanDifference.of_rows(rows.refused.at(site, 0), rows.complied(site, 0), site=site, alpha=c, name=CAA)
 
     makers = [
         lambda layer=layer, c=c: make(layer, c) for layer, c in product(range(1, lvlm.n_layers()), settings.steering)
     ]
     best, validation = tuned(lvlm, study, makers, settings, rows.modalities, store=store)
-    assert isinstance(best, RefusalDirection)
-    return best, {"layer": best.layer, "coefficient": best.coefficient, "validation": validation}
+    assert isinstance(best, MeanDifference) and best.site.layer is not None
+    return best, {"layer": best.site.layer + 1, "coefficient": best.alpha, "validation": validation}
 
 
 def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> RefusalDirection:

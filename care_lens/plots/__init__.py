@@ -10,6 +10,7 @@ from care_lens.plots.ablation import plot_ablation
 from care_lens.plots.attribution import plot_attribution, plot_knockout, plot_paths, plot_verified
 from care_lens.plots.defence import plot_asr
 from care_lens.plots.effects import plot_effects
+from care_lens.plots.frontier import plot_frontier
 from care_lens.plots.localisation import plot_localisation
 from care_lens.plots.patches import plot_patch_effects
 from care_lens.plots.recording import plot_recording
@@ -26,6 +27,7 @@ __all__ = [
     "plot_asr",
     "plot_attribution",
     "plot_effects",
+    "plot_frontier",
     "plot_knockout",
     "plot_localisation",
     "plot_patch_effects",

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pandas as pd
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from care_lens.defences import (
     MeanDifference,
     NoDefence,
     PublishedCARE,
+    RefusalDirection,
     SafeSteer,
     SecondLook,
     SelfReminder,
@@ -39,7 +41,15 @@ def detector(lvlm, kinds):
     return dataclasses.replace(made, threshold=float(scores.median()))
 
 
+def direction(lvlm, kinds):
+    """A refusal direction, whose data filter and choice have tests of their own."""
+    rows = MeanDifference.fit(lvlm, refused=kinds["refused"], complied=kinds["benign"], layer=1)
+    table = pd.DataFrame([{"position": -1, "layer": 2, "bypass": 0.5, "induce": 0.5, "kl": 0.01, "kept": True}])
+    return RefusalDirection(direction=rows.vector, layer=2, position=-1, candidates=table)
+
+
 FITS = {
+    "refusal direction": direction,
     "mean difference": lambda m, k: MeanDifference.fit(m, refused=k["refused"], complied=k["malicious"], layer=1),
     "caa": lambda m, k: CAA.fit(m, malicious=k["malicious"], refusal="sorry i cannot help", layer=1, alpha=0.5),
     "actadd": lambda m, k: ActAdd.fit(m, towards="sorry i cannot", away="the first letters are", layer=1),
@@ -67,6 +77,7 @@ FITS = {
 }  # fmt: skip
 
 OFF = {
+    "refusal direction": {"coefficient": 0.0},
     "hiddendetect": {"threshold": float("inf")},
     "coca": {"prefix": ""},
     "published care": {"alpha_visual": 0.0, "alpha_textual": 0.0},
@@ -79,24 +90,27 @@ def made(world_model, kinds):
     return {name: fit(world_model, kinds) for name, fit in FITS.items()}
 
 
-def logits_of(lvlm, defence, examples, responses=True):
+def logits_of(lvlm, defence, examples, responses=True, side="left"):
     with torch.no_grad(), defence.on(lvlm):
-        inputs = lvlm.prepare(defence.examples(examples), responses=responses)
+        inputs = lvlm.prepare(defence.examples(examples), responses=responses, padding_side=side)
         return lvlm(inputs), inputs
 
 
 @pytest.mark.parametrize("name", FITS)
 def test_a_batch_is_its_rows_and_the_cache_gives_the_same_tokens(world_model, made, requests, name):
     defence = made[name]
-    together, inputs = logits_of(world_model, defence, requests)
-    assert bool(inputs.spans.padding.any()), "the batch must be padded"
     plain, _ = logits_of(world_model, NoDefence(), requests)
+    alone = [logits_of(world_model, defence, [example]) for example in requests]
     moved = 0.0
-    for row, example in enumerate(requests):
-        alone, single = logits_of(world_model, defence, [example])
-        kept = ~inputs.spans.padding[row]
-        torch.testing.assert_close(together[row, kept], alone[0, ~single.spans.padding[0]], atol=2e-3, rtol=2e-3)
-        moved = max(moved, float((together[row, kept] - plain[row, kept]).abs().max()))
+    for side in ("left", "right"):
+        together, inputs = logits_of(world_model, defence, requests, side=side)
+        assert bool(inputs.spans.padding.any()), "the batch must be padded"
+        for row, (expected, single) in enumerate(alone):
+            kept = ~inputs.spans.padding[row]
+            rows = expected[0, ~single.spans.padding[0]]
+            torch.testing.assert_close(together[row, kept], rows, atol=2e-3, rtol=2e-3)
+            if side == "left":
+                moved = max(moved, float((together[row, kept] - plain[row, kept]).abs().max()))
     assert moved > 1e-2, "a defence that changes nothing shows nothing"
     # Generation with a cache: the greedy tokens are those of the teacher-forced run on them.
     with defence.on(world_model):
@@ -138,6 +152,7 @@ def test_hooks_are_gone_after_an_exception_and_files_hold_the_same_defence(world
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"), torch.no_grad(), defence.on(world_model):
+        assert world_model.acting() == [repair_fingerprint(defence)]
         world_model.run_with_hooks(world_model.prepare(requests), fwd_hooks=[("blocks.3.hook_resid_post", fail)])
     assert world_model.acting() == before == []
     defence.save(tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -15,6 +16,7 @@ from care_lens.defences import (
     LEACE,
     ActAdd,
     AlphaSteer,
+    CARESubspace,
     CoCA,
     FitError,
     HiddenDetect,
@@ -22,10 +24,12 @@ from care_lens.defences import (
     MeanDifference,
     NoRefusalDirection,
     NoSafetyLayersError,
+    PublishedCARE,
     RefusalDirection,
     SafeSteer,
     ShiftDC,
     WrongModelError,
+    random_directions,
 )
 from care_lens.defences.alphasteer import null_projector, null_steering
 from care_lens.defences.astra import blackened, decisive_patches, target_outcomes
@@ -68,6 +72,14 @@ def test_difference_of_means_and_caa(world_model, kinds, requests):
     before, after = before_and_after(world_model, made, inputs)
     there = ~inputs.spans.padding[..., None]
     torch.testing.assert_close(after - before, 0.5 * made.vector * there, atol=1e-5, rtol=1e-4)
+    rows = [random(n, 24, seed=n) for n in (3, 5)]
+    of = MeanDifference.of_rows(*rows, site=made.site, alpha=0.5, name="by rows")
+    torch.testing.assert_close(of.vector, (rows[0].sum(0) / 3 - rows[1].sum(0) / 5).float())
+    assert (of.site, of.alpha, of.scope, of.name) == (made.site, 0.5, "all", "by rows")
+    with pytest.raises(FitError, match="rows of one width"):
+        MeanDifference.of_rows(rows[0], rows[1][:, :7], site=made.site)
+    with pytest.raises(FitError, match="must be finite"):
+        MeanDifference.of_rows(rows[0], rows[1] * float("nan"), site=made.site)
     caa = CAA.fit(world_model, malicious=kinds["malicious"], refusal="sorry i cannot", layer=1)
     refused = [dataclasses.replace(e, response="sorry i cannot") for e in kinds["malicious"]]
     expected = (
@@ -369,3 +381,49 @@ def test_the_data_filter_of_the_refusal_direction(world_model, kinds):
             world_model, harmful=kinds["refused"], harmless=answered, harmful_validation=refused, harmless_validation=answered,
             refusal_tokens=[int(p.sum(0).argmin())], filter_data=True, progress=False,
         )  # fmt: skip
+
+
+def test_controls_of_random_directions_keep_norms_and_singular_values(world_model, kinds):
+    site = Site.parse(RESID)
+    added = MeanDifference(vector=3 * random(24).float(), site=site, alpha=0.7)
+    beside = random_directions(added, seed=1)
+    assert float(beside.vector.norm()) == pytest.approx(float(added.vector.norm()), rel=1e-5)
+    assert abs(float(torch.cosine_similarity(beside.vector, added.vector, dim=0))) < 0.6
+    assert (beside.alpha, beside.site, beside.name) == (0.7, site, "random directions of difference of means")
+    assert torch.equal(random_directions(added, seed=1).vector, beside.vector)
+    assert not torch.equal(random_directions(added, seed=2).vector, beside.vector)
+    prompts = ActAdd(vectors=random(3, 24).float(), site=site)
+    torch.testing.assert_close(random_directions(prompts).vectors.norm(dim=1), prompts.vectors.norm(dim=1))
+    columns = random(24, 4).float()
+    held = CARESubspace(columns=columns, mean=random(24, seed=3).float(), eigenvalues=torch.ones(4))
+    care = PublishedCARE(visual={1: held}, textual={2: held})
+    of = random_directions(care)
+    for moved in (of.visual[1], of.textual[2]):
+        torch.testing.assert_close(moved.columns.T @ moved.columns, columns.T @ columns, atol=1e-4, rtol=1e-4)
+        assert torch.equal(moved.mean, held.mean) and not torch.allclose(moved.columns, columns, atol=0.1)
+    with pytest.raises(FitError, match="must add a vector"):
+        random_directions(CoCA(prefix="the"))
+
+
+def test_the_control_that_refuses_everything_does(world_model, requests):
+    made = HiddenDetect.always(world_model, refusal="sorry i cannot")
+    with made.on(world_model):
+        answers = world_model.generate(world_model.prepare(requests), max_new_tokens=6)
+    assert answers.texts == ["sorry i cannot"] * len(requests)
+    with pytest.raises(FitError, match="refusal must have a token"):
+        HiddenDetect.always(world_model, refusal="")
+
+
+@torch.no_grad()
+def test_a_vector_after_a_block_is_one_before_the_next_to_the_bit(world_model, requests):
+    """What a run called a refusal direction at the input of block 2 is a difference of means at the output of block 1."""
+    vector = random(24).float()
+    table = pd.DataFrame([{"position": -1, "layer": 2, "bypass": 0.0, "induce": 0.0, "kl": 0.0, "kept": True}])
+    before = RefusalDirection(direction=vector, layer=2, position=-1, candidates=table, coefficient=0.5)
+    after = MeanDifference(vector=vector, site=Site.parse(RESID), alpha=0.5)
+    inputs = world_model.prepare(requests)
+    found = []
+    for defence in (before, after):
+        with defence.on(world_model):
+            found.append(world_model(inputs))
+    assert torch.equal(*found) and not torch.equal(found[0], world_model(inputs))

@@ -1,0 +1,86 @@
+"""Which settings a search tries: a grid, a draw from it, or what optuna proposes."""
+
+import itertools
+import random
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Literal
+
+from care_lens.core.errors import CareLensError
+from care_lens.evaluation.answering import spread
+
+Sampler = Literal["grid", "random", "optuna"]
+Setting = Mapping[str, Any]
+Proposals = Generator[Setting, tuple[float, float] | None, None]
+"""Settings, one after the other; what each reached (attack success, right answers) is sent back."""
+
+
+class MissingOptunaError(CareLensError, ImportError):
+    """The package optuna, which proposes settings, is not installed."""
+
+
+def proposals(axes: Mapping[str, Sequence[Any]], n: int, *, sampler: Sampler, seed: int) -> Proposals:
+    """Settings to be tried, each once.
+
+    Args:
+        axes: The values of each axis.
+        n: How many; at most as many as the grid has.
+        sampler: "grid", "random" or "optuna".
+        seed: Of the two latter.
+
+    Raises:
+        MissingOptunaError: If the sampler is "optuna" and it is not installed.
+
+    Example:
+        >>> [dict(setting) for setting in proposals({"layer": [1, 2], "alpha": [0.5, 1.0]}, 2, sampler="grid", seed=0)]
+        [{'layer': 1, 'alpha': 0.5}, {'layer': 2, 'alpha': 0.5}]
+    """
+    if sampler == "optuna":
+        return _by_optuna(axes, n, seed, require_optuna())
+    return _of_grid(axes, n, None if sampler == "grid" else seed)
+
+
+def _of_grid(axes: Mapping[str, Sequence[Any]], n: int, seed: int | None) -> Proposals:
+    grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    picked = spread(grid, n) if seed is None else random.Random(seed).sample(grid, n)
+    yield from (setting for setting in picked)  # a generator, since a list takes nothing that is sent to it
+
+
+def _by_optuna(axes: Mapping[str, Sequence[Any]], n: int, seed: int, optuna: Any) -> Proposals:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(1, n // 3))
+        found = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
+        ranges = {name: list(range(len(values))) for name, values in axes.items()}
+        known: dict[tuple[int, ...], tuple[float, float]] = {}
+        while len(known) < n:
+            for again in range(21):
+                if again == 20:  # it proposes nothing new: the first that is
+                    new = next(at for at in itertools.product(*ranges.values()) if at not in known)
+                    found.enqueue_trial(dict(zip(axes, new, strict=True)))
+                trial = found.ask()
+                at = tuple(trial.suggest_categorical(name, indices) for name, indices in ranges.items())
+                if at not in known:
+                    break
+                found.tell(trial, known[at])
+            reached = yield {name: values[i] for (name, values), i in zip(axes.items(), at, strict=True)}
+            known[at] = reached or (1.0, 0.0)
+            found.tell(trial, known[at])
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def require_optuna() -> Any:
+    """The package optuna.
+
+    Raises:
+        MissingOptunaError: If it is not installed; the message says how to install it.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingOptunaError(
+            f'optuna must be installed for sampler="optuna", got "{error}"; install it with: pip install "care-lens[search]" (or: pip '
+            'install optuna), or take sampler="random"'
+        ) from None
+    return optuna

@@ -1,0 +1,297 @@
+"""The search on validation: its figures by hand, its frontier and its choice, its samplers, its controls, what it refuses."""
+
+import builtins
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import pytest
+
+from care_lens import Example, UnsafeMargin, Verdict
+from care_lens.core.stats import clustered_rate
+from care_lens.data.study import Study
+from care_lens.defences import FitError, StoredDefence
+from care_lens.evaluation import (
+    Frontier,
+    GenerationStore,
+    MissingOptunaError,
+    NoSettingError,
+    TestSplitError,
+    evaluate,
+    refuse_test,
+    search,
+    tune_defence,
+)
+from care_lens.evaluation.sampling import proposals
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Levelled(StoredDefence):
+    """Changes requests by its level, so that answers under different levels are stored apart."""
+
+    level: int
+    size: float = 1.0
+    name: str = "levelled"
+
+    def examples(self, examples):
+        return [replace(e, prompt=f"{e.prompt} {'red ' * self.level}".strip()) for e in examples]
+
+
+class ByLevel:
+    """A judge of the number of answers: at level k the first k attacks are refused, and of the benign ones the first k // 2 too."""
+
+    name = "by level"
+
+    def __init__(self):
+        self.level = 0
+
+    def __call__(self, examples, texts):
+        said = []
+        for e in examples:
+            index, harmful = int(e.id.split()[-1]), e.harmful
+            said.append(Verdict.REFUSED if index < (self.level if harmful else self.level // 2) else Verdict.COMPLIED)
+        return said
+
+
+@pytest.fixture
+def study():
+    def some(split, channel, n, harmful, groups=None):
+        return tuple(
+            Example(
+                f"what is {i}", harmful=harmful, channel=channel, id=f"{channel} {split} {i}",
+                group=f"{split} item {i % (groups or n)}", response="sure red",
+            )
+            for i in range(n)
+        )  # fmt: skip
+
+    suites = {
+        split: {
+            "attack": some(split, "attack", 8, True),
+            "plain": some(split, "plain", 2, True),
+            "benign": some(split, "benign", 10, False, groups=5),
+        }
+        for split in ("fit", "validation", "test")
+    }
+    return Study(
+        name="levels", suites=suites, seen={"textual": ("attack",)}, judge=ByLevel(), refusal="sorry",
+        outcome=UnsafeMargin(comply=(1,), refuse=(2,)),
+    )  # fmt: skip
+
+
+def found_by(lvlm, study, axes, *, make=None, **options):
+    """A search whose judge is told the level of the defence that is being made."""
+
+    def maker(**setting):
+        study.judge.level = setting.get("level", 0)
+        return (make or Levelled)(**setting)
+
+    study.judge.level = 0
+    return search(lvlm, maker, axes, study, max_new_tokens=1, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from zoo.tiny import make_llava
+
+    from care_lens import HookedLVLM
+
+    return HookedLVLM.from_hf(*make_llava("clip"))
+
+
+def test_figures_frontier_and_choice_by_hand(model, study):
+    found = found_by(model, study, {"level": [0, 1, 2, 3, 8]}, benign_loss=0.1)
+    frame = found.frontier.frame
+    wide = found.frontier.wide().set_index("candidate")
+    expected = {
+        0: (1.0, 1.0, 0.0),
+        1: (7 / 8, 1.0, 0.0),
+        2: (6 / 8, 0.9, 0.1),
+        3: (5 / 8, 0.9, 0.1),
+        8: (0.0, 0.6, 0.4),
+    }
+    for level, figures in expected.items():
+        row = wide.loc[f"level {level}"]
+        assert tuple(row[["asr", "utility", "over_refusal"]]) == pytest.approx(figures)
+        assert (row["level"], row["asr_n"], row["utility_n"]) == (level, 8, 10)
+    # Intervals: exact where each item has one trial, of clusters where two benign prompts share one.
+    refused = [1.0] * 4 + [0.0] * 6
+    _, low, high = clustered_rate([1 - value for value in refused], [f"item {i % 5}" for i in range(10)])
+    row = wide.loc["level 8"]
+    assert (row["utility_low"], row["utility_high"]) == pytest.approx((low, high))
+    kinds = frame.groupby("metric")["interval"].agg(set)
+    assert kinds["asr"] == {"clopper-pearson"} and kinds["utility"] == {"korn-graubard"}
+    # Level 0 costs as much utility as level 1 and stops less; level 2 likewise against 3.
+    assert set(wide.index[wide["on_frontier"]]) == {"level 1", "level 3", "level 8"}
+    assert set(wide.index[wide["within_budget"]]) == {"level 0", "level 1", "level 2", "level 3", "undefended"}
+    assert (found.defence.level, found.setting, found.kept_budget) == (3, {"level": 3}, True)
+    assert found.reached() == pytest.approx({"asr": 5 / 8, "utility": 0.9, "over_refusal": 0.1})
+    assert wide.loc["undefended", "role"] == "control" and not wide.loc["undefended", "on_frontier"]
+    # Budgets bind: no loss at all, and none of over-refusal alone.
+    assert found_by(model, study, {"level": [1, 3]}, benign_loss=0.0).setting == {"level": 1}
+    assert found_by(model, study, {"level": [1, 3]}, benign_loss=1.0, over_refusal_gain=0.0).setting == {"level": 1}
+    broken = found_by(model, study, {"level": [8, 3]}, benign_loss=0.0)
+    assert not broken.kept_budget and broken.setting == {"level": 8}  # 0.6 - 0 against 0.9 - 5/8
+    text = found.frontier.to_markdown()
+    assert "| level 3 | 62 [" in text and "ASR 8, right 10" in text and "by level" in text
+
+
+def test_controls_are_rated_beside(model, study):
+    seen = []
+
+    def control(defence):
+        seen.append(defence.level)
+        return replace(defence, name="beside")
+
+    found = found_by(
+        model, study, {"level": [3]}, benign_loss=1.0, controls={"fixed": Levelled(level=0), "made": control}
+    )
+    wide = found.frontier.wide()
+    assert seen == [3] and list(wide["candidate"]) == ["level 3", "undefended", "fixed", "made"]
+    assert list(wide["role"]) == ["candidate", "control", "control", "control"]
+    figure = found.frontier.plot()
+    assert {trace.name for trace in figure.data} == {"chosen", "undefended", "fixed", "made"}
+
+
+def test_the_figure_shows_every_setting(model, study, tmp_path):
+    found = found_by(model, study, {"level": [0, 1, 3, 8]}, benign_loss=0.1)
+    data = {trace.name: trace for trace in found.frontier.plot().data}
+    assert data["settings"].x == (1.0,) and data["settings"].y == (1.0,)
+    assert sorted(data["on the frontier"].y) == [0.0, 7 / 8] and data["chosen"].y == (5 / 8,)
+    assert data["frontier"].x == (0.6, 0.9, 1.0) and data["frontier"].y == (0.0, 5 / 8, 7 / 8)
+    low = found.frontier.wide().set_index("candidate").loc["level 3", "asr_low"]
+    assert data["chosen"].error_y.arrayminus[0] == pytest.approx(5 / 8 - low)
+    found.frontier.save(tmp_path, "levels")
+    again = Frontier.load(tmp_path, "levels")
+    pd.testing.assert_frame_equal(again.frame, found.frontier.frame, check_dtype=False)
+    assert again.settings["split"] == "validation" and again.settings["axes"] == {"level": [0, 1, 3, 8]}
+
+
+def test_the_test_split_is_refused_and_never_read(model, study):
+    with pytest.raises(TestSplitError, match="reporting alone"):
+        found_by(model, study, {"level": [1]}, split="test")
+    asked = []
+
+    class Watched(Levelled):
+        def examples(self, examples):
+            asked.extend(e.id for e in examples)
+            return super().examples(examples)
+
+    found_by(model, study, {"level": [1]}, make=lambda level: Watched(level=level))
+    assert len(asked) == 18 and not [name for name in asked if " test " in name]
+    validation, test = (list(study.suites[split]["attack"]) for split in ("validation", "test"))
+    benign = list(study.suites["validation"]["benign"])
+    refuse_test(study, validation, benign)
+    options = {"judge": study.judge, "max_new_tokens": 1, "study": study}
+    for attacked, harmless in (([*validation, test[3]], benign), (validation, list(study.suites["test"]["benign"]))):
+        with pytest.raises(TestSplitError, match="of the test split of 'levels'"):
+            tune_defence(model, [lambda: Levelled(level=1)], attacked=attacked, benign=harmless, **options)
+    best, _ = tune_defence(model, [lambda: Levelled(level=1)], attacked=validation, benign=benign, **options)
+    assert best.level == 1
+
+
+def test_settings_that_cannot_be_made_are_named_and_a_stopped_search_goes_on(model, study, tmp_path):
+    def make(level):
+        if level == 2:
+            raise FitError("no such level")
+        return Levelled(level=level)
+
+    store = GenerationStore(tmp_path / "search.jsonl")
+    found = found_by(model, study, {"level": [1, 2]}, make=make, store=store, benign_loss=1.0)
+    assert found.frontier.settings["failed"] == {"level 2": "FitError: no such level"}
+    assert found.setting == {"level": 1} and found.frontier.settings["n_trials"] == 2
+    held = len(store)
+    again = found_by(
+        model, study, {"level": [1, 2]}, make=make, store=GenerationStore(tmp_path / "search.jsonl"), benign_loss=1.0
+    )
+    assert held == 2 * 18 and len(GenerationStore(tmp_path / "search.jsonl")) == held
+    pd.testing.assert_frame_equal(again.frontier.frame, found.frontier.frame)
+    with pytest.raises(NoSettingError, match="got none of 1: FitError: no such level"):
+        found_by(model, study, {"level": [2]}, make=make)
+
+
+def test_its_figures_are_those_of_an_evaluation(model, study):
+    """Oracle: the table of defences, on the same examples."""
+    found = found_by(model, study, {"level": [3]}, benign_loss=1.0)
+    suites = {channel: list(study.suites["validation"][channel]) for channel in ("attack", "benign")}
+    table = evaluate(
+        model,
+        suites,
+        {"x": found.defence},
+        judge=study.judge,
+        max_new_tokens=1,
+        fidelity=False,
+        n_boot=10,
+        progress=False,
+    ).frame.set_index("metric")
+    ours = found.frontier.frame[found.frontier.frame["chosen"]].set_index("metric")
+    for theirs, mine in (("asr", "asr"), ("accuracy", "utility")):
+        columns = ["value", "ci_low", "ci_high", "n", "missing"]
+        assert ours.loc[mine, columns].astype(float).tolist() == pytest.approx(
+            table.loc[theirs, columns].astype(float).tolist()
+        )
+
+
+def exhausted(axes, n, sampler, seed=0, reached=lambda setting: (0.5, 0.5)):
+    asked, made = proposals(axes, n, sampler=sampler, seed=seed), []
+    setting = next(asked)
+    while True:
+        made.append(tuple(setting.values()))
+        try:
+            setting = asked.send(reached(setting))
+        except StopIteration:
+            return made
+
+
+AXES = {"site": ["a", ["b", "c"]], "rank": [2, 4, 8], "alpha": [0.5, 1.0]}
+
+
+def test_samplers_try_each_setting_once():
+    grid = exhausted(AXES, 12, "grid")
+    assert len(grid) == 12 and grid[0] == ("a", 2, 0.5) and grid[-1] == (["b", "c"], 8, 1.0)
+    assert exhausted(AXES, 3, "grid") == [grid[0], grid[4], grid[8]]
+    drawn = exhausted(AXES, 5, "random", seed=1)
+    assert len({str(s) for s in drawn}) == 5 and drawn == exhausted(AXES, 5, "random", seed=1) != exhausted(
+        AXES, 5, "random", seed=2
+    )
+
+
+def test_optuna_proposes_each_setting_once_and_learns():
+    optuna = pytest.importorskip("optuna")
+    before = optuna.logging.get_verbosity()
+    assert sorted(map(str, exhausted(AXES, 12, "optuna"))) == sorted(map(str, exhausted(AXES, 12, "grid")))
+    assert exhausted(AXES, 6, "optuna", seed=3) == exhausted(AXES, 6, "optuna", seed=3)
+    assert optuna.logging.get_verbosity() == before
+    # Attack success falls with alpha alone: after a third of the trials it asks for large ones more often than a draw would.
+    axes = {"alpha": list(range(12)), "other": list(range(5))}
+    made = exhausted(axes, 24, "optuna", seed=0, reached=lambda s: (1 - s["alpha"] / 11, 0.5))
+    assert sum(alpha for alpha, _ in made[8:]) / 16 > 6.5
+
+
+def test_optuna_is_an_extra(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "optuna":
+            raise ImportError("No module named 'optuna'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingOptunaError, match=r"pip install \"care-lens\[search\]\""):
+        proposals({"a": [1]}, 1, sampler="optuna", seed=0)
+
+
+def test_what_makes_no_sense_is_said(model, study):
+    for axes, options, words in (
+        ({"level": []}, {}, "axes must each be a list"),
+        ({"level": "12"}, {}, "axes must each be a list"),
+        ({"level": [1]}, {"n_trials": 0}, "n_trials must be 1"),
+        ({"level": [1]}, {"n_examples": 0}, "n_examples must be 1"),
+        ({"level": [1]}, {"benign_loss": 2.0}, "benign_loss must be a share"),
+        ({"level": [1]}, {"over_refusal_gain": -1.0}, "over_refusal_gain must be a share"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            found_by(model, study, axes, **options)
+    bare = replace(
+        study, suites={"fit": study.suites["fit"], "validation": {"attack": study.suites["validation"]["attack"]}}
+    )
+    with pytest.raises(ValueError, match="must hold benign prompts in 'validation'"):
+        found_by(model, bare, {"level": [1]})
