@@ -78,6 +78,7 @@ def _auc(score: np.ndarray, harm: np.ndarray, groups: np.ndarray) -> str:
         {"score": score, "y": harm.astype(float)},
         groups,
         statistic=lambda a: roc_auc_score(a["y"], a["score"]),
+        bounds=(0, 1),
         n_boot=300,
     )
     return f"{ci.estimate:.2f} [{ci.low:.2f}, {ci.high:.2f}]"

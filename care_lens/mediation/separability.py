@@ -104,7 +104,7 @@ def probe_auc(
         probe, features.cpu().double().numpy(), y, groups=items, cv=folds, method="decision_function"
     )
     held_out = {"score": scores, "label": y.astype(np.float64)}
-    return cluster_bootstrap(held_out, items.tolist(), statistic=_auc, n_boot=n_boot, seed=seed)
+    return cluster_bootstrap(held_out, items.tolist(), statistic=_auc, bounds=(0, 1), n_boot=n_boot, seed=seed)
 
 
 def separability(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
@@ -29,6 +30,17 @@ def test_auc_is_scikit_learns():
     rng = np.random.default_rng(0)
     labels, scores = rng.integers(2, size=60).astype(float), rng.integers(10, size=60).astype(float)
     assert _auc({"label": labels, "score": scores}) == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_a_perfect_probe_has_the_interval_of_a_rate_that_all_items_agree_on():
+    labels = torch.arange(24) % 2 == 0
+    features = torch.where(labels, 4.0, -4.0)[:, None] + 0.1 * rows(24, 3, seed=2)
+    found = probe_auc(features, labels, [str(i) for i in range(24)], n_boot=50)
+    assert found.estimate == 1 and found.high == 1
+    assert found.low == pytest.approx(float(scipy.stats.beta.ppf(0.025, 24, 1)))
+    # No end lies beyond what an area can be, where the figure is short of 1 too.
+    near = probe_auc(features + 12 * rows(24, 3, seed=3), labels, [str(i) for i in range(24)], n_boot=50)
+    assert 0.5 < near.estimate < 1 and 0 <= near.low <= near.estimate <= near.high <= 1
 
 
 def test_a_probe_that_learns_items_is_found_out():
