@@ -12,6 +12,7 @@ from care_lens.repair.attach import Attachment, attach
 from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated
+from care_lens.repair.combined import AllOf, AnyOf, WeightedReader, in_threshold_units, modality_detector
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import (
@@ -50,7 +51,9 @@ from care_lens.repair.store import load_repair, save_repair
 from care_lens.repair.writer import Writer
 
 __all__ = [
+    "AllOf",
     "AlwaysOpen",
+    "AnyOf",
     "AttachError",
     "Attachment",
     "BakeCertificate",
@@ -83,6 +86,7 @@ __all__ = [
     "TokenRows",
     "TooFewCalibration",
     "TooFewCalibrationError",
+    "WeightedReader",
     "Writer",
     "assemble",
     "attach",
@@ -92,9 +96,11 @@ __all__ = [
     "fit_reader_subspace",
     "fit_rows",
     "halves",
+    "in_threshold_units",
     "learn_repair",
     "linear_part",
     "load_repair",
+    "modality_detector",
     "printed_form",
     "printed_subspaces",
     "random_control",
