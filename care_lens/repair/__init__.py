@@ -26,7 +26,7 @@ from care_lens.repair.errors import (
 )
 from care_lens.repair.explaining import explain
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
+from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, SoftGate, TooFewCalibration
 from care_lens.repair.kinds import register_kind
 from care_lens.repair.learning import (
     FittedReaders,
@@ -47,7 +47,9 @@ from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reade
 from care_lens.repair.reading import read_scores
 from care_lens.repair.recording import Recording
 from care_lens.repair.rows import FitRows, TokenRows, fit_rows, residual_sites, study_rows, token_rows
+from care_lens.repair.schedule import ConstantSchedule, ExponentialDecay, FirstTokens, LinearDecay, Schedule
 from care_lens.repair.store import load_repair, save_repair
+from care_lens.repair.trace import ScoreTrace
 from care_lens.repair.writer import Writer
 
 __all__ = [
@@ -59,8 +61,11 @@ __all__ = [
     "BakeCertificate",
     "BakeError",
     "ConformalGate",
+    "ConstantSchedule",
     "Correction",
     "EnergyReader",
+    "ExponentialDecay",
+    "FirstTokens",
     "FitRows",
     "FittedReaders",
     "Gate",
@@ -68,6 +73,7 @@ __all__ = [
     "HookRepair",
     "HybridFusion",
     "KindError",
+    "LinearDecay",
     "LinearPart",
     "LinearReader",
     "MaxReader",
@@ -82,7 +88,10 @@ __all__ = [
     "RepairFileError",
     "RepairMismatchError",
     "RepairPlan",
+    "Schedule",
+    "ScoreTrace",
     "SiteReader",
+    "SoftGate",
     "TokenRows",
     "TooFewCalibration",
     "TooFewCalibrationError",
