@@ -22,10 +22,11 @@ from torch import Tensor
 from care_lens.core.examples import Example
 from care_lens.core.site import Site
 from care_lens.defences.base import Batch, HookDefence, block_output, last_states
+from care_lens.defences.folding import added_vector_part
 from care_lens.defences.stored import FitError, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
-from care_lens.repair.linear import LinearPart, linear_part
+from care_lens.repair.linear import LinearPart
 from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import Positions
 
@@ -76,14 +77,10 @@ class AddedVector(HookDefence):
         return [batch.edit(self.site, lambda h: h + self.alpha * self.vector.to(h), at=self.scope)]
 
     def linear_parts(self) -> list[LinearPart]:
-        """Its vector, a bias."""
+        """Its vector, a bias of the map that adds to the stream there."""
         if self.off:
             return []
-
-        def edit(rows: Tensor) -> Tensor:
-            return (self.alpha * self.vector.to(rows)).expand_as(rows)
-
-        return [linear_part(self.name, self.site, edit, scope=self.scope)]
+        return [added_vector_part(self.name, self.site, self.alpha * self.vector.double(), scope=self.scope)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -34,6 +34,7 @@ from care_lens.defences.care_fit import CAREFaults, VisualScore, care_columns, i
 from care_lens.defences.stored import FitError, StoredPart, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.plan import PlanPart
 
 Side = Literal["visual", "textual"]
@@ -279,6 +280,30 @@ class PublishedCARE(HookDefence):
             for side, subspaces, alpha in sides
             for layer, of in subspaces.items()
         ]
+
+    def linear_parts(self) -> list[LinearPart]:
+        """The edits of blocks at which one modality acts; of the others each part with the reason why it is not linear."""
+        parts: list[LinearPart] = []
+        for layer in () if self.off else self.layers:
+            site = Site("language", layer, "hook_mlp_out")
+            sides = {"visual": self.visual, "textual": self.textual}
+            here = [side for side, held in sides.items() if layer in held]
+            strengths = {"visual": self.alpha_visual, "textual": self.alpha_textual}
+            acting = [side for side in here if strengths[side] != 0]
+            if not acting:
+                continue
+            # Weighed by the edits as applied, one of strength 0 has no weight; by those at alpha 1 it takes weight from the other.
+            if len(acting) == 1 and (len(here) == 1 or self.faults.actual_weights):
+                parts.append(
+                    linear_part(f"{acting[0]}[{layer}]", site, lambda rows, at=layer: self.edit(rows, at), scope="all")
+                )
+                continue
+            reason = (
+                "visual and textual edits of this block are weighed by their norms at each token, which is not linear; keep one modality "
+                "at each block, or attach the defence"
+            )
+            parts += [LinearPart(name=f"{side}[{layer}]", site=site, reason=reason) for side in here]
+        return parts
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """A hook a block."""

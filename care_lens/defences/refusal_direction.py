@@ -35,9 +35,11 @@ from tqdm.auto import tqdm
 from care_lens.core.examples import Example
 from care_lens.core.site import Site
 from care_lens.defences.base import Batch, HookDefence
+from care_lens.defences.folding import added_vector_part
 from care_lens.defences.stored import FitError
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair
+from care_lens.repair.linear import LinearPart
 from care_lens.repair.plan import PlanPart
 
 _MAX_KL = 0.1
@@ -193,6 +195,12 @@ class RefusalDirection(HookDefence):
     def edits(self, batch: Batch) -> list[HookPair]:
         """One hook, at its site."""
         return [batch.edit(self.site, lambda h: h + self.coefficient * self.direction.to(h))]
+
+    def linear_parts(self) -> list[LinearPart]:
+        """Its direction, a bias of the block before; none where its coefficient is 0."""
+        if self.off:
+            return []
+        return [added_vector_part(self.name, self.site, self.coefficient * self.direction.double())]
 
     def describe(self) -> dict[str, Any]:
         """Its settings, as JSON-able values."""

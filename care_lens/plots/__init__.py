@@ -13,7 +13,7 @@ from care_lens.plots.effects import plot_effects
 from care_lens.plots.frontier import plot_frontier
 from care_lens.plots.localisation import plot_localisation
 from care_lens.plots.patches import plot_patch_effects
-from care_lens.plots.recording import plot_recording
+from care_lens.plots.recording import plot_recording, plot_trace
 from care_lens.plots.separability import plot_separability
 from care_lens.plots.spectrum import plot_spectrum
 from care_lens.plots.theme import ExportError, save_figure
@@ -35,6 +35,7 @@ __all__ = [
     "plot_recording",
     "plot_separability",
     "plot_spectrum",
+    "plot_trace",
     "plot_tradeoff",
     "plot_uncertainty",
     "plot_verified",

@@ -81,6 +81,44 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
     return figure
 
 
+def plot_trace(frame: pd.DataFrame, *, threshold: float | int | None = None) -> go.Figure:
+    """The scores of readers over the tokens of one example.
+
+    Args:
+        frame: The rows of one example, as ``ScoreTrace.to_dataframe`` gives them; scores that are not finite are left out.
+        threshold: Of a gate, drawn as a line.
+
+    Returns:
+        The figure: a line for each reader's score as it stands, and a mark for the score of each token by itself.
+    """
+    figure = go.Figure()
+    for i, (reader, rows) in enumerate(frame.groupby("reader", sort=False)):
+        look = {"color": theme.COLOURS[i % len(theme.COLOURS)]}
+        for column, mode in (("score", "lines"), ("own_score", "markers")):
+            values = rows[column].where(np.isfinite(rows[column]))
+            figure.add_trace(
+                go.Scatter(
+                    x=rows.position,
+                    y=values,
+                    name=f"{reader}, {'as it stands' if column == 'score' else 'of the token'}",
+                    mode=mode,
+                    line=look,
+                    marker={**look, "symbol": theme.SYMBOLS[i % len(theme.SYMBOLS)], "size": 6},
+                    text=rows.token,
+                    hovertemplate="%{x} %{text}: %{y:.3g}<extra>%{fullData.name}</extra>",
+                )
+            )
+    for span in ("image", "generated"):
+        at = frame[frame.span == span].position
+        if len(at):
+            shade: dict[str, Any] = {"fillcolor": theme.GRID, "opacity": 0.5, "line_width": 0, "layer": "below"}
+            figure.add_vrect(x0=at.min() - 0.5, x1=at.max() + 0.5, annotation_text=span, **shade)
+    if threshold is not None:
+        figure.add_hline(y=float(threshold), line_dash="dash", annotation_text="threshold")
+    figure.update_layout(template=theme.TEMPLATE, xaxis_title="position in the row", yaxis_title="score")
+    return figure
+
+
 def _bar(figure: go.Figure, row: int) -> dict[str, Any]:
     """A colour bar as high as one panel, beside it."""
     axis: Any = next(iter(figure.select_yaxes(row=row, col=1)))

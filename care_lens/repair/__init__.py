@@ -12,6 +12,7 @@ from care_lens.repair.attach import Attachment, attach
 from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated
+from care_lens.repair.combined import AllOf, AnyOf, WeightedReader, in_threshold_units, modality_detector
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import (
@@ -25,7 +26,7 @@ from care_lens.repair.errors import (
 )
 from care_lens.repair.explaining import explain
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, TooFewCalibration
+from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, SoftGate, TooFewCalibration
 from care_lens.repair.kinds import register_kind
 from care_lens.repair.learning import (
     FittedReaders,
@@ -46,18 +47,25 @@ from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reade
 from care_lens.repair.reading import read_scores
 from care_lens.repair.recording import Recording
 from care_lens.repair.rows import FitRows, TokenRows, fit_rows, residual_sites, study_rows, token_rows
+from care_lens.repair.schedule import ConstantSchedule, ExponentialDecay, FirstTokens, LinearDecay, Schedule
 from care_lens.repair.store import load_repair, save_repair
+from care_lens.repair.trace import ScoreTrace
 from care_lens.repair.writer import Writer
 
 __all__ = [
+    "AllOf",
     "AlwaysOpen",
+    "AnyOf",
     "AttachError",
     "Attachment",
     "BakeCertificate",
     "BakeError",
     "ConformalGate",
+    "ConstantSchedule",
     "Correction",
     "EnergyReader",
+    "ExponentialDecay",
+    "FirstTokens",
     "FitRows",
     "FittedReaders",
     "Gate",
@@ -65,6 +73,7 @@ __all__ = [
     "HookRepair",
     "HybridFusion",
     "KindError",
+    "LinearDecay",
     "LinearPart",
     "LinearReader",
     "MaxReader",
@@ -79,10 +88,14 @@ __all__ = [
     "RepairFileError",
     "RepairMismatchError",
     "RepairPlan",
+    "Schedule",
+    "ScoreTrace",
     "SiteReader",
+    "SoftGate",
     "TokenRows",
     "TooFewCalibration",
     "TooFewCalibrationError",
+    "WeightedReader",
     "Writer",
     "assemble",
     "attach",
@@ -92,9 +105,11 @@ __all__ = [
     "fit_reader_subspace",
     "fit_rows",
     "halves",
+    "in_threshold_units",
     "learn_repair",
     "linear_part",
     "load_repair",
+    "modality_detector",
     "printed_form",
     "printed_subspaces",
     "random_control",

@@ -20,16 +20,16 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.repair.errors import RepairError
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import ConformalGate
-from care_lens.repair.reader import MaxReader, SiteReader
+from care_lens.repair.reader import Reader
 from care_lens.repair.reading import read_scores
 from care_lens.repair.rows import TokenRows
 
 
-def captured_scores(reader: SiteReader | MaxReader, rows: TokenRows) -> Float[Tensor, "n"]:
+def captured_scores(reader: Reader, rows: TokenRows) -> Float[Tensor, "n"]:
     """Largest score of a reader over the tokens it reads, on captured activations: no forward pass.
 
     Args:
-        reader: Of the last prompt token ("last") or of generated tokens, or the largest of such.
+        reader: Of the last prompt token ("last") or of generated tokens, or a combination of such.
         rows: Captured at the reader's sites.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A correction: a reader gives a score, a gate opens on it, a writer edits. The paper's has no gate."""
+"""A correction: a reader gives a score, a gate opens on it, a writer edits, as strongly as a schedule says. The paper's has neither."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -11,6 +11,7 @@ from care_lens.repair.gate import AlwaysOpen, Gate
 from care_lens.repair.kinds import register_kind
 from care_lens.repair.positions import Positions
 from care_lens.repair.reader import Reader, SiteReader
+from care_lens.repair.schedule import Schedule
 from care_lens.repair.writer import Writer
 from care_lens.subspace import Modality, SafetySubspace
 
@@ -20,7 +21,7 @@ _OPEN = AlwaysOpen()
 @register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Correction(ShortRepr):
-    """``h' = h - alpha g W L^T (h - target)``, with g from what the reader sees.
+    """``h' = h - alpha g s W L^T (h - target)``, with g from what the reader sees and s from the schedule.
 
     g is decided for each row at prefill, from activations before this repair's edits at the reader's own site
     (edits below it are seen), and holds for the row from then on; generated tokens that the reader reads can
@@ -35,6 +36,7 @@ class Correction(ShortRepr):
         modality: "visual" or "textual" if it was fitted for one, else None.
         pulse: Write only where the gate opens: on the prompt if the prompt opens it, else on the one generated token
             that does, so that what the model says after the edit is left to it. False: from there on.
+        schedule: How strongly it acts at each token of the answer; None: the same at every token.
         name: A label.
 
     Raises:
@@ -46,6 +48,7 @@ class Correction(ShortRepr):
     gate: Gate = _OPEN
     modality: Modality | None = None
     pulse: bool = False
+    schedule: Schedule | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class Correction(ShortRepr):
         if self.modality not in (None, *get_args(Modality)):
             raise RepairError(f"modality must be one of {get_args(Modality)} or None, got {self.modality!r}")
         require_flag(self.pulse, name="pulse")
+        if self.schedule is not None and not callable(self.schedule):
+            raise RepairError(f"schedule must be a function of the step or None, got a {type(self.schedule).__name__}")
         require_text(self.name, name="name")
         if self.reader is None and not isinstance(self.gate, AlwaysOpen):
             raise RepairError(f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score")

@@ -21,11 +21,12 @@ from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import RepairError
-from care_lens.repair.gate import AlwaysOpen, ConformalGate, openness
+from care_lens.repair.gate import AlwaysOpen, ConformalGate, SoftGate, openness
 from care_lens.repair.plan import PlanPart, RepairPlan, short, told
 from care_lens.repair.positions import BatchView, Positions
 from care_lens.repair.reader import EnergyReader, LinearReader, Reader, SiteReader
 from care_lens.repair.reading import Readings
+from care_lens.repair.schedule import schedule_words
 
 
 @runtime_checkable
@@ -211,8 +212,9 @@ def fusion_plan(
                     reader_site=", ".join(dict.fromkeys(str(leaf.site) for leaf in correction.leaves)),
                     gate="" if isinstance(gate, AlwaysOpen) else type(gate).__name__,
                     threshold=_number(getattr(gate, "threshold", None)),
-                    epsilon=gate.epsilon if isinstance(gate, ConformalGate) else None,
-                    n_calibration=gate.n if isinstance(gate, ConformalGate) else None,
+                    epsilon=gate.epsilon if isinstance(gate, (ConformalGate, SoftGate)) else None,
+                    n_calibration=gate.n if isinstance(gate, (ConformalGate, SoftGate)) else None,
+                    schedule=schedule_words(correction.schedule),
                     fusion=f"parallel, weight {weights[side == 'textual']:g}" if rule == "parallel" else rule,
                     weighting=weighting if rule == "adaptive" else "",
                     multiply_adds=cost + sum(map(_reading_cost, leaves)),
@@ -264,6 +266,9 @@ def _reading_cost(leaf: SiteReader) -> int:
 
 def _steps(gate: Any) -> str:
     """How a gate opens, where it is not at once."""
+    if isinstance(gate, SoftGate):
+        shut = "" if gate.closed_to is None else f", shut up to {gate.closed_to:.4g}"
+        return f"half open at its threshold, temperature {gate.temperature:g}{shut}"
     width = getattr(gate, "width", 0)
     return f"opens over {width:g} above its threshold" if isinstance(width, (int, float)) and width else ""
 

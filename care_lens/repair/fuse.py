@@ -16,11 +16,13 @@ class GatedWriter(NamedTuple):
 
     Attributes:
         writer: The writer.
-        openness: [batch, pos] between 0 and 1: gate times scope.
+        openness: [batch, pos] between 0 and 1: gate times scope times schedule.
+        gate: [batch, pos] gate times scope, where a schedule makes it differ; None: it is the openness. For records.
     """
 
     writer: Writer
     openness: Tensor
+    gate: Tensor | None = None
 
 
 def modality_edit(
@@ -37,7 +39,7 @@ def modality_edit(
         [batch, pos, d] what to add to the activation.
     """
     edit = torch.zeros_like(activation)
-    for writer, openness in writers:
+    for writer, openness, _ in writers:
         alpha, opened = 1.0 if unit else writer.alpha, openness[..., None]
         # 0 times an edit that is not finite would be NaN: what is not opened is not edited, whatever stands there.
         edit = edit + alpha * opened * torch.where(opened != 0, writer.delta(activation + edit), 0.0)
@@ -110,7 +112,7 @@ def fused_edit(
 def _acts(writers: Sequence[GatedWriter], activation: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
     """1 where one of the writers acts."""
     acts = torch.zeros_like(activation[..., 0], dtype=torch.bool)
-    for _, openness in writers:
+    for _, openness, _ in writers:
         acts = acts | (openness != 0)
     return acts.to(activation.dtype)
 
@@ -139,7 +141,7 @@ def joint_edit(
     """
     if not visual or not textual:
         return modality_edit(activation, [*visual, *textual])
-    ((seen, open_v),), ((said, open_t),) = visual, textual
+    ((seen, open_v, _),), ((said, open_t, _),) = visual, textual
     both = torch.minimum(open_v, open_t)
     # A fit keeps float64 where float32 would lose too much of so oblique a projector.
     exact = activation.double() if torch.float64 in (seen.write.dtype, said.write.dtype) else activation

@@ -51,6 +51,7 @@ from care_lens.repair.positions import BatchView, Positions, check_positions
 from care_lens.repair.reader import Reader
 from care_lens.repair.reading import Readings
 from care_lens.repair.recording import Keep, Recording
+from care_lens.repair.schedule import AnswerSteps, schedule_words, strength_at
 from care_lens.repair.weighting import SampleShare
 from care_lens.subspace import Match, ModelIdentity, SubspaceMismatchError
 
@@ -250,13 +251,15 @@ class HybridFusion(HookRepair):
         textual = tuple(c for c in self.textual if c.writer.site == site)
         own = ("image", "text") if self.rule == "modality" else ("all", "all")
         share = SampleShare(view) if self.weighting == "sample" else None
+        steps = AnswerSteps(view) if any(c.schedule is not None for c in (*visual, *textual)) else None
 
         def repair(activation: Tensor, hook: Any) -> Tensor:
             for leaf in leaves:
                 readings.update(leaf, activation)
             prefill = view.is_prefill(activation.shape)
-            seen = [self._gated(correction, own[0], activation, view, readings) for correction in visual]
-            said = [self._gated(correction, own[1], activation, view, readings) for correction in textual]
+            step = None if steps is None else steps.next(activation)
+            seen = [self._gated(correction, own[0], activation, view, readings, step) for correction in visual]
+            said = [self._gated(correction, own[1], activation, view, readings, step) for correction in textual]
             fused = fused_edit(
                 activation.to(compute_dtype(activation.dtype)),
                 seen,
@@ -276,7 +279,13 @@ class HybridFusion(HookRepair):
         return repair
 
     def _gated(
-        self, correction: Correction, own: str, activation: Tensor, view: BatchView, readings: Readings
+        self,
+        correction: Correction,
+        own: str,
+        activation: Tensor,
+        view: BatchView,
+        readings: Readings,
+        step: Tensor | None,
     ) -> GatedWriter:
         prefill = view.is_prefill(activation.shape)
         mask = view.mask(own, prefill=prefill)
@@ -288,7 +297,10 @@ class HybridFusion(HookRepair):
             if correction.pulse:
                 opened = opened - openness(correction.gate, readings.score_before(correction.reader))
             acting = acting * opened.to(acting)
-        return GatedWriter(correction.writer, acting)
+        if correction.schedule is None or step is None:
+            return GatedWriter(correction.writer, acting)
+        strength = strength_at(correction.schedule, step).to(acting)
+        return GatedWriter(correction.writer, acting * strength, gate=acting)
 
     def plan_parts(self) -> list[PlanPart]:
         """One part for each correction, for :meth:`explain`."""
@@ -304,7 +316,18 @@ class HybridFusion(HookRepair):
 
     def linear_parts(self) -> list[LinearPart]:
         """What of it is one affine map of every token, by site; and each correction that is not, with the reason."""
-        return fusion_parts(self.visual, self.textual, rule=self.rule, weights=self.weights, scope=self.scope)
+        scheduled: list[LinearPart] = []
+        for side in ("visual", "textual"):
+            for i, one in enumerate(getattr(self, side)):
+                if one.schedule is not None and one.writer.alpha != 0:
+                    reason = (
+                        f"its strength changes over the answer ({schedule_words(one.schedule)}), and weights do not count tokens; leave the "
+                        "schedule out, and give a constant strength as alpha"
+                    )
+                    scheduled.append(LinearPart(name=f"{side}[{i}]", site=one.writer.site, reason=reason))
+        others = fusion_parts(self.visual, self.textual, rule=self.rule, weights=self.weights, scope=self.scope)
+        named = {part.name for part in scheduled}
+        return [*scheduled, *(part for part in others if part.name not in named)]
 
     def describe(self) -> dict[str, Any]:
         """Its settings as JSON-able values; tensors by shape and norm."""

@@ -17,7 +17,7 @@ was nothing to read, and leaves a gate closed.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -66,7 +66,7 @@ def openness(gate: Gate, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shap
             f"a {type(gate).__name__} must return real numbers of the shape of its scores {list(score.shape)}, got {got}"
         )
     opened = torch.where(score.isnan(), 1.0, opened.to(score.dtype))
-    if not isinstance(gate, (AlwaysOpen, ConformalGate)) and not bool(((opened >= 0) & (opened <= 1)).all()):
+    if not isinstance(gate, (AlwaysOpen, ConformalGate, SoftGate)) and not bool(((opened >= 0) & (opened <= 1)).all()):
         raise RepairError(f"a {type(gate).__name__} must return numbers in [0, 1], got others; clamp what it returns")
     return opened
 
@@ -112,15 +112,16 @@ class ConformalGate:
         require_number(self.threshold, name="threshold")
         require_number(self.width, name="width", least=0)
         _check_epsilon(self.epsilon)
-        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
-            raise RepairError(f"n must be the number of calibration prompts, 1 or more, got {self.n!r}")
+        _check_count(self.n)
         _check_enough(self.n, self.epsilon)
 
     def __call__(self, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """How far it opens at each score."""
         if self.width == 0:
             return (~(score <= self.threshold)).to(score.dtype)
-        return torch.where(score.isnan(), 1.0, ((score - self.threshold) / self.width).clamp(0.0, 1.0))
+        # A width too small for the dtype would make 0 / 0 of a score at the threshold.
+        ramp = ((score - self.threshold) / self.width).clamp(0.0, 1.0)
+        return torch.where(score.isnan(), 1.0, torch.where(score <= self.threshold, 0.0, ramp))
 
     @classmethod
     def calibrate(cls, scores: Float[Tensor, "n"], *, epsilon: float, width: float = 0.0) -> "ConformalGate":
@@ -155,10 +156,99 @@ class ConformalGate:
         return cls(threshold=threshold, epsilon=epsilon, n=n, width=width)
 
 
+@register_kind
+@dataclass(frozen=True)
+class SoftGate:
+    """Opens gradually: ``sigmoid((score - threshold) / temperature)``, and not at all up to ``closed_to``.
+
+    A sigmoid alone is never quite 0, so that every request would be touched. With :meth:`calibrate` the gate is shut, to the bit, up to what benign
+    prompts reach, which bounds the share of them that is touched at all as a :class:`ConformalGate` does.
+
+    Attributes:
+        threshold: Half open at this score.
+        temperature: Over so much of the score on either side it opens from 0.27 to 0.73; 1e-6 or more.
+        closed_to: Shut, exactly 0, up to and at this score; None: nowhere but where nothing was read.
+        epsilon: The bound on the probability that a benign prompt opens it, where ``closed_to`` was calibrated; else None.
+        n: Number of benign prompts it was calibrated on, or None.
+
+    Raises:
+        RepairError: If a number is not finite, the temperature is below 1e-6, or only one of epsilon and n is given or they are given without closed_to.
+        TooFewCalibrationError: If n prompts cannot bound such an epsilon.
+
+    Example:
+        >>> import torch
+        >>> from care_lens.repair import SoftGate
+        >>> SoftGate(threshold=2.0, temperature=0.5, closed_to=1.0)(torch.tensor([1.0, 2.0, 2.5])).tolist()
+        [0.0, 0.5, 0.7310585975646973]
+    """
+
+    threshold: float | int
+    temperature: float | int
+    closed_to: float | int | None = None
+    epsilon: float | None = None
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        require_number(self.threshold, name="threshold")
+        require_number(self.temperature, name="temperature", least=1e-6)
+        if self.closed_to is not None:
+            require_number(self.closed_to, name="closed_to")
+        if (self.epsilon is None) != (self.n is None) or (self.n is not None and self.closed_to is None):
+            raise RepairError(
+                f"epsilon and n must be given together and with closed_to, which they are about, got epsilon={self.epsilon}, n={self.n}, "
+                f"closed_to={self.closed_to}; use SoftGate.calibrate"
+            )
+        if self.epsilon is not None and self.n is not None:
+            _check_epsilon(self.epsilon)
+            _check_count(self.n)
+            _check_enough(self.n, self.epsilon)
+
+    def __call__(self, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """How far it opens at each score."""
+        opened = torch.sigmoid((score - self.threshold) / self.temperature)
+        if self.closed_to is not None:
+            opened = torch.where(score <= self.closed_to, 0.0, opened)
+        return torch.where(score.isnan(), 1.0, opened)
+
+    @classmethod
+    def calibrate(
+        cls,
+        scores: Float[Tensor, "n"],
+        *,
+        epsilon: float,
+        temperature: float | int,
+        threshold: float | int | None = None,
+    ) -> "SoftGate":
+        """Shut up to what benign prompts reach, on prompts that nothing else was fitted or chosen on; a sigmoid above it.
+
+        Args:
+            scores: [n] each benign prompt's largest score.
+            epsilon: Largest acceptable probability that a benign prompt opens the gate, between 0 and 1.
+            temperature: See the class.
+            threshold: Where it is half open; None: four temperatures above where it begins to open, at 0.018 there.
+
+        Returns:
+            The gate.
+
+        Raises:
+            RepairError: If an option is out of range or a score is not a number.
+            TooFewCalibrationError: If n < 1/epsilon - 1.
+        """
+        hard = ConformalGate.calibrate(scores, epsilon=epsilon)
+        require_number(temperature, name="temperature", least=1e-6)
+        centre = hard.threshold + 4 * temperature if threshold is None else threshold
+        return cls(threshold=centre, temperature=temperature, closed_to=hard.threshold, epsilon=epsilon, n=hard.n)
+
+
 def _check_epsilon(epsilon: float) -> None:
     require_number(epsilon, name="epsilon", above=0)
     if not epsilon < 1:
         raise RepairError(f"epsilon must be between 0 and 1, got {epsilon}")
+
+
+def _check_count(n: Any) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise RepairError(f"n must be the number of calibration prompts, 1 or more, got {n!r}")
 
 
 def _check_enough(n: int, epsilon: float) -> int:

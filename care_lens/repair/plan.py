@@ -36,6 +36,7 @@ class PlanPart:
         threshold: Of the reader's score, above which the gate opens.
         epsilon: The bound on the share of benign prompts that open it.
         n_calibration: Number of benign prompts that the threshold was set on.
+        schedule: How the strength changes over the answer, in words; empty: it does not.
         fusion: How it is combined with other edits at the site.
         weighting: Over what the weights of a fusion are taken.
         multiply_adds: Per token of a forward pass, of writer and reader; None: not known. A reader that several edits share
@@ -61,6 +62,7 @@ class PlanPart:
     threshold: float | None = None
     epsilon: float | None = None
     n_calibration: int | None = None
+    schedule: str = ""
     fusion: str = ""
     weighting: str = ""
     multiply_adds: int | None = None
@@ -217,6 +219,7 @@ def deed(part: PlanPart) -> str:
         said.append(f"rank {part.rank}{of}" + (f" (rule {part.rank_rule})" if part.rank_rule else ""))
     if part.alpha is not None:
         said.append(f"alpha {part.alpha:g}")
+    said.append(part.schedule)
     fused = part.fusion + (f", weights per {part.weighting}" if part.weighting else "")
     return ", ".join(filter(None, said)) + (f"; {fused}" if fused else "")
 

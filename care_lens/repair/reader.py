@@ -1,7 +1,8 @@
 """Readers: what a repair looks at to decide whether a request is unsafe.
 
 A reader gives every row of a batch a score, larger where the request looks more harmful, from activations at
-one site (:class:`EnergyReader`, :class:`LinearReader`) or at several (:class:`MaxReader`). At a site each
+one site (:class:`EnergyReader`, :class:`LinearReader`) or at several (:class:`MaxReader`, and those of
+:mod:`care_lens.repair.combined`). At a site each
 token has a score; the prompt's are pooled over the positions that are read, a generated token counts by
 itself, and what holds from a token on is the largest so far. A token whose score is NaN or -inf (activations or sums that are
 not finite) makes the row's score NaN from there on, and a gate opens on it. A score is ``(raw - location) / scale``;
@@ -80,6 +81,32 @@ class Reader(ShortRepr, ABC):
                 f"benign scores must be finite and vary, got {len(benign)} of standard deviation {spread}"
             )
         return replace(self, location=self.location + self.scale * mean, scale=self.scale * spread)
+
+    def with_threshold(self: AnyReader, threshold: float, *, zero: float = 0.0) -> AnyReader:
+        """The same reader in the unit of its threshold, so that readers with thresholds of their own can be combined.
+
+        Args:
+            threshold: A score of this reader, which becomes 1.
+            zero: A score below it, which becomes 0, such as the mean over benign prompts.
+
+        Returns:
+            The reader with scores ``(score - zero) / (threshold - zero)``.
+
+        Raises:
+            RepairError: If one of the two is not finite, or the threshold is not above zero's score.
+
+        Example:
+            >>> import torch
+            >>> from care_lens import Site
+            >>> from care_lens.repair import LinearReader
+            >>> reader = LinearReader(site=Site.parse("blocks.0.hook_mlp_out"), direction=torch.ones(1), centre=torch.zeros(1))
+            >>> reader.with_threshold(5.0, zero=1.0).tokens(torch.tensor([[[1.0], [5.0], [9.0]]])).tolist()
+            [[0.0, 1.0, 2.0]]
+        """
+        require_number(zero, name="zero")
+        require_number(threshold, name="threshold", above=zero)
+        location = self.location + self.scale * float(zero)
+        return replace(self, location=location, scale=self.scale * (float(threshold) - float(zero)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -295,13 +322,12 @@ class LinearReader(SiteReader):
         return self.centred(activation, "centre") @ direction
 
 
-@register_kind
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MaxReader(Reader):
-    """The largest score of several readers, of one site or of several.
+class CombinedReader(Reader):
+    """A reader whose score is made of those of several readers, of one site or of several.
 
     Attributes:
-        readers: The readers; standardise them first, so that their scores are of one unit.
+        readers: The readers.
 
     Raises:
         RepairError: If there are none, or one is no reader.
@@ -323,9 +349,39 @@ class MaxReader(Reader):
         return tuple(dict.fromkeys(leaf for reader in self.readers for leaf in reader.leaves))
 
     def combine(self, scores: Mapping[SiteReader, Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
-        """The largest of its readers' scores; NaN where one of them is."""
-        largest = torch.stack([reader.combine(scores) for reader in self.readers]).amax(dim=0)
-        return (largest - self.location) / self.scale
+        """The score made of its readers' scores; NaN where one of them is."""
+        own = self.joined(torch.stack([reader.combine(scores) for reader in self.readers]))
+        return (own - self.location) / self.scale
+
+    @abstractmethod
+    def joined(self, scores: Float[Tensor, "reader *shape"]) -> Float[Tensor, "*shape"]:
+        """One score from those of the readers. It must not fall where one of them grows, so that a gate that has opened stays
+        open; and be NaN where one of them is.
+
+        Args:
+            scores: [reader, ...]; -inf where a reader had nothing to read.
+
+        Returns:
+            [...] before location and scale.
+        """
+
+
+@register_kind
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaxReader(CombinedReader):
+    """The largest score of several readers, of one site or of several; also called ``AnyOf``, the sibling of
+    :class:`~care_lens.repair.AllOf`.
+
+    Attributes:
+        readers: The readers; standardise them first, so that their scores are of one unit.
+
+    Raises:
+        RepairError: If there are none, or one is no reader.
+    """
+
+    def joined(self, scores: Float[Tensor, "reader *shape"]) -> Float[Tensor, "*shape"]:
+        """The largest; NaN where one of them is."""
+        return scores.amax(dim=0)
 
 
 def fitted_site(subspace: SafetySubspace) -> Site:

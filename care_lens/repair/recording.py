@@ -38,6 +38,8 @@ class _Pass:
     site: Site
     gate_visual: Tensor
     gate_textual: Tensor
+    strength_visual: Tensor
+    strength_textual: Tensor
     weight_visual: Tensor
     weight_textual: Tensor
     edit_norm: Tensor
@@ -73,6 +75,8 @@ class Recording(ShortRepr):
                     site,
                     gate_visual=_largest(visual, norm).float().cpu(),
                     gate_textual=_largest(textual, norm).float().cpu(),
+                    strength_visual=_largest(visual, norm, strength=True).float().cpu(),
+                    strength_textual=_largest(textual, norm, strength=True).float().cpu(),
                     weight_visual=fused.visual.detach().masked_fill(~acts, 0.0).float().cpu(),
                     weight_textual=fused.textual.detach().masked_fill(~acts, 0.0).float().cpu(),
                     edit_norm=norm.float().cpu(),
@@ -94,7 +98,7 @@ class Recording(ShortRepr):
 
         Returns:
             Columns batch, row, position (0 is the row's first token that is no padding; generated tokens go on counting), span ("image", "text" or
-            "generated"), site, gate_visual, gate_textual, weight_visual, weight_textual (0 where nothing is edited) and edit_norm (of the
+            "generated"), site, gate_visual, gate_textual, strength_visual, strength_textual (alpha times gate value times what the schedule says), weight_visual, weight_textual (0 where nothing is edited) and edit_norm (of the
             edit as applied, in units of the activation).
         """
         rows: list[dict[str, object]] = []
@@ -120,13 +124,16 @@ class Recording(ShortRepr):
                             "site": str(one.site),
                             "gate_visual": float(one.gate_visual[row, column]),
                             "gate_textual": float(one.gate_textual[row, column]),
+                            "strength_visual": float(one.strength_visual[row, column]),
+                            "strength_textual": float(one.strength_textual[row, column]),
                             "weight_visual": float(one.weight_visual[row, column]),
                             "weight_textual": float(one.weight_textual[row, column]),
                             "edit_norm": float(one.edit_norm[row, column]),
                         }
                     )
-        names = ["batch", "row", "position", "span", "site", "gate_visual", "gate_textual", "weight_visual"]
-        return pd.DataFrame(rows, columns=[*names, "weight_textual", "edit_norm"])
+        names = ["batch", "row", "position", "span", "site", "gate_visual", "gate_textual", "strength_visual"]
+        names += ["strength_textual", "weight_visual", "weight_textual", "edit_norm"]
+        return pd.DataFrame(rows, columns=names)
 
     def plot(self, *, batch: int = 0, row: int = 0) -> "go.Figure":
         """Gate values, weights and edit norm over the tokens of one row, and the edit norm over its picture.
@@ -152,8 +159,12 @@ class Recording(ShortRepr):
         return plot_recording(pd.DataFrame(frame), grids=[(grid, grid.start - padding) for grid in spans.grids[row]])
 
 
-def _largest(side: Sequence[GatedWriter], like: Tensor) -> Tensor:
-    """[row, pos] the largest openness of the writers; zeros if there are none."""
+def _largest(side: Sequence[GatedWriter], like: Tensor, *, strength: bool = False) -> Tensor:
+    """[row, pos] the largest gate value of the writers, or the largest strength with which one acts; zeros if there are none."""
     if not side:
         return torch.zeros_like(like)
-    return torch.stack([opened.detach().expand_as(like) for _, opened in side]).amax(dim=0)
+    if strength:
+        values = [one.writer.alpha * one.openness for one in side]
+    else:
+        values = [one.openness if one.gate is None else one.gate for one in side]
+    return torch.stack([value.detach().expand_as(like) for value in values]).amax(dim=0)

@@ -533,6 +533,7 @@ def repair_calls() -> Iterator[Call]:
             "epsilon": (0, 1, NAN, "x", None, 0.001),
         },
     )
+    yield from combined_calls()
     right = {"site": site, "target": torch.ones(6), "source": torch.zeros(6)}
     yield (
         "repair.Writer.towards",
@@ -606,13 +607,84 @@ def repair_calls() -> Iterator[Call]:
         "repair.read_scores",
         repair.read_scores,
         {"lvlm": lvlm(), "examples": examples(), "readers": [], "progress": False},
-        {"readers": (None, 3, [], ["x"])},
+        {"readers": (None, 3, [], ["x"]), "trace": (3, "x", None)},
     )
     yield (
         "repair.shuffled_labels",
         repair.shuffled_labels,
         {"benign": rows(0), "malicious": rows(1)},
         {"benign": (None, "x", torch.zeros(3), torch.zeros(9, 5)), "seed": ("x",)},
+    )
+
+
+def combined_calls() -> Iterator[Call]:
+    """Readers made of several, gates that open gradually, and schedules."""
+    yield (
+        "repair.SoftGate",
+        repair.SoftGate,
+        {"threshold": 1.0, "temperature": 0.5, "closed_to": 0.0, "epsilon": 0.1, "n": 9},
+        {
+            "threshold": (*NUMBER, float("inf")),
+            "temperature": (0, -1, *NUMBER),
+            "closed_to": (NAN, "x"),
+            "epsilon": (0, 1, NAN, "x", None),
+            "n": (0, 2.5, "3"),
+        },
+    )
+    scores = rows(0)[:, 0]
+    yield (
+        "repair.SoftGate.calibrate",
+        repair.SoftGate.calibrate,
+        {"scores": scores, "epsilon": 0.2, "temperature": 1.0},
+        {"scores": (None, "x", torch.zeros(3, 3)), "epsilon": (0, NAN, None, 0.001), "temperature": (0, *NUMBER)},
+    )
+    for name, right, wrong in (
+        ("ConstantSchedule", {"strength": 0.5}, {"strength": (2.0, -0.1, *NUMBER)}),
+        ("LinearDecay", {"tokens": 3}, {"tokens": COUNT, "end": (2.0, *NUMBER)}),
+        ("FirstTokens", {"tokens": 3}, {"tokens": (*WHOLE, None)}),
+        ("ExponentialDecay", {"half_life": 2.0}, {"half_life": (0, -1, *NUMBER)}),
+    ):
+        yield f"repair.{name}", getattr(repair, name), right, wrong
+    image = repair.LinearReader.from_subspace(fitted(), positions="image")
+    text = repair.LinearReader.from_subspace(fitted(), positions="text")
+    yield (
+        "repair.Reader.with_threshold",
+        image.with_threshold,
+        {"threshold": 2.0},
+        {"threshold": (0.0, -1, *NUMBER), "zero": (3.0, *NUMBER)},
+    )
+    yield (
+        "repair.AllOf",
+        repair.AllOf,
+        {"readers": (image, text)},
+        {"readers": (None, 3, (), "x", (3,)), "scale": (0, NAN)},
+    )
+    yield (
+        "repair.WeightedReader",
+        repair.WeightedReader,
+        {"readers": (image, text), "weights": (1.0, 2.0)},
+        {"weights": (None, 3, (), (1.0,), (0, 0), (NAN, 1), (-1, 2), ("a", "b")), "floor": NUMBER},
+    )
+    yield (
+        "repair.in_threshold_units",
+        repair.in_threshold_units,
+        {"readers": (image, text), "benign": rows(0)[:, :2], "epsilon": 0.2},
+        {
+            "readers": (None, 3, "x", (3, 4)),
+            "benign": (None, "x", scores, rows(0)),
+            "epsilon": (0, 1, NAN, None, 0.001),
+        },
+    )
+    yield (
+        "repair.modality_detector",
+        repair.modality_detector,
+        {"image": image, "text": text, "combine": "both", "thresholds": (1.0, 2.0)},
+        {
+            "image": (None, 3, "x", text),
+            "text": (None, 3, image),
+            "combine": NAME,
+            "thresholds": (None, 3, (1.0,), (0, 1), (NAN, 1)),
+        },
     )
 
 

@@ -3,19 +3,22 @@
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from specimens import SPECIMENS
+from transformers import AutoModelForImageTextToText
 
 from care_lens.core import Example, Site
 from care_lens.core.errors import ArtifactError
 from care_lens.core.identity import examples_digest, repair_fingerprint
-from care_lens.defences import LEACE, MeanAblation
+from care_lens.defences import LEACE, MeanAblation, MeanDifference, PublishedCARE, RefusalDirection
 from care_lens.defences.hiddendetect import HiddenDetect
 from care_lens.defences.leace import Eraser
 from care_lens.defences.means import AddedVector
+from care_lens.defences.published_care import CARESubspace
 from care_lens.lvlm import HookedLVLM
 from care_lens.lvlm.attached import acquire, release
 from care_lens.repair import (
@@ -27,6 +30,7 @@ from care_lens.repair import (
     LinearReader,
     NoRepair,
     Writer,
+    attach,
     bake,
 )
 from care_lens.repair.bake import folded_map
@@ -269,6 +273,66 @@ def test_linear_defences_are_baked(llava, picture, tmp_path):
     with pytest.raises(BakeError, match="weights do not know positions"):
         last = MeanAblation(means={site: mean.float()})
         last.bake(model, tmp_path / "last", examples=asked(picture), processor=processor)
+
+
+@torch.no_grad()
+def test_added_vectors_and_published_care_are_baked(llava, picture, tmp_path):
+    """What is added to the stream at every token is a bias of the map that wrote to it last; the reload is by transformers alone."""
+    model, processor = llava
+    width = model.config.text_config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(width, generator=generator)
+    lvlm = acquire(model, processor)
+    inputs = lvlm.prepare([replace(example, response=None) for example in asked(picture)])
+    release(lvlm)
+
+    def subspace():
+        columns = torch.linalg.qr(torch.randn(width, 4, generator=generator, dtype=torch.float64))[0]
+        mean = torch.randn(width, generator=generator, dtype=torch.float64)
+        return CARESubspace(columns=columns, mean=mean, eigenvalues=torch.ones(4, dtype=torch.float64))
+
+    frame = pd.DataFrame([{"position": -1, "layer": 2, "kept": True}])
+    care = PublishedCARE(
+        visual={0: subspace(), 1: subspace()}, textual={2: subspace(), 1: subspace()}, alpha_textual=0.0
+    )
+    apart = replace(care, visual={0: care.visual[0]}, textual={2: care.textual[2]}, alpha_textual=4.0, name="apart")
+    repairs = {
+        "refusal": (
+            RefusalDirection(direction=vector, layer=2, position=-1, candidates=frame, coefficient=1.5),
+            ["1.mlp_out"],
+        ),
+        "means": (MeanDifference(vector=vector, site=Site.parse("blocks.1.hook_resid_post"), alpha=0.5), ["1.mlp_out"]),
+        "mid": (AddedVector(vector=vector, site=Site.parse("blocks.2.hook_resid_mid")), ["2.attn_out"]),
+        "one side": (care, ["0.mlp_out", "1.mlp_out"]),
+        "apart": (apart, ["0.mlp_out", "2.mlp_out"]),
+    }
+    for name, (defence, places) in repairs.items():
+        made = bake(defence, model, tmp_path / name, examples=asked(picture), processor=processor)
+        assert made.largest_logit_difference < 1e-3 * made.largest_logit_change, name
+        assert [part.site for part in made.folded] == [f"blocks.{p[0]}.hook_{p[2:]}" for p in places]
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / name, attn_implementation="eager").eval()
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        with attach(defence, model, processor):
+            hooked = model(**inputs.model_kwargs()).logits
+            tokens = model.generate(**inputs.generate_kwargs(), **options)
+        real = inputs.attention_mask.bool()
+        bound = 1.5 * made.largest_logit_difference + 1e-6
+        assert float((loaded(**inputs.model_kwargs()).logits - hooked)[real].abs().max()) <= bound
+        assert torch.equal(loaded.generate(**inputs.generate_kwargs(), **options), tokens)
+    first = replace(repairs["refusal"][0], layer=0)
+    both = replace(care, alpha_textual=4.0)
+    weighed = replace(care, faults=replace(care.faults, actual_weights=False))
+    for defence, reasons in (
+        (first, {"refusal direction at blocks.0.hook_resid_pre": "before the first block"}),
+        (both, {f"{side}[1] at blocks.1.hook_mlp_out": "weighed by their norms" for side in ("visual", "textual")}),
+        (weighed, {f"{side}[1] at blocks.1.hook_mlp_out": "weighed by their norms" for side in ("visual", "textual")}),
+    ):
+        with pytest.raises(BakeError) as error:
+            bake(defence, model, tmp_path / "no", examples=asked(picture), processor=processor)
+        assert error.value.reasons.keys() == reasons.keys()
+        assert all(told in error.value.reasons[part] for part, told in reasons.items())
+    still = bake(replace(first, coefficient=0.0), model, tmp_path / "off", examples=asked(picture), processor=processor)
+    assert still.folded == () and still.largest_logit_difference == 0 == still.largest_logit_change
 
 
 def test_the_certificate_is_about_these_weights_and_examples(llava, picture, tmp_path):

@@ -9,6 +9,7 @@ from unchecking import unchecked
 
 from care_lens.core import Site
 from care_lens.repair import (
+    AllOf,
     AlwaysOpen,
     ConformalGate,
     Correction,
@@ -17,6 +18,7 @@ from care_lens.repair import (
     LinearReader,
     MaxReader,
     RepairError,
+    WeightedReader,
     Writer,
 )
 from care_lens.repair.fuse import GatedWriter, modality_edit
@@ -62,10 +64,13 @@ def readers():
     linear = LinearReader.from_subspace(make_subspace(SITE, seed=3), positions="all")
     mean = dataclasses.replace(energy, pooling="mean")
     standard = linear.standardised(torch.arange(9.0))
-    return {"energy": energy, "linear": linear, "mean": mean, "max": MaxReader(readers=(energy, standard))}
+    both = (energy, standard)
+    made = {"max": MaxReader(readers=both), "all": AllOf(readers=both)}
+    made["weighted"] = WeightedReader(readers=both, weights=(1.0, 2.0))
+    return {"energy": energy, "linear": linear, "mean": mean, **made}
 
 
-@pytest.mark.parametrize("name", ["energy", "linear", "mean", "max"])
+@pytest.mark.parametrize("name", ["energy", "linear", "mean", "max", "all", "weighted"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_row_whose_reading_broke_is_open_from_there_on_and_no_other_is(model, inputs, name, value):
     reader = readers()[name]
