@@ -2,8 +2,11 @@
 table of defences by channels."""
 
 from care_lens.core.arguments import checked
+from care_lens.evaluation.agreement import cohen_kappa, fleiss_kappa, judge_agreement
 from care_lens.evaluation.answering import answer_verdicts, share, spread
 from care_lens.evaluation.classifier import ClassifierJudge
+from care_lens.evaluation.comparison import compare, rank
+from care_lens.evaluation.correction import CorrectedRate, corrected_rates, ppi_rate, rogan_gladen, sample_for_labels
 from care_lens.evaluation.defence_tuning import tune_defence
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
@@ -27,6 +30,7 @@ __all__ = [
     "REFUSALS",
     "Choice",
     "ClassifierJudge",
+    "CorrectedRate",
     "DefenceTable",
     "GenerationStore",
     "JudgeError",
@@ -35,15 +39,24 @@ __all__ = [
     "SubstringRefusalJudge",
     "TooManyMissing",
     "answer_verdicts",
+    "cohen_kappa",
+    "compare",
+    "corrected_rates",
     "evaluate",
     "fidelity_trials",
+    "fleiss_kappa",
     "generate_all",
     "interval",
+    "judge_agreement",
     "judge_answers",
     "judge_name",
     "judge_store",
     "next_token_kl",
     "paired_difference",
+    "ppi_rate",
+    "rank",
+    "rogan_gladen",
+    "sample_for_labels",
     "share",
     "spread",
     "summarise",
