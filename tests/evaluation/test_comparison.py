@@ -66,7 +66,7 @@ def test_ranks_that_cannot_be_told_apart_are_shared(table):
     assert found.loc["strong", ["rank_best", "rank_worst"]].tolist() == [1, 1]
     assert found.loc["weak", ["rank_best", "rank_worst"]].tolist() == [2, 3]
     assert found.loc["none", ["rank_best", "rank_worst"]].tolist() == [2, 3]
-    other = rank(table.trials.assign(metric="accuracy")).groupby("channel").get_group("plain")
+    other = rank(table.trials.assign(metric="accuracy"), metric="accuracy").groupby("channel").get_group("plain")
     assert list(other["defence"]) == ["none", "weak", "strong"] and other.iloc[-1]["rank_best"] == 3
 
 
