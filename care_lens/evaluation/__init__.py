@@ -4,13 +4,17 @@ table of defences by channels."""
 from care_lens.core.arguments import checked
 from care_lens.evaluation.agreement import cohen_kappa, fleiss_kappa, judge_agreement
 from care_lens.evaluation.answering import answer_verdicts, share, spread
-from care_lens.evaluation.classifier import ClassifierJudge
+from care_lens.evaluation.asked import EndpointJudge, MMVetGrader
+from care_lens.evaluation.classifier import ClassifierJudge, published_template
 from care_lens.evaluation.comparison import compare, rank
 from care_lens.evaluation.correction import CorrectedRate, corrected_rates, ppi_rate, rogan_gladen, sample_for_labels
 from care_lens.evaluation.defence_tuning import tune_defence
+from care_lens.evaluation.endpoint import ChatEndpoint, CostError, CostEstimate
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
+from care_lens.evaluation.functions import FunctionJudge
 from care_lens.evaluation.generate import generate_all
+from care_lens.evaluation.guard import GuardJudge
 from care_lens.evaluation.judging import JudgeError, judge_answers, judge_name, judge_store, verdict_frame
 from care_lens.evaluation.metrics import (
     TooManyMissing,
@@ -19,6 +23,7 @@ from care_lens.evaluation.metrics import (
     summarise,
     verdict_trials,
 )
+from care_lens.evaluation.posting import EndpointError
 from care_lens.evaluation.refusal import NOT_REFUSALS, PUBLISHED_REFUSALS, REFUSALS, SubstringRefusalJudge
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
@@ -28,12 +33,20 @@ __all__ = [
     "NOT_REFUSALS",
     "PUBLISHED_REFUSALS",
     "REFUSALS",
+    "ChatEndpoint",
     "Choice",
     "ClassifierJudge",
     "CorrectedRate",
+    "CostError",
+    "CostEstimate",
     "DefenceTable",
+    "EndpointError",
+    "EndpointJudge",
+    "FunctionJudge",
     "GenerationStore",
+    "GuardJudge",
     "JudgeError",
+    "MMVetGrader",
     "NoCandidateError",
     "StoredAnswer",
     "SubstringRefusalJudge",
@@ -54,6 +67,7 @@ __all__ = [
     "next_token_kl",
     "paired_difference",
     "ppi_rate",
+    "published_template",
     "rank",
     "rogan_gladen",
     "sample_for_labels",
