@@ -31,7 +31,7 @@ _STATED = re.compile(
 )
 _FIRST = re.compile(r"^[\s(\[*\"']*([A-Z])(?:[)\].:,;*\"']|$)")
 _MARKED = re.compile(r"\(([A-Z])\)|\*\*([A-Z])\*\*|\\boxed\{([A-Z])\}")
-_ALONE = re.compile(r"(?<![\w'])(?:([B-HJ-Z])(?![\w'])|([AI])(?![\w'])(?!\s+[a-z]))")
+_ALONE = re.compile(r"(?<![\w'])(?:([B-HJ-Z])(?![\w'])|([AI])(?![\w'])(?!\s+(?!(?:or|and|nor|is)\b)[a-z]))")
 
 
 @runtime_checkable
