@@ -35,6 +35,7 @@ from care_lens.evaluation.metrics import (
     summarise,
     verdict_trials,
 )
+from care_lens.evaluation.paper import paper_table
 from care_lens.evaluation.posting import EndpointError
 from care_lens.evaluation.refusal import NOT_REFUSALS, PUBLISHED_REFUSALS, REFUSALS, SubstringRefusalJudge
 from care_lens.evaluation.settings import GenerationSettings
@@ -90,6 +91,7 @@ __all__ = [
     "language_drift",
     "next_token_kl",
     "paired_difference",
+    "paper_table",
     "ppi_rate",
     "published_template",
     "rank",

@@ -52,6 +52,26 @@ LOWER_IS_BETTER: Mapping[str, bool] = {
 """Whether less of a metric is better. Refusals are not here: they are good in harmful channels and bad in benign ones."""
 
 
+LABELS: Mapping[str, str] = {
+    "asr": "ASR",
+    "refusal": "refused",
+    "accuracy": "right",
+    "agreement": "agrees",
+    "retained": "still right",
+    "kl": "KL",
+    "kl_answer": "KL of answer",
+    "sarr": "SARR",
+    "circular": "right, circular",
+    "cider": "CIDEr-D",
+}
+"""How the metrics are called in printed tables."""
+
+
+def unit_of(metric: str) -> str:
+    """What a metric is printed in."""
+    return "per cent" if metric in RATES else "nats" if metric in ("kl", "kl_answer", "nll") else "points"
+
+
 class TooManyMissingError(CareLensError, RuntimeError):
     """More answers are missing than a figure may leave out."""
 
