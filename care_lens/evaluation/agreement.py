@@ -130,8 +130,8 @@ def judge_agreement(
     rows = []
     for channel in channels:
         here = {answer: held for answer, held in said.items() if not by_channel or answer[1] == channel}
-        for pair in itertools.combinations(range(len(judges)), 2):
-            names = {"channel": channel, "first": judges[pair[0]], "second": judges[pair[1]]}
+        for pair in itertools.combinations(judges, 2):
+            names = {"channel": channel, "first": pair[0], "second": pair[1]}
             codes, groups, missing = _judged(here, pair)
             counts = {"n": len(codes), "missing": missing, "groups": len(set(groups))}
             same = clustered_rate(codes[:, 0] == codes[:, 1], groups, confidence=confidence) if len(codes) else _NOTHING
@@ -139,7 +139,7 @@ def judge_agreement(
             kappa = _kappa(codes, _cohen, groups, n_boot, seed, confidence) if len(codes) else _NOTHING
             rows.append({**names, "metric": "cohen-kappa", **_figure(kappa), **counts})
         if len(judges) > 2:
-            codes, groups, missing = _judged(here, range(len(judges)))
+            codes, groups, missing = _judged(here, judges)
             kappa = _kappa(codes, _fleiss, groups, *options.values()) if len(codes) else _NOTHING
             names = {"channel": channel, "first": "all", "second": "", "metric": "fleiss-kappa"}
             rows.append({**names, **_figure(kappa), "n": len(codes), "missing": missing, "groups": len(set(groups))})
@@ -172,12 +172,12 @@ def _by_answer(verdicts: pd.DataFrame, judges: Sequence[str]) -> dict[tuple[Any,
 
 
 def _judged(
-    said: dict[tuple[Any, ...], dict[str, str]], wanted: Sequence[int]
+    said: dict[tuple[Any, ...], dict[str, str]], wanted: Sequence[str]
 ) -> tuple[Int[ndarray, "answers judges"], list[str], int]:
     """Codes of the verdicts that some of the judges gave, the answers' groups, and how many answers one of them could not judge."""
     rows, groups = [], []
     for answer, held in said.items():
-        given = [Verdict(list(held.values())[judge]) for judge in wanted]
+        given = [Verdict(held[judge]) for judge in wanted]
         if Verdict.MISSING not in given:
             rows.append([list(Verdict).index(verdict) for verdict in given])
             groups.append(group_of(dict(zip(ANSWER, answer, strict=True))))

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from care_lens.core.identity import digest
 from care_lens.core.journal import Journal
-from care_lens.evaluation.posting import EndpointError, Passing, post
+from care_lens.evaluation.posting import EndpointError, PassingError, post
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class ChatEndpoint:
                         self._lost = 0
                     return text, ""
                 why = "an answer that is none"
-            except Passing as error:
+            except PassingError as error:
                 why, asked_for = error.why, error.retry_after
                 self._settle(prompt, {})
             except EndpointError:

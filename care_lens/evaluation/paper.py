@@ -43,7 +43,7 @@ def paper_table(
     intervals: bool = True,
     digits: int = 1,
     alpha: float = 0.05,
-    max_missing: int | float = 0.02,
+    max_missing: int | float = 0.04,
     label: str = "tab:defences",
 ) -> str:
     """A table of one model or several.
@@ -59,7 +59,7 @@ def paper_table(
         intervals: Whether intervals are printed.
         digits: Decimals.
         alpha: Level of the tests.
-        max_missing: Largest share of trials that a comparison may leave out.
+        max_missing: Largest share of trials that a comparison may leave out: those that either defence misses.
         label: Of the LaTeX table.
 
     Returns:

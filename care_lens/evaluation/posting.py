@@ -21,7 +21,7 @@ class EndpointError(CareLensError, RuntimeError):
     """An endpoint cannot be used as it is: no key, no such model, or it does not answer any more."""
 
 
-class Passing(EndpointError):
+class PassingError(EndpointError):
     """A failure that may pass.
 
     Attributes:
@@ -51,7 +51,7 @@ def post(url: str, body: dict[str, Any], *, key: str | None, timeout: float) -> 
         timeout: Seconds for all of it.
 
     Raises:
-        Passing: If it may be tried again: 408, 409, 425, 429, 5xx, no connection, too slow, no JSON object.
+        PassingError: If it may be tried again: 408, 409, 425, 429, 5xx, no connection, too slow, no JSON object.
         EndpointError: If the server refuses; the message holds the beginning of what it said, without the key.
     """
     deadline = time.monotonic() + timeout
@@ -70,13 +70,13 @@ def post(url: str, body: dict[str, Any], *, key: str | None, timeout: float) -> 
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", error)
         slow = isinstance(reason, TimeoutError)
-        raise Passing("too slow" if slow else f"no connection ({type(reason).__name__})") from None
+        raise PassingError("too slow" if slow else f"no connection ({type(reason).__name__})") from None
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
-        raise Passing("no JSON") from None
+        raise PassingError("no JSON") from None
     if not isinstance(found, dict):
-        raise Passing("no JSON object")
+        raise PassingError("no JSON object")
     return found
 
 
@@ -87,18 +87,18 @@ def _read(response: Any, deadline: float) -> bytes:
         parts.append(part)
         size += len(part)
         if size > _MOST_BYTES:
-            raise Passing("an answer without end")
+            raise PassingError("an answer without end")
         if time.monotonic() > deadline:
-            raise Passing("too slow")
+            raise PassingError("too slow")
     return b"".join(parts)
 
 
 def _refused(error: urllib.error.HTTPError, key: str | None, deadline: float) -> EndpointError:
     if error.code in _PASSING or error.code >= 500:
-        return Passing(f"status {error.code}", _retry_after(error.headers.get("Retry-After")))
+        return PassingError(f"status {error.code}", _retry_after(error.headers.get("Retry-After")))
     try:
         said = _read(error, deadline)[:2000].decode("utf-8", "replace")
-    except (Passing, OSError, http.client.HTTPException):
+    except (PassingError, OSError, http.client.HTTPException):
         said = ""
     said = " ".join((said.replace(key, "[key]") if key else said).split())[:200]
     advice = {401: "check the key", 403: "check the key", 404: "check base_url and model"}.get(

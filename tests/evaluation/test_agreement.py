@@ -99,6 +99,9 @@ def test_several_judges_of_one_store(store):
     assert pairs.loc[("start", "anywhere", "agreement"), "value"] == pytest.approx(23 / 29)
     assert (pairs.loc[("all", "", "fleiss-kappa"), ["n", "missing"]] == [28, 2]).all()
     assert pairs.loc[("all", "", "fleiss-kappa"), "groups"] == 14
+    mixed = judge_agreement(verdicts.sample(frac=1, random_state=0), **FAST).set_index(["first", "second", "metric"])
+    swapped = [index if index in mixed.index else (index[1], index[0], index[2]) for index in pairs.index]
+    assert mixed.loc[swapped, "value"].tolist() == pytest.approx(pairs["value"].tolist())
     by_channel = judge_agreement(verdicts, by_channel=True, **FAST)
     assert set(by_channel["channel"]) == {"a", "b"} and len(by_channel) == 2 * len(found)
 
