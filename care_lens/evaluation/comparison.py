@@ -16,7 +16,14 @@ import numpy as np
 import pandas as pd
 
 from care_lens.core.comparisons import holm, sign_flip_test
-from care_lens.evaluation.metrics import LOWER_IS_BETTER, paired_difference, paired_values, trials_of
+from care_lens.evaluation.metrics import (
+    LOWER_IS_BETTER,
+    paired_difference,
+    paired_values,
+    records,
+    rows_where,
+    trials_of,
+)
 
 Rows = list[dict[str, Any]]
 
@@ -116,26 +123,31 @@ def rank(
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
     table = _chosen(trials, metric, channels)
     found: Rows = []
-    for (channel, judge, run), part in table.groupby(["channel", "judge", "seed"], sort=False):
+    cells = dict.fromkeys((row["channel"], row["judge"], row["seed"]) for row in records(table))
+    for channel, judge, run in cells:
+        mask = (table["channel"] == channel) & (table["judge"] == judge) & (table["seed"] == run)
+        part = rows_where(table, mask)
         names = list(dict.fromkeys(part["defence"]))
         pairs = list(itertools.combinations(names, 2))
         better = dict.fromkeys(names, 0)
         worse = dict.fromkeys(names, 0)
         tests = _tested(part, pairs, metric, seed=seed, confidence=0.95, max_missing=max_missing) if pairs else None
-        for row in [] if tests is None else tests.to_dict("records"):
+        for row in [] if tests is None else records(tests):
             if row["p_holm"] <= alpha and row["value"] != 0:
                 first_wins = (row["value"] < 0) == lower_is_better
                 winner, loser = (row["first"], row["second"]) if first_wins else (row["second"], row["first"])
                 better[loser] += 1
                 worse[winner] += 1
-        values = part.groupby("defence")["value"].mean()
+        values = {
+            name: float(np.nanmean(part["value"].to_numpy()[part["defence"].to_numpy() == name])) for name in names
+        }
         for name in sorted(names, key=lambda one: values[one] if lower_is_better else -values[one]):
             found.append(
                 {
                     "channel": channel,
                     "metric": metric,
                     "defence": name,
-                    "value": float(values[name]),
+                    "value": values[name],
                     "rank_best": 1 + better[name],
                     "rank_worst": len(names) - worse[name],
                     "judge": judge,
@@ -148,7 +160,7 @@ def rank(
 def _chosen(trials: Any, metric: str, channels: Sequence[str] | None) -> pd.DataFrame:
     """The trials of a metric, in some channels."""
     table = trials_of(trials)
-    part = table[table["metric"] == metric]
+    part = rows_where(table, table["metric"] == metric)
     if part.empty:
         raise ValueError(f"metric must be one of {sorted(set(table['metric']))}, got {metric!r}")
     if channels is not None:
@@ -158,7 +170,7 @@ def _chosen(trials: Any, metric: str, channels: Sequence[str] | None) -> pd.Data
             raise ValueError(
                 f"channels must have trials of {metric!r}, some of {sorted(set(part['channel']))}, got {unknown}"
             )
-        part = part[part["channel"].isin(list(channels))]
+        part = rows_where(part, [channel in channels for channel in part["channel"]])
     return part
 
 
@@ -192,4 +204,5 @@ def _tested(
     joined = pd.concat(parts, ignore_index=True)
     joined.insert(list(joined.columns).index("test") + 1, "p_holm", holm(joined["p"].to_numpy()))
     last = ["judge", "seed"]
-    return joined[[column for column in joined.columns if column not in last] + last]
+    order = [column for column in joined.columns if column not in last]
+    return joined.reindex(columns=[*order, *last])

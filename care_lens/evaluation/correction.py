@@ -242,9 +242,14 @@ def sample_for_labels(verdicts: pd.DataFrame, *, n: int, seed: int = 0) -> pd.Da
     if lacking := [name for name in (*KEY, "group", "verdict") if name not in verdicts.columns]:
         raise ValueError(f"verdicts must be a frame of judge_store, got none of the columns {lacking}")
     generator, drawn = np.random.default_rng(seed), []
-    there = verdicts[verdicts["verdict"] != Verdict.MISSING.value].drop_duplicates(list(KEY))
-    for _, part in there.groupby(["defence", "channel", "seed"], sort=False):
-        rows = records(part)
+    there: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for row in records(verdicts):
+        key = tuple(row[name] for name in KEY)
+        if row["verdict"] != Verdict.MISSING.value and key not in seen:
+            seen.add(key)
+            there.setdefault((row["defence"], row["channel"], row["seed"]), []).append(row)
+    for rows in there.values():
         members: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             members.setdefault(group_of(row), []).append(row)

@@ -53,7 +53,7 @@ def language_drift(
 
     Returns:
         Frame with the columns defence, metric ("perplexity"; "perplexity_ratio", "kl" and "kl_answer" of defences), value, ci_low, ci_high, n (examples), tokens, groups. The ends are NaN
-        where all examples are one group.
+        where no bounded interval has that coverage: where all examples are one group, or few groups have texts of very different lengths.
 
     Raises:
         ValueError: If there are no examples, one has no response, or no defence is None.

@@ -10,7 +10,7 @@ difference of rates is a point because all trials came out alike.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -196,6 +196,11 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
+def rows_where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
+    """The rows of a frame for which a mask holds."""
+    return cast(pd.DataFrame, frame.loc[np.asarray(mask, dtype=bool)])
+
+
 def group_of(trial: Mapping[str, Any]) -> str:
     """The group of a trial; one without a group is its own."""
     return trial["group"] or f"id:{trial['id']}"
@@ -271,7 +276,7 @@ def paired_values(
     keys = ("channel", "judge", "seed", "id", "group")
     sides: list[dict[tuple[Any, ...], float]] = []
     for name in (first, second):
-        chosen = records(trials[(trials["defence"] == name) & (trials["metric"] == metric)])
+        chosen = records(rows_where(trials, (trials["defence"] == name) & (trials["metric"] == metric)))
         if not chosen:
             known = sorted(set(trials["defence"]))
             raise ValueError(f"defence must have trials of {metric!r}, got none for {name!r} of {known}")

@@ -3,7 +3,7 @@
 import re
 
 _ARTICLES = ("a", "an", "the")
-_NUMBERS = dict(
+_NUMBERS: dict[str, str] = dict(
     zip(
         ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
         ("0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"),

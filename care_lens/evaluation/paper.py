@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from care_lens.evaluation.comparison import compare, rank
-from care_lens.evaluation.metrics import LABELS, LOWER_IS_BETTER, RATES, records, trials_of, unit_of
+from care_lens.evaluation.metrics import LABELS, LOWER_IS_BETTER, RATES, records, rows_where, trials_of, unit_of
 
 Form = Literal["latex", "markdown"]
 Column = tuple[str, str]
@@ -186,12 +186,13 @@ def _best(table: Any, columns: Sequence[Column], *, alpha: float, max_missing: i
     found: set[tuple[str, Column]] = set()
     trials = trials_of(table)
     for metric in dict.fromkeys(metric for _, metric in columns):
-        here = trials[(trials["metric"] == metric) & trials["channel"].isin([c for c, m in columns if m == metric])]
-        if metric not in LOWER_IS_BETTER or here["defence"].nunique() < 2:
+        if metric not in LOWER_IS_BETTER:
             continue
-        for channel, part in here.groupby("channel", sort=False):
-            ranks = rank(part, metric=metric, alpha=alpha, max_missing=max_missing)
-            found |= {(row["defence"], (str(channel), metric)) for row in records(ranks) if row["rank_best"] == 1}
+        for channel in [channel for channel, of in columns if of == metric]:
+            part = rows_where(trials, (trials["metric"] == metric) & (trials["channel"] == channel))
+            if len(set(part["defence"])) > 1:
+                ranks = rank(part, metric=metric, alpha=alpha, max_missing=max_missing)
+                found |= {(row["defence"], (channel, metric)) for row in records(ranks) if row["rank_best"] == 1}
     return found
 
 
@@ -204,7 +205,8 @@ def _marked(
     found: set[tuple[str, Column]] = set()
     known = set(trials_of(table)["metric"])
     for metric in dict.fromkeys(metric for _, metric in columns if metric in known):
-        here = set(trials_of(table).query("metric == @metric")["channel"])
+        trials = trials_of(table)
+        here = set(rows_where(trials, trials["metric"] == metric)["channel"])
         chosen = [channel for channel, of in columns if of == metric and channel in here]
         tests = compare(table, against=against, metric=metric, channels=chosen, max_missing=max_missing)
         found |= {(row["first"], (row["channel"], metric)) for row in records(tests) if row["p_holm"] <= alpha}

@@ -1,6 +1,7 @@
 """Attack success in one column of a two-column paper."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -53,11 +54,12 @@ def plot_asr_column(
             + ("" if isinstance(channels, str) else f"; {lacking} are not there")
         )
     printed = {channel: channels[channel] if isinstance(channels, Mapping) else channel for channel in shown}
-    series = list(dict.fromkeys(part["series"]))
+    series = [str(name) for name in dict.fromkeys(part["series"])]
+    called = {name: (names or {}).get(name, name) for name in series}
     figure = go.Figure()
     for index, name in enumerate(series):
         rows = where(part, series=name)
-        rows = rows[rows["channel"].isin(shown)]
+        rows = cast(pd.DataFrame, rows.loc[[channel in shown for channel in rows["channel"]]])
         figure.add_trace(
             go.Scatter(
                 x=rows["value"].astype(float).tolist(),
@@ -67,10 +69,10 @@ def plot_asr_column(
                 mode="markers",
                 marker=theme.marker(index, size=5),
                 offsetgroup=name,
-                name=(names or {}).get(name, name),
+                name=called[name],
             )
         )
-    lines = -(-sum(len((names or {}).get(name, name)) + 5 for name in series) // max(width // 6, 1))
+    lines = -(-sum(len(called[name]) + 5 for name in series) // max(width // 6, 1))
     top = _LEGEND * lines + 4
     height = len(shown) * (_ROW * len(series) + _GAP) + _FRAME + top
     small = {"size": _FONT}

@@ -88,8 +88,8 @@ def test_the_system_prompt_is_that_of_examples_without_one():
 
 
 def test_drift_by_hand(small, suites, scaled):
-    examples = [replace(e, response="sure red") for e in suites["benign"][:3]]
-    examples += [replace(e, response="no", prefill=None) for e in suites["benign"][3:6]]
+    examples = [replace(e, response="sure red") for e in suites["benign"][::2]]
+    examples += [replace(e, response="no red") for e in suites["benign"][1::2]]
     found = language_drift(
         small,
         examples,
@@ -106,13 +106,17 @@ def test_drift_by_hand(small, suites, scaled):
         places = torch.nonzero(inputs.spans.response[0])[:, 0]
         losses.append(-sum(float(log_probs[p - 1, inputs.input_ids[0, p]]) for p in places))
         tokens.append(len(places))
-    assert response_losses(small, examples, batch_size=6, progress=False)[:, 0].tolist() == pytest.approx(
+    assert response_losses(small, examples, batch_size=5, progress=False)[:, 0].tolist() == pytest.approx(
         losses, rel=1e-4
     )
     rows = found.set_index(["defence", "metric"])
     row = rows.loc[("none", "perplexity")]
     assert row["value"] == pytest.approx(math.exp(sum(losses) / sum(tokens)), rel=1e-4)
-    assert row["ci_low"] < row["value"] < row["ci_high"] and (row["n"], row["tokens"]) == (6, sum(tokens))
+    assert row["ci_low"] < row["value"] < row["ci_high"] and (row["n"], row["tokens"], row["groups"]) == (
+        12,
+        sum(tokens),
+        6,
+    )
     assert rows.loc[("same", "perplexity_ratio"), "value"] == pytest.approx(1, abs=1e-5)
     assert rows.loc[("same", "kl_answer"), "value"] == pytest.approx(0, abs=1e-5)
     ratio = rows.loc[("scaled", "perplexity"), "value"] / row["value"]
