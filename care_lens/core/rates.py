@@ -53,15 +53,28 @@ def clustered_shares(values: Float[ndarray, "n cells"], labels: Int[ndarray, " n
         labels: [n] the group of each trial, 0 to n_groups - 1.
         confidence: Coverage.
     """
-    n, sizes = len(values), np.bincount(labels)
+    return clopper_pearson(values.mean(axis=0), effective_trials(values, labels, confidence), confidence)
+
+
+def effective_trials(
+    values: Float[ndarray, "n cells"], labels: Int[ndarray, " n"], confidence: float
+) -> Float[ndarray, " cells"]:
+    """How many independent trials these are worth: n where no trials share a group, else fewer, as the head of this file says.
+
+    Args:
+        values: [n, cells]; 0 or 1, or shares between.
+        labels: [n] the group of each trial, 0 to n_groups - 1.
+        confidence: Coverage of the interval that is made with the number.
+    """
+    n, sizes, cells = len(values), np.bincount(labels), values.shape[1]
     n_groups = len(sizes)
     share = values.mean(axis=0)
     if n_groups == n and np.isin(values, (0.0, 1.0)).all():
-        return clopper_pearson(share, float(n), confidence)
+        return np.full(cells, float(n))
     worst = float((sizes**2).sum() / n)
     alike = (values == values[0]).all(axis=0) | (share <= 0) | (share >= 1)
     if n_groups == 1:
-        return clopper_pearson(share, 1.0, confidence)
+        return np.ones(cells)
     sums = group_sums(values, labels)
     spread = n_groups / (n_groups - 1) * ((sums - share * sizes[:, None]) ** 2).sum(axis=0) / n**2
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -71,7 +84,7 @@ def clustered_shares(values: Float[ndarray, "n cells"], labels: Int[ndarray, " n
     df = np.minimum(n_groups - 1, rarer + 3)
     tail = (1 - confidence) / 2
     shrink = np.where(alike | (n_groups == n), 1.0, (stdtrit(n - 1, tail) / stdtrit(df, tail)) ** 2)
-    return clopper_pearson(share, n / deff * shrink, confidence)
+    return n / deff * shrink
 
 
 def paired_shares(values: Float[ndarray, "n cells"], labels: Int[ndarray, " n"], confidence: float) -> Bounds:

@@ -1,6 +1,6 @@
 """Defences by channels, from generation to the table, with the same settings for safety and utility."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,13 @@ from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.core.results import package_versions
 from care_lens.core.verdicts import require_verdicts
+from care_lens.evaluation.abnormal import abnormal_trials
 from care_lens.evaluation.fidelity import fidelity_trials
 from care_lens.evaluation.generate import generate_all
+from care_lens.evaluation.graders import Grader, graded_scores, graded_trials
 from care_lens.evaluation.judging import judge_answers, judge_name, verdict_frame
 from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, require_options, verdict_trials
+from care_lens.evaluation.settings import GenerationSettings
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
 from care_lens.lvlm.hooked import HookedLVLM
@@ -30,8 +33,16 @@ def evaluate(
     *,
     judge: Judge,
     accuracy: Accuracy | None = None,
+    graders: Mapping[str, Grader] | None = None,
+    ordinary: Collection[str] = (),
     store: GenerationStore | None = None,
     max_new_tokens: int | None = None,
+    min_new_tokens: int | None = None,
+    do_sample: bool | None = None,
+    temperature: float | int | None = None,
+    top_p: float | int | None = None,
+    top_k: int | None = None,
+    system: str | None = None,
     batch_size: int = 32,
     generation: Mapping[str, Any] | None = None,
     fidelity: bool | int = True,
@@ -44,7 +55,7 @@ def evaluate(
 
     Harmful suites get "asr" and "refusal", benign ones "accuracy" and "refusal" (over-refusal) and, for each
     defence beside the undefended model, "agreement", "retained", "kl" and "kl_answer" on the prompts that the
-    undefended model answers rightly.
+    undefended model answers rightly. One set of generation settings holds for all suites.
 
     Args:
         lvlm: The model.
@@ -53,8 +64,17 @@ def evaluate(
         judge: Judge of harmful answers, and of refusals everywhere.
         accuracy: What says whether a benign answer is right; None: the judge, which must then know right
             answers (one that only looks for refusals does not).
+        graders: Graders by benign channel (:mod:`care_lens.evaluation.graders`); such a channel has the grader's metric in place of "accuracy", and an answer is
+            right for fidelity if its score is 1.
+        ordinary: Benign channels of ordinary requests, which get "sarr" too: the share of abnormal answers.
         store: Where answers are kept, so that a rerun generates only what is missing; None: in memory.
         max_new_tokens: Most tokens of an answer; None: as ``generation`` or the model's own configuration says, else 32.
+        min_new_tokens: Least tokens of an answer; this and the four below: None: as ``generation`` or the model's own configuration says.
+        do_sample: Whether to sample.
+        temperature: Of the samples.
+        top_p: Share of the probability that is sampled from.
+        top_k: Number of tokens that are sampled from.
+        system: System prompt of the examples that have none of their own.
         batch_size: Examples at a time.
         generation: Further options of Hugging Face's ``generate``.
         fidelity: Whether to measure fidelity in benign suites; a number: on at most so many examples a suite, at even
@@ -68,8 +88,8 @@ def evaluate(
         The table; its settings hold the digests of the generation settings in the store.
 
     Raises:
-        ValueError: If suites or defences are empty, a suite mixes harmful and benign examples, or fidelity is
-            wanted without an undefended model.
+        ValueError: If suites or defences are empty, a suite mixes harmful and benign examples, fidelity is
+            wanted without an undefended model, or a grader or ``ordinary`` names no benign suite.
         TooManyMissing: If more answers failed than ``max_missing`` allows.
     """
     require_options(n_boot, max_missing)
@@ -81,9 +101,22 @@ def evaluate(
         raise ValueError(
             f"defences must include the undefended model (None), got {list(defences)}; add it, or set fidelity=False"
         )
+    graders = dict(graders or {})
+    if unknown := sorted({*graders, *ordinary} - {*benign}):
+        raise ValueError(f"graders and ordinary must name benign suites, some of {benign}, got {unknown}")
+    options = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        system=system,
+    )
     store = GenerationStore() if store is None else store
     examples = [replace(example, channel=channel) for channel, suite in suites.items() for example in suite]
-    run = _Judged(examples, judge, judge if accuracy is None else accuracy, set(benign))
+    examples = options.examples(examples)
+    run = _Judged(examples, judge, judge if accuracy is None else accuracy, set(benign), graders)
     for name, repair in defences.items():
         run.answers[name] = generate_all(
             lvlm,
@@ -91,35 +124,39 @@ def evaluate(
             store=store,
             defence_name=name,
             repair=repair,
-            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            generation=generation,
+            generation=options.options(generation),
             seed=seed,
             progress=progress,
         )
         run.judge(name)
-    trials = [run.trials()]
+    trials = [run.trials(), *run.abnormal(ordinary)]
     if fidelity and benign and base is not None:
-        keep = _measured(examples, benign, fidelity)
-        trials.append(
-            fidelity_trials(
-                lvlm,
-                [examples[i] for i in keep],
-                {name: [answers[i] for i in keep] for name, answers in run.answers.items()},
-                {name: [verdicts[i] for i in keep] for name, verdicts in run.right.items()},
-                repairs={name: repair for name, repair in defences.items() if repair is not None},
-                base=base,
-                judge=run.accuracy_name,
-                batch_size=batch_size,
-                progress=progress,
+        measured = _measured(examples, benign, fidelity)
+        for name in dict.fromkeys(run.truth_of(channel) for channel in benign):
+            keep = [i for i in measured if run.truth_of(examples[i].channel) == name]
+            trials.append(
+                fidelity_trials(
+                    lvlm,
+                    [examples[i] for i in keep],
+                    {name: [answers[i] for i in keep] for name, answers in run.answers.items()},
+                    {name: [verdicts[i] for i in keep] for name, verdicts in run.right.items()},
+                    repairs={name: repair for name, repair in defences.items() if repair is not None},
+                    base=base,
+                    judge=name,
+                    batch_size=batch_size,
+                    progress=progress,
+                )
             )
-        )
     settings = {
         "channels": {channel: len(suite) for channel, suite in suites.items()},
         "benign": benign,
         "defences": {name: None if repair is None else repair.describe() for name, repair in defences.items()},
         "judge": judge_name(judge),
         "accuracy": run.accuracy_name,
+        **({"graders": {channel: grader.name for channel, grader in graders.items()}} if graders else {}),
+        **({"ordinary": sorted(ordinary)} if ordinary else {}),
+        **({"system": system} if system is not None else {}),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "generation": sorted({answer.settings for answers in run.answers.values() for answer in answers}),
@@ -147,8 +184,16 @@ def _measured(examples: Sequence[Example], benign: Sequence[str], fidelity: bool
 class _Judged:
     """Answers and what the judges say of them, by defence."""
 
-    def __init__(self, examples: list[Example], judge: Judge, accuracy: Accuracy, benign: set[str]) -> None:
+    def __init__(
+        self,
+        examples: list[Example],
+        judge: Judge,
+        accuracy: Accuracy,
+        benign: set[str],
+        graders: Mapping[str, Grader],
+    ) -> None:
         self.examples, self._judge, self._accuracy, self._benign = examples, judge, accuracy, benign
+        self._graders, self._graded = graders, list[pd.DataFrame]()
         self.judge_name, self.accuracy_name = judge_name(judge), judge_name(accuracy)
         self.answers: dict[str, list[StoredAnswer]] = {}
         self.verdicts: dict[str, list[Verdict]] = {}
@@ -160,12 +205,40 @@ class _Judged:
         verdicts = judge_answers(answers, self._judge, examples=self.examples)
         self.verdicts[defence] = self.right[defence] = verdicts
         if self._accuracy is not self._judge:
-            keep = [i for i, example in enumerate(self.examples) if example.channel in self._benign]
+            known = self._benign - {*self._graders}
+            keep = [i for i, example in enumerate(self.examples) if example.channel in known]
             asked = [self.examples[i] for i in keep]
             said = judge_answers([answers[i] for i in keep], self._as_judge, examples=asked) if keep else []
             self.right[defence] = list(verdicts)
             for i, verdict in zip(keep, said, strict=True):
                 self.right[defence][i] = verdict
+        if self._graders:
+            self.right[defence] = list(self.right[defence])
+        for channel, grader in self._graders.items():
+            self._grade(defence, channel, grader)
+
+    def truth_of(self, channel: str) -> str:
+        """The name of what says whether answers of a benign channel are right."""
+        return self._graders[channel].name if channel in self._graders else self.accuracy_name
+
+    def _grade(self, defence: str, channel: str, grader: Grader) -> None:
+        keep = [i for i, example in enumerate(self.examples) if example.channel == channel]
+        answers, asked = [self.answers[defence][i] for i in keep], [self.examples[i] for i in keep]
+        self._graded.append(graded_trials(grader, answers, examples=asked))
+        for i, score in zip(keep, graded_scores(grader, answers, asked), strict=True):
+            self.right[defence][i] = (
+                Verdict.MISSING if score != score else Verdict.COMPLIED if score >= 1 else Verdict.OTHER
+            )
+
+    def abnormal(self, ordinary: Collection[str]) -> list[pd.DataFrame]:
+        """Trials of "sarr" in ordinary channels."""
+        keep = [i for i, example in enumerate(self.examples) if example.channel in ordinary]
+        asked = [self.examples[i] for i in keep]
+        return [
+            abnormal_trials([answers[i] for i in keep], self._judge, examples=asked)
+            for answers in self.answers.values()
+            if keep
+        ]
 
     def trials(self) -> pd.DataFrame:
         """Trials of all answers."""
@@ -175,10 +248,12 @@ class _Judged:
                 keep = [i for i, answer in enumerate(answers) if (answer.channel in self._benign) is benign]
                 for metric, counted in metrics.items():
                     right = metric == "accuracy"
+                    chosen = [i for i in keep if not (right and answers[i].channel in self._graders)]
                     verdicts = (self.right if right else self.verdicts)[name]
                     judge = self.accuracy_name if right else self.judge_name
-                    frame = verdict_frame([answers[i] for i in keep], [verdicts[i] for i in keep], judge)
+                    frame = verdict_frame([answers[i] for i in chosen], [verdicts[i] for i in chosen], judge)
                     parts.append(verdict_trials(frame, metrics={metric: counted}))
+        parts += self._graded
         return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
     def _as_judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:

@@ -10,7 +10,7 @@ difference of rates is a point because all trials came out alike.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -18,11 +18,8 @@ from jaxtyping import Float
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.outcome import Verdict
-from care_lens.core.stats import are_binary, cluster_bootstrap, clustered_rate
+from care_lens.core.stats import are_binary, cluster_bootstrap
 from care_lens.core.stats import paired_difference as difference_of_means
-
-if TYPE_CHECKING:
-    pass
 
 TRIAL_COLUMNS = ("defence", "channel", "metric", "judge", "seed", "id", "group", "value")
 """Columns of a frame of trials; ``value`` is a float, NaN where missing."""
@@ -36,8 +33,43 @@ HARMFUL_METRICS: Mapping[str, Verdict] = {"asr": Verdict.COMPLIED, "refusal": Ve
 BENIGN_METRICS: Mapping[str, Verdict] = {"accuracy": Verdict.COMPLIED, "refusal": Verdict.REFUSED}
 """Metrics of benign channels: right answers, over-refusals."""
 
-RATES = ("asr", "refusal", "accuracy", "agreement", "retained")
-"""Metrics that are shares of trials; the others ("kl", "kl_answer") are means of numbers."""
+RATES = ("asr", "refusal", "accuracy", "agreement", "retained", "sarr", "score", "circular")
+"""Metrics that are shares of trials, or means of shares ("score", where an answer can be partly right); the others are means of numbers."""
+
+LOWER_IS_BETTER: Mapping[str, bool] = {
+    "asr": True,
+    "sarr": True,
+    "kl": True,
+    "kl_answer": True,
+    "nll": True,
+    "accuracy": False,
+    "score": False,
+    "circular": False,
+    "agreement": False,
+    "retained": False,
+    "cider": False,
+}
+"""Whether less of a metric is better. Refusals are not here: they are good in harmful channels and bad in benign ones."""
+
+
+LABELS: Mapping[str, str] = {
+    "asr": "ASR",
+    "refusal": "refused",
+    "accuracy": "right",
+    "agreement": "agrees",
+    "retained": "still right",
+    "kl": "KL",
+    "kl_answer": "KL of answer",
+    "sarr": "SARR",
+    "circular": "right, circular",
+    "cider": "CIDEr-D",
+}
+"""How the metrics are called in printed tables."""
+
+
+def unit_of(metric: str) -> str:
+    """What a metric is printed in."""
+    return "per cent" if metric in RATES else "nats" if metric in ("kl", "kl_answer", "nll") else "points"
 
 
 class TooManyMissingError(CareLensError, RuntimeError):
@@ -134,7 +166,7 @@ def interval(
     """A mean and its interval.
 
     Args:
-        values: [n] numbers; of a rate, 0 or 1.
+        values: [n] numbers; of a rate, 0 or 1, or shares between.
         groups: n labels.
         rate: Whether it is a rate.
         n_boot: Resamples of a bootstrap.
@@ -149,8 +181,9 @@ def interval(
     if not len(values):
         raise ValueError("values must hold at least one number, got none")
     if rate:
-        share, low, high = clustered_rate(values, list(groups), confidence=confidence)
-        kind = "clopper-pearson" if len(set(groups)) == len(values) else "korn-graubard"
+        share, low, high = cluster_bootstrap(values, list(groups), kind="rates", confidence=confidence)
+        exact = len(set(groups)) == len(values) and are_binary(values)
+        kind = "clopper-pearson" if exact else "korn-graubard"
     else:
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
         share, low, high = cluster_bootstrap(values, list(groups), kind="numbers", **options)
@@ -161,6 +194,11 @@ def interval(
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a frame."""
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def rows_where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
+    """The rows of a frame for which a mask holds."""
+    return cast(pd.DataFrame, frame.loc[np.asarray(mask, dtype=bool)])
 
 
 def group_of(trial: Mapping[str, Any]) -> str:
@@ -198,34 +236,15 @@ def paired_difference(
         ValueError: If a defence has no such trials, or the two were not tried on the same examples.
         TooManyMissing: If too many are missing.
     """
-    table = trials if isinstance(trials, pd.DataFrame) else getattr(trials, "trials", None)
-    if not isinstance(table, pd.DataFrame):
-        raise TypeError(f"trials must be a DefenceTable or a frame of trials, got {type(trials).__name__}")
-    _require_trials(table, n_boot, max_missing)
-    rows = records(table)
-    keys = ("channel", "judge", "seed", "id", "group")
-    sides: list[dict[tuple[Any, ...], float]] = []
-    for name in (first, second):
-        chosen = [row for row in rows if row["defence"] == name and row["metric"] == metric]
-        if not chosen:
-            known = sorted({row["defence"] for row in rows})
-            raise ValueError(f"defence must have trials of {metric!r}, got none for {name!r} of {known}")
-        sides.append({tuple(row[key] for key in keys): row["value"] for row in chosen})
-    if odd := sorted(sides[0].keys() ^ sides[1].keys()):
-        raise ValueError(
-            f"{first!r} and {second!r} must be tried on the same examples, got {len(odd)} that only one has, "
-            f"such as {odd[0]}"
-        )
-    joined = [
-        dict(zip(keys, key, strict=True)) | {"first": value, "second": sides[1][key]} for key, value in sides[0].items()
-    ]
+    table = trials_of(trials)
+    require_options(n_boot, max_missing)
     found = []
-    for cell, part in _cells(joined, ("channel", "judge", "seed")).items():
+    for cell, part in paired_values(table, first, second, metric=metric):
         there = [row for row in part if not math.isnan(row["first"] + row["second"])]
         missing = len(part) - len(there)
         what = f"{first!r} against {second!r}, channel {cell[0]!r}, metric {metric!r}"
         _require_few_missing(missing, len(part), max_missing, what)
-        groups = [group_of(row) for row in there]
+        groups = [row["cluster"] for row in there]
         before, after = (np.array([row[side] for row in there]) for side in ("first", "second"))
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
         value, low, high = difference_of_means(before, after, groups, **options)
@@ -235,6 +254,61 @@ def paired_difference(
         counts = {"n": len(there), "missing": missing, "interval": kind}
         found.append({**names, **figure, **counts, "judge": cell[1], "seed": cell[2]})
     return pd.DataFrame(found)
+
+
+def paired_values(
+    trials: pd.DataFrame, first: str, second: str, *, metric: str
+) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    """The trials of two defences side by side.
+
+    Args:
+        trials: Frame with :data:`TRIAL_COLUMNS`.
+        first: A defence.
+        second: Another one.
+        metric: Of which metric.
+
+    Returns:
+        For each (channel, judge, seed) its rows: "first" and "second" (NaN where missing), "cluster" (the group, or the id of a trial without one), "id", "group".
+
+    Raises:
+        ValueError: If a defence has no such trials, or the two were not tried on the same examples.
+    """
+    keys = ("channel", "judge", "seed", "id", "group")
+    sides: list[dict[tuple[Any, ...], float]] = []
+    for name in (first, second):
+        chosen = records(rows_where(trials, (trials["defence"] == name) & (trials["metric"] == metric)))
+        if not chosen:
+            known = sorted(set(trials["defence"]))
+            raise ValueError(f"defence must have trials of {metric!r}, got none for {name!r} of {known}")
+        sides.append({tuple(row[key] for key in keys): row["value"] for row in chosen})
+        if len(sides[-1]) != len(chosen):
+            raise ValueError(
+                f"trials must be one for each example, got several of one example for {name!r}; see judge_store"
+            )
+    if odd := sorted(sides[0].keys() ^ sides[1].keys()):
+        raise ValueError(
+            f"{first!r} and {second!r} must be tried on the same examples, got {len(odd)} that only one has, "
+            f"such as {odd[0]}"
+        )
+    joined = [
+        dict(zip(keys, key, strict=True)) | {"first": value, "second": sides[1][key]} for key, value in sides[0].items()
+    ]
+    joined = [{**row, "cluster": group_of(row)} for row in joined]
+    return list(_cells(joined, ("channel", "judge", "seed")).items())
+
+
+def trials_of(table: Any) -> pd.DataFrame:
+    """The trials of a table, or the frame of trials itself.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If columns are lacking, or there are no rows.
+    """
+    trials = table if isinstance(table, pd.DataFrame) else getattr(table, "trials", None)
+    if not isinstance(trials, pd.DataFrame):
+        raise TypeError(f"trials must be a DefenceTable or a frame of trials, got {type(table).__name__}")
+    _require_trials(trials, 1, 0)
+    return trials
 
 
 def _require_trials(trials: pd.DataFrame, n_boot: int, max_missing: int | float) -> None:

@@ -9,21 +9,20 @@ import pandas as pd
 
 from care_lens.core.errors import ArtifactError
 from care_lens.core.results import FrameResult, read_frame
-from care_lens.evaluation.metrics import RATES, TRIAL_COLUMNS, paired_difference, records, summarise
+from care_lens.evaluation.comparison import compare, rank
+from care_lens.evaluation.metrics import (
+    LABELS,
+    RATES,
+    TRIAL_COLUMNS,
+    paired_difference,
+    records,
+    summarise,
+    unit_of,
+)
+from care_lens.evaluation.paper import paper_table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-LABELS = {
-    "asr": "ASR",
-    "refusal": "refused",
-    "accuracy": "right",
-    "agreement": "agrees",
-    "retained": "still right",
-    "kl": "KL",
-    "kl_answer": "KL of answer",
-}
-"""How the metrics are called in printed tables."""
 
 
 def _no_trials() -> pd.DataFrame:
@@ -36,8 +35,8 @@ class DefenceTable(FrameResult):
 
     Attributes:
         frame: Columns defence, channel, metric, value, ci_low, ci_high, n, missing, groups, interval, judge,
-            seed. Metrics: "asr" and "refusal" in harmful channels; "accuracy", "refusal" (over-refusal),
-            "agreement", "retained", "kl" and "kl_answer" in benign ones. Rates are in [0, 1], divergences in
+            seed. Metrics: "asr" and "refusal" in harmful channels; "accuracy" (or a grader's metric), "refusal" (over-refusal),
+            "agreement", "retained", "kl" and "kl_answer" in benign ones, "sarr" in ordinary ones. Rates are in [0, 1], divergences in
             nats.
         settings: What made it.
         trials: The values behind it, one row a trial: see
@@ -75,6 +74,24 @@ class DefenceTable(FrameResult):
         """Paired differences between two defences; see
         :func:`~care_lens.evaluation.metrics.paired_difference`."""
         return paired_difference(self, first, second, metric=metric, n_boot=n_boot, seed=seed)
+
+    def compare(self, against: str, *, metric: str = "asr", channels: Sequence[str] | None = None) -> pd.DataFrame:
+        """Every other defence against one of them, with paired tests and Holm's correction; see :func:`~care_lens.evaluation.comparison.compare`."""
+        return compare(self, against=against, metric=metric, channels=channels, max_missing=self._limit)
+
+    def rank(self, *, metric: str = "asr", lower_is_better: bool | None = None) -> pd.DataFrame:
+        """The defences of each channel in order, with the ranks that hold; see :func:`~care_lens.evaluation.comparison.rank`."""
+        return rank(self, metric=metric, lower_is_better=lower_is_better, max_missing=self._limit)
+
+    def to_latex(self, *, metrics: Sequence[str] = ("asr",), against: str | None = None, **options: Any) -> str:
+        """The table in the layout of the paper, for LaTeX; see :func:`~care_lens.evaluation.paper.paper_table`."""
+        options = {"max_missing": self._limit, **options}
+        return paper_table(self, form="latex", metrics=metrics, against=against, **options)
+
+    @property
+    def _limit(self) -> float:
+        """Largest share of missing trials: twice that of a cell, since a pair misses what either defence does."""
+        return min(2 * float(self.settings.get("max_missing", 0.02)), 1.0)
 
     def to_markdown(self, *, metrics: Sequence[str] = ("asr", "accuracy")) -> str:
         """Rows are defences, columns channels, cells "12 [4, 26]" in per cent (divergences in nats).
@@ -175,7 +192,7 @@ def _caption(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str
     for column in columns:
         n = sorted({row["n"] for row in rows if (row["channel"], row["metric"]) == column})
         counts.append(f"{_heading(*column)} {n[0] if len(n) == 1 else f'{n[0]}-{n[-1]}'}")
-    units = " and ".join(dict.fromkeys("per cent" if metric in RATES else "nats" for _, metric in columns))
+    units = " and ".join(dict.fromkeys(unit_of(metric) for _, metric in columns))
     kinds = ", ".join(sorted({row["interval"] for row in rows}))
     missing, judges = sum(row["missing"] for row in rows), ", ".join(sorted({row["judge"] for row in rows}))
     return f"In {units}, with intervals ({kinds}). n: {', '.join(counts)}; missing: {missing}. Judge: {judges}."

@@ -8,6 +8,7 @@ cells whose interval excludes 0 (cell by cell, without a correction for their nu
 from care_lens.core.arguments import checked
 from care_lens.plots.ablation import plot_ablation
 from care_lens.plots.attribution import plot_attribution, plot_knockout, plot_paths, plot_verified
+from care_lens.plots.compact import plot_asr_column
 from care_lens.plots.defence import plot_asr
 from care_lens.plots.effects import plot_effects
 from care_lens.plots.frontier import plot_frontier
@@ -25,6 +26,7 @@ __all__ = [
     "ExportError",
     "plot_ablation",
     "plot_asr",
+    "plot_asr_column",
     "plot_attribution",
     "plot_effects",
     "plot_frontier",

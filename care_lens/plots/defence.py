@@ -16,6 +16,9 @@ TITLES = {
     "accuracy": "right answers",
     "agreement": "same answer as undefended",
     "retained": "still right",
+    "sarr": "abnormal answers",
+    "score": "score",
+    "circular": "right in every order",
 }
 """Names of the metrics that are shares, as the figures write them."""
 
@@ -28,7 +31,7 @@ def plot_asr(result: FrameResult | pd.DataFrame, *, metrics: Sequence[str] = ("a
 
     Args:
         result: A ``DefenceTable`` or its frame.
-        metrics: Shares to draw: "asr", "refusal", "accuracy", "agreement", "retained"; those that the frame
+        metrics: Shares to draw: "asr", "refusal", "accuracy", "agreement", "retained", "sarr", "score", "circular"; those that the frame
             lacks are left out.
 
     Returns:
