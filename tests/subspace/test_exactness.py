@@ -262,7 +262,7 @@ def test_eigenvalues_that_are_none_are_refused(tmp_path):
     for change in (lambda t: -t, lambda t: t.flip(0)):
         with pytest.raises(SubspaceError, match="eigenvalues in"):
             SafetySubspace.load(sealed(tmp_path, eigenvalues=change))
-    with pytest.raises(SubspaceError, match="eigenvalues in .* must be numbers of 0 or more, got"):
+    with pytest.raises(SubspaceError, match=r"eigenvalues in .* must be numbers of 0 or more, got"):
         SafetySubspace.load(sealed(tmp_path, eigenvalues=lambda t: t * torch.nan))
 
 
