@@ -80,7 +80,7 @@ def test_a_hooked_model_is_told_of_blocks(lvlm, repair, inputs):
     with repair.on(lvlm):
         told = in_thread(lambda: lvlm.generate(inputs, max_new_tokens=1))
         assert "`with repair.on(lvlm): ...`" in str(told) and "handle" not in str(told)
-        with pytest.raises(GenerationOptionError, match="outside of the `with repair.on"):
+        with pytest.raises(GenerationOptionError, match="outside of the `with repair"):
             lvlm.hf_model.generate(**given, use_cache=False)
     lvlm.hf_model.generate(**given, use_cache=False)
 
