@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from care_lens.core import Example, TokenSpans
-from care_lens.lvlm import LVLMInputs
+from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.lvlm.inputs import require_inputs
 from care_lens.lvlm.prepare import prepare_batch
 

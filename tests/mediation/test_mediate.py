@@ -209,7 +209,7 @@ def test_hooks_are_gone_after_an_exception(model, pictured):
         ({"sites": ["blocks.0.attn.hook_pattern"]}, "must be editable"),
         ({"sites": ["blocks.9.hook_mlp_out"]}, "no site"),
         ({"sites": []}, "at least one"),
-        ({"positions": ("middle",)}, "span must be"),
+        ({"positions": ("middle",)}, "positions must be some of"),
         ({"batch_size": 1}, "batch_size"),
         ({"outcome": lambda logits, inputs: logits[:, -1, 5] * float("nan")}, "finite"),
         ({"outcome": lambda logits, inputs: logits[:1, -1, 5]}, "one finite number a row"),

@@ -102,7 +102,7 @@ def test_rank_correlation_is_scipys(points):
 
 
 def test_refusals(model, pairs, margin, guess):
-    with pytest.raises(ValueError, match="top and random"):
+    with pytest.raises(ValueError, match="top must be 1 or more"):
         verify(model, pairs, guess, outcome=margin, top=0, **QUICK)
     with pytest.raises(ValueError, match="outcome must be"):
         verify(model, pairs, guess, outcome=LogitDifference((1,), (2,)), **QUICK)
