@@ -165,8 +165,8 @@ def search(
 
     Args:
         lvlm: The model, without a defence on it.
-        make: From one value for each axis, by keyword, to a defence. A setting for which it raises an error of care_lens (FitError, say) is
-            left out, with the reason in the frontier's settings.
+        make: From one value for each axis, by keyword, to a defence. A setting for which it raises an error of care_lens (FitError, say),
+            or whose defence refuses the model, is left out, with the reason in the frontier's settings.
         axes: The values to be tried by keyword of ``make``: sites or layers, rank, strength, gate level, or whatever it has. Values are
             numbers, texts, sites, or lists of these; none: one setting.
         study: The seen attack channels and all benign ones of its validation split are used, and its judge.
@@ -226,13 +226,18 @@ def search(
             except StopIteration:
                 break
             name = ", ".join(f"{key} {_shown(value)}" for key, value in setting.items()) or "as given"
+            if name in failed or any(name == one.name for one in tried):  # values that look the same
+                name += f" (trial {len(tried) + len(failed)})"
             try:
-                one = rater.rated(name, "candidate", dict(setting), make(**setting))
+                defence = make(**setting)
+                if hasattr(defence, "check"):
+                    defence.check(lvlm)
             except CareLensError as error:
                 failed[name] = f"{type(error).__name__}: {error}"
                 log.info("left out: %s (%s)", name, failed[name])
                 answer = (1.0, 0.0)
                 continue
+            one = rater.rated(name, "candidate", dict(setting), defence)
             tried.append(one)
             answer = (one.value("asr"), one.value("utility"))
             log.info("%s: ASR %.3f, right %.3f, refused %.3f", name, *(one.value(metric) for metric in METRICS))
