@@ -42,7 +42,8 @@ def _of_grid(axes: Mapping[str, Sequence[Any]], n: int, seed: int | None) -> Pro
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     spaced = [grid[i * len(grid) // n] for i in range(n)]
     picked = spaced if seed is None else random.Random(seed).sample(grid, n)
-    yield from (setting for setting in picked)  # a generator, since a list takes nothing that is sent to it
+    for setting in picked:
+        _ = yield setting  # what is sent back does not matter here
 
 
 def _by_optuna(axes: Mapping[str, Sequence[Any]], n: int, seed: int, optuna: Any) -> Proposals:
