@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from care_lens.core.defence import Defence
 from care_lens.core.display import brief
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
@@ -32,7 +33,7 @@ from care_lens.core.site import Site
 from care_lens.data.study import Split, Study
 from care_lens.evaluation.answering import answer_verdicts, spread
 from care_lens.evaluation.judging import judge_name
-from care_lens.evaluation.metrics import interval
+from care_lens.evaluation.metrics import interval, records
 from care_lens.evaluation.sampling import Sampler, proposals
 from care_lens.evaluation.splits import TestSplitError, item_of
 from care_lens.evaluation.store import GenerationStore
@@ -70,27 +71,26 @@ class Frontier(FrameResult):
 
     def wide(self) -> pd.DataFrame:
         """One row for each setting or control: its axes, the three figures with their intervals, and whether it was chosen."""
-        rows = []
-        for _, part in self.frame.groupby("candidate", sort=False):
-            first = part.iloc[0]
-            row: dict[str, Any] = {name: first[name] for name in ("candidate", "role")}
-            row |= json.loads(str(first["setting"]))
-            for _, cell in part.iterrows():
-                row |= {f"{cell['metric']}{end}": cell[of] for end, of in _WIDE.items()}
-            rows.append(row | {name: bool(first[name]) for name in ("on_frontier", "within_budget", "chosen")})
-        return pd.DataFrame(rows)
+        rows: dict[str, dict[str, Any]] = {}
+        for cell in records(self.frame):
+            row = rows.setdefault(cell["candidate"], {name: cell[name] for name in ("candidate", "role")})
+            row |= json.loads(cell["setting"])
+            row |= {f"{cell['metric']}{end}": cell[of] for end, of in _WIDE.items()}
+            row |= {name: bool(cell[name]) for name in ("on_frontier", "within_budget", "chosen")}
+        return pd.DataFrame([*rows.values()])
 
     def to_markdown(self) -> str:
         """A row for each setting and control, cells "12 [4, 26]" in per cent."""
         names = {"asr": "ASR", "utility": "right", "over_refusal": "over-refusal"}
         lines = [["", *names.values(), "frontier", "chosen"], ["---", *["---:"] * 3, "---", "---"]]
-        for _, row in self.wide().iterrows():
+        for row in records(self.wide()):
             figures = [f"{100 * row[m]:.0f} [{100 * row[f'{m}_low']:.0f}, {100 * row[f'{m}_high']:.0f}]" for m in names]
             marks = ["yes" if row[name] else "" for name in ("on_frontier", "chosen")]
             lines.append([str(row["candidate"]).replace("|", "\\|"), *figures, *marks])
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        n = self.frame.groupby("metric", sort=False)["n"].max()
-        counts = ", ".join(f"{names[str(metric)]} {count}" for metric, count in n.items())
+        cells = records(self.frame)
+        most = {metric: max(cell["n"] for cell in cells if cell["metric"] == metric) for metric in names}
+        counts = ", ".join(f"{names[metric]} {count}" for metric, count in most.items())
         return f"{body}\n\nIn per cent, with intervals, on the validation split. n: {counts}. Judge: {self.settings.get('judge')}.\n"
 
     def plot(self) -> "go.Figure":
@@ -122,8 +122,7 @@ class Search:
 
     def reached(self) -> dict[str, float]:
         """The chosen setting's figures on validation."""
-        frame = self.frontier.frame
-        return {str(row["metric"]): float(row["value"]) for _, row in frame[frame["chosen"]].iterrows()}
+        return {row["metric"]: float(row["value"]) for row in records(self.frontier.frame) if row["chosen"]}
 
 
 @dataclass
@@ -165,8 +164,8 @@ def search(
 
     Args:
         lvlm: The model, without a defence on it.
-        make: From one value for each axis, by keyword, to a defence. A setting for which it raises an error of care_lens (FitError, say) is
-            left out, with the reason in the frontier's settings.
+        make: From one value for each axis, by keyword, to a defence. A setting for which it raises an error of care_lens (FitError, say),
+            or whose defence refuses the model, is left out, with the reason in the frontier's settings.
         axes: The values to be tried by keyword of ``make``: sites or layers, rank, strength, gate level, or whatever it has. Values are
             numbers, texts, sites, or lists of these; none: one setting.
         study: The seen attack channels and all benign ones of its validation split are used, and its judge.
@@ -226,13 +225,18 @@ def search(
             except StopIteration:
                 break
             name = ", ".join(f"{key} {_shown(value)}" for key, value in setting.items()) or "as given"
+            if name in failed or any(name == one.name for one in tried):  # values that look the same
+                name += f" (trial {len(tried) + len(failed)})"
             try:
-                one = rater.rated(name, "candidate", dict(setting), make(**setting))
+                defence = make(**setting)
+                if isinstance(defence, Defence):
+                    defence.check(lvlm)
             except CareLensError as error:
                 failed[name] = f"{type(error).__name__}: {error}"
                 log.info("left out: %s (%s)", name, failed[name])
                 answer = (1.0, 0.0)
                 continue
+            one = rater.rated(name, "candidate", dict(setting), defence)
             tried.append(one)
             answer = (one.value("asr"), one.value("utility"))
             log.info("%s: ASR %.3f, right %.3f, refused %.3f", name, *(one.value(metric) for metric in METRICS))

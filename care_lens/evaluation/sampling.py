@@ -6,7 +6,6 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
 from care_lens.core.errors import CareLensError
-from care_lens.evaluation.answering import spread
 
 Sampler = Literal["grid", "random", "optuna"]
 Setting = Mapping[str, Any]
@@ -41,8 +40,10 @@ def proposals(axes: Mapping[str, Sequence[Any]], n: int, *, sampler: Sampler, se
 
 def _of_grid(axes: Mapping[str, Sequence[Any]], n: int, seed: int | None) -> Proposals:
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    picked = spread(grid, n) if seed is None else random.Random(seed).sample(grid, n)
-    yield from (setting for setting in picked)  # a generator, since a list takes nothing that is sent to it
+    spaced = [grid[i * len(grid) // n] for i in range(n)]
+    picked = spaced if seed is None else random.Random(seed).sample(grid, n)
+    for setting in picked:
+        _ = yield setting  # what is sent back does not matter here
 
 
 def _by_optuna(axes: Mapping[str, Sequence[Any]], n: int, seed: int, optuna: Any) -> Proposals:

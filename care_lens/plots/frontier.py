@@ -26,16 +26,17 @@ def plot_frontier(result: FrameResult | pd.DataFrame) -> go.Figure:
         ValueError: If the frame is not such.
     """
     frame = frame_of(result, _COLUMNS)
-    candidate, control = frame["role"] == "candidate", frame["role"] == "control"
+    tried, controls = where(frame, role="candidate"), where(frame, role="control")
+    beaten = tried.query("not on_frontier and not chosen")
     series = [
-        ("settings", frame[candidate & ~frame["on_frontier"] & ~frame["chosen"]], "markers", 0),
-        ("on the frontier", frame[candidate & frame["on_frontier"] & ~frame["chosen"]], "markers", 1),
-        ("chosen", frame[frame["chosen"]], "markers", 2),
+        ("settings", beaten, 0),
+        ("on the frontier", tried.query("on_frontier and not chosen"), 1),
+        ("chosen", tried.query("chosen"), 2),
     ]
-    names = list(dict.fromkeys(frame[control]["candidate"]))
-    series += [(name, frame[control & (frame["candidate"] == name)], "markers", 3 + i) for i, name in enumerate(names)]
+    names = list(dict.fromkeys(controls["candidate"]))
+    series += [(str(name), where(controls, candidate=name), 3 + i) for i, name in enumerate(names)]
     figure = go.Figure()
-    line = _paired(frame[candidate & frame["on_frontier"]]).sort_values("x")
+    line = _paired(tried.query("on_frontier")).sort_values("x")
     if len(line) > 1:
         figure.add_trace(
             go.Scatter(
@@ -48,7 +49,7 @@ def plot_frontier(result: FrameResult | pd.DataFrame) -> go.Figure:
                 name="frontier",
             )
         )
-    for name, part, mode, index in series:
+    for name, part, index in series:
         if part.empty:
             continue
         points = _paired(part)
@@ -64,7 +65,7 @@ def plot_frontier(result: FrameResult | pd.DataFrame) -> go.Figure:
                     "%{customdata[0]}<br>right answers %{x:.1%} (n = %{customdata[2]})<br>attack success %{y:.1%} "
                     "(n = %{customdata[3]})<br>over-refusal %{customdata[1]:.1%}"
                 ),
-                mode=mode,
+                mode="markers",
                 marker={
                     "size": 13 if name == "chosen" else 9,
                     "color": theme.COLOURS[index % len(theme.COLOURS)],

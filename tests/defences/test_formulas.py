@@ -394,7 +394,7 @@ def test_controls_of_random_directions_keep_norms_and_singular_values(world_mode
     assert not torch.equal(random_directions(added, seed=2).vector, beside.vector)
     prompts = ActAdd(vectors=random(3, 24).float(), site=site)
     torch.testing.assert_close(random_directions(prompts).vectors.norm(dim=1), prompts.vectors.norm(dim=1))
-    columns = random(24, 4).float()
+    columns = random(24, 4, seed=7).float()  # another draw than the control's
     held = CARESubspace(columns=columns, mean=random(24, seed=3).float(), eigenvalues=torch.ones(4))
     care = PublishedCARE(visual={1: held}, textual={2: held})
     of = random_directions(care)
