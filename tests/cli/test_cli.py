@@ -185,7 +185,7 @@ def test_diagnose_tells_what_a_study_lacks_before_it_runs(study, tmp_path, monke
     one = replace(study, pairs={"word": study.pairs["wrapper"][:1]}, pair_outcomes={})
     monkeypatch.setattr(cli, "_load", lambda *given: (None, one))
     result = invoke("diagnose", "--out", str(tmp_path / "out"))
-    assert result.exit_code == 1 and "'word' needs pairs of 2 items or more" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "'word' needs pairs of 2 items or more" in " ".join(result.output.split())
     assert not (tmp_path / "out" / "frames").exists()
 
 
