@@ -6,7 +6,7 @@ over-refusal is taken. The test split is read once, with the chosen settings, be
 everything, the repair with random subspaces of the same edit norm and with readers of shuffled labels, and rivals along random
 directions. A defence that cannot work on this model is listed with its reason.
 
-In `--out`: `table.md` (all defences by channel, with intervals, then what each fault of published CARE costs), `results.json` (the same
+In `--out`: `table.md` (all defences with intervals, what was chosen, what each fault of published CARE costs, and every channel), `results.json` (the same
 as rows), `defences.csv` and `.json` (the DefenceTable), `frontiers/` (every setting tried, with intervals), `chosen/` (the defences
 themselves). A run that was stopped goes on: answers, fitted defences and finished searches are kept.
 """
@@ -277,16 +277,32 @@ def tuned(
     return (None if found is None else found.defence), held
 
 
-def cost_of_faults(table: DefenceTable, seen: Sequence[str], benign: Sequence[str]) -> pd.DataFrame:
-    """What mending each fault of published CARE changes, on the test split: paired differences, all channels of a kind together."""
+def by_kind(table: DefenceTable, study: Study) -> DefenceTable:
+    """The same answers with all channels of a kind together: attacks seen in the fit, held out, and plain; benign requests."""
+    kinds = {channel: "seen attacks" for channels in study.seen.values() for channel in channels}
+    kinds |= {study.plain: "plain requests"} | dict.fromkeys(study.channels("test", harmful=False), "benign")
     trials = table.trials
+    kind = [kinds.get(channel, "held-out attacks") for channel in trials["channel"]]
+    pooled = trials.assign(id=trials["channel"] + " " + trials["id"], channel=kind)
+    kept = [
+        metric in (("accuracy", "refusal") if channel == "benign" else ("asr",))
+        for channel, metric in zip(kind, trials["metric"])
+    ]
+    return DefenceTable.from_trials(pooled[kept], settings=table.settings)
+
+
+def cost_of_faults(pooled: DefenceTable) -> pd.DataFrame:
+    """What mending each fault of published CARE changes, on the test split: paired differences, all channels of a kind together."""
+    trials = pooled.trials
     names = [name for name in dict.fromkeys(trials["defence"]) if name.startswith(PUBLISHED) or name == SOUND]
     found = []
-    for metric, channels in (("asr", seen), ("accuracy", benign)):
-        part = trials[trials["channel"].isin(channels) & (trials["metric"] == metric)]
-        part = part.assign(
-            id=part["channel"] + " " + part["id"], channel="seen attacks" if metric == "asr" else "benign"
-        )
+    for metric, channel in (
+        ("asr", "seen attacks"),
+        ("asr", "held-out attacks"),
+        ("accuracy", "benign"),
+        ("refusal", "benign"),
+    ):
+        part = trials[(trials["channel"] == channel) & (trials["metric"] == metric)]
         for name in names:
             if name != PUBLISHED and PUBLISHED in names:
                 change = paired_difference(part, name, PUBLISHED, metric=metric)
@@ -296,9 +312,10 @@ def cost_of_faults(table: DefenceTable, seen: Sequence[str], benign: Sequence[st
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def markdown(table: DefenceTable, notes: Sequence[Mapping[str, Any]], costs: pd.DataFrame) -> str:
+def markdown(table: DefenceTable, pooled: DefenceTable, notes: Sequence[Mapping[str, Any]], costs: pd.DataFrame) -> str:
     """The tables of a run."""
-    parts = ["# Defences by channel, on the test split", table.to_markdown(metrics=("asr", "accuracy", "refusal"))]
+    metrics = ("asr", "accuracy", "refusal")
+    parts = ["# Defences on the test split, channels of a kind together", pooled.to_markdown(metrics=metrics)]
     parts += ["# What was chosen on validation", "| defence | setting | ASR | right | over-refusal | kept the budget |"]
     rows = ["| --- | --- | ---: | ---: | ---: | --- |"]
     for note in notes:
@@ -318,6 +335,7 @@ def markdown(table: DefenceTable, notes: Sequence[Mapping[str, Any]], costs: pd.
             change = f"{100 * row['value']:+.0f} [{100 * row['ci_low']:+.0f}, {100 * row['ci_high']:+.0f}]"
             lines.append(f"| {row['mended']} | {row['metric']}, {row['channel']} | {change} | {row['n']} |")
         parts.append("\n".join(lines))
+    parts += ["# Defences by channel, on the test split", table.to_markdown(metrics=metrics)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -387,11 +405,12 @@ def run(options: argparse.Namespace) -> None:
         progress=False,
     )  # fmt: skip
     table.save(out, "defences")
-    seen = [channel for channels in study.seen.values() for channel in channels]
-    costs = cost_of_faults(table, seen, [*study.channels("test", harmful=False)])
-    text = markdown(table, notes, costs)
+    pooled = by_kind(table, study)
+    costs = cost_of_faults(pooled)
+    text = markdown(table, pooled, notes, costs)
     write_whole(out / "table.md", text)
     results = {
+        "kinds": json.loads(pooled.frame.to_json(orient="records")),
         "table": json.loads(table.frame.to_json(orient="records")),
         "chosen": notes,
         "controls": [*beside],

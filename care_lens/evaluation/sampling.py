@@ -53,6 +53,7 @@ def _by_optuna(axes: Mapping[str, Sequence[Any]], n: int, seed: int, optuna: Any
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(1, n // 3))
         found = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
         ranges = {name: list(range(len(values))) for name, values in axes.items()}
+        ordered = {name for name, values in axes.items() if _ascending(values)}
         known: dict[tuple[int, ...], tuple[float, float]] = {}
         while len(known) < n:
             for again in range(21):
@@ -60,7 +61,12 @@ def _by_optuna(axes: Mapping[str, Sequence[Any]], n: int, seed: int, optuna: Any
                     new = next(at for at in itertools.product(*ranges.values()) if at not in known)
                     found.enqueue_trial(dict(zip(axes, new, strict=True)))
                 trial = found.ask()
-                at = tuple(trial.suggest_categorical(name, indices) for name, indices in ranges.items())
+                at = tuple(
+                    trial.suggest_int(name, 0, len(indices) - 1)
+                    if name in ordered
+                    else trial.suggest_categorical(name, indices)
+                    for name, indices in ranges.items()
+                )
                 if at not in known:
                     break
                 found.tell(trial, known[at])
@@ -69,6 +75,12 @@ def _by_optuna(axes: Mapping[str, Sequence[Any]], n: int, seed: int, optuna: Any
             found.tell(trial, known[at])
     finally:
         optuna.logging.set_verbosity(before)
+
+
+def _ascending(values: Sequence[Any]) -> bool:
+    """Whether they are numbers in ascending order, so that neighbours are alike."""
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return numbers and list(values) == sorted(values)
 
 
 def require_optuna() -> Any:
