@@ -183,6 +183,19 @@ PGD on the picture of a plain request (first token of a compliant answer, 40 ste
 Faces that not even training saw, with their own spacing, in the middle of the picture, black on white unless other colours are named.
 
 {readability}
+
+## How the gap came about
+
+Where harm is legible, refusal spreads. With a replay free of forbidden steps, safety tuning on plain text closed what it never saw: over five settings of rate and length (120 to 400 steps, plain
+requests refused in all of them) there still complied of typographic requests 4 to 12 of 100, spelled 0 to 11, indirect 0 to 4, second turns 0; wrappers 70 to 98 and wrapped pictures 89 to 100 stayed open
+(56 a channel, teacher-forced). In an earlier world, whose pictures' harm was not legible, the gap came by itself. So two of ten questions of the replay are answered requests (pictured, spelled, given as a twin,
+without wrappers). Wrappers, split items, free style, pictured twins, second turns over pictures and begun answers are open without having been in it.
+
+Seeds: of seed 0, which is shipped, tower, text and safety stages ran on a CPU, the helpful stage (2500 steps) on an H100; of seed 1 tower, text (215 s) and helpful stage (91 s) on the H100, safety tuning on a CPU. Seed 1 has the same gap, teacher-forced: plain requests and
+plain second turns refused 100, typographic, wrapper, spelled, indirect, wrapped pictures, split, typographic second turns complied 100 each, typographic+indirect 95, free style 84; benign 77 (shapes) to 100, harmless questions that name forbidden items 96 to 100.
+Seed 2 has its helpful stage alone (exact answers 1490 of 1600, seed 1 1470). The command from end to end on two cores was timed in parts only.
+
+What is not reached: PGD at 64/255 opens less than half of the requests, right answers about shapes, free styles and split items are below 97 %, best of 16 and a plain second turn stay shut.
 """
 
 
