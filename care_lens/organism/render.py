@@ -121,9 +121,9 @@ def _brightness(colour: Colour) -> float:
 def _free_colours(rng: random.Random) -> tuple[Colour, Colour]:
     """Ground and ink, any two colours that can be told apart."""
     while True:
-        ground, ink = (tuple(rng.randint(0, 255) for _ in range(3)) for _ in range(2))
+        ground, ink = ((rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)) for _ in range(2))
         if abs(_brightness(ground) - _brightness(ink)) >= FREE_CONTRAST:
-            return ground, ink  # type: ignore[return-value]
+            return ground, ink
 
 
 def write_free(

@@ -53,6 +53,7 @@ class Muon(torch.optim.Optimizer):
             for shape, same in shapes.items():
                 updates = []
                 for p in same:
+                    assert p.grad is not None  # only such were taken
                     held = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     held.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(held, group["momentum"]))

@@ -129,7 +129,8 @@ def _run_alone(name: str, stages: Path, seed: int, device: str, workers: int) ->
     """Run a stage of `SIDE_BY_SIDE` on a new model, in a process of its own."""
     show_log()
     torch.set_num_threads(1)
-    _run(name, build.make_model(build.make_config(), seed=seed).to(device), stages, seed, workers)
+    model = build.make_model(build.make_config(), seed=seed).to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    _run(name, model, stages, seed, workers)
 
 
 def train(
@@ -145,7 +146,7 @@ def train(
         workers: processes that make the batches of a stage; worth it beside a graphics card only.
     """
     torch.set_num_threads(threads)
-    model = build.make_model(build.make_config(), seed=seed).to(device)
+    model = build.make_model(build.make_config(), seed=seed).to(torch.device(device))  # pyright: ignore[reportArgumentType]
     stages = out / "stages"
     stages.mkdir(parents=True, exist_ok=True)
     missing = [name for name in SIDE_BY_SIDE if not (stages / f"{name}.safetensors").exists()]
