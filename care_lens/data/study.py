@@ -113,10 +113,6 @@ class Study(ShortRepr):
         if missing:
             raise StudyError(f"seen channels must have examples in the fit split, got none for {missing}")
         attacks = dict.fromkeys([*(c for channels in self.seen.values() for c in channels), self.plain])
-        if self.counterpart is not None and not self.suites.get("fit", {}).get(self.counterpart):
-            raise StudyError(
-                f"counterpart must name a channel of the fit split, got {self.counterpart!r}; name one, or leave it out"
-            )
         if self.counterpart is not None and any(self.counterpart in self.channels(s, harmful=True) for s in SPLITS):
             raise StudyError(
                 f"counterpart must name a benign channel, got {self.counterpart!r}, which is harmful; name another"

@@ -161,9 +161,10 @@ def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> 
     try:
         return fit({split: study.benign(split) for split in ("fit", "validation")})
     except NoRefusalDirection:
-        if study.counterpart is None:
+        alike = {split: study.suites[split].get(study.counterpart or "", ()) for split in ("fit", "validation")}
+        if not all(alike.values()):
             raise
-        return fit({split: study.suites[split][study.counterpart] for split in ("fit", "validation")})
+        return fit(alike)
 
 
 def best_direction(

@@ -228,7 +228,7 @@ class HybridFusion(HookRepair):
             >>> from care_lens.repair import Correction, HybridFusion, Writer
             >>> import torch
             >>> lvlm = organism.load()
-            >>> writer = Writer.towards("blocks.2.hook_resid_post", target=torch.ones(192), source=torch.zeros(192), scope="last")
+            >>> writer = Writer.towards("blocks.2.hook_resid_post", target=torch.ones(160), source=torch.zeros(160), scope="last")
             >>> with HybridFusion(textual=(Correction(writer=writer),)).recording(lvlm) as seen:
             ...     answer = lvlm.generate(lvlm.prepare(organism.examples("plain", "test", n=1)), max_new_tokens=2)
             >>> int((seen.to_dataframe().edit_norm > 0).sum())

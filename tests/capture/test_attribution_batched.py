@@ -145,7 +145,7 @@ def test_scores_find_their_patches_and_strings():
     assert words["x0"].isna().all() and (words["image"] == -1).all()
     assert frame["kept"].sum() == int(scores.kept.sum())
     assert len(frame) == 2 * (9 + 8 + 9)
-    with pytest.raises(KeyError, match="was not scored"):
+    with pytest.raises(KeyError, match="that was scored"):
         scores.at("blocks.7.hook_mlp_out")
     with pytest.raises(ValueError, match="number of patch grids of row 2"):
         scores.patch_map(Site("language", 0, "hook_mlp_out"), 2)

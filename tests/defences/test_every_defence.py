@@ -63,7 +63,7 @@ FITS = {
     ),
     "safesteer": lambda m, k: SafeSteer.fit(m, benign=k["benign"], malicious=k["malicious"], layer=1, prefix="not the"),
     "astra": lambda m, k: ASTRA.fit(
-        m, attacked=k["pictures"], clean=k["clean"], layer=1, patch=16, n_masks=24, target="sorry i", question="what is it",
+        m, attacked=k["pictures"], clean=k["clean"], layer=1, patch=16, n_masks=24, target="okay for", question="what is it",
         answer_tokens=4,
     ),
     "shiftdc": lambda m, k: ShiftDC.fit(

@@ -76,8 +76,6 @@ def test_difference_of_means_and_caa(world_model, kinds, requests):
     of = MeanDifference.of_rows(*rows, site=made.site, alpha=0.5, name="by rows")
     torch.testing.assert_close(of.vector, (rows[0].sum(0) / 3 - rows[1].sum(0) / 5).float())
     assert (of.site, of.alpha, of.scope, of.name) == (made.site, 0.5, "all", "by rows")
-    with pytest.raises(FitError, match="rows of one width"):
-        MeanDifference.of_rows(rows[0], rows[1][:, :7], site=made.site)
     with pytest.raises(FitError, match="must be finite"):
         MeanDifference.of_rows(rows[0], rows[1] * float("nan"), site=made.site)
     caa = CAA.fit(world_model, malicious=kinds["malicious"], refusal="sorry i cannot", layer=1)

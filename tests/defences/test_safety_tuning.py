@@ -95,7 +95,7 @@ def test_adapters_are_the_merged_weights_in_other_families(name):
 
 def test_the_training_leaves_the_model_and_its_loss_falls(world_model, kinds, requests, fitted):
     made, (weights, flags) = fitted
-    assert len(made.losses) == 25 and made.losses[-1] < made.losses[0] - 0.3
+    assert len(made.losses) == 25 and made.losses[-1] < made.losses[0] - 0.2
     assert [p.requires_grad for p in world_model.hf_model.parameters()] == flags
     assert all(p.grad is None for p in world_model.hf_model.parameters())
     after = world_model.hf_model.state_dict()

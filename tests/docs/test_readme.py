@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "README.md"
 def test_the_code_of_the_readme_runs(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "pipeline" not in code
-    few = organism.study().limited(8)
+    few = organism.study().limited(12)
     monkeypatch.setattr(organism, "study", lambda: few)
     monkeypatch.setattr(go.Figure, "show", lambda figure: None)
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """What is no effect: rounding, and positions that no row has."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,8 +34,10 @@ def test_mean_effects_know_judged_outcomes_and_empty_cells():
 
 @pytest.fixture(scope="module")
 def alike(pictured):
-    """Twins that are one and the same, so that every effect is nothing but rounding."""
-    return PairedExamples.from_pairs([(safe, safe) for safe, _ in pictured for _ in range(3)])
+    """Twins with equal texts and pictures, so that every effect is nothing but rounding."""
+    return PairedExamples.from_pairs(
+        [(safe, replace(safe, image=safe.image.copy())) for safe, _ in pictured for _ in range(3)]
+    )
 
 
 def test_twins_that_are_the_same_have_no_effect_anywhere(model, alike, margin):
@@ -55,7 +58,7 @@ def test_rounding_in_a_path_is_not_an_effect(model, pictured, margin, noise, mon
         module._Batch,
         "sent",
         lambda self, sender, position, receivers: (
-            whole(self, sender, position, receivers) * 0 + np.array(self.untouched())[:, None] + noise
+            np.array(whole(self, sender, position, receivers)) * 0 + np.array(self.untouched())[:, None] + noise
         ),
     )
     found = path_effects(model, pictured, outcome=margin, senders=["blocks.0.hook_attn_out"], n_boot=20, progress=False)
