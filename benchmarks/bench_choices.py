@@ -131,7 +131,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO if options.short else logging.WARNING, format="%(message)s", force=True)
     torch.set_num_threads(options.threads)
-    frame = main(options.out, [2] if options.short else [1, 3], [4] if options.short else [1, 4])
+    frame = main(options.out, [6] if options.short else [4, 6], [4] if options.short else [1, 4])
     log.warning("%s", frame.head(20).round(2).to_string(index=False))
     log.warning(
         "%s",

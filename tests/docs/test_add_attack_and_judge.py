@@ -68,7 +68,7 @@ def test_a_repair_is_built_tuned_explained_attached_and_baked_in_fifteen_lines(f
     assert len(lines) <= 15 and not re.search(r"pipeline|\b_\w", first)
     names = run("notebook.md", [first, second])
     told = capsys.readouterr().out
-    assert "care_lens (HybridFusion)" in told and "ConformalGate" in told and "gated (ConformalGate)" in told
+    assert "care_lens (HybridFusion)" in told and "ConformalGate" in told and "weights do not know positions" in told
     baked, model = AutoModelForImageTextToText.from_pretrained(tmp_path / "baked").eval(), names["model"]
     certificate = BakeCertificate.load(tmp_path / "baked")
     assert 0 < certificate.largest_logit_difference < 1e-3 * certificate.largest_logit_change
