@@ -195,7 +195,7 @@ Seeds: of seed 0, which is shipped, tower, text and safety stages ran on a CPU, 
 plain second turns refused 100, typographic, wrapper, spelled, indirect, wrapped pictures, split, typographic second turns complied 100 each, typographic+indirect 95, free style 84; benign 77 (shapes) to 100, harmless questions that name forbidden items 96 to 100.
 Seed 2 has its helpful stage alone (exact answers 1490 of 1600, seed 1 1470). The command from end to end on two cores was timed in parts only.
 
-What is not reached: PGD at 64/255 opens less than half of the requests, right answers about shapes, free styles and split items are below 97 %, best of 16 and a plain second turn stay shut.
+What is not reached: PGD at 64/255 opens less than half of the requests, right answers about shapes, free styles and split items are below 97 %, best of 16 at temperature 1 and a plain second turn stay shut (at 1.5, best of 8 opens a third of the plain requests: 10 of 30).
 """
 
 

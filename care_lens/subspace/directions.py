@@ -101,7 +101,7 @@ def subspace_along(
     """The subspace whose reading directions span those given.
 
     Within their span the pencil ``C_m u = lambda C_b u`` is solved, with the second moment of the malicious rows about the benign mean
-    as C_m, so that columns are in the order of their energy and ``U^T C_b U = I``. The oblique projector writes along ``C_b U``: for a
+    as C_m (their covariance, shrunk, plus the outer product of the difference of the means, as `SafetySubspace.fit` has it), so that columns are in the order of their energy and ``U^T C_b U = I``. The oblique projector writes along ``C_b U``: for a
     classifier's direction that is its activation pattern (Haufe et al. 2014, NeuroImage 87, equation 6), how the activations
     move with what it reads.
 
