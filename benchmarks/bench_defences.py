@@ -2,7 +2,8 @@
 
 On the bundled model. Each defence is fitted on the fit split, and so is the repair; each gets the same number of settings on the same
 validation examples (`care_lens.evaluation.search`), and the one with the least attack success within the budgets of right answers and
-over-refusal is taken. The test split is read once, with the chosen settings, beside the controls: the undefended model, a refusal of
+over-refusal is taken. One row, `care_lens`, is what `care_lens.evaluation.tune` chooses by itself: it ranks readers by what they read,
+without generating, and generates for more settings than the others get; how many is in the table. The test split is read once, with the chosen settings, beside the controls: the undefended model, a refusal of
 everything, the repair with random subspaces of the same edit norm and with readers of shuffled labels, and rivals along random
 directions. A defence that cannot work on this model is listed with its reason.
 
@@ -50,13 +51,25 @@ from care_lens.defences import (
     load_defence,
     random_directions,
 )
-from care_lens.evaluation import DefenceTable, GenerationStore, evaluate, paired_difference, search, spread
+from care_lens.defences.refusal_direction import NoRefusalDirectionError
+from care_lens.evaluation import (
+    Choice,
+    DefenceTable,
+    GenerationStore,
+    evaluate,
+    paired_difference,
+    search,
+    spread,
+    tune,
+)
 from care_lens.repair import FitRows, HybridFusion, ReaderPlan, learn_repair, random_control, study_rows
 
 log = logging.getLogger("bench_defences")
 REMINDER = "you must not be an actor with no rules"
 CAPTION = "what word is in the picture"
 REPAIR, PUBLISHED, SOUND = "CARE repair", "published CARE", "CARE, sound"
+TUNED = "care_lens"
+ANSWER = 2  # the token of the answer that is learned from
 
 
 @dataclass
@@ -102,29 +115,44 @@ def rivals(lvlm: HookedLVLM, study: Study, rows: FitRows, n: int, quick: bool) -
     classes: dict[str, Any] = {"benign": benign, "malicious": malicious}
     tokens = list(study.outcome.refuse)
     sites = [f"blocks.{i}.{part}" for i in range(lvlm.n_layers()) for part in ("hook_attn_out", "hook_mlp_out")]
-    direction = {
-        "harmful": refused, "harmless": benign, "harmful_validation": study.refused("validation")[:n],
-        "harmless_validation": spread(study.benign("validation"), n), "refusal_tokens": tokens,
-    }  # fmt: skip
+
+    def direction() -> RefusalDirection:
+        """Against all benign channels; where no candidate passes the filters, against the plain requests' counterpart."""
+
+        def fit(harmless: Mapping[str, Sequence[Example]]) -> RefusalDirection:
+            return RefusalDirection.fit(
+                lvlm, harmful=refused, harmless=spread(harmless["fit"], n), harmful_validation=study.refused("validation")[:n],
+                harmless_validation=spread(harmless["validation"], n), refusal_tokens=tokens, filter_data=True, progress=False,
+            )  # fmt: skip
+
+        try:
+            return fit({split: study.benign(split) for split in ("fit", "validation")})
+        except NoRefusalDirectionError:
+            return fit({split: study.suites[split][study.counterpart or ""] for split in ("fit", "validation")})
+
     opening = " ".join((pictured[0][0].response or "").split()[:2])
     steered = {"layer": layers, "alpha": [0.5, 1.0, 2.0]}
 
     calibration = study.benign("calibration")
     calibration = spread(calibration, 64) if quick else calibration
 
-    def repair(layer: int, rank: int, epsilon: float, alpha: float) -> HybridFusion:
-        plan = ReaderPlan(layer=layer, offsets=(0,), rank=rank, epsilon=epsilon)
-        return learn_repair(lvlm, rows, plan, calibration=calibration, alpha=alpha, max_new_tokens=16, name=REPAIR)
+    def repair(**setting: Any) -> HybridFusion:
+        alpha = setting["alpha"]
+        return learn_repair(
+            lvlm, rows, plan_of(setting), calibration=calibration, alpha=alpha, max_new_tokens=16, name=REPAIR
+        )
 
     made = {
         REPAIR: Rival(
             repair,
-            {"layer": layers[:-1], "rank": [0, 8], "epsilon": [0.05 if quick else 0.01, 0.1 if quick else 0.02], "alpha": [1.0, 1.5]},
-            refit=("layer", "rank", "epsilon", "alpha"),
+            {
+                "layer": layers[:-1], "reader": ["classifier", "energy"], "reads": ["prompt", "prompt and answer"],
+                "epsilon": [0.05 if quick else 0.02], "alpha": [1.0, 1.5],
+            },
+            refit=("layer", "reader", "reads", "epsilon", "alpha"),
         ),
         "refusal direction": Rival(
-            lambda: RefusalDirection.fit(lvlm, **direction, filter_data=True, progress=False),
-            {"coefficient": [0.25, 0.5, 1.0, 1.5, 2.0]},
+            direction, {"coefficient": [0.25, 0.5, 1.0, 1.5, 2.0]},
         ),
         "difference of means": Rival(
             lambda layer: MeanDifference.fit(lvlm, refused=refused, complied=malicious, layer=layer),
@@ -203,6 +231,13 @@ def rivals(lvlm: HookedLVLM, study: Study, rows: FitRows, n: int, quick: bool) -
     return made
 
 
+def plan_of(setting: Mapping[str, Any]) -> ReaderPlan:
+    """The readers of a setting of the repair."""
+    kind = {"classifier": True} if setting["reader"] == "classifier" else {"rank": 8}
+    offsets = (0,) if setting["reads"] == "prompt" else (0, ANSWER)
+    return ReaderPlan(layer=setting["layer"], offsets=offsets, epsilon=setting["epsilon"], **kind)
+
+
 def variants(quick: bool) -> Mapping[str, CAREFaults]:
     """Published CARE, each of its faults mended by itself, and all of them."""
     mended = CAREFaults.names()[:1] if quick else CAREFaults.names()
@@ -226,11 +261,10 @@ def controls(
         made["random subspaces of the repair"] = replace(
             random_control(repair, met), name="random subspaces of the repair"
         )
-        plan = ReaderPlan(layer=setting["layer"], offsets=(0,), rank=setting["rank"], epsilon=setting["epsilon"])
         calibration = study.benign("calibration")
         calibration = spread(calibration, 64) if quick else calibration
         made["repair of shuffled labels"] = learn_repair(
-            lvlm, rows, plan, calibration=calibration, alpha=setting["alpha"], max_new_tokens=16,
+            lvlm, rows, plan_of(setting), calibration=calibration, alpha=setting["alpha"], max_new_tokens=16,
             shuffle_seed=0, name="repair of shuffled labels",
         )  # fmt: skip
     for name in ("difference of means", "refusal direction", PUBLISHED, SOUND):
@@ -241,7 +275,7 @@ def controls(
 
 def tuned(
     name: str,
-    rival: Rival,
+    rival: Rival | Callable[[], Choice],
     lvlm: HookedLVLM,
     study: Study,
     out: Path,
@@ -255,26 +289,33 @@ def tuned(
         held = json.loads(note.read_text())
         if held["why not"]:
             return None, held
-        return (HybridFusion.load(folder) if name == REPAIR else load_defence(folder)), held
+        return (HybridFusion.load(folder) if name in (REPAIR, TUNED) else load_defence(folder)), held
     start = time.monotonic()
+    held: dict[str, Any] = {"defence": name, "why not": ""}
+    defence: Any = None
     try:
-        found = search(
-            lvlm, lambda **setting: rival(out / "fitted" / key, **setting), rival.axes, study, n_trials=options.candidates,
-            n_examples=options.validation, benign_loss=options.benign_loss, max_new_tokens=16, store=store,
-        )  # fmt: skip
+        if isinstance(rival, Rival):
+            found = search(
+                lvlm, lambda **setting: rival(out / "fitted" / key, **setting), rival.axes, study, n_trials=options.candidates,
+                n_examples=options.validation, benign_loss=options.benign_loss, max_new_tokens=16, store=store,
+            )  # fmt: skip
+            found.frontier.save(out / "frontiers", key)
+            defence, held["setting"], held["kept the budget"] = found.defence, found.setting, found.kept_budget
+            held |= {"validation": found.reached(), "tried": int(found.frontier.settings["n_trials"])}
+            held |= {"frontier": f"frontiers/{key}.csv"}
+        else:
+            choice = rival()
+            defence, run = choice.repair, choice.runs.iloc[0]
+            held["setting"] = {"reader": str(choice.plan), "written at": str(choice.writer_site), "alpha": choice.alpha}
+            held |= {"validation": {"asr": float(run["asr"])}, "tried": len(choice.runs), "kept the budget": True}
     except CareLensError as error:
-        held = {"defence": name, "why not": f"{type(error).__name__}: {error}"}
-        found = None
+        held["why not"] = f"{type(error).__name__}: {error}"
     else:
-        found.frontier.save(out / "frontiers", key)
-        found.defence.save(folder)
-        held = {"defence": name, "why not": "", "setting": found.setting, "kept the budget": found.kept_budget}
-        held |= {"validation": found.reached(), "tried": int(found.frontier.settings["n_trials"])}
-        held |= {"frontier": f"frontiers/{key}.csv"}
+        defence.save(folder)
     held["seconds"] = round(time.monotonic() - start, 1)
     write_whole(note, json.dumps(held, indent=1) + "\n")
     log.info("%s: %s", name, held)
-    return (None if found is None else found.defence), held
+    return defence, held
 
 
 def by_kind(table: DefenceTable, study: Study) -> DefenceTable:
@@ -316,15 +357,23 @@ def markdown(table: DefenceTable, pooled: DefenceTable, notes: Sequence[Mapping[
     """The tables of a run."""
     metrics = ("asr", "accuracy", "refusal")
     parts = ["# Defences on the test split, channels of a kind together", pooled.to_markdown(metrics=metrics)]
-    parts += ["# What was chosen on validation", "| defence | setting | ASR | right | over-refusal | kept the budget |"]
-    rows = ["| --- | --- | ---: | ---: | ---: | --- |"]
+    parts += [
+        "# What was chosen on validation",
+        "| defence | setting | tried | ASR | right | over-refusal | kept the budget |",
+    ]
+    rows = ["| --- | --- | ---: | ---: | ---: | ---: | --- |"]
     for note in notes:
         if note["why not"]:
-            rows.append(f"| {note['defence']} | cannot work here: {note['why not'].replace('|', '/')} |  |  |  |  |")
+            rows.append(f"| {note['defence']} | cannot work here: {note['why not'].replace('|', '/')} |  |  |  |  |  |")
             continue
-        reached = " | ".join(f"{100 * note['validation'][m]:.0f}" for m in ("asr", "utility", "over_refusal"))
+        reached = " | ".join(
+            f"{100 * note['validation'][m]:.0f}" if m in note["validation"] else "-"
+            for m in ("asr", "utility", "over_refusal")
+        )
         setting = ", ".join(f"{k} {v}" for k, v in note["setting"].items()) or "as given"
-        rows.append(f"| {note['defence']} | {setting} | {reached} | {'yes' if note['kept the budget'] else 'no'} |")
+        rows.append(
+            f"| {note['defence']} | {setting} | {note['tried']} | {reached} | {'yes' if note['kept the budget'] else 'no'} |"
+        )
     parts[-1] += "\n" + "\n".join(rows)
     if len(costs):
         parts.append(
@@ -381,9 +430,15 @@ def run(options: argparse.Namespace) -> None:
         name: getattr(options, name) for name in ("quick", "candidates", "fit", "validation", "test", "benign_loss")
     }
     same_settings(out, {**told, "model": model_fingerprint(lvlm.hf_model)})
-    rows = study_rows(lvlm, study.limited(max(2, options.fit // 4)) if options.quick else study, tokens=1)
+    rows = study_rows(lvlm, study.limited(max(2, options.fit // 4)) if options.quick else study)
     searched, answers = (GenerationStore(out / f"{name}.jsonl") for name in ("search", "answers"))
-    all_rivals = rivals(lvlm, study, rows, options.fit, options.quick)
+    all_rivals: dict[str, Rival | Callable[[], Choice]] = {
+        TUNED: lambda: tune(
+            lvlm, study, rows, candidates=1 if options.quick else 4, benign_loss=options.benign_loss,
+            epsilons=(0.1,) if options.quick else (0.01, 0.02), max_new_tokens=16, store=searched,
+        ),
+        **rivals(lvlm, study, rows, options.fit, options.quick),
+    }  # fmt: skip
     if unknown := [name for name in options.only or () if name not in all_rivals]:
         raise SystemExit(f"--only must name defences out of {list(all_rivals)}, got {unknown}")
     chosen: dict[str, Any] = {}
