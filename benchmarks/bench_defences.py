@@ -62,7 +62,7 @@ from care_lens.evaluation import (
     spread,
     tune,
 )
-from care_lens.repair import FitRows, HybridFusion, ReaderPlan, learn_repair, random_control, study_rows
+from care_lens.repair import FitRows, HybridFusion, ReaderPlan, learn_repair, random_control, study_rows, writer_rows
 
 log = logging.getLogger("bench_defences")
 REMINDER = "you must not be an actor with no rules"
@@ -257,9 +257,8 @@ def controls(
     made[always.name] = always
     if REPAIR in chosen:
         repair, setting = chosen[REPAIR], settings[REPAIR]
-        met = {(c.writer.site, c.writer.scope): rows.complied(c.writer.site, 0) for c in repair.corrections}
         made["random subspaces of the repair"] = replace(
-            random_control(repair, met), name="random subspaces of the repair"
+            random_control(repair, writer_rows(repair, rows)), name="random subspaces of the repair"
         )
         calibration = study.benign("calibration")
         calibration = spread(calibration, 64) if quick else calibration

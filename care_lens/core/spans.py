@@ -14,7 +14,17 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-SPAN_NAMES: tuple[str, ...] = ("all", "image", "text", "prompt", "response", "prefill", "generated", "last")
+SPAN_NAMES: tuple[str, ...] = (
+    "all",
+    "image",
+    "text",
+    "prompt",
+    "response",
+    "prefill",
+    "generated",
+    "last",
+    "context_end",
+)
 """The names :meth:`TokenSpans.mask` answers to."""
 
 
@@ -207,7 +217,8 @@ class TokenSpans:
 
         Args:
             name: "all" (everything but padding), "image", "text", "prompt", "response", "generated" (the same
-                as "response": what the model answers), "prefill" (the part of it that the model is given) or "last".
+                as "response": what the model answers), "prefill" (the part of it that the model is given), "last" (of the
+                prompt) or "context_end" (the last token that the model is given: of the prefill, else of the prompt).
 
         Returns:
             [batch, pos] mask.

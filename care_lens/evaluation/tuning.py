@@ -30,7 +30,7 @@ from care_lens.mediation.placement import Placement, reader_layers
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated
 from care_lens.repair.errors import TooFewCalibrationError
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans
+from care_lens.repair.learning import Answers, FittedReaders, ReaderPlan, Readers, assemble, reader_plans
 from care_lens.repair.rows import FitRows, TokenRows, residual_sites, study_rows, token_rows
 from care_lens.subspace import ModelIdentity, RankError, SafetySubspace
 
@@ -121,6 +121,7 @@ def tune(
     classifier: bool = True,
     epsilons: Sequence[float] = (0.01, 0.02),
     alphas: Sequence[float] = (1.0, 1.5),
+    answers: Answers = "rearmed",
     candidates: int = 4,
     benign_loss: float = 0.03,
     max_new_tokens: int = 32,
@@ -147,6 +148,7 @@ def tune(
         classifier: Whether readers fitted as classifiers are tried.
         epsilons: Shares of benign prompts that a gate may touch.
         alphas: Strengths of the writers; beyond 1 they go past their target.
+        answers: "rearmed", or "held" as versions before had it; see :func:`care_lens.repair.assemble`.
         candidates: Reader plans that are run with writers, and runs that are checked on benign prompts.
         benign_loss: Most that the share of right benign answers may fall.
         max_new_tokens: Most tokens of an answer, for calibration, safety and utility alike.
@@ -186,7 +188,9 @@ def tune(
     for row in table[:candidates]:
         for site, alpha in itertools.product(residual_sites(lvlm)[row.plan.layer :], alphas):
             about = {"study": study.name, "plan": str(row.plan)}
-            repair = assemble(row.fitted, rows, row.plan, site, alpha=alpha, name=name, provenance=about)
+            repair = assemble(
+                row.fitted, rows, row.plan, site, alpha=alpha, answers=answers, name=name, provenance=about
+            )
             said = verdicts(attacked, repair)
             asr, refused = share(said, Verdict.COMPLIED), share(said, Verdict.REFUSED)
             runs.append(_Candidate(row, site, alpha, asr, refused, repair))

@@ -4,13 +4,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core.examples import Example
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.outcome import Repair
-from care_lens.core.site import SiteLike
 from care_lens.core.stats import cluster_bootstrap
 from care_lens.data.study import Study
 from care_lens.defences import PublishedCARE
@@ -28,7 +25,7 @@ from care_lens.pipeline.rivals import (
     refusal_direction,
 )
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import ConformalGate, HybridFusion, random_control, read_scores
+from care_lens.repair import ConformalGate, HybridFusion, random_control, read_scores, writer_rows
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +67,7 @@ class Proof:
 
 def random_writers(choice: Choice, rows: FitRows, settings: RunSettings) -> dict[str, HybridFusion]:
     """The chosen repair with random writers of equal rank and edit norm, several draws; norms are matched at the tokens each writer edits."""
-    site = choice.writer_site
-    met: dict[SiteLike | tuple[SiteLike, str], Tensor] = {
-        (site, "generated" if k else "last"): rows.complied(site, k) for k in choice.plan.offsets
-    }
+    met = writer_rows(choice.repair, rows)
     draws = {}
     for seed in range(settings.random_seeds):
         name = RANDOM if seed == 0 else f"{RANDOM} {seed}"

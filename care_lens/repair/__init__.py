@@ -36,7 +36,9 @@ from care_lens.repair.learning import (
     fit_reader_subspace,
     reader_of,
     reader_plans,
+    refusal_reader,
     refusal_writer,
+    writer_rows,
 )
 from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.method import learn_repair
@@ -117,6 +119,7 @@ __all__ = [
     "reader_of",
     "reader_plans",
     "recalibrated",
+    "refusal_reader",
     "refusal_writer",
     "register_kind",
     "residual_sites",
@@ -124,6 +127,7 @@ __all__ = [
     "shuffled_labels",
     "study_rows",
     "token_rows",
+    "writer_rows",
 ]
 
 # explain says itself what it cannot explain: hooks that are functions, or the model in the repair's place.

@@ -16,13 +16,14 @@ from torch import Tensor
 from care_lens.core.site import Site, SiteLike
 from care_lens.repair.correction import Correction
 from care_lens.repair.fusion import HybridFusion
+from care_lens.repair.positions import Positions
 from care_lens.repair.writer import Writer
 from care_lens.subspace import random_isometry
 
 
 def random_control(
     fusion: HybridFusion,
-    activations: Mapping[SiteLike | tuple[SiteLike, str], Float[Tensor, "n d"]],
+    activations: Mapping[SiteLike | tuple[SiteLike, Positions], Float[Tensor, "n d"]],
     *,
     seed: int = 0,
 ) -> HybridFusion:
@@ -68,7 +69,10 @@ def random_control(
 
 
 def _random_writer(writer: Writer, rows: Mapping[tuple[Site, object], Tensor], generator: torch.Generator) -> Writer:
-    here = rows.get((writer.site, writer.scope), rows.get((writer.site, None)))
+    scopes = [writer.scope, None]
+    if writer.scope == "context_end":  # without a begun answer it is the last prompt token
+        scopes.insert(1, "last")
+    here = next((rows[writer.site, scope] for scope in scopes if (writer.site, scope) in rows), None)
     if here is None:
         known = [str(site) if scope is None else f"{site} {scope}" for site, scope in rows]
         raise ValueError(f"activations must hold the site {writer.site} (scope {writer.scope}), got {known}")

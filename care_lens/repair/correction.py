@@ -9,7 +9,7 @@ from care_lens.repair.checks import require_flag, require_text
 from care_lens.repair.errors import RepairError
 from care_lens.repair.gate import AlwaysOpen, Gate
 from care_lens.repair.kinds import register_kind
-from care_lens.repair.positions import Positions
+from care_lens.repair.positions import Positions, includes_generated
 from care_lens.repair.reader import Reader, SiteReader
 from care_lens.repair.schedule import Schedule
 from care_lens.repair.writer import Writer
@@ -26,7 +26,8 @@ class Correction(ShortRepr):
     g is decided for each row at prefill, from activations before this repair's edits at the reader's own site
     (edits below it are seen), and holds for the row from then on; generated tokens that the reader reads can
     open it further. With ``pulse`` it acts only where it opens, once: a correction whose edit does not take is not repeated,
-    so give readings that should act independently corrections of their own.
+    so give readings that should act independently corrections of their own. With ``unless`` it acts again and again, but not while a
+    refusal is under way.
 
     Attributes:
         writer: What is done.
@@ -35,8 +36,12 @@ class Correction(ShortRepr):
         gate: How far the writer acts on the reader's score.
         modality: "visual" or "textual" if it was fitted for one, else None.
         pulse: Write only where the gate opens: on the prompt if the prompt opens it, else on the one generated token
-            that does, so that what the model says after the edit is left to it. False: from there on.
+            that does, so that what the model says after the edit is left to it; in a begun answer (a prefill) also at the last
+            token given, which no edit before it can spend. False: from there on.
         schedule: How strongly it acts at each token of the answer; None: the same at every token.
+        unless: At a token of the answer that this reader scores above 0 by itself (not by the largest so far) nothing is written; it
+            re-arms there. A reader of refusals (:func:`~care_lens.repair.refusal_reader`) leaves a refusal under way alone. It is no part
+            of the gate's score. None: nothing is spared.
         name: A label.
 
     Raises:
@@ -49,6 +54,7 @@ class Correction(ShortRepr):
     modality: Modality | None = None
     pulse: bool = False
     schedule: Schedule | None = None
+    unless: SiteReader | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -63,6 +69,12 @@ class Correction(ShortRepr):
         require_flag(self.pulse, name="pulse")
         if self.schedule is not None and not callable(self.schedule):
             raise RepairError(f"schedule must be a function of the step or None, got a {type(self.schedule).__name__}")
+        if self.unless is not None and not isinstance(self.unless, SiteReader):
+            raise RepairError(f"unless must be a reader of one site or None, got a {type(self.unless).__name__}")
+        if self.unless is not None and not includes_generated(self.unless.positions):
+            raise RepairError(
+                f"unless must read the tokens of the answer, got a reader of {self.unless.positions!r}; give it positions='generated'"
+            )
         require_text(self.name, name="name")
         if self.reader is None and not isinstance(self.gate, AlwaysOpen):
             raise RepairError(f"reader must be given for a {type(self.gate).__name__}, got None; it needs a score")
@@ -78,7 +90,8 @@ class Correction(ShortRepr):
     @property
     def leaves(self) -> tuple[SiteReader, ...]:
         """The readers of single sites it depends on."""
-        return () if self.reader is None else self.reader.leaves
+        reads = () if self.reader is None else self.reader.leaves
+        return reads if self.unless is None or self.unless in reads else (*reads, self.unless)
 
     @property
     def sites(self) -> tuple[Site, ...]:

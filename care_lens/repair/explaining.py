@@ -196,6 +196,9 @@ def fusion_plan(
             counted.update(leaves)
             within = (("image",) if side == "visual" else ("text",)) if rule == "modality" else ()
             note = "acts once, where the gate opens (pulse)" if correction.pulse else ""
+            spared = (
+                "" if correction.unless is None else f"spares what {type(correction.unless).__name__} reads as refusal"
+            )
             made.append(
                 PlanPart(
                     name=f"{side}[{i}]",
@@ -218,7 +221,7 @@ def fusion_plan(
                     fusion=f"parallel, weight {weights[side == 'textual']:g}" if rule == "parallel" else rule,
                     weighting=weighting if rule == "adaptive" else "",
                     multiply_adds=cost + sum(map(_reading_cost, leaves)),
-                    note="; ".join(filter(None, (note, _steps(gate), correction.name))),
+                    note="; ".join(filter(None, (note, spared, _steps(gate), correction.name))),
                 )
             )
     return made

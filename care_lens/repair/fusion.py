@@ -246,7 +246,7 @@ class HybridFusion(HookRepair):
         return [view.guard(), *((str(site), self._hook(site, view, readings, keep)) for site in self.sites)]
 
     def _hook(self, site: Site, view: BatchView, readings: Readings, keep: Keep | None) -> Any:
-        leaves = tuple(dict.fromkeys(leaf for r in self.readers for leaf in r.leaves if leaf.site == site))
+        leaves = tuple(dict.fromkeys(leaf for c in self.corrections for leaf in c.leaves if leaf.site == site))
         visual = tuple(c for c in self.visual if c.writer.site == site)
         textual = tuple(c for c in self.textual if c.writer.site == site)
         own = ("image", "text") if self.rule == "modality" else ("all", "all")
@@ -297,6 +297,10 @@ class HybridFusion(HookRepair):
             if correction.pulse:
                 opened = opened - openness(correction.gate, readings.score_before(correction.reader))
             acting = acting * opened.to(acting)
+        if correction.unless is not None:
+            spared = readings.own(correction.unless).to(acting.device) > 0
+            answer = view.mask("response", prefill=prefill).to(acting.device)
+            acting = acting.masked_fill(spared & answer, 0.0)
         if correction.schedule is None or step is None:
             return GatedWriter(correction.writer, acting)
         strength = strength_at(correction.schedule, step).to(acting)

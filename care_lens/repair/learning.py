@@ -15,21 +15,28 @@ C_m u = lambda C_b u is that of `SafetySubspace.fit`; readers and writers apart,
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
 
 from care_lens.core.display import ShortRepr
-from care_lens.core.site import Site
+from care_lens.core.site import Site, SiteLike
 from care_lens.repair.calibrating import captured_scores
 from care_lens.repair.controls import shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import RepairError
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import ConformalGate
-from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, SiteReader
+from care_lens.repair.positions import Positions, includes_generated
+from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
 from care_lens.repair.rows import FitRows, TokenRows
 from care_lens.repair.writer import Writer
 from care_lens.subspace import Modality, SafetySubspace, classifier_direction, subspace_along
+
+Answers: TypeAlias = Literal["rearmed", "held"]
+"""How a learned repair acts on the answer: see :func:`assemble`."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ def reader_of(subspace: SafetySubspace, *, offset: int, rank: int) -> SiteReader
     return kind.from_subspace(subspace, positions="generated" if offset else "last")
 
 
-def refusal_writer(rows: FitRows, site: Site, *, offset: int, alpha: float = 1.0) -> Writer:
+def refusal_writer(rows: FitRows, site: Site, *, offset: int, alpha: float = 1.0, answers: Answers = "held") -> Writer:
     """Moves a token to where the model stands before a refusal, along the line from where it stands when it complies.
 
     Args:
@@ -205,20 +212,103 @@ def refusal_writer(rows: FitRows, site: Site, *, offset: int, alpha: float = 1.0
         site: Where to write; one of the rows' sites.
         offset: 0: written at the last prompt token; else at a generated one, from the malicious mean at that offset.
         alpha: Strength; beyond 1 it goes past the refusal mean, without a warning here.
+        answers: "rearmed": offset 0 is written at the last token that the model is given, of the prompt or of a begun answer; another
+            offset along the lines from the malicious means at all answer tokens of the rows, since it may have to write at any of them.
 
     Raises:
         RepairError: If the rows have no such site or offset, or the two means are the same.
     """
     _require_part(rows, site, None, offset)
+    _require_answers(answers)
+    rearmed = answers == "rearmed"
+    source = _answer_means(rows, site) if rearmed and offset else rows.complied(site, offset).mean(0)
+    prompt = "context_end" if rearmed else "last"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a strength beyond 1 is tried on validation, and reported
         return Writer.towards(
             site,
             target=rows.refused.at(site, 0).mean(0),
-            source=rows.complied(site, offset).mean(0),
+            source=source,
             alpha=alpha,
-            scope="generated" if offset else "last",
+            scope="generated" if offset else prompt,
         )
+
+
+def refusal_reader(rows: FitRows, site: Site) -> LinearReader | None:
+    """Tells the tokens of a refusal from all other tokens of answers: above 0 by itself means that a refusal is under way.
+
+    It is a linear classifier of refusal tokens against those of benign answers and of complied attacks. 0 lies halfway between what 99 % of the
+    one are above and 99 % of the other below; where these overlap, at the latter, since to write into a refusal costs less than to spare
+    an answer that complies.
+
+    Args:
+        rows: What to learn from.
+        site: One of the rows' sites.
+
+    Returns:
+        The reader, for :attr:`Correction.unless <care_lens.repair.Correction>`; None if the rows hold no tokens of refusals or answers.
+
+    Raises:
+        RepairError: If the rows have no such site.
+    """
+    _require_part(rows, site, None, 0)
+    kept: dict[Site, LinearReader | None] = rows.__dict__.setdefault("_refusing", {})
+    if site not in kept:
+        kept[site] = _fitted_refusal_reader(rows, site)
+    return kept[site]
+
+
+def _fitted_refusal_reader(rows: FitRows, site: Site) -> LinearReader | None:
+    refusals = _answer_tokens(rows.refused, site)
+    others = torch.cat([_answer_tokens(held, site) for held in (rows.benign, *rows.malicious.values())])
+    if len(refusals) < 2 or len(others) < 2:
+        return None
+    reader = LinearReader(
+        site=site,
+        direction=classifier_direction(others, refusals).to(others.dtype),
+        centre=others.mean(0),
+        positions="generated",
+    )
+    below, above = (reader.tokens(tokens[None])[0].double() for tokens in (others, refusals))
+    most, least = float(below.quantile(0.99)), float(above.quantile(0.01))
+    unit = float(above.mean() - below.mean()) / 2
+    if not unit > 0:
+        return None
+    return replace(reader, location=max(most, (most + least) / 2), scale=unit)
+
+
+def _answer_tokens(held: TokenRows, site: Site) -> Tensor:
+    return held.rows[site][:, 1:][held.valid[:, 1:]]
+
+
+def _answer_means(rows: FitRows, site: Site) -> Tensor:
+    """[token, d] the malicious mean at every answer token that was captured."""
+    held = (rows.complied(site, k) for k in range(1, rows.tokens + 1))
+    return torch.stack([tokens.mean(0) for tokens in held if len(tokens)])
+
+
+def writer_rows(repair: HybridFusion, rows: FitRows) -> dict[SiteLike | tuple[SiteLike, Positions], Tensor]:
+    """Activations at the tokens that each writer of a learned repair edits, for :func:`~care_lens.repair.random_control`.
+
+    Args:
+        repair: Learned from the rows.
+        rows: The rows.
+
+    Returns:
+        By site and scope [n, d]: last prompt tokens of attacks, or all tokens of their answers where the writer edits generated tokens.
+
+    Raises:
+        RepairError: If the rows have no such site.
+    """
+    made: dict[SiteLike | tuple[SiteLike, Positions], Tensor] = {}
+    for writer in (c.writer for c in repair.corrections):
+        _require_part(rows, writer.site, None, 0)
+        if includes_generated(writer.scope):
+            sides = [_answer_tokens(held, writer.site) for held in rows.malicious.values()]
+            made[writer.site, writer.scope] = torch.cat(sides)
+        else:
+            made[writer.site, writer.scope] = rows.complied(writer.site, 0)
+    return made
 
 
 class Readers:
@@ -278,12 +368,16 @@ def assemble(
     site: Site | None = None,
     *,
     alpha: float = 1.0,
+    answers: Answers = "rearmed",
     name: str = "care_lens",
     provenance: Mapping[str, Any] | None = None,
 ) -> HybridFusion:
     """The repair: each modality's reader gates the refusal writers; the adaptive rule shares them between modalities.
 
-    A correction of the prompt acts once; one of the answer acts from the token on that opens its gate.
+    A correction of the prompt acts once, at the last token that the model is given. With ``answers="rearmed"`` a correction of the answer
+    stands behind it: once prompt or answer have opened the gate, it writes at every token of the answer at which no refusal is under way
+    (:func:`refusal_reader`). So it writes once, leaves the refusal that follows alone, and writes again if the answer turns: an edit cannot be
+    spent on a begun answer, a forced opening or a forbidden word, and nothing is repeated for ever.
 
     Args:
         fitted: The plan's readers and gate.
@@ -291,23 +385,45 @@ def assemble(
         plan: The plan.
         site: Where to write; None: where the readers look.
         alpha: Strength of the writers.
+        answers: "rearmed"; or "held", as versions before had it: the prompt is written at its last token, whatever of the answer is given
+            after it, and the answer from the token on that opens the gate of its own readers, at every token (a refusal is then often one
+            word repeated). Without answer tokens in the rows a plan of the prompt alone has no correction of the answer.
         name: Row of a defence table.
         provenance: What it came from, JSON-able.
+
+    Raises:
+        RepairError: If the rows lack what the plan asks for, or ``answers`` is not known.
     """
-    site = Site("language", plan.layer, "hook_resid_post") if site is None else site
-    writers = {offset: refusal_writer(rows, site, offset=offset, alpha=alpha) for offset in plan.offsets}
+    _require_answers(answers)
+    read_at = Site("language", plan.layer, "hook_resid_post")
+    site = read_at if site is None else site
+    rearmed = answers == "rearmed"
+    offsets = plan.offsets
+    if rearmed:  # one correction watches the answer for all readers, for those of the prompt too
+        answer = max(offsets) or min(1, rows.tokens)
+        offsets = tuple(dict.fromkeys((min(offsets), answer)))
+    writers = {offset: refusal_writer(rows, site, offset=offset, alpha=alpha, answers=answers) for offset in offsets}
+    unless = refusal_reader(rows, read_at) if rearmed else None
+
+    def watching(modality: Modality, offset: int) -> Reader:
+        own = [fitted.readers[modality, k] for k in plan.offsets]
+        if offset == 0 or not rearmed:
+            return fitted.readers[modality, offset]
+        return own[0] if len(own) == 1 else MaxReader(readers=tuple(own))
+
     made: dict[Modality, tuple[Correction, ...]] = {
         modality: tuple(
             Correction(
                 writer=writers[offset],
-                reader=fitted.readers[modality, offset],
+                reader=watching(modality, offset),
                 gate=fitted.gate,
                 modality=modality,
                 # On the answer it goes on acting: an edit spent on one token is undone by forcing another opening after it.
                 pulse=offset == 0,
+                unless=unless if offset else None,
                 name=f"{modality}, {'prompt' if offset == 0 else 'answer'}",
             )
-            for offset in plan.offsets
+            for offset in offsets
         )
         for modality in rows.modalities
     }
@@ -318,6 +434,11 @@ def assemble(
         name=name,
         provenance=dict(provenance or {}),
     )
+
+
+def _require_answers(answers: Any) -> None:
+    if answers not in get_args(Answers):
+        raise RepairError(f"answers must be one of {list(get_args(Answers))}, got {answers!r}")
 
 
 def _require_part(rows: FitRows, site: Site, modality: Modality | None, offset: int) -> None:

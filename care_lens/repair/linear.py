@@ -113,6 +113,8 @@ def _why_not(correction: Correction, *, rule: str, scope: Positions, both: bool)
         return "it acts only on the token at which its gate opens (pulse)"
     if correction.reader is not None and not isinstance(correction.gate, AlwaysOpen):
         return f"it is gated ({type(correction.gate).__name__}): it opens on what is read, and weights do not read"
+    if correction.unless is not None:
+        return f"it spares tokens on what is read ({type(correction.unless).__name__}), and weights do not read"
     if rule == "joint" and both:
         return "the rule 'joint' sends each token to the target of its own modality, and weights do not know which a token is"
     if rule == "adaptive" and both:

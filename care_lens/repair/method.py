@@ -20,7 +20,7 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.repair.calibrating import halves, recalibrated
 from care_lens.repair.errors import RepairError
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.learning import ReaderPlan, Readers, assemble
+from care_lens.repair.learning import Answers, ReaderPlan, Readers, assemble
 from care_lens.repair.rows import FitRows, study_rows, token_rows
 from care_lens.subspace import ModelIdentity
 
@@ -33,6 +33,7 @@ def learn_repair(
     calibration: Sequence[Example] | None = None,
     site: SiteLike | None = None,
     alpha: float = 1.0,
+    answers: Answers = "rearmed",
     answer_tokens: int = 6,
     batch_size: int = 32,
     max_new_tokens: int = 32,
@@ -52,6 +53,7 @@ def learn_repair(
             gate; None: those of the study.
         site: Where to write, at or above the readers; None: where they look.
         alpha: Strength of the writers; 1 moves a token to where the model stands before a refusal, along one line.
+        answers: "rearmed", or "held" as versions before had it; see :func:`~care_lens.repair.assemble`.
         answer_tokens: Of a study's answers so many tokens are read: what a reader of the answer must not react to is learned from all of
             them.
         batch_size: Examples at a time.
@@ -86,6 +88,7 @@ def learn_repair(
         plan,
         None if site is None else Site.parse(site),
         alpha=alpha,
+        answers=answers,
         name=name,
         provenance={**about, "plan": str(plan), **(provenance or {})},
     )

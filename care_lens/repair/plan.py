@@ -11,7 +11,7 @@ from care_lens.core.display import as_html, cut, listed, one_line
 from care_lens.core.site import Site
 from care_lens.repair.positions import Positions, includes_generated
 
-_PROMPT = frozenset({"all", "image", "text", "prompt", "last"})
+_PROMPT = frozenset({"all", "image", "text", "prompt", "last", "context_end"})
 _MOST_GROUPS, _MOST_LINES = 6, 25
 
 

@@ -2,7 +2,7 @@
 
 Positions are named as in :class:`~care_lens.core.spans.TokenSpans`: "all" (everything but padding), "image",
 "text" (the template and generated tokens included), "prompt", "response" or "generated", "last" (the last
-PROMPT token); a tuple of names means their union. During generation with a key-value cache the prompt's spans
+PROMPT token), "context_end" (the last token that is given: the last of a begun answer, else of the prompt); a tuple of names means their union. During generation with a key-value cache the prompt's spans
 hold at prefill; every new token is text and generated, and is neither image, nor prompt, nor last.
 """
 

@@ -33,6 +33,7 @@ class Readings:
         self._now: dict[SiteReader, Tensor] = {}
         self._latest: dict[SiteReader, Tensor] = {}
         self._before: dict[SiteReader, Tensor] = {}
+        self._own: dict[SiteReader, Tensor] = {}
 
     def update(self, leaf: SiteReader, activation: Float[Tensor, "batch pos d"]) -> None:
         """Read an activation: the whole batch, which starts afresh, or one generated token a row.
@@ -52,11 +53,13 @@ class Readings:
             prompt = pool(tokens, mask & ~answered, leaf.pooling)
             running = tokens.masked_fill(~(mask & answered), -torch.inf).cummax(dim=1).values
             now = torch.maximum(prompt[:, None], running)
-            before = now.roll(1, dims=1).masked_fill(~answered, -torch.inf)
+            # At the last token that was given nothing counts as having been open before: what is given cannot spend a pulse.
+            fresh = ~answered | self._view.mask("context_end", prefill=True).to(tokens.device)
+            before = now.roll(1, dims=1).masked_fill(fresh, -torch.inf)
         else:
             before = self._latest[leaf][:, None]
             now = torch.maximum(before, tokens.masked_fill(~mask, -torch.inf))
-        self._now[leaf], self._latest[leaf], self._before[leaf] = now, now[:, -1], before
+        self._now[leaf], self._latest[leaf], self._before[leaf], self._own[leaf] = now, now[:, -1], before, tokens
 
     def latest(self, leaf: SiteReader) -> Float[Tensor, "batch pos"]:
         """The score of one leaf as it stands at each position of the forward pass under way."""
@@ -67,8 +70,12 @@ class Readings:
         return reader.combine(_together(self._now))
 
     def score_before(self, reader: Reader) -> Float[Tensor, "batch pos"]:
-        """The score as it stood one token earlier; -inf in the prompt, which is read as a whole."""
+        """The score as it stood one token earlier; -inf in the prompt, which is read as a whole, and at the last token given."""
         return reader.combine(_together(self._before))
+
+    def own(self, leaf: SiteReader) -> Float[Tensor, "batch pos"]:
+        """The score of each token by itself, wherever the leaf looks."""
+        return self._own[leaf]
 
 
 @overload

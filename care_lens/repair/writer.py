@@ -22,6 +22,7 @@ from care_lens.repair.reader import fitted_site
 from care_lens.subspace import SafetySubspace
 from care_lens.subspace.affine import along, working_dtype
 
+_SAME_LINE = 1e-4
 _DUALITY_TOLERANCE = 1e-2
 
 
@@ -151,16 +152,18 @@ class Writer(PlacedTensors):
         site: SiteLike,
         *,
         target: Float[Tensor, "d"],
-        source: Float[Tensor, "d"],
+        source: Float[Tensor, "d"] | Float[Tensor, "k d"],
         alpha: float = 1.0,
         scope: Positions = "all",
     ) -> "Writer":
-        """Move the one coordinate along ``target - source`` to the target's: rank 1, orthogonal.
+        """Move the coordinate along ``target - source`` to the target's: rank 1, orthogonal. Of several sources, the coordinates along
+        all these lines: rank at most k.
 
         Args:
             site: Where to write.
             target: [d] mean activation to go to, e.g. over requests that were refused.
-            source: [d] mean activation to come from, e.g. over requests that were complied with.
+            source: [d] mean activation to come from, e.g. over requests that were complied with; or [k, d], one for each token of the
+                answer. Lines that are the same but for one part in 10^4 of the longest count once.
             alpha: Strength.
             scope: Which tokens are edited.
 
@@ -172,8 +175,11 @@ class Writer(PlacedTensors):
         """
         site = Site.parse(site)
         require_tensor(target, name="target", shape=(None,), where=site)
-        require_tensor(source, name="source", shape=(len(target),), where=site)
         _warn_beyond(alpha)
+        if isinstance(source, Tensor) and source.ndim == 2:
+            require_tensor(source, name="source", shape=(None, len(target)), where=site)
+            return cls._towards_several(site, target, source, alpha, scope)
+        require_tensor(source, name="source", shape=(len(target),), where=site)
         difference = target.double() - source.double()
         norm = difference.norm()
         if not norm > 0:
@@ -182,6 +188,20 @@ class Writer(PlacedTensors):
             )
         direction = (difference / norm).to(target.dtype)[:, None]
         return cls(site=site, write=direction, left=direction, target=target, alpha=alpha, scope=scope)
+
+    @classmethod
+    def _towards_several(cls, site: Site, target: Tensor, sources: Tensor, alpha: float, scope: Positions) -> "Writer":
+        lines, lengths, _ = torch.linalg.svd((target.double() - sources.double()).T, full_matrices=False)
+        kept = lengths > _SAME_LINE * lengths.max()
+        if not len(lengths) or not float(lengths.max()) > 0:
+            raise RepairError(
+                "target and source must differ, got the same activation; there is no direction between them"
+            )
+        # The sign of a singular vector is arbitrary: each points from the sources to the target.
+        lines = lines[:, kept]
+        towards = lines.T @ (target.double() - sources.double().mean(0))
+        lines = (lines * torch.where(towards < 0, -1.0, 1.0)).to(target.dtype)
+        return cls(site=site, write=lines, left=lines, target=target, alpha=alpha, scope=scope)
 
 
 def _warn_beyond(alpha: float) -> None:

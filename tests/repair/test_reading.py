@@ -27,6 +27,7 @@ def answered(inputs, new_tokens):
         padding=grown(inputs.spans.padding, False),
         response=grown(inputs.spans.response, True),
         grids=inputs.spans.grids,
+        prefill=grown(inputs.spans.prefill, False),
     )
     ids = torch.cat([inputs.input_ids, new_tokens], dim=1)
     return LVLMInputs(ids, grown(inputs.attention_mask, 1), inputs.pixel_values, spans, inputs.extra)
