@@ -40,6 +40,7 @@ from care_lens.repair.learning import (
 )
 from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.method import learn_repair
+from care_lens.repair.opening import Gated, Watch, opens, which_open
 from care_lens.repair.plan import PlanPart, RepairPlan
 from care_lens.repair.positions import Positions
 from care_lens.repair.printed import printed_form, printed_subspaces
@@ -69,6 +70,7 @@ __all__ = [
     "FitRows",
     "FittedReaders",
     "Gate",
+    "Gated",
     "HookPair",
     "HookRepair",
     "HybridFusion",
@@ -95,6 +97,7 @@ __all__ = [
     "TokenRows",
     "TooFewCalibration",
     "TooFewCalibrationError",
+    "Watch",
     "WeightedReader",
     "Writer",
     "assemble",
@@ -110,6 +113,7 @@ __all__ = [
     "linear_part",
     "load_repair",
     "modality_detector",
+    "opens",
     "printed_form",
     "printed_subspaces",
     "random_control",
@@ -124,6 +128,7 @@ __all__ = [
     "shuffled_labels",
     "study_rows",
     "token_rows",
+    "which_open",
 ]
 
 # explain says itself what it cannot explain: hooks that are functions, or the model in the repair's place.
