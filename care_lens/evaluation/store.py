@@ -18,8 +18,9 @@ import pandas as pd
 from care_lens.core.conversation import PICTURE, Role, Turn
 from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
-from care_lens.core.identity import digest, example_fingerprint
+from care_lens.core.identity import digest, example_fingerprint, repair_fingerprint
 from care_lens.core.journal import Journal, Row
+from care_lens.core.outcome import Repair
 
 Key = tuple[str, str, str, int, str, str]
 
@@ -144,6 +145,26 @@ class GenerationStore:
     def touched(self, defence: str, answer: StoredAnswer) -> bool | None:
         """What :meth:`note_touched` was told; None: nothing."""
         return self._touched.get((defence, answer.settings, answer.example, answer.seed))
+
+    def opened_for(self, defence: Repair, examples: Sequence[Example], undefended: str) -> list[bool | None]:
+        """Whether a gated defence touches each example, as far as its gates were read beside undefended answers in this process.
+
+        Args:
+            defence: The defence.
+            examples: The examples.
+            undefended: Name under which the undefended answers were stored.
+
+        Returns:
+            One for each example; None where it is not known, or not the same of several answers.
+        """
+        name = repair_fingerprint(defence)
+        held: dict[str, set[bool]] = {}
+        settings = {key[4] for key in self._answers if key[0] == undefended}
+        for (digest_, under, example, _), touched in self._touched.items():
+            if digest_ == name and under in settings:
+                held.setdefault(example, set()).add(touched)
+        found = [held.get(example_fingerprint(example), set()) for example in examples]
+        return [next(iter(one)) if len(one) == 1 else None for one in found]
 
     def refresh(self) -> None:
         """Take over what other stores on the same file have written since."""

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from care_lens import organism
 from care_lens.core import Example, Site
 from care_lens.core.identity import repair_fingerprint
 from care_lens.defences import CAST, HiddenDetect
-from care_lens.evaluation import GenerationStore, evaluate, generate_all
+from care_lens.evaluation import GenerationStore, evaluate, generate_all, next_token_kl
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair import (
     AlwaysOpen,
@@ -156,7 +157,7 @@ def test_one_undefended_generation_reads_the_gates_of_all_candidates(world, aske
 def test_the_table_is_that_of_full_runs(world, asked, generated, monkeypatch):
     repair, opened = gated(world, asked, KINDS["prompt and answer"][0], 0.4)
     suites = {"attacks": [e for e in asked if e.harmful], "benign": [e for e in asked if not e.harmful]}
-    options = {"judge": organism.study().judge, "max_new_tokens": TOKENS, "n_boot": 20, "progress": False}
+    options = {"judge": organism.OrganismJudge(), "max_new_tokens": TOKENS, "n_boot": 20, "progress": False}
     generated.update(plain=0, defended=0)
     found = evaluate(world, suites, {"gated": repair, "none": None}, **options)
     assert generated == {"plain": len(asked), "defended": int(opened.sum())}
@@ -164,7 +165,9 @@ def test_the_table_is_that_of_full_runs(world, asked, generated, monkeypatch):
         patch.setattr(HybridFusion, "watch", lambda self, lvlm, inputs: None)
         full = evaluate(world, suites, {"gated": repair, "none": None}, **options)
     assert generated == {"plain": 2 * len(asked), "defended": int(opened.sum()) + len(asked)}
-    assert found.trials.equals(full.trials) and found.frame.equals(full.frame)
+    pd.testing.assert_frame_equal(found.trials, full.trials, rtol=1e-3, atol=1e-6)
+    kl = found.trials[found.trials["metric"] == "kl_answer"]
+    assert set(kl["id"][kl["value"] > 0]) <= {e.id for e, touched in zip(asked, opened, strict=True) if touched}
 
 
 def test_rival_gates_are_read_too(world, asked, plain, generated):
@@ -272,6 +275,27 @@ def test_a_gate_that_is_noise_after_the_end_of_an_answer_does_not_count(world, a
     assert opens(repair, world, inputs, [a.token_ids for a in plain]).tolist() == opened.tolist()
     with pytest.raises(RepairError, match="one for each"):
         opens(repair, world, inputs, [[1, 2]])
+
+
+def test_divergence_is_measured_of_what_a_gate_opens_for_alone(world, asked, plain, monkeypatch):
+    """Prompts and answers on which the gate stays closed diverge by exactly nothing, and are not run again."""
+    repair, opened = gated(world, asked, KINDS["prompt and answer"][0], 0.4)
+    texts = [a.response for a in plain]
+    rows: list[int] = []
+    run = HookedLVLM.run_with_hooks
+
+    def counting(self, inputs, **options):
+        rows.append(inputs.batch_size if self.acting() else 0)
+        return run(self, inputs, **options)
+
+    monkeypatch.setattr(HookedLVLM, "run_with_hooks", counting)
+    found = next_token_kl(world, asked, texts, repairs={"d": repair}, batch_size=9, progress=False)["d"]
+    touched, rows[:] = sum(rows), []
+    monkeypatch.setattr(HybridFusion, "watch", lambda self, lvlm, inputs: None)
+    full = next_token_kl(world, asked, texts, repairs={"d": repair}, batch_size=9, progress=False)["d"]
+    assert sum(rows) == len(asked) and int(opened.sum()) <= touched < len(asked)
+    torch.testing.assert_close(found, full, rtol=1e-3, atol=1e-6)
+    assert 0 < int((full[:, 1] > 0).sum()) <= touched and bool((found[full == 0] == 0).all())
 
 
 def test_the_same_request_in_another_channel_has_the_same_undefended_answer(world):
