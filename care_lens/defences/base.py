@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ from care_lens.core.site import Site, SiteLike
 from care_lens.defences.stored import FitError, StoredDefence, WrongModelError, require_examples
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.base import HookPair, HookRepair
+from care_lens.repair.opening import Watch
 from care_lens.repair.placed import compute_dtype
 from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import BatchView, Positions
@@ -130,6 +131,28 @@ class HookDefence(StoredDefence, HookRepair):
     A subclass is a frozen dataclass that says in ``widths`` which sites it is about and in ``edits`` what it does. With
     ``alpha`` 0 it has no hooks, so that the model is the undefended one to the bit.
     """
+
+    gated: ClassVar[bool] = False
+    """Whether it leaves requests on which its gate stays closed as they are, to the bit, in one pass over a whole conversation as when it
+    generates; evaluation then generates again only those that it touches (:mod:`care_lens.repair.opening`)."""
+
+    def watch(self, lvlm: HookedLVLM, inputs: LVLMInputs) -> Watch | None:
+        """Its hooks for a batch, looking on beside the undefended model: which rows it would touch.
+
+        Args:
+            lvlm: The model, without the defence on it.
+            inputs: The batch.
+
+        Returns:
+            The watch; None of a defence that is not ``gated``.
+
+        Raises:
+            ValueError: If it cannot work on the model.
+        """
+        if not self.gated or type(self).on is not HookDefence.on:
+            return None
+        self.check(lvlm)
+        return Watch(self.fwd_hooks(inputs, lvlm), inputs)
 
     def widths(self) -> Mapping[Site, int]:
         """The sites it reads and writes, and how wide each must be; none by default."""

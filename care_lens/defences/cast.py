@@ -11,6 +11,7 @@ The published code decides by row 0 of a batch for all of its rows; here each ro
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -70,6 +71,8 @@ class CAST(HookDefence):
     Raises:
         ValueError: If a steered block comes before the condition's.
     """
+
+    gated: ClassVar[bool] = True
 
     condition: Float[Tensor, "d"]
     condition_layer: int

@@ -13,7 +13,7 @@ Of the published method this is the detector; what to do on detection is ours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -75,6 +75,8 @@ class HiddenDetect(HookDefence):
         width: d of the model.
         name: Row of a defence table.
     """
+
+    gated: ClassVar[bool] = True
 
     layers: tuple[int, int]
     refusal_tokens: tuple[int, ...]

@@ -36,8 +36,9 @@ def tune_defence(
 ) -> tuple[Repair, dict[str, float | int]]:
     """The candidate with the lowest attack success among those that keep benign accuracy.
 
-    Where no candidate keeps it, the one with the largest sum of attacks stopped and benign prompts answered rightly. A candidate that
-    loses more than `HOPELESS` of `SCREENED` benign prompts is not asked the others.
+    A candidate is asked benign prompts until it has lost more than it may, whatever the rest would be. Where no candidate keeps benign
+    accuracy, the one with the largest sum of attacks stopped and benign prompts answered rightly is taken; of a candidate that loses more
+    than `HOPELESS` of `SCREENED` benign prompts the share on those counts.
 
     Args:
         lvlm: The model.
@@ -77,14 +78,35 @@ def tune_defence(
     for make in candidates:
         defence = make()
         tried.append((complied(attacked, defence), defence))
-    rest: list[tuple[float, float, Repair]] = []
-    for asr, defence in sorted(tried, key=lambda row: row[0]):  # so the first that keeps benign answers is the best
-        screened = complied(few, defence)
-        after = screened if screened < before - HOPELESS else complied(benign, defence)
-        rest.append((asr, after, defence))
-        if after >= before - benign_loss:
-            break
-    else:
-        rest.sort(key=lambda row: row[1] - row[0])
-    asr, after, defence = rest[-1]
+    parts = _parts(benign, few, 2 * batch_size)
+
+    def kept(defence: Repair) -> float | None:
+        """The share of right benign answers if it is large enough; None as soon as it cannot be."""
+        said: list[Verdict] = []
+        for part in parts:
+            said += answer_verdicts(
+                lvlm, part, defence, judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size
+            )
+            left = [Verdict.COMPLIED] * (len(benign) - len(said))
+            if share([*said, *left], Verdict.COMPLIED) < before - benign_loss:
+                return None
+        return share(said, Verdict.COMPLIED)
+
+    order = sorted(tried, key=lambda row: row[0])  # so the first that keeps benign answers is the best
+    found = next(((asr, after, one) for asr, one in order if (after := kept(one)) is not None), None)
+    if found is None:
+        rest: list[tuple[float, float, Repair]] = []
+        for asr, defence in order:
+            screened = complied(few, defence)
+            rest.append((asr, screened if screened < before - HOPELESS else complied(benign, defence), defence))
+        found = max(enumerate(rest), key=lambda row: (row[1][1] - row[1][0], row[0]))[1]
+    asr, after, defence = found
     return defence, {"asr": asr, "benign_before": before, "benign_after": after, "candidates": len(tried)}
+
+
+def _parts(examples: Sequence[Example], first: Sequence[Example], size: int) -> list[list[Example]]:
+    """The examples cut in parts, of which each has examples from everywhere; some come first."""
+    ahead = {id(example) for example in first}
+    rest = [example for example in examples if id(example) not in ahead]
+    n = -(-len(rest) // size)
+    return [list(first), *(rest[i::n] for i in range(n))]

@@ -117,8 +117,10 @@ def evaluate(
     examples = [replace(example, channel=channel) for channel, suite in suites.items() for example in suite]
     examples = options.examples(examples)
     run = _Judged(examples, judge, judge if accuracy is None else accuracy, set(benign), graders)
-    for name, repair in defences.items():
-        run.answers[name] = generate_all(
+    made: dict[str, list[StoredAnswer]] = {}
+    # The undefended model first: its answers are those of every request on which a gate stays closed.
+    for name, repair in sorted(defences.items(), key=lambda item: item[1] is not None):
+        made[name] = generate_all(
             lvlm,
             examples,
             store=store,
@@ -128,7 +130,10 @@ def evaluate(
             generation=options.options(generation),
             seed=seed,
             progress=progress,
+            watched=list(defences.values()),
         )
+    for name in defences:
+        run.answers[name] = made[name]
         run.judge(name)
     trials = [run.trials(), *run.abnormal(ordinary)]
     if fidelity and benign and base is not None:

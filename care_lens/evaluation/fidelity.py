@@ -8,6 +8,9 @@ On benign prompts that the undefended model answers rightly:
 - "kl_answer": the same averaged over every position of the undefended model's answer, teacher-forced, its
   first token and its end of sequence included.
 
+Where a gated defence stays closed on a prompt and the whole answer, which the undefended run tells (:mod:`care_lens.repair.opening`), the
+two distributions are the same and the divergence is 0; only the other rows are run again.
+
 Memory: logits of the answer's positions for two runs of a batch at a time.
 """
 
@@ -27,6 +30,7 @@ from care_lens.core.outcome import Repair, Verdict
 from care_lens.evaluation.metrics import TRIAL_COLUMNS
 from care_lens.evaluation.store import StoredAnswer
 from care_lens.lvlm.hooked import HookedLVLM
+from care_lens.repair.opening import Gated
 
 
 def next_token_kl(
@@ -62,9 +66,16 @@ def next_token_kl(
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="fidelity", disable=not progress):
         batch = [rows[i] for i in order[start : start + batch_size]]
-        base, *_ = _answer_log_probs(lvlm, batch, None)
+        watched = [name for name, repair in repairs.items() if isinstance(repair, Gated) and _asks(lvlm, repair, batch)]
+        base, _, touched = _answer_log_probs(lvlm, batch, None, [repairs[name] for name in watched])
+        opened = dict(zip(watched, touched, strict=True))
         for name, repair in repairs.items():
-            found[name].append(_divergences(base, *_answer_log_probs(lvlm, batch, repair)))
+            rows_run = opened.get(name, torch.ones(len(batch), dtype=torch.bool)).nonzero()[:, 0].tolist()
+            part = torch.zeros(len(batch), 2)
+            if rows_run:
+                other, there, _ = _answer_log_probs(lvlm, [batch[i] for i in rows_run], repair)
+                part[rows_run] = _divergences(base[rows_run][:, : other.shape[1]], other, there)
+            found[name].append(part)
     back = torch.tensor(sorted(range(len(rows)), key=lambda place: order[place]), dtype=torch.long)
     return {name: torch.cat(parts)[back] for name, parts in found.items()}
 
@@ -118,11 +129,17 @@ def fidelity_trials(
     return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
 
 
+def _asks(lvlm: HookedLVLM, defence: Repair, batch: Sequence[Example]) -> bool:
+    """Whether a defence leaves the requests of a batch as they are."""
+    with defence.on(lvlm):
+        return all(a is b or a == b for a, b in zip(defended(defence, batch), batch, strict=True))
+
+
 @torch.no_grad()
 def _answer_log_probs(
-    lvlm: HookedLVLM, batch: Sequence[Example], repair: Repair | None
-) -> tuple[Float[Tensor, "batch steps vocab"], Bool[Tensor, "batch steps"]]:
-    """Log probabilities of the answers' tokens, the first one's at index 0, and which of them exist.
+    lvlm: HookedLVLM, batch: Sequence[Example], repair: Repair | None, watched: Sequence[Gated] = ()
+) -> tuple[Float[Tensor, "batch steps vocab"], Bool[Tensor, "batch steps"], list[Bool[Tensor, "batch"]]]:
+    """Log probabilities of the answers' tokens, the first one's at index 0, which of them exist, and what those that watch would touch.
 
     A defence may rewrite the requests, so that its prompts have another length: what is compared is aligned by the answer.
     """
@@ -134,12 +151,16 @@ def _answer_log_probs(
         last = torch.tensor(inputs.spans.last_index())
         width = inputs.input_ids.shape[1]
         keep = width - int(last.min())
-        logits = lvlm(inputs, logits_to_keep=keep).float().log_softmax(-1)
+        watches = [one.watch(lvlm, inputs) for one in watched]
+        hooks = [pair for watch in watches if watch is not None for pair in watch.hooks]
+        logits = lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=keep).float().log_softmax(-1)
     counts = inputs.spans.response.sum(dim=1).cpu()
     steps = torch.arange(int(counts.max()))
     index = (last[:, None] + steps - (width - keep)).clamp(max=keep - 1).to(logits.device)
     rows = torch.arange(len(asked), device=logits.device)[:, None]
-    return logits[rows, index], (steps < counts[:, None]).to(logits.device)
+    everyone = torch.ones(len(asked), dtype=torch.bool)
+    touched = [everyone if watch is None else watch.opened() for watch in watches]
+    return logits[rows, index], (steps < counts[:, None]).to(logits.device), touched
 
 
 def _divergences(

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
+from care_lens.evaluation.unopened import Looking, looking, unopened, watches
 from care_lens.lvlm.errors import GenerationOptionError
 from care_lens.lvlm.hooked import HookedLVLM
 
@@ -38,8 +39,13 @@ def generate_all(
     generation: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
+    watched: Sequence[Repair | None] = (),
 ) -> list[StoredAnswer]:
     """Answer examples, each once.
+
+    Where a defence's gates stay closed on a request, its answer is the undefended one, which is taken over if the store has it with its
+    tokens: the gates are read in one forward pass over request and answer, and only what a gate opens for is generated again
+    (:mod:`care_lens.repair.opening`). Sampled answers are generated in full.
 
     Examples of like length share a batch. A batch that fails is split until the examples that cannot be
     answered are alone; those are stored as missing, with the name of the error, and tried again by the next
@@ -59,6 +65,8 @@ def generate_all(
             configuration included.
         seed: Recorded with every answer; together with the ids it seeds each batch, which matters for sampling only.
         progress: Whether to show a progress bar.
+        watched: Gated defences that will answer the same examples from the same store: their gates are read beside this generation, if
+            it is of the undefended model, or in the same pass as those of ``repair``, so that no pass is needed for each.
 
     Returns:
         One answer an example, in the examples' order.
@@ -88,7 +96,18 @@ def generate_all(
         # What is drawn for a row depends on the rows beside it.
         **({"batch_size": batch_size} if samples else {}),
     }
-    run = _Run(lvlm, repair, defence_name, store.add_settings(settings), options, in_force.get("eos_token_id"), seed)
+    looks = repair is None and not samples and not lvlm.acting() and (in_force.get("num_beams") or 1) == 1
+    run = _Run(
+        lvlm,
+        repair,
+        defence_name,
+        store.add_settings(settings),
+        options,
+        in_force.get("eos_token_id"),
+        seed,
+        store,
+        tuple(looking(watched)) if looks else (),
+    )
     blanks = [run.blank(example) for example in examples]
     held = [store.get(blank.key) for blank in blanks]
     # What is known of the examples may have changed since they were answered.
@@ -103,16 +122,23 @@ def generate_all(
     order = sorted(
         range(len(examples)) if samples else todo, key=lambda i: (*map(int.__neg__, _length(lvlm, examples[i])), i)
     )
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with (
-        repair.on(lvlm) if repair is not None and todo else nullcontext(),
-        tqdm(total=len(todo), desc=f"answers: {defence_name}", disable=not progress or not todo) as bar,
-    ):
-        for batch in batches:
-            if wanted := todo.intersection(batch):
-                made = run.answer([examples[i] for i in batch])
-                store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
-                bar.update(len(wanted))
+    with tqdm(total=len(todo), desc=f"answers: {defence_name}", disable=not progress or not todo) as bar:
+        if repair is not None and not samples and (in_force.get("num_beams") or 1) == 1:
+            undefended = digest({**settings, "defence": None, "defence_fingerprint": None})
+            for batch in _cut(order, batch_size):
+                asked = [examples[i] for i in batch]
+                taken = unopened(lvlm, asked, repair, watched, store=store, undefended=undefended, seed=seed)
+                over = [(i, answer) for i, answer in zip(batch, taken, strict=True) if answer is not None]
+                store.add([run.taken(examples[i], answer) for i, answer in over])
+                todo.difference_update(i for i, _ in over)
+                bar.update(len(over))
+            order = [i for i in order if i in todo]
+        with repair.on(lvlm) if repair is not None and todo else nullcontext():
+            for batch in _cut(order, batch_size):
+                if wanted := todo.intersection(batch):
+                    made = run.answer([examples[i] for i in batch])
+                    store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
+                    bar.update(len(wanted))
     return [store.get(blank.key) or blank for blank in blanks]
 
 
@@ -127,10 +153,16 @@ class _Run:
     options: dict[str, Any]
     ends: int | list[int] | None
     seed: int
+    store: GenerationStore = field(default_factory=GenerationStore)
+    watched: tuple[Looking, ...] = ()
 
     def blank(self, example: Example, *, missing: str = "not generated") -> StoredAnswer:
         """The record of an example without an answer."""
-        return self._record(example, response=None, missing=missing, tokens=0)
+        return self._record(example, response=None, missing=missing, token_ids=())
+
+    def taken(self, example: Example, undefended: StoredAnswer) -> StoredAnswer:
+        """The undefended answer as that of this run."""
+        return self._record(example, response=undefended.response, missing="", token_ids=undefended.token_ids)
 
     def answer(self, examples: Sequence[Example]) -> list[StoredAnswer]:
         """The answers of a batch; halves of it where it fails."""
@@ -138,8 +170,13 @@ class _Run:
             with torch.random.fork_rng(devices=[self.lvlm.device] if self.lvlm.device.type == "cuda" else []):
                 torch.manual_seed(int(digest([self.seed, *(example.id for example in examples)]), 16) % 2**63)
                 inputs = self.lvlm.prepare(defended(self.repair, examples))
-                made = self.lvlm.generate(inputs, **self.options)
+                seen = watches(self.lvlm, inputs, self.watched)
+                hooks = [pair for _, watch in seen for pair in watch.hooks]
+                made = self.lvlm.generate(inputs, **self.options, **({"fwd_hooks": hooks} if hooks else {}))
         except Exception as error:
+            if self.watched:  # it may have been a hook of theirs
+                logger.info("gates are not read beside the answers to %d examples: %s", len(examples), error)
+                return replace(self, watched=()).answer(examples)
             if len(examples) > 1:
                 half = len(examples) // 2
                 return self.answer(examples[:half]) + self.answer(examples[half:])
@@ -153,12 +190,18 @@ class _Run:
             )
             return [self.blank(examples[0], missing=name)]
         counts = _token_counts(made.new_tokens, self.ends)
-        return [
-            self._record(example, response=text, missing="", tokens=count)
-            for example, text, count in zip(examples, made.answers, counts, strict=True)
+        answers = [
+            self._record(example, response=text, missing="", token_ids=tuple(ids[:count]))
+            for example, text, ids, count in zip(examples, made.answers, made.new_tokens.tolist(), counts, strict=True)
         ]
+        for one, watch in seen:
+            for answer, touched in zip(answers, watch.opened(counts).tolist(), strict=True):
+                self.store.note_touched(one.fingerprint, answer, touched)
+        return answers
 
-    def _record(self, example: Example, *, response: str | None, missing: str, tokens: int) -> StoredAnswer:
+    def _record(
+        self, example: Example, *, response: str | None, missing: str, token_ids: tuple[int, ...]
+    ) -> StoredAnswer:
         return StoredAnswer(
             defence=self.defence,
             channel=example.channel,
@@ -168,7 +211,7 @@ class _Run:
             prompt=example.prompt,
             response=response,
             missing=missing,
-            tokens=tokens,
+            tokens=len(token_ids),
             settings=self.settings,
             example=example_fingerprint(example),
             harmful=example.harmful,
@@ -178,6 +221,7 @@ class _Run:
             system=example.system,
             turns=tuple((turn.role, turn.text) for turn in example.turns),
             prefill=example.prefill,
+            token_ids=token_ids,
         )
 
 
@@ -194,6 +238,11 @@ def _options(generation: Mapping[str, Any] | None, max_new_tokens: int | None) -
             "call generate_all with another seed for more"
         )
     return options
+
+
+def _cut(order: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Batches of an order."""
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _require_ids(examples: Sequence[Example]) -> None:

@@ -18,8 +18,9 @@ import pandas as pd
 from care_lens.core.conversation import PICTURE, Role, Turn
 from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
-from care_lens.core.identity import digest
+from care_lens.core.identity import digest, example_fingerprint, repair_fingerprint
 from care_lens.core.journal import Journal, Row
+from care_lens.core.outcome import Repair
 
 Key = tuple[str, str, str, int, str, str]
 
@@ -47,6 +48,7 @@ class StoredAnswer:
         system: The system prompt, where there is one.
         turns: Earlier turns of the conversation as (role, text), without their pictures.
         prefill: The beginning of the answer that the model was given, where there is one.
+        token_ids: The new tokens of the answer, its end of sequence included; empty in stores of earlier versions.
     """
 
     defence: str
@@ -67,6 +69,7 @@ class StoredAnswer:
     system: str | None = None
     turns: tuple[tuple[Role, str], ...] = ()
     prefill: str | None = None
+    token_ids: tuple[int, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -105,6 +108,8 @@ class GenerationStore:
         self.path = None if path is None else Path(path)
         self._answers: dict[Key, StoredAnswer] = {}
         self._settings: dict[str, Any] = {}
+        self._by_request: dict[tuple[str, str, int], Key] = {}
+        self._touched: dict[tuple[str, str, str, int], bool] = {}
         self._journal = None if self.path is None else Journal(self.path, kind="GenerationStore", older=_older)
         self.refresh()
 
@@ -114,6 +119,52 @@ class GenerationStore:
     def get(self, key: Key) -> StoredAnswer | None:
         """The answer of that key, or None."""
         return self._answers.get(key)
+
+    def undefended(self, settings: str, example: Example, seed: int) -> StoredAnswer | None:
+        """An answer to what the example gives the model, of whatever defence and channel it is called, that is not missing.
+
+        Args:
+            settings: Digest of the settings that it was generated under, which say that there was no defence.
+            example: The example.
+            seed: Of the run.
+        """
+        key = self._by_request.get((settings, example_fingerprint(example), seed))
+        found = None if key is None else self._answers.get(key)
+        return None if found is None or found.missing else found
+
+    def note_touched(self, defence: str, answer: StoredAnswer, touched: bool) -> None:
+        """Remember, as long as this object lives, whether a defence would have touched anything while this answer was given.
+
+        Args:
+            defence: Digest of the defence.
+            answer: An undefended answer.
+            touched: Whether.
+        """
+        self._touched[defence, answer.settings, answer.example, answer.seed] = touched
+
+    def touched(self, defence: str, answer: StoredAnswer) -> bool | None:
+        """What :meth:`note_touched` was told; None: nothing."""
+        return self._touched.get((defence, answer.settings, answer.example, answer.seed))
+
+    def opened_for(self, defence: Repair, examples: Sequence[Example], undefended: str) -> list[bool | None]:
+        """Whether a gated defence touches each example, as far as its gates were read beside undefended answers in this process.
+
+        Args:
+            defence: The defence.
+            examples: The examples.
+            undefended: Name under which the undefended answers were stored.
+
+        Returns:
+            One for each example; None where it is not known, or not the same of several answers.
+        """
+        name = repair_fingerprint(defence)
+        held: dict[str, set[bool]] = {}
+        settings = {key[4] for key in self._answers if key[0] == undefended}
+        for (digest_, under, example, _), touched in self._touched.items():
+            if digest_ == name and under in settings:
+                held.setdefault(example, set()).add(touched)
+        found = [held.get(example_fingerprint(example), set()) for example in examples]
+        return [next(iter(one)) if len(one) == 1 else None for one in found]
 
     def refresh(self) -> None:
         """Take over what other stores on the same file have written since."""
@@ -144,7 +195,7 @@ class GenerationStore:
         """Append answers, in one write."""
         self._write([{"kind": "answer", **asdict(answer)} for answer in answers])
         for answer in answers:
-            self._answers[answer.key] = answer
+            self._hold(answer)
 
     def answers(self, *, settings: Collection[str] | None = None) -> list[StoredAnswer]:
         """The answers, in the order in which they were first written.
@@ -168,13 +219,17 @@ class GenerationStore:
             if kind == "settings":
                 self._settings[held["digest"]] = held["value"]
             else:
-                answer = _answer(held)
-                self._answers[answer.key] = answer
+                self._hold(_answer(held))
+
+    def _hold(self, answer: StoredAnswer) -> None:
+        self._answers[answer.key] = answer
+        self._by_request[answer.settings, answer.example, answer.seed] = answer.key
 
 
 def _answer(row: Row) -> StoredAnswer:
-    """An answer of its row, whose turns are lists in the file."""
-    return StoredAnswer(**{**row, "turns": tuple((role, text) for role, text in row.get("turns", ()))})
+    """An answer of its row, whose turns and tokens are lists in the file."""
+    turns = tuple((role, text) for role, text in row.get("turns", ()))
+    return StoredAnswer(**{**row, "turns": turns, "token_ids": tuple(row.get("token_ids", ()))})
 
 
 def _older(content: bytes) -> list[Row] | None:

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core.examples import Example
 from care_lens.core.identity import repair_fingerprint
@@ -95,19 +97,37 @@ def shuffled_control(
     return recalibrated(lvlm, shuffled, calibrating, settings, epsilon=choice.plan.epsilon)
 
 
-def opening_rate(lvlm: HookedLVLM, study: Study, repair: HybridFusion, settings: RunSettings) -> dict[str, float]:
-    """Share of benign test prompts for which a gate opens, with an interval by item: what the nominal bound came to."""
+def opening_rate(
+    lvlm: HookedLVLM,
+    study: Study,
+    repair: HybridFusion,
+    settings: RunSettings,
+    *,
+    known: Sequence[bool | None] = (),
+) -> dict[str, float]:
+    """Share of benign test prompts for which a gate opens, with an interval by item: what the nominal bound came to.
+
+    Args:
+        lvlm: the model.
+        study: its benign test prompts are read.
+        repair: its first gate is that of all corrections.
+        settings: of the run.
+        known: whether it opens for each of the prompts, if that was read while the undefended model answered them; else it is read here.
+    """
     gate, benign = repair.corrections[0].gate, study.benign("test")
     assert isinstance(gate, ConformalGate)
-    scores = read_scores(
-        lvlm,
-        benign,
-        repair.readers,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        progress=False,
-    )
-    opened = (scores.amax(1) > gate.threshold).double().numpy()
+    if len(known) == len(benign) and all(one is not None for one in known):
+        opened = np.array([float(bool(one)) for one in known])
+    else:
+        scores = read_scores(
+            lvlm,
+            benign,
+            repair.readers,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            progress=False,
+        )
+        opened = (scores.amax(1) > gate.threshold).double().numpy()
     ci = cluster_bootstrap(opened, [e.group for e in benign], n_boot=settings.n_boot, seed=settings.seed)
     return {"value": ci.estimate, "ci_low": ci.low, "ci_high": ci.high, "n": len(benign)}
 
@@ -197,7 +217,12 @@ def prove(
             defences,
             fidelity=settings.fidelity,
         )
-        opened = stage.record(f"opened.{key}", lambda: opening_rate(lvlm, study, choice.repair, settings))
+        opened = stage.record(
+            f"opened.{key}",
+            lambda: opening_rate(
+                lvlm, study, choice.repair, settings, known=store.opened_for(choice.repair, study.benign("test"), NONE)
+            ),
+        )
         about = {rival.name: chosen for rival, chosen in tuned}
         return replace(found, settings={**found.settings, "left_out": left_out, "opened": opened, "tuned": about})
 

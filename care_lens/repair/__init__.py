@@ -42,6 +42,7 @@ from care_lens.repair.learning import (
 )
 from care_lens.repair.linear import LinearPart, linear_part
 from care_lens.repair.method import learn_repair
+from care_lens.repair.opening import Gated, Watch, opens, which_open
 from care_lens.repair.plan import PlanPart, RepairPlan
 from care_lens.repair.positions import Positions
 from care_lens.repair.printed import printed_form, printed_subspaces
@@ -71,6 +72,7 @@ __all__ = [
     "FitRows",
     "FittedReaders",
     "Gate",
+    "Gated",
     "HookPair",
     "HookRepair",
     "HybridFusion",
@@ -97,6 +99,7 @@ __all__ = [
     "TokenRows",
     "TooFewCalibration",
     "TooFewCalibrationError",
+    "Watch",
     "WeightedReader",
     "Writer",
     "assemble",
@@ -112,6 +115,7 @@ __all__ = [
     "linear_part",
     "load_repair",
     "modality_detector",
+    "opens",
     "printed_form",
     "printed_subspaces",
     "random_control",
@@ -127,6 +131,7 @@ __all__ = [
     "shuffled_labels",
     "study_rows",
     "token_rows",
+    "which_open",
     "writer_rows",
 ]
 

@@ -42,9 +42,10 @@ from care_lens.repair.correction import Correction
 from care_lens.repair.errors import RepairError, RepairMismatchError
 from care_lens.repair.explaining import fusion_plan
 from care_lens.repair.fuse import GatedWriter, fused_edit
-from care_lens.repair.gate import Gate, openness
+from care_lens.repair.gate import Gate, can_close, openness
 from care_lens.repair.kinds import register_kind
 from care_lens.repair.linear import LinearPart, fusion_parts
+from care_lens.repair.opening import Watch
 from care_lens.repair.placed import compute_dtype
 from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import BatchView, Positions, check_positions
@@ -208,6 +209,24 @@ class HybridFusion(HookRepair):
             TransformerLens ``(name, fn)`` pairs, one a site and one that checks the tokens.
         """
         return self._hooks(inputs, None)
+
+    def watch(self, lvlm: HookedLVLM, inputs: LVLMInputs) -> Watch | None:
+        """Its hooks for a batch, looking on beside the undefended model: which rows it would touch (:mod:`care_lens.repair.opening`).
+
+        Args:
+            lvlm: The model, without the repair on it.
+            inputs: The batch.
+
+        Returns:
+            The watch; None where a correction is open whatever is read, so that every request is touched.
+
+        Raises:
+            ValueError: If the model does not fit.
+        """
+        if type(self).on is not HookRepair.on or any(not can_close(c.gate) for c in self.corrections):
+            return None
+        self.check(lvlm)
+        return Watch(self.fwd_hooks(inputs), inputs)
 
     @with_block("repair.recording(lvlm)")
     def recording(self, lvlm: HookedLVLM) -> Iterator[Recording]:

@@ -71,6 +71,15 @@ def openness(gate: Gate, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shap
     return opened
 
 
+def can_close(gate: Gate) -> bool:
+    """Whether there are scores at which a gate leaves a request untouched, as far as its kind tells.
+
+    Args:
+        gate: Any gate; of a kind that is not of this module it is supposed.
+    """
+    return not isinstance(gate, AlwaysOpen) and not (isinstance(gate, SoftGate) and gate.closed_to is None)
+
+
 @register_kind
 @dataclass(frozen=True)
 class AlwaysOpen:
