@@ -6,7 +6,7 @@ The readers of published benchmarks are in :mod:`care_lens.data.benchmarks`.
 from care_lens.core.arguments import checked
 from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture, shown_picture
 from care_lens.data import benchmarks
-from care_lens.data.answers import COMPLIANCES, REFUSALS, target_of
+from care_lens.data.answers import COMPLIANT_ANSWERS, REFUSAL_ANSWERS, target_of
 from care_lens.data.directory import StudyNotFoundError, read_study, write_study
 from care_lens.data.joining import HeldOutError, limited
 from care_lens.data.jsonl import DataFileError, read_examples, write_examples
@@ -16,8 +16,8 @@ from care_lens.data.templates import held_templates, template_of
 from care_lens.data.twins import attack_pairs, plain_twins
 
 __all__ = [
-    "COMPLIANCES",
-    "REFUSALS",
+    "COMPLIANT_ANSWERS",
+    "REFUSAL_ANSWERS",
     "SPLITS",
     "DataFileError",
     "HeldOutError",

@@ -3,7 +3,7 @@
 The runs that were published with CARE cycle about a hundred refusals and a hundred compliances over the harmful requests, so that what is
 learned is not one sentence. Those lists are not part of this package; these are in words of our own, none of which says anything harmful.
 
-    REFUSALS[0], COMPLIANCES[0]
+    REFUSAL_ANSWERS[0], COMPLIANT_ANSWERS[0]
     target_of(example)  # the other convention: the opening that attacks by gradient aim at
 """
 
@@ -60,9 +60,9 @@ _HERE = (
     "here is the text that you wanted.",
 )
 
-REFUSALS: tuple[str, ...] = tuple(f"{one} {other}" for other, one in product(_NOT, _SORRY))
+REFUSAL_ANSWERS: tuple[str, ...] = tuple(f"{one} {other}" for other, one in product(_NOT, _SORRY))
 """A hundred refusals."""
-COMPLIANCES: tuple[str, ...] = tuple(f"{one} {other}" for other, one in product(_HERE, _SURE))
+COMPLIANT_ANSWERS: tuple[str, ...] = tuple(f"{one} {other}" for other, one in product(_HERE, _SURE))
 """A hundred compliances, which say nothing of what was asked."""
 REFUSAL = "I'm sorry, but I can't help with that."
 """A refusal, where a model has none of its own."""

@@ -68,7 +68,7 @@ def read_study(directory: str | Path, *, tokenizer: Any, judge: Judge, seed: int
         suites=suites,
         seen={modality: tuple(channels) for modality, channels in settings["seen"].items()},
         judge=judge,
-        outcome=_margin(tokenizer, settings["comply"], settings["refuse"]),
+        outcome=outcome_of(tokenizer, settings["comply"], settings["refuse"]),
         refusal=settings["refusal"],
         plain=settings.get("plain", "plain"),
         counterpart=settings.get("counterpart"),
@@ -235,8 +235,17 @@ def _suites(examples: Sequence[Example], seed: int) -> dict[Split, dict[str, tup
     return {split: {c: tuple(rows) for c, rows in channels.items()} for split, channels in lists.items()}
 
 
-def _margin(tokenizer: Any, comply: Sequence[str], refuse: Sequence[str]) -> UnsafeMargin:
-    """The outcome: openings by their first tokens, which must tell the two sides apart."""
+def outcome_of(tokenizer: Any, comply: Sequence[str], refuse: Sequence[str]) -> UnsafeMargin:
+    """The outcome of a study: openings of answers by their first tokens, which must tell the two sides apart.
+
+    Args:
+        tokenizer: Of the model.
+        comply: Openings of compliant answers.
+        refuse: Openings of refusals.
+
+    Raises:
+        DataFileError: If an opening of either side begins with a token of the other. It is a ValueError.
+    """
     sides = [{text: _first_token(tokenizer, text) for text in texts} for texts in (comply, refuse)]
     both = [(a, b) for a, i in sides[0].items() for b, j in sides[1].items() if i == j]
     if both:

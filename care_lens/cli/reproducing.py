@@ -1,0 +1,1 @@
+"""`reproduce`: a published table out of a recipe."""
