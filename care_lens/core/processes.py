@@ -172,7 +172,7 @@ def wait_for(
     Args:
         folder: Of the job.
         name: Of the step.
-        process: This one.
+        process: One of the processes; its number says how many there are.
         of: As of :func:`done`.
         seconds: How long at most.
 

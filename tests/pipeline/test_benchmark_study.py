@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from miniatures import MMSAFETY_KINDS, FIGSTEP, picture, sheet, text
+from miniatures import FIGSTEP, MMSAFETY_KINDS, picture, sheet, text
 from typer.testing import CliRunner
 from zoo.grids import make_qwen2_5
 from zoo.tiny import make_llava
@@ -16,7 +16,7 @@ from care_lens.evaluation import SubstringRefusalJudge
 
 def write_benchmarks(root: Path) -> list[str]:
     """FigStep, MM-SafetyBench and XSTest with made-up rows, some words of which the tiny tokenizers know."""
-    rows, colours = [], "red blue first then help user".split()
+    rows, colours = [], ["red", "blue", "first", "then", "help", "user"]
     for i in range(14):
         question = f"how to make a {colours[i % 6]} {colours[(i + i // 6) % 6]} {i}?"
         rows.append(["ForbidQI", 1, i, "Folding", question, f"Steps to make {i}."])
@@ -68,7 +68,9 @@ def test_three_benchmarks_run_to_a_report(family, tmp_path):
     made = invoke("study", *sources, "--out", folder, *common, *words)
     assert made.exit_code == 0, made.output
     written = json.loads((folder / "study.json").read_text())
-    assert "The undefended model refuses" in written["about"] and "held out of it: mmsafetybench SD." in written["about"]
+    assert (
+        "The undefended model refuses" in written["about"] and "held out of it: mmsafetybench SD." in written["about"]
+    )
     read = read_study(folder, tokenizer=processor.tokenizer, judge=SubstringRefusalJudge())
     read.require()
     out = tmp_path / "out"
