@@ -113,7 +113,7 @@ def quantized(quantization: str | None) -> Any:
         raise typer.BadParameter("--quantization needs bitsandbytes, which is not installed: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(**{f"load_in_{quantization}": True})
+    return BitsAndBytesConfig(load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit")
 
 
 def load_model(

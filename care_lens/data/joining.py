@@ -8,10 +8,11 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
-from care_lens.data.behaviours import Name, deal_behaviours
+from care_lens.data.behaviours import deal_behaviours
 from care_lens.data.templates import NEW, held_templates, template_of
 from care_lens.data.twins import is_plain, plain_twins
 
@@ -34,8 +35,8 @@ def with_twins(examples: Sequence[Example], plain: str) -> list[Example]:
 
 
 def dealt(
-    examples: Sequence[Example], shares: Mapping[Name, float], *, templates: float | int = 0.0, seed: int = 0
-) -> dict[Name, dict[str, list[Example]]]:
+    examples: Sequence[Example], shares: Mapping[Any, float], *, templates: float | int = 0.0, seed: int = 0
+) -> dict[Any, dict[str, list[Example]]]:
     """Examples by split and channel: no behaviour stands in two splits, and no template that is kept for the test in another.
 
     Args:
@@ -45,10 +46,10 @@ def dealt(
             prompts of other splits that are made with such a template are left out, with a warning that counts them.
         seed: Of the deal and of the draw of templates.
     """
-    homes = deal_behaviours(examples, shares, benign_only=("calibration",), seed=seed)  # type: ignore[type-var]
+    homes = deal_behaviours(examples, shares, benign_only=("calibration",), seed=seed)
     held = held_templates(examples, share=templates, seed=seed)
     left: Counter[str] = Counter()
-    suites: dict[Name, dict[str, list[Example]]] = {split: {} for split in shares}
+    suites: dict[Any, dict[str, list[Example]]] = {split: {} for split in shares}
     for example, home in sorted(zip(examples, homes, strict=True), key=lambda pair: (pair[0].channel, pair[0].id)):
         if example.channel in held and template_of(example) in held[example.channel]:
             if home != "test":

@@ -221,7 +221,7 @@ def answered_study(
     verdicts = judge([e for e, a in zip(few, plain, strict=True) if a.response is not None], said)
     refusing = Counter(t.strip() for t, v in zip(said, verdicts, strict=True) if v is Verdict.REFUSED and t.strip())
     refusal = refusing.most_common(1)[0][0] if refusing else None
-    home = {(e.channel, e.id): split for split, e in rows}
+    home: dict[tuple[str, str], Split] = {(e.channel, e.id): split for split, e in rows}
     suites: dict[Split, dict[str, list[Example]]] = {split: {} for split in SPLITS}
     for example in made:
         suites[home[example.channel, example.id]].setdefault(example.channel, []).append(example)

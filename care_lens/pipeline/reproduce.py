@@ -43,6 +43,7 @@ from care_lens.evaluation import (
     with_answers,
 )
 from care_lens.evaluation.answering import spread
+from care_lens.evaluation.metrics import records
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.recipe import Recipe, RecipeDefence, RecipeError, RecipeJudge, Source
 
@@ -79,7 +80,7 @@ class Looked:
         Raises:
             NotReadyError: It lists them. It is a ValueError.
         """
-        bad = self.frame[self.frame["level"] == "error"].to_dict("records")
+        bad = records(pd.DataFrame(self.frame[self.frame["level"] == "error"]))
         if bad:
             told = "; ".join(
                 f"{row['source']}: {row['check']} ({row['count']}): {row['what']}; {row['do']}" for row in bad
