@@ -143,8 +143,12 @@ def take_config(context: typer.Context, path: Path | None) -> Path | None:
     names = {name: name for name in options}
     for option in options.values():
         names |= {flag.lstrip("-"): str(option.name) for flag in option.opts}
+    against = {flag.lstrip("-"): str(option.name) for option in options.values() for flag in option.secondary_opts}
     given: dict[str, Any] = {}
     for key, value in read_settings(path).items():
+        if key in against and isinstance(value, bool):  # --greedy is --sample the other way round
+            given[against[key]] = not value
+            continue
         name = names.get(key) or names.get(key.replace("-", "_"))
         if name is None or name == "config":
             known = sorted(flag.lstrip("-") for option in options.values() for flag in option.opts if flag[:2] == "--")

@@ -208,7 +208,9 @@ def answered_study(
     """
     settings = settings or GenerationSettings()
     process = process or Process.current()
-    rows = [(split, e) for split in FORCED for some in study.suites.get(split, {}).values() for e in some]
+    rows: list[tuple[Split, Example]] = [
+        (split, e) for split in FORCED for some in study.suites.get(split, {}).values() for e in some
+    ]
     common: dict[str, Any] = {"directory": directory, "settings": settings, "batch_size": batch_size, "seed": seed}
     common |= {"process": process, "progress": progress, "wait": wait}
     made = with_answers(lvlm, [e for _, e in rows], refused=(study.plain,), **common, **options)

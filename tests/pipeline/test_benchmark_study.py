@@ -11,7 +11,7 @@ from zoo.tiny import make_llava
 
 from care_lens import cli
 from care_lens.data import read_study
-from care_lens.evaluation import SubstringRefusalJudge
+from care_lens.evaluation import NoCandidateError, SubstringRefusalJudge
 
 
 def write_benchmarks(root: Path) -> list[str]:
@@ -56,7 +56,7 @@ def invoke(*words):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_three_benchmarks_run_to_a_report(family, tmp_path):
+def test_three_benchmarks_run_to_a_report(family, tmp_path, monkeypatch):
     model, processor = make_llava() if family == "llava" else make_qwen2_5()
     home = tmp_path / "model"
     model.save_pretrained(home)
@@ -74,8 +74,19 @@ def test_three_benchmarks_run_to_a_report(family, tmp_path):
     read = read_study(folder, tokenizer=processor.tokenizer, judge=SubstringRefusalJudge())
     read.require()
     out = tmp_path / "out"
-    ran = invoke("run", "--study", folder, "--short", "--out", out, *common, "--max-new-tokens", 4)
-    assert ran.exit_code in (0, 1), ran.output
+    asked = ("run", "--study", folder, "--short", "--out", out, *common, "--max-new-tokens", 4)
+    ran = invoke(*asked)
+    assert ran.exit_code == 0, ran.output
     page = (out / "report.html").read_text()
-    assert written["about"][:60] in page and "Traceback" not in ran.output
-    assert ("No repair was made" in page) == (ran.exit_code == 1)
+    assert written["about"][:60] in page and "mmsafetybench SD" in page and "The undefended model refuses" in page
+
+    def stops(*_, **__):
+        raise NoCandidateError("a repair must keep benign accuracy within 3%, got at best 1.0%")
+
+    # a run that finds no repair: what was diagnosed is told with the reason, and nothing is run again
+    monkeypatch.setattr("care_lens.pipeline.run", stops)
+    ran = invoke(*asked)
+    page = (out / "report.html").read_text()
+    assert ran.exit_code == 1 and "no repair was made: a repair must keep" in " ".join(ran.output.split())
+    assert "No repair was made.</b> a repair must keep benign accuracy" in page and "ablation" in page
+    assert json.loads((out / "summary.json").read_text())["repair"] is None
