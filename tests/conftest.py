@@ -14,15 +14,10 @@ from collections.abc import Callable  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from zoo.pictures import make_picture  # noqa: E402
 from zoo.tiny import make_llava, make_tokenizer  # noqa: E402, F401
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-
-
-def make_picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 @pytest.fixture(autouse=True)

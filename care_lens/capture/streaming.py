@@ -106,11 +106,50 @@ def capture_moments(
         raise ValueError(f"label must be one word or one an example, {len(run.examples)}, got {len(labels)}")
     tables = {key: MomentsTable(lvlm.width(key[0]), folds=folds, keep=keep, seed=seed) for key in run.keys}
     _say_plan(tables, labels, folds, keep)
+    about = {"folds": folds, "keep": keep, "seed": seed}
+    return stream(
+        run,
+        run.batches(),
+        tables,
+        labels=labels,
+        about=about,
+        progress=progress,
+        checkpoint=checkpoint,
+        save_seconds=save_seconds,
+    )
+
+
+def stream(
+    run: PooledRun,
+    batches: Sequence[range],
+    tables: dict[Key, MomentsTable],
+    *,
+    labels: Sequence[str],
+    about: Mapping[str, Any],
+    progress: bool,
+    checkpoint: str | Path | None,
+    save_seconds: float,
+) -> dict[Key, MomentsTable]:
+    """Add some of the batches of a run to tables; see :func:`capture_moments`.
+
+    Args:
+        run: The model, the examples and what is pooled.
+        batches: Which of its batches, one at least.
+        tables: Empty ones, which are filled.
+        labels: The class of each example of the run.
+        about: What else the tables depend on, JSON-able.
+        progress: Whether to show a progress bar.
+        checkpoint: Where the tables are kept.
+        save_seconds: Least time between two saves.
+
+    Raises:
+        ArtifactError: If the checkpoint is of another capture or model, or damaged.
+        InUseError: If another process works in the checkpoint.
+    """
     with held(checkpoint):
-        kept = _Kept(checkpoint, run, {"labels": labels, "folds": folds, "keep": keep, "seed": seed})
+        kept = _Kept(checkpoint, run, batches[0], {"labels": list(labels), **about})
         done = kept.resume(tables)
         saved = time.monotonic()
-        batches = run.batches()
         for number, batch in enumerate(tqdm(batches, desc="capturing", disable=not progress)):
             if number < done:
                 continue
@@ -145,8 +184,9 @@ def _say_plan(tables: Mapping[Key, MomentsTable], labels: Sequence[str], folds: 
 class _Kept:
     """Tables in a directory: a folder a save, and a file that says which is whole and what it holds."""
 
-    def __init__(self, directory: str | Path | None, run: PooledRun, more: dict[str, Any]) -> None:
+    def __init__(self, directory: str | Path | None, run: PooledRun, first: range, more: dict[str, Any]) -> None:
         self._run, self._directory, self._there = run, None if directory is None else Path(directory), False
+        self._first = first
         if self._directory is not None:
             self._there = check_settings(self._directory, {**run.settings(), **more})
 
@@ -158,7 +198,7 @@ class _Kept:
         """
         if self._directory is None:
             return 0
-        first = self._run.batches()[0]
+        first = self._first
         if not (self._there and (self._directory / "progress.json").exists()):
             self._run.activations(first).save(self._directory, "first")
             return 0

@@ -4,26 +4,32 @@ study.json: name, about, refusal (a refusal in the model's words), comply and re
 and of refusals), seen ({"visual": [channels], "textual": [channels]}), plain (the channel that the model refuses), and, as it
 applies, pairs ({name: [[id of the safe twin, id of the unsafe twin], ...]}; examples of the fit split, for mediation) and
 gradient (ids of test requests with pictures and compliant responses, which the model refuses). Each example may name its
-split in meta.split; otherwise items are dealt to splits by group.
+split in meta.split; otherwise items are dealt to splits by group. twins.jsonl, if it is there, has further examples that stand in pairs
+only, such as attacks over a grey picture.
 
     study = read_study("my_folder", tokenizer=lvlm.tokenizer, judge=SubstringRefusalJudge())
+    write_study(study, "my_folder", comply=["Sure", "Here"], refuse=["I'm sorry", "I cannot"])
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
+from care_lens.core.files import write_whole
 from care_lens.core.outcome import Judge, UnsafeMargin
 from care_lens.core.require import require_path
-from care_lens.data.jsonl import DataFileError, parse_json, read_examples, read_text
-from care_lens.data.study import SPLITS, Modality, Split, Study, split_by_group
+from care_lens.data.jsonl import DataFileError, parse_json, read_examples, read_text, write_examples
+from care_lens.data.study import SPLITS, Modality, Split, Study, StudyError, split_by_group
 
 _REQUIRED = ("name", "refusal", "comply", "refuse", "seen")
-_OPTIONAL = ("about", "plain", "counterpart", "pairs", "gradient")
+_OPTIONAL = ("about", "plain", "counterpart", "pairs", "gradient", "made")
 _FILES = ("examples.jsonl", "study.json")
+TWINS = "twins.jsonl"
+"""Examples that stand in pairs only."""
 
 
 class StudyNotFoundError(CareLensError, FileNotFoundError):
@@ -55,25 +61,91 @@ def read_study(directory: str | Path, *, tokenizer: Any, judge: Judge, seed: int
         raise StudyNotFoundError(f"{directory} must hold {' and '.join(_FILES)}, got no {' and no '.join(missing)}")
     settings = _settings(directory / "study.json")
     suites = _suites(read_examples(directory / "examples.jsonl"), seed)
+    extra = {e.id: e for e in read_examples(directory / TWINS)} if (directory / TWINS).exists() else {}
     return Study(
         name=settings["name"],
         about=settings.get("about", ""),
         suites=suites,
         seen={modality: tuple(channels) for modality, channels in settings["seen"].items()},
         judge=judge,
-        outcome=_margin(tokenizer, settings["comply"], settings["refuse"]),
+        outcome=outcome_of(tokenizer, settings["comply"], settings["refuse"]),
         refusal=settings["refusal"],
         plain=settings.get("plain", "plain"),
         counterpart=settings.get("counterpart"),
         pairs={
             name: PairedExamples(
-                safe=_by_id(suites, "fit", [safe for safe, _ in twins], f"pairs.{name}"),
-                unsafe=_by_id(suites, "fit", [unsafe for _, unsafe in twins], f"pairs.{name}"),
+                safe=_by_id(suites, "fit", [safe for safe, _ in twins], f"pairs.{name}", extra),
+                unsafe=_by_id(suites, "fit", [unsafe for _, unsafe in twins], f"pairs.{name}", extra),
             )
             for name, twins in settings.get("pairs", {}).items()
         },
         gradient=_by_id(suites, "test", settings.get("gradient", []), "gradient"),
     )
+
+
+def write_study(
+    study: Study,
+    directory: str | Path,
+    *,
+    comply: Sequence[str],
+    refuse: Sequence[str],
+    made: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a study into a folder that :func:`read_study` and ``care-lens run --study`` take.
+
+    Pictures are written as PNG. The judge is not written: it is given when the study is read. The outcome is written as the openings
+    whose first tokens it is made of.
+
+    Args:
+        study: Ids of its examples must differ over all channels.
+        directory: Made if it does not exist; files of a study that stand there are written over.
+        comply: Openings of compliant answers, whose first tokens make the unsafe margin.
+        refuse: Openings of refusals.
+        made: What made the study, JSON-able.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataFileError: If two examples have one id, or comply and refuse hold no texts. It is a ValueError.
+        StudyError: If a pair set has an outcome of its own, which a folder does not hold. It is a ValueError.
+    """
+    directory = require_path(directory, "directory")
+    if study.pair_outcomes:
+        raise StudyError(
+            f"a study in a folder must have one outcome, got others for {[*study.pair_outcomes]}; leave those pair sets out"
+        )
+    for what, texts in (("comply", comply), ("refuse", refuse)):
+        if isinstance(texts, str) or not texts or not _texts(list(texts)):
+            raise DataFileError(f"{what} must be a list of openings of answers, got {texts!r}; write ['Sure', 'Here']")
+    rows = [
+        replace(example, channel=channel, meta={**example.meta, "split": split})
+        for split in SPLITS
+        for channel, examples in study.suites.get(split, {}).items()
+        for example in examples
+    ]
+    known = {e.id for some in study.suites.get("fit", {}).values() for e in some}
+    twins = {e.id: e for pairs in study.pairs.values() for e in (*pairs.safe, *pairs.unsafe) if e.id not in known}
+    (directory / "study.json").unlink(missing_ok=True)  # it is written last: a folder that has it is whole
+    write_examples(rows, directory / "examples.jsonl")
+    (directory / TWINS).unlink(missing_ok=True)
+    if twins:
+        write_examples(twins.values(), directory / TWINS)
+    settings = {
+        "name": study.name,
+        "about": study.about,
+        "refusal": study.refusal,
+        "comply": list(comply),
+        "refuse": list(refuse),
+        "seen": {modality: list(channels) for modality, channels in study.seen.items()},
+        "plain": study.plain,
+        **({} if study.counterpart is None else {"counterpart": study.counterpart}),
+        "pairs": {name: [[safe.id, unsafe.id] for safe, unsafe in pairs] for name, pairs in study.pairs.items()},
+        "gradient": [example.id for example in study.gradient],
+        **({} if made is None else {"made": dict(made)}),
+    }
+    write_whole(directory / "study.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    return directory
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -103,6 +175,7 @@ def _settings(path: Path) -> dict[str, Any]:
             "an object of lists of [id of the safe twin, id of the unsafe twin]",
         ),
         "gradient": (_texts, "a list of ids"),
+        "made": (lambda value: isinstance(value, dict), "an object that says what made the study"),
     }
     for key, (right, what) in wanted.items():
         if key in found and not right(found[key]):
@@ -124,9 +197,13 @@ def _twins(value: Any) -> bool:
 
 
 def _by_id(
-    suites: Mapping[Split, Mapping[str, Sequence[Example]]], split: Split, ids: Sequence[str], key: str
+    suites: Mapping[Split, Mapping[str, Sequence[Example]]],
+    split: Split,
+    ids: Sequence[str],
+    key: str,
+    extra: Mapping[str, Example] | None = None,
 ) -> tuple[Example, ...]:
-    found = {e.id: e for examples in suites.get(split, {}).values() for e in examples}
+    found = {**(extra or {}), **{e.id: e for examples in suites.get(split, {}).values() for e in examples}}
     if unknown := [name for name in ids if name not in found]:
         raise DataFileError(
             f"study.json: {key} must name examples of the {split} split, got {unknown[:5]}; give those examples meta.split "
@@ -158,8 +235,17 @@ def _suites(examples: Sequence[Example], seed: int) -> dict[Split, dict[str, tup
     return {split: {c: tuple(rows) for c, rows in channels.items()} for split, channels in lists.items()}
 
 
-def _margin(tokenizer: Any, comply: Sequence[str], refuse: Sequence[str]) -> UnsafeMargin:
-    """The outcome: openings by their first tokens, which must tell the two sides apart."""
+def outcome_of(tokenizer: Any, comply: Sequence[str], refuse: Sequence[str]) -> UnsafeMargin:
+    """The outcome of a study: openings of answers by their first tokens, which must tell the two sides apart.
+
+    Args:
+        tokenizer: Of the model.
+        comply: Openings of compliant answers.
+        refuse: Openings of refusals.
+
+    Raises:
+        DataFileError: If an opening of either side begins with a token of the other. It is a ValueError.
+    """
     sides = [{text: _first_token(tokenizer, text) for text in texts} for texts in (comply, refuse)]
     both = [(a, b) for a, i in sides[0].items() for b, j in sides[1].items() if i == j]
     if both:

@@ -7,7 +7,7 @@ here. test: reported, and read once. No item (group) stands in two splits.
 import logging
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,8 @@ from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.held import Named
 from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
 from care_lens.core.require import require_examples
-from care_lens.data.behaviours import deal_behaviours
+from care_lens.data.joining import dealt, held_channels, with_twins
+from care_lens.data.twins import attack_pairs
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,10 @@ class Study(ShortRepr):
         refusal: str,
         seen: Mapping[Modality, tuple[str, ...]] | None = None,
         plain: str = "plain",
+        held_out: Sequence[str] = (),
+        held_templates: float | int = 0.0,
+        twins: bool = False,
+        pairs: int = 0,
         shares: Mapping[Split, float] | None = None,
         seed: int = 0,
         about: str = "",
@@ -147,18 +152,25 @@ class Study(ShortRepr):
         Args:
             examples: Examples, or a list of benchmarks (:mod:`care_lens.data.benchmarks`) or other lists of examples.
             name: As of the study, and so are ``judge``, ``outcome``, ``refusal``, ``plain`` and ``about``.
-            seen: Attack channels that the fit may use. None: all but ``plain`` that have behaviours enough to be in the fit split; those
-                with pictures are visual, the others textual.
+            seen: Attack channels that the fit may use. None: all but ``plain`` and those held out that have behaviours enough to be in the fit
+                split; those with pictures are visual, the others textual.
+            held_out: Attack channels, or benchmarks, that the fit may not use; they are tested on.
+            held_templates: Share of the jailbreak templates of each channel that no split but the test has, where templates are known
+                (:mod:`care_lens.data.templates`). Test prompts made with them stand in a channel of their own.
+            twins: Whether to add a plain request for each behaviour, in the channel ``plain``; attacks that are in plain words already go
+                to that channel too.
+            pairs: So many pairs of twins a seen channel for mediation (:func:`care_lens.data.twins.attack_pairs`); 0: none.
             shares: Share of the behaviours of each split; by default 40 % fit, 15 % calibration, 15 % validation, 30 % test.
             seed: Of the deal.
 
         Returns:
-            The study. Responses are those of the examples; :meth:`require` says which are missing. Pairs are added with
-            ``dataclasses.replace(study, pairs=...)``, from examples of its fit split.
+            The study. Responses are those of the examples; :meth:`require` says which are missing, and
+            ``care_lens.evaluation.answered_study`` makes them.
 
         Raises:
             StudyError: If there are no examples, ids stand twice in a channel, a channel is harmful and benign, or a seen channel has too few
                 behaviours to be in the fit split.
+            HeldOutError: If ``held_out`` names no attack channel or benchmark. It is a ValueError.
             ValueError: If shares do not sum to 1, or are of no split.
 
         Example:
@@ -174,17 +186,17 @@ class Study(ShortRepr):
         if not rows:
             raise StudyError("examples must hold one or more, got none; see the problems of their benchmarks")
         shares = _require_shares(shares)
-        homes = deal_behaviours(rows, shares, benign_only=("calibration",), seed=seed)
-        suites: dict[Split, dict[str, list[Example]]] = {split: {} for split in SPLITS}
-        for example, home in sorted(zip(rows, homes), key=lambda pair: (pair[0].channel, pair[0].id)):
-            suites[home].setdefault(example.channel, []).append(example)
+        rows = with_twins(rows, plain) if twins else rows
+        apart = held_channels(rows, held_out)
+        suites = dealt(rows, {s: shares.get(s, 0.0) for s in SPLITS}, templates=held_templates, seed=seed)
         if seen is None:
-            seen = _seen_by_pictures(suites["fit"], plain)
-            held = sorted(
-                {e.channel for e in rows if e.harmful} - {plain, *(c for some in seen.values() for c in some)}
-            )
-            if held:
+            seen = _seen_by_pictures(suites["fit"], {plain, *apart})
+            usable = {plain, *apart, *(c for some in seen.values() for c in some)}
+            if held := sorted({e.channel for e in rows if e.harmful} - usable):
                 log.warning("%s: too few behaviours for the fit split, and so held out: %s", name, ", ".join(held))
+        elif both := sorted(apart.intersection(c for some in seen.values() for c in some)):
+            raise StudyError(f"held_out must name channels that are not seen, got {both} in both; take them out of one")
+        attacks = [e for channels in seen.values() for c in channels for e in suites["fit"].get(c, ())]
         return cls(
             name=name,
             about=about,
@@ -194,7 +206,13 @@ class Study(ShortRepr):
             outcome=outcome,
             refusal=refusal,
             plain=plain,
+            pairs=attack_pairs(attacks, n=pairs) if pairs else {},
         )
+
+    def held_out(self) -> tuple[str, ...]:
+        """The attack channels of the test split that the fit does not use: unseen ones, and those of new templates."""
+        fitted = {self.plain, *(c for channels in self.seen.values() for c in channels)}
+        return tuple(c for c in self.channels("test", harmful=True) if c not in fitted)
 
     def _require_channels(self) -> None:
         home: dict[str, str] = {}
@@ -304,9 +322,11 @@ def _flat(examples: Any) -> list[Example]:
     return rows
 
 
-def _seen_by_pictures(suites: Mapping[str, Sequence[Example]], plain: str) -> dict[Modality, tuple[str, ...]]:
-    """All attack channels but the plain one: those with a picture act through it."""
-    attacks = {c: some for c, some in suites.items() if some[0].harmful and c != plain}
+def _seen_by_pictures(
+    suites: Mapping[str, Sequence[Example]], apart: Collection[str]
+) -> dict[Modality, tuple[str, ...]]:
+    """All attack channels but some: those with a picture act through it."""
+    attacks = {c: some for c, some in suites.items() if some[0].harmful and c not in apart}
     pictured = [c for c, some in attacks.items() if any(example.image is not None for example in some)]
     return {"visual": tuple(sorted(pictured)), "textual": tuple(sorted({*attacks} - {*pictured}))}
 

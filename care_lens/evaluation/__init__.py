@@ -39,8 +39,10 @@ from care_lens.evaluation.metrics import (
 from care_lens.evaluation.paper import paper_table
 from care_lens.evaluation.posting import EndpointError
 from care_lens.evaluation.refusal import NOT_REFUSALS, PUBLISHED_REFUSALS, REFUSALS, SubstringRefusalJudge
+from care_lens.evaluation.responses import AnswerNotes, AnswersError, answered_study, with_answers
 from care_lens.evaluation.sampling import MissingOptunaError
 from care_lens.evaluation.settings import GenerationSettings
+from care_lens.evaluation.sharded import evaluate_sharded, generate_sharded
 from care_lens.evaluation.splits import TestSplitError, refuse_test
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
@@ -50,6 +52,8 @@ __all__ = [
     "NOT_REFUSALS",
     "PUBLISHED_REFUSALS",
     "REFUSALS",
+    "AnswerNotes",
+    "AnswersError",
     "CaptionGrader",
     "ChatEndpoint",
     "Choice",
@@ -81,14 +85,17 @@ __all__ = [
     "VQAGrader",
     "abnormal_trials",
     "answer_verdicts",
+    "answered_study",
     "chosen_letter",
     "cohen_kappa",
     "compare",
     "corrected_rates",
     "evaluate",
+    "evaluate_sharded",
     "fidelity_trials",
     "fleiss_kappa",
     "generate_all",
+    "generate_sharded",
     "grade_store",
     "graded_trials",
     "interval",
@@ -114,6 +121,7 @@ __all__ = [
     "tune_defence",
     "verdict_frame",
     "verdict_trials",
+    "with_answers",
 ]
 
 checked(globals(), __all__)

@@ -52,6 +52,15 @@ class GenerationSettings:
                 f"max_new_tokens must be min_new_tokens or more, got {self.max_new_tokens} and {self.min_new_tokens}"
             )
 
+    def given(self) -> dict[str, Any]:
+        """The settings that are set, the system prompt among them, as arguments of :func:`~care_lens.evaluation.evaluate`.
+
+        Example:
+            >>> GenerationSettings(max_new_tokens=64, system="Be brief.").given()
+            {'max_new_tokens': 64, 'system': 'Be brief.'}
+        """
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
     def options(self, further: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The options of ``generate`` that are set, joined with further ones.
 

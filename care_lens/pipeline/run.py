@@ -21,6 +21,7 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, choose
 from care_lens.pipeline.chosen import chosen, subspace_folder
 from care_lens.pipeline.diagnose import Diagnosis, diagnose
+from care_lens.pipeline.generating import generating
 from care_lens.pipeline.learn import capture_fit, printed_subspaces
 from care_lens.pipeline.needs import require_feasible
 from care_lens.pipeline.place import reader_layers
@@ -130,7 +131,7 @@ def run(
         NoCandidate: if no repair keeps benign accuracy on validation.
     """
     out, settings = Path(out), settings or RunSettings()
-    study = study.limited(settings.limit) if settings.limit else study
+    study = settings.asked(study.limited(settings.limit) if settings.limit else study)
     study.require()
     settings = require_feasible(study, settings)
     seconds: dict[str, float] = {}
@@ -147,7 +148,7 @@ def run(
         bar.update()
         log.info("%s: %.1f s", name, seconds[name])
 
-    with open_stage(lvlm, out, study, settings, model=model) as stage, bar:
+    with open_stage(lvlm, out, study, settings, model=model) as stage, bar, generating(lvlm, settings.generation):
         _sweep(out)
         provenance = _provenance(lvlm, study, model)
         with step("diagnose"):

@@ -3,8 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from care_lens.data.study import Study
+from care_lens.evaluation.settings import GenerationSettings
+
+#: Fields that are left out of a run's record where they are None, as they are in the records of earlier versions.
+_GENERATION = ("min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "system")
 
 
 @dataclass(frozen=True)
@@ -15,6 +21,9 @@ class RunSettings:
         seed: of every draw.
         limit: at most so many examples a channel and split; None: all.
         batch_size, max_new_tokens: of generation; the same for safety and utility.
+        min_new_tokens, do_sample, temperature, top_p, top_k, system: the other settings of generation, the same for safety and utility; None:
+            as the model's own configuration says. `system` is the system prompt of examples that have none of their own. Ablation
+            by generation is greedy whatever they say.
         n_boot: bootstrap resamples.
         pairs: pairs a channel for mediation.
         carrier_score: readers are tried after the blocks with an attention or MLP output of at least this score (mean of
@@ -62,6 +71,45 @@ class RunSettings:
     pgd_epsilon: int = 64
     pgd_steps: int = 40
     pgd_examples: int = 24
+    min_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.generation  # refuses what contradicts itself
+        for name in ("epsilons", "alphas", "reader_ranks", "printed_alphas", "steering"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must hold one value or more, got none; leave it out for the default")
+
+    @property
+    def generation(self) -> GenerationSettings:
+        """How answers are generated, for safety and utility alike.
+
+        Example:
+            >>> RunSettings(do_sample=True, temperature=0.7).generation.options()
+            {'max_new_tokens': 14, 'do_sample': True, 'temperature': 0.7}
+        """
+        return GenerationSettings(
+            max_new_tokens=self.max_new_tokens, **{name: getattr(self, name) for name in _GENERATION}
+        )
+
+    def asked(self, study: Study) -> Study:
+        """The study whose examples have the system prompt, where they have none of their own."""
+        if self.system is None:
+            return study
+        told = self.generation.examples
+        return replace(
+            study,
+            suites={s: {c: tuple(told(some)) for c, some in channels.items()} for s, channels in study.suites.items()},
+            pairs={
+                name: replace(pairs, safe=tuple(told(pairs.safe)), unsafe=tuple(told(pairs.unsafe)))
+                for name, pairs in study.pairs.items()
+            },
+            gradient=tuple(told(study.gradient)),
+        )
 
     def short(self) -> "RunSettings":
         """For a quick look: a few examples a channel; the figures are not to be quoted."""
@@ -77,8 +125,14 @@ class RunSettings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return json.loads(json.dumps(asdict(self)))
+        """JSON-able values; settings of generation that are not given are left out."""
+        held = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in held.items() if name not in _GENERATION or value is not None}
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all settings."""
+        return tuple(part.name for part in fields(cls))
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:

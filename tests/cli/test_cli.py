@@ -80,7 +80,7 @@ def test_no_gpu_is_said_before_anything_is_loaded(monkeypatch):
 def test_device_and_dtype_are_those_of_the_bundled_model_too(monkeypatch):
     asked, load = {}, organism.load
     monkeypatch.setattr(organism, "load", lambda **options: asked.update(options) or load(**options))
-    lvlm, _ = cli._load("bundled", None, 0, "cpu", "bfloat16")
+    lvlm, _ = cli.loading.load("bundled", None, 0, "cpu", "bfloat16")
     assert lvlm.dtype == torch.bfloat16 and asked["device_map"] == "cpu"
     asked.clear()
     assert invoke("info", "--device", "cpu", "--dtype", "float16").exit_code == 0
@@ -120,7 +120,7 @@ def test_help_shows_every_default(verb):
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_info_cuts_nothing_off(width, monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=width))
+    monkeypatch.setattr(cli.base, "console", Console(width=width))
     result = invoke("info")
     assert result.exit_code == 0 and "\u2026" not in result.output
     rows = [line for line in result.output.splitlines() if line.startswith("\u2502")]
@@ -183,7 +183,7 @@ def test_a_diagnosis_needs_pairs_and_attacks_and_nothing_of_the_gates(study):
 
 def test_diagnose_tells_what_a_study_lacks_before_it_runs(study, tmp_path, monkeypatch):
     one = replace(study, pairs={"word": study.pairs["wrapper"][:1]}, pair_outcomes={})
-    monkeypatch.setattr(cli, "_load", lambda *given: (None, one))
+    monkeypatch.setattr(cli.loading, "load", lambda *given: (None, one))
     result = invoke("diagnose", "--out", str(tmp_path / "out"))
     assert result.exit_code == 2 and "'word' needs pairs of 2 items or more" in " ".join(result.output.split())
     assert not (tmp_path / "out" / "frames").exists()
@@ -238,6 +238,6 @@ def test_a_command_gives_back_the_logging_of_its_process(monkeypatch, tmp_path):
 
 
 def test_a_repair_that_is_not_there_is_told_before_a_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(cli.loading, "load", lambda *_: pytest.fail("the model was loaded"))
     result = invoke("evaluate", str(tmp_path))
     assert result.exit_code == 2 and "REPAIR must be a folder with repair.json" in " ".join(result.output.split())

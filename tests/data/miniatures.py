@@ -134,7 +134,7 @@ def redteam2k() -> Mini:
 
 
 SCENARIOS = ("01-Illegal_Activitiy", "02-HateSpeech")
-SETS = ("SD", "SD_TYPO", "TYPO")
+MMSAFETY_KINDS = SETS = ("SD", "SD_TYPO", "TYPO")
 
 
 def mmsafetybench() -> Mini:

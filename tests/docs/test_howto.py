@@ -45,3 +45,37 @@ def test_the_code_of_the_page_on_conversations_runs(capsys):
         exec(compile(block, str(page), "exec"), names)
     assert names["made"].answers[0].startswith("sure") and int(names["spans"].prefill.sum()) == 1
     names["lvlm"].close()
+
+
+def test_the_code_of_the_page_on_studies_runs(capsys):
+    names = run_page("study.md")
+    study, again = names["study"], names["again"]
+    assert again.seen == study.seen == {"visual": (), "textual": ("wrapper",)} and list(again.pairs) == ["wrapper"]
+    assert study.held_out() == ("wrapper (new templates)",) and str(names["notes"]) in capsys.readouterr().out
+
+
+def test_the_code_of_the_page_on_many_gpus_runs():
+    names = run_page("many_gpus.md")
+    assert names["rows"].rows("blocks.1.hook_resid_post", "last").shape[0] == 12
+    (image, text) = names["tables"].values()
+    assert text.total("any", "textual").count == 12 and len(names["attacked"]) == 4
+    assert set(names["table"].frame["channel"]) == {"plain", "benign"}
+
+
+def run_page(name):
+    """The names that the code of a page leaves."""
+    page, names = PAGE.with_name(name), dict[str, object]()
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+    return names
+
+
+def test_the_recipe_of_the_page_is_one(tmp_path):
+    from care_lens.pipeline.recipe import read_recipe, recipes
+
+    text = PAGE.with_name("reproduce.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    path = tmp_path / "mine.yaml"
+    path.write_text(block)
+    assert list(read_recipe(path).defences)[-1] == "our repair"
+    assert all(f"| `{name}` |" in text for name in recipes())

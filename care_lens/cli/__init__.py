@@ -1,0 +1,14 @@
+"""Command line: `care-lens run`, `diagnose`, `fit`, `evaluate`, `study`, `reproduce`, `info`, `preflight`.
+
+A command is a function in a module of its subject; :mod:`care_lens.cli.options` has the options that several share.
+"""
+
+from care_lens.cli import looking, reproducing, running, studying
+from care_lens.cli.base import TRACEBACK, app
+
+__all__ = ["TRACEBACK", "app", "looking", "main", "reproducing", "running", "studying"]
+
+
+def main() -> None:
+    """Entry point of the `care-lens` command."""
+    app()

@@ -1,0 +1,142 @@
+"""The options of a run, which four commands take: written down once, as the fields of :class:`Asked`.
+
+@app.command()
+@told
+@takes_options
+def run(asked: Asked) -> None: ...
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from care_lens.cli import loading
+from care_lens.cli.options import (
+    Batch,
+    Config,
+    Data,
+    Device,
+    Dtype,
+    Epsilons,
+    JudgeOf,
+    Least,
+    Model,
+    Out,
+    Quantization,
+    Ranks,
+    Revision,
+    Sample,
+    Seed,
+    Short,
+    System,
+    Temperature,
+    Threads,
+    Tokens,
+    TopK,
+    TopP,
+)
+
+if TYPE_CHECKING:
+    from care_lens.data import Study
+    from care_lens.lvlm import HookedLVLM
+    from care_lens.pipeline import RunSettings
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for on the command line, or in its file of options."""
+
+    model: Model = "bundled"
+    data: Data = None
+    out: Out = Path("results/run")
+    short: Short = False
+    seed: Seed = 0
+    threads: Threads = 2
+    device: Device = None
+    dtype: Dtype = None
+    revision: Revision = None
+    quantization: Quantization = None
+    batch_size: Batch = None
+    max_new_tokens: Tokens = None
+    min_new_tokens: Least = None
+    do_sample: Sample = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    system: System = None
+    epsilons: Epsilons = None
+    ranks: Ranks = None
+    judge: JudgeOf = None
+    config: Config = None
+
+    @property
+    def title(self) -> str:
+        """What the model is called in the report."""
+        return self.model if self.revision is None else f"{self.model} at {self.revision}"
+
+    def load(self) -> "tuple[HookedLVLM, Study]":
+        """The model and the study."""
+        return loading.load(
+            self.model,
+            self.data,
+            self.seed,
+            self.device,
+            self.dtype,
+            self.judge,
+            self.out,
+            self.revision,
+            self.quantization,
+        )
+
+    def settings(self, study: "Study") -> "RunSettings":
+        """The settings of the run."""
+        names = (
+            "batch_size",
+            "max_new_tokens",
+            "min_new_tokens",
+            "do_sample",
+            "temperature",
+            "top_p",
+            "top_k",
+            "system",
+        )
+        given = {name: getattr(self, name) for name in (*names, "epsilons", "ranks")}
+        return loading.run_settings(study, self.model, self.short, self.seed, **given)
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose first argument is :class:`Asked`, with each of its fields as an option."""
+    first, *own = inspect.signature(command).parameters.values()
+    options = [
+        inspect.Parameter(part.name, inspect.Parameter.KEYWORD_ONLY, default=part.default, annotation=part.type)
+        for part in fields(Asked)
+    ]
+    names = {option.name for option in options}
+
+    @functools.wraps(command)
+    def wide(**given: Any) -> None:
+        command(
+            Asked(**{name: value for name, value in given.items() if name in names}),
+            **{name: value for name, value in given.items() if name not in names},
+        )
+
+    wide.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    wide.__annotations__ = {part.name: part.annotation for part in (*own, *options)}
+    del wide.__wrapped__, first  # type: ignore[attr-defined]
+    return wide
+
+
+def one_process(command: str) -> None:
+    """Refuse a command of one process that torchrun or accelerate has started several times."""
+    from care_lens.core.processes import Process
+
+    if not (process := Process.current()).alone:
+        raise typer.BadParameter(
+            f"`{command}` must run in one process, got {process.world}; start `study`, `evaluate` or `reproduce` with several, and this "
+            "one alone (--device auto spreads a model over the GPUs)"
+        )

@@ -1,0 +1,172 @@
+"""Models, studies, judges and settings as the command line names them."""
+
+import importlib
+import importlib.util
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import typer
+
+from care_lens.cli.base import require_out
+from care_lens.cli.options import numbers
+
+if TYPE_CHECKING:
+    from care_lens.core import Judge
+    from care_lens.data import Study
+    from care_lens.lvlm import HookedLVLM
+    from care_lens.pipeline import RunSettings
+
+
+def require_device(device: str | None) -> None:
+    """Refuse a device that this machine has not."""
+    import torch
+
+    if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise typer.BadParameter(f"--device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}") from None
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise typer.BadParameter(f"--device {device} needs a GPU of that number, this machine has {there}; take cpu")
+
+
+def load_judge(name: str | None) -> "Judge":
+    """The judge of a 'module:name', or refusal substrings, with a warning of what they do."""
+    from care_lens.evaluation import SubstringRefusalJudge
+
+    if name is None:
+        logging.getLogger("care_lens").warning(
+            "judge: refusal substrings. Any answer without one counts as compliance, on benign prompts as a right answer; "
+            "give --judge module:name to judge by more"
+        )
+        return SubstringRefusalJudge()
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise typer.BadParameter(
+            f"--judge must be 'module:name' of an object that can be imported, got {name!r} ({error})"
+        ) from error
+    if isinstance(found, type) or not callable(found):
+        what = "a class: make an instance in that module" if isinstance(found, type) else type(found).__name__
+        raise typer.BadParameter(f"--judge must name a function of (examples, texts) or a judge, got {what}")
+    return cast("Judge", found)
+
+
+def load(
+    model: str,
+    data: Path | None,
+    seed: int,
+    device: str | None = None,
+    dtype: str | None = None,
+    judge: str | None = None,
+    out: Path | None = None,
+    revision: str | None = None,
+    quantization: str | None = None,
+) -> "tuple[HookedLVLM, Study]":
+    """The model and the study, after everything that can be refused without loading the model."""
+    require_device(device)
+    if out is not None:
+        require_out(out)
+    quantized(quantization)
+    if model == "bundled":
+        if data is not None or judge is not None:
+            raise typer.BadParameter("--data and --judge go with a model of your own; the bundled one brings both")
+        from care_lens import organism
+
+        return load_model(model, device, dtype, revision, quantization), organism.study(seed=seed)
+    if data is None:
+        raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
+    if not (data / "study.json").is_file() or not (data / "examples.jsonl").is_file():
+        raise typer.BadParameter(
+            f"--data must be a folder with examples.jsonl and study.json, got {data}, which is not"
+        )
+    found = load_judge(judge)
+    from care_lens.data import read_study
+
+    lvlm = load_model(model, device, dtype, revision, quantization)
+    return lvlm, read_study(data, tokenizer=lvlm.tokenizer, judge=found, seed=seed)
+
+
+def kind_of(dtype: str | None) -> Any:
+    """The dtype of a name, or None."""
+    import torch
+
+    if dtype is None:
+        return None
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def quantized(quantization: str | None) -> Any:
+    """The configuration of bitsandbytes for a name, or None."""
+    if quantization is None:
+        return None
+    if quantization not in ("4bit", "8bit"):
+        raise typer.BadParameter(f"--quantization must be 4bit or 8bit, got {quantization!r}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise typer.BadParameter("--quantization needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit")
+
+
+def load_model(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    revision: str | None = None,
+    quantization: str | None = None,
+) -> "HookedLVLM":
+    """The bundled model, or one from the hub or a directory."""
+    config = quantized(quantization)
+    if model == "bundled":
+        if revision is not None or config is not None:
+            raise typer.BadParameter("--revision and --quantization go with a model of your own, not the bundled one")
+        from care_lens import organism
+
+        return organism.load(device_map=device, dtype=kind_of(dtype))
+    from care_lens.lvlm import HookedLVLM
+
+    options = {} if config is None else {"quantization_config": config}
+    return HookedLVLM.from_pretrained(
+        model,
+        device_map=device,
+        dtype=kind_of(dtype),
+        **({} if revision is None else {"revision": revision}),
+        **options,
+    )
+
+
+def run_settings(
+    study: "Study",
+    model: str,
+    short: bool,
+    seed: int,
+    *,
+    epsilons: str | None = None,
+    ranks: str | None = None,
+    **given: Any,
+) -> "RunSettings":
+    """The settings of a run: the model's defaults, what was given, and a quick look's on top."""
+    from care_lens.pipeline import RunSettings
+    from care_lens.pipeline.needs import shortened
+
+    settings = RunSettings(seed=seed)
+    if model != "bundled":
+        settings = replace(settings, batch_size=8, max_new_tokens=128)
+    given |= {"epsilons": numbers(epsilons, "--epsilons", float), "reader_ranks": numbers(ranks, "--ranks", int)}
+    if wrong := [e for e in given["epsilons"] or () if not 0 < e < 1]:
+        raise typer.BadParameter(f"--epsilons must be above 0 and below 1, got {wrong[0]}")
+    if wrong := [k for k in given["reader_ranks"] or () if k < 0]:
+        raise typer.BadParameter(f"--ranks must be 0 or more, got {wrong[0]}")
+    given = {name: value for name, value in given.items() if value is not None}
+    if short:
+        # What was asked for by name stands in a quick look too.
+        return replace(shortened(study, replace(settings, **given)), **given)
+    return replace(settings, **given)

@@ -1,0 +1,153 @@
+"""`run`, `diagnose`, `fit` and `evaluate`: the four steps on a study."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from care_lens.cli import base
+from care_lens.cli.asked import Asked, one_process, takes_options
+from care_lens.cli.base import app, start, told
+
+log = logging.getLogger("care_lens")
+
+
+@app.command()
+@told
+@takes_options
+def run(asked: Asked) -> None:
+    """Diagnose, learn, choose on validation, prove on test; writes report.html."""
+    one_process("run")
+    start(asked.threads)
+    from care_lens.core.errors import ArtifactError
+    from care_lens.pipeline import report, run, write_report
+    from care_lens.pipeline.stopped import STOPS, write_stopped_report
+
+    lvlm, study = asked.load()
+    settings = asked.settings(study)
+    try:
+        result = run(lvlm, study, asked.out, model=asked.title, settings=settings)
+    except STOPS as error:
+        if isinstance(error, ArtifactError):  # a fault of files
+            raise
+        page = write_stopped_report(lvlm, study, asked.out, model=asked.title, settings=settings, error=error)
+        base.console.print(f"no repair was made: {error}", markup=False)
+        base.console.print(f"report of what was found until then: {page}")
+        raise typer.Exit(1) from None
+    page = write_report(result, asked.out)
+    table = Table(title=f"{study.name}: before and after (test split)")
+    for column in ("", "before", "after"):
+        table.add_column(column)
+    key = report.summary(result)
+    for name in ("worst seen ASR", "worst held-out ASR", "benign accuracy", "lowest benign accuracy"):
+        table.add_row(name, *(report.share_text(key[f"{name} {when}"]) for when in ("before", "after")))
+    base.console.print(table)
+    base.console.print(f"report: {page}   ({sum(result.seconds.values()):.0f} s)")
+
+
+@app.command()
+@told
+@takes_options
+def diagnose(asked: Asked) -> None:
+    """Step 1 alone: mediation effects, places ranked, ablation, patch maps; writes frames and figures."""
+    one_process("diagnose")
+    start(asked.threads)
+    from care_lens import plots
+    from care_lens.pipeline.diagnose import diagnose as step
+    from care_lens.pipeline.generating import generating
+    from care_lens.pipeline.needs import require_diagnosable
+    from care_lens.pipeline.run import open_stage
+
+    lvlm, study = asked.load()
+    settings = asked.settings(study)
+    study = settings.asked(study.limited(settings.limit) if settings.limit else study)
+    require_diagnosable(study, settings)
+    with (
+        open_stage(lvlm, asked.out, study, settings, model=asked.title) as stage,
+        generating(lvlm, settings.generation),
+    ):
+        found = step(lvlm, study, settings, stage)
+    results = {f"effects_{k}": v for k, v in found.effects.items()} | {
+        f"patches_{k}": v for k, v in found.patches.items()
+    }
+    results |= {f"places_{k}": v for k, v in found.places.items()}
+    for name, result in {**results, "ablation": found.ablation}.items():
+        plots.save_figure(result.plot(), asked.out / "figures" / f"{name}.html")
+    base.console.print(f"frames and figures: {asked.out}")
+
+
+@app.command()
+@told
+@takes_options
+def fit(asked: Asked) -> None:
+    """Rank places, learn on the fit split and choose on validation; saves the repair to OUT/repair."""
+    one_process("fit")
+    start(asked.threads)
+    from care_lens.evaluation import GenerationStore
+    from care_lens.pipeline.choose import choose
+    from care_lens.pipeline.chosen import chosen
+    from care_lens.pipeline.diagnose import measure_pairs, rank_pairs
+    from care_lens.pipeline.generating import generating
+    from care_lens.pipeline.learn import capture_fit
+    from care_lens.pipeline.needs import require_feasible
+    from care_lens.pipeline.place import reader_layers
+    from care_lens.pipeline.prove import SEARCH
+    from care_lens.pipeline.run import open_stage
+
+    lvlm, study = asked.load()
+    settings = asked.settings(study)
+    study = settings.asked(study.limited(settings.limit) if settings.limit else study)
+    study.require()
+    settings = require_feasible(study, settings)
+    out = asked.out
+    with open_stage(lvlm, out, study, settings, model=asked.title) as stage, generating(lvlm, settings.generation):
+        effects, _ = measure_pairs(lvlm, study, settings, stage, maps=False)
+        placement = reader_layers(rank_pairs(effects, settings, stage), lvlm.n_layers(), score=settings.carrier_score)
+        rows, store = capture_fit(lvlm, study, settings), GenerationStore(stage.directory / SEARCH)
+        choice = chosen(stage, out, lambda: choose(lvlm, study, rows, settings, placement=placement, store=store))
+    base.console.print(f"{choice.plan}; written at {choice.writer_site}: {out / 'repair'}")
+
+
+@app.command()
+@told
+@takes_options
+def evaluate(
+    asked: Asked,
+    repair: Annotated[Path, typer.Argument(help="Folder of a saved repair.")],
+) -> None:
+    """A saved repair beside the undefended model on the test split; several processes share the answers."""
+    start(asked.threads)
+    from care_lens.core.processes import Process
+    from care_lens.evaluation import evaluate_sharded as step
+    from care_lens.repair import HybridFusion
+
+    if not (repair / "repair.json").is_file():
+        raise typer.BadParameter(f"REPAIR must be a folder with repair.json, as `care-lens fit` saves it, got {repair}")
+    saved = replace(HybridFusion.load(repair), name="repair")
+    process = Process.current()
+    if not process.alone and asked.device is None:
+        asked = replace(asked, device=process.device())
+    lvlm, study = asked.load()
+    settings = asked.settings(study)
+    study = study.limited(settings.limit) if settings.limit else study
+    asked.out.mkdir(parents=True, exist_ok=True)
+    table = step(
+        lvlm,
+        {c: list(e) for c, e in study.suites["test"].items()},
+        {"none": None, "repair": saved},
+        judge=study.judge,
+        directory=asked.out,
+        settings=settings.generation,
+        batch_size=settings.batch_size,
+        n_boot=settings.n_boot,
+        seed=asked.seed,
+    )
+    if table is None:
+        base.console.print(f"process {process.name}: its share of the answers is in {asked.out}")
+        return
+    table.save(asked.out, "evaluate")
+    base.console.print(table.to_markdown(metrics=("asr",)))
+    base.console.print(table.to_markdown(metrics=("accuracy",)))

@@ -1,0 +1,518 @@
+"""A published table, from public files: look through the files, learn, answer, judge, print.
+
+    found = look(recipe, "files")  # before any GPU time
+    result = reproduce(recipe, "files", "results/table", lvlm=lvlm, judge=judge)
+    print(result.markdown)
+
+What is learned from and what is tested never shares a behaviour. Several processes share the answers
+(:mod:`care_lens.core.processes`); the first learns, judges and prints. A stopped job goes on.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from care_lens.core.errors import ArtifactError, CareLensError
+from care_lens.core.examples import Example
+from care_lens.core.files import load_artifact, save_artifact, write_whole
+from care_lens.core.identity import digest, examples_digest, model_fingerprint
+from care_lens.core.outcome import Judge, Repair
+from care_lens.core.processes import WAIT, Process, done, is_done, wait_for
+from care_lens.core.results import package_versions
+from care_lens.data.behaviours import deal_behaviours
+from care_lens.data.benchmarks import READERS, BenchmarkError
+from care_lens.data.joining import limited
+from care_lens.data.preflight import preflight
+from care_lens.defences import PublishedCARE, load_defence
+from care_lens.evaluation import (
+    CaptionGrader,
+    ChoiceGrader,
+    ClassifierJudge,
+    DefenceTable,
+    Grader,
+    OpenAnswerGrader,
+    SubstringRefusalJudge,
+    VQAGrader,
+    evaluate_sharded,
+    paper_table,
+    with_answers,
+)
+from care_lens.evaluation.answering import spread
+from care_lens.evaluation.metrics import records
+from care_lens.lvlm import HookedLVLM
+from care_lens.pipeline.recipe import Recipe, RecipeDefence, RecipeError, RecipeJudge, Source
+
+log = logging.getLogger(__name__)
+
+NONE = "none"
+_STEP = "fitted"
+
+
+class NotReadyError(CareLensError, ValueError):
+    """Files, pictures or the model of a recipe are not as they must be; the message lists all gaps."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What :func:`look` found.
+
+    Attributes:
+        frame: A row for each check of each source: source, benchmark, check, level, count, what, do.
+        problems: Rows of the files that give no example.
+    """
+
+    frame: pd.DataFrame
+    problems: pd.DataFrame
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check found an error."""
+        return not (self.frame["level"] == "error").any()
+
+    def require(self) -> None:
+        """Refuse to go on with errors.
+
+        Raises:
+            NotReadyError: It lists them. It is a ValueError.
+        """
+        bad = records(pd.DataFrame(self.frame[self.frame["level"] == "error"]))
+        if bad:
+            told = "; ".join(
+                f"{row['source']}: {row['check']} ({row['count']}): {row['what']}; {row['do']}" for row in bad
+            )
+            raise NotReadyError(f"files and model must be as the recipe needs them, got {len(bad)} errors: {told}")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What :func:`reproduce` made.
+
+    Attributes:
+        table: Defences by columns, with all metrics.
+        markdown: The table of attack success, with the published figures, then those of utility and over-refusal, then the notes.
+        latex: The same for LaTeX.
+        folder: Where ``table.md``, ``table.tex``, ``table.json`` and the answers are.
+    """
+
+    table: DefenceTable
+    markdown: str
+    latex: str
+    folder: Path
+
+
+def look(recipe: Recipe, files: str | Path, *, pixels: bool = False, model: bool = True) -> Looked:
+    """Look through all files of a recipe, and at the configuration of its model, without loading it.
+
+    Args:
+        recipe: Which table.
+        files: The folder that the roots of its sources are in.
+        pixels: Decode every picture to its end.
+        model: Whether the model's configuration is looked at; where it is on the hub that needs the network.
+    """
+    rows: list[dict[str, Any]] = []
+    problems: list[pd.DataFrame] = []
+    for title, source in recipe.sources.items():
+        about = {"source": title, "benchmark": source.benchmark}
+        try:
+            found = preflight(Path(files) / source.root, format=source.benchmark, pixels=pixels)
+            n = len(READERS[source.benchmark](Path(files) / source.root, **source.options))
+        except BenchmarkError as error:
+            what = {
+                "check": "files",
+                "level": "error",
+                "count": 1,
+                "what": str(error),
+                "do": "get them from their authors",
+            }
+            rows.append(about | what)
+            continue
+        rows += [about | row for row in found.frame.drop(columns="benchmark").to_dict("records")]
+        problems.append(found.problems.assign(source=title))
+        if not n:
+            what = {
+                "check": "examples",
+                "level": "error",
+                "count": 0,
+                "what": "none with these options",
+                "do": "see options",
+            }
+            rows.append(about | what)
+    if model:
+        rows += [{"source": "model", "benchmark": recipe.model.name, **row} for row in _model_checks(recipe)]
+    columns = ["source", "benchmark", "check", "level", "count", "what", "do"]
+    frame = pd.DataFrame([{c: row[c] for c in columns} for row in rows], columns=pd.Index(columns))
+    return Looked(frame, pd.concat(problems, ignore_index=True) if problems else pd.DataFrame())
+
+
+def _model_checks(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the configuration of the model says about the recipe's blocks and ranks."""
+    from transformers import AutoConfig
+
+    from care_lens.lvlm.loading import require_known, require_loadable
+
+    try:
+        require_loadable(recipe.model.name, recipe.model.dtype)
+        config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision)
+        require_known(config)
+    except (OSError, ValueError) as error:
+        return [{"check": "model", "level": "error", "count": 1, "what": str(error), "do": "see --model"}]
+    text = config.get_text_config()
+    rows = [
+        {
+            "check": "model",
+            "level": "ok",
+            "count": text.num_hidden_layers,
+            "what": f"{type(config).__name__}: blocks",
+            "do": "",
+        }
+    ]
+    for name, defence in recipe.defences.items():
+        ranks = defence.rank if isinstance(defence.rank, tuple) else (defence.rank,)
+        beyond = [layer for layer in defence.layers if not 0 <= layer < text.num_hidden_layers]
+        if beyond or max(ranks) > text.hidden_size:
+            what = f"{name}: blocks {list(defence.layers)} and rank {max(ranks)} of {text.num_hidden_layers} blocks of width {text.hidden_size}"
+            rows.append(
+                {"check": "settings", "level": "error", "count": 1, "what": what, "do": "change layers or rank"}
+            )
+    return rows
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The examples of a recipe.
+
+    Attributes:
+        tested: By column.
+        malicious: Attacks of the fit split.
+        benign: Harmless examples of it.
+    """
+
+    tested: dict[str, list[Example]]
+    malicious: list[Example]
+    benign: list[Example]
+
+
+def read_parts(recipe: Recipe, files: str | Path, *, limit: int | None = None) -> Parts:
+    """Read the files of a recipe and deal what is learned from and what is tested, so that no behaviour is in both.
+
+    Pictures without requests get those of ``prompts``: of the fit split in the fit, of the test split in the test, in turns. Where
+    their files name splits (ASTRA: i from 41 on are the test), those hold.
+
+    Args:
+        recipe: Which table.
+        files: The folder that the roots of its sources are in.
+        limit: At most so many examples a column; None: all, or as the recipe says.
+
+    Raises:
+        BenchmarkError: If files cannot be read.
+        RecipeError: If there is nothing to test in a column, or nothing to learn from.
+    """
+    read = {title: _read(source, files, title, limit) for title, source in recipe.sources.items()}
+    benign = {f"{name} (benign)" for name in recipe.benign}
+    split = [
+        title for title, source in recipe.sources.items() if source.fit or title in benign or " (prompts)" in title
+    ]
+    pool = [(title, e) for title in split for e in read[title]]
+    shares = {"fit": 1 - recipe.test_share, "test": recipe.test_share}
+    homes = deal_behaviours([e for _, e in pool], shares, seed=recipe.seed)
+    dealt: dict[str, dict[str, list[Example]]] = {title: {"fit": [], "test": []} for title in read}
+    for (title, example), home in zip(pool, homes, strict=True):
+        dealt[title][home].append(example)
+    for title in read:
+        if title not in split:
+            dealt[title]["test"] = read[title]
+    tested_behaviours = {e.group for title in (*recipe.columns, *recipe.utility) for e in dealt[title]["test"]}
+    for title, source in recipe.columns.items():
+        if source.prompts is not None:
+            prompts = dealt[f"{title} (prompts)"]
+            dealt[title] = _with_prompts(read[title], prompts, fit=source.fit)
+    found = Parts(
+        tested={title: dealt[title]["test"] for title in (*recipe.columns, *recipe.utility)},
+        malicious=spread([e for t, s in recipe.columns.items() if s.fit for e in dealt[t]["fit"]], recipe.fit_examples),
+        benign=spread(
+            [
+                e
+                for t in sorted(benign)
+                for part in ("fit", "test")
+                for e in dealt[t][part]
+                if e.group not in tested_behaviours
+            ],
+            recipe.fit_examples,
+        ),
+    )
+    if empty := [title for title, some in found.tested.items() if not some]:
+        raise RecipeError(
+            f"each column must have examples to test on, got none for {empty}; see `care-lens reproduce --check`"
+        )
+    fitted = any(defence.kind == "published_care" for defence in recipe.defences.values())
+    if fitted and not (found.malicious and found.benign):
+        raise RecipeError(
+            f"there must be attacks and harmless examples to learn from, got {len(found.malicious)} and {len(found.benign)}; give more files"
+        )
+    return found
+
+
+def _read(source: Source, files: str | Path, title: str, limit: int | None) -> list[Example]:
+    rows = READERS[source.benchmark](Path(files) / source.root, **source.options)
+    few = [n for n in (source.limit, limit) if n is not None]
+    return limited([replace(e, channel=title) for e in rows], min(few) if few else None)
+
+
+def _with_prompts(
+    pictures: Sequence[Example], prompts: Mapping[str, Sequence[Example]], *, fit: bool
+) -> dict[str, list[Example]]:
+    """Pictures with requests of their own split, in turns; pictures that their files keep for validation are left out."""
+    named = any(e.meta.get("source_split") for e in pictures)
+    parts: dict[str, list[Example]] = {"fit": [], "test": []}
+    for number, picture in enumerate(pictures):
+        kept = picture.meta.get("source_split")
+        home = ("test" if kept == "test" else None if kept else "fit") if named else ("fit", "test")[number % 2]
+        if not fit and home == "fit":
+            home = None if named else "test"
+        if home is None:
+            continue
+        asked = prompts[home] or (prompts["fit"] if not fit else ())
+        if not asked:
+            continue
+        one = asked[len(parts[home]) % len(asked)]
+        behaviour, group = one.behaviour or one.prompt, one.group or one.id
+        parts[home].append(
+            replace(picture, prompt=one.prompt, behaviour=behaviour, group=group, response=None, harmful=one.harmful)
+        )
+    return parts
+
+
+def load_recipe_judge(judge: RecipeJudge) -> Judge:
+    """The judge of a recipe.
+
+    Raises:
+        OSError: If a classifier cannot be loaded.
+        JudgeError: If its card prints no template.
+    """
+    if judge.kind == "classifier":
+        assert judge.model is not None
+        return ClassifierJudge.from_pretrained(
+            judge.model, template=judge.template, revision=judge.revision, dtype=judge.dtype, device_map=judge.device
+        )
+    return SubstringRefusalJudge.published() if judge.kind == "published-substrings" else SubstringRefusalJudge()
+
+
+def _graders(recipe: Recipe) -> dict[str, Grader]:
+    makers = {
+        "choice": ChoiceGrader,
+        "circular": lambda: ChoiceGrader(circular=True),
+        "open-answer": OpenAnswerGrader,
+        "vqa": VQAGrader,
+        "caption": CaptionGrader,
+    }
+    return {title: makers[s.grader]() for title, s in recipe.utility.items() if s.grader != "judge"}
+
+
+def reproduce(
+    recipe: Recipe,
+    files: str | Path,
+    out: str | Path,
+    *,
+    lvlm: HookedLVLM,
+    judge: Judge | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    process: Process | None = None,
+    progress: bool = True,
+    wait: float | int = WAIT,
+) -> Reproduction | None:
+    """Make the table of a recipe.
+
+    Args:
+        recipe: Which table.
+        files: The folder that the roots of its sources are in.
+        out: Folder of the job; what is there already is not made again.
+        lvlm: The recipe's model.
+        judge: Instead of the recipe's, which is loaded otherwise, in the first process.
+        limit: At most so many examples a column, for a quick look.
+        batch_size: Examples at a time.
+        process: Which process of a job this is; None: as the environment says.
+        progress: Whether the first process shows progress bars.
+        wait: Seconds that processes wait for each other.
+
+    Returns:
+        The table; None in processes other than the first.
+
+    Raises:
+        RecipeError, BenchmarkError: As :func:`read_parts`.
+        AnswersError: If too many harmless requests cannot be answered.
+        FitError: If there are too few examples for the ranks of the recipe.
+        ArtifactError: If the folder holds a job of another recipe, model or files.
+        ProcessError: If another process does not finish.
+    """
+    process, out = process or Process.current(), Path(out)
+    parts = read_parts(recipe, files, limit=limit)
+    job = digest(
+        [
+            {
+                key: value
+                for key, value in json.loads(json.dumps(asdict(recipe), default=str)).items()
+                if key != "notes"
+            },
+            examples_digest([*parts.malicious, *parts.benign, *(e for some in parts.tested.values() for e in some)]),
+            model_fingerprint(lvlm.hf_model),
+            batch_size,
+        ]
+    )
+    if process.first:
+        _require_same_job(out, recipe, job)
+    defences = _defences(recipe, files, out, lvlm, parts, job, batch_size, process, progress, wait)
+    if judge is None and process.first:
+        judge = load_recipe_judge(recipe.judge)
+    table = evaluate_sharded(
+        lvlm,
+        parts.tested,
+        {NONE: None, **defences},
+        judge=judge or SubstringRefusalJudge(),  # judging is the first process's work
+        directory=out / "answers",
+        settings=recipe.generation,
+        process=process,
+        batch_size=batch_size,
+        seed=recipe.seed,
+        progress=progress,
+        wait=wait,
+        graders=_graders(recipe),
+        fidelity=False,
+        n_boot=recipe.n_boot,
+    )
+    if table is None:
+        return None
+    notes = [*recipe.notes, *([f"At most {limit} examples a column: not figures to quote."] if limit else [])]
+    table = replace(table, settings={**table.settings, "recipe": recipe.name, "notes": notes})
+    table.save(out, "table")
+    made = {form: _printed(recipe, table, form, notes) for form in ("markdown", "latex")}
+    write_whole(out / "table.md", made["markdown"])
+    write_whole(out / "table.tex", made["latex"])
+    return Reproduction(table, made["markdown"], made["latex"], out)
+
+
+def _require_same_job(out: Path, recipe: Recipe, job: str) -> None:
+    """Refuse the folder of another job; note this one."""
+    content = {"job": job, "recipe": recipe.name, "versions": package_versions()}
+    try:
+        _, held = load_artifact(out, "job", kind="reproduction", schema=1)
+    except FileNotFoundError:
+        save_artifact(out, "job", kind="reproduction", schema=1, data={}, content=content)
+        return
+    if held["job"] != job:
+        raise ArtifactError(
+            f"{out} must be empty or of the same recipe, files, model and limit, got a job of {held['recipe']!r} that differs in one of "
+            "them; choose another --out"
+        )
+
+
+def _defences(
+    recipe: Recipe,
+    files: str | Path,
+    out: Path,
+    lvlm: HookedLVLM,
+    parts: Parts,
+    job: str,
+    batch_size: int,
+    process: Process,
+    progress: bool,
+    wait: float | int,
+) -> dict[str, Repair]:
+    """The defences of a recipe: the first process fits them, and all read them from the folder."""
+    homes = {name: out / "defences" / f"{number:02d}" for number, name in enumerate(recipe.defences)}
+    fitted = {name: d for name, d in recipe.defences.items() if d.kind == "published_care"}
+    whole = Process()  # the note is of the job, whatever the number of its processes
+    if fitted and is_done(out, _STEP, whole, of=job) is None:
+        # the requests are shared, the fit is the first process's work
+        answered = with_answers(
+            lvlm, [*parts.malicious, *parts.benign], refused=(), directory=out / "fit", batch_size=batch_size,
+            settings=replace(recipe.generation, do_sample=False, temperature=None, top_p=None, top_k=None),
+            seed=recipe.seed, process=process, progress=progress, wait=wait,
+        )  # fmt: skip
+        if process.first:
+            _fit(fitted, homes, lvlm, answered, batch_size, progress)
+            done(out, _STEP, whole, of=job)
+    if fitted:
+        wait_for(out, _STEP, whole, of=job, seconds=wait)
+    found: dict[str, Repair] = {}
+    for name, defence in recipe.defences.items():
+        home = homes[name] if defence.kind == "published_care" else Path(files) / str(defence.folder)
+        found[name] = replace(_saved(home), name=name)
+    return found
+
+
+def _fit(
+    defences: Mapping[str, RecipeDefence],
+    homes: Mapping[str, Path],
+    lvlm: HookedLVLM,
+    answered: Sequence[Example],
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Fit and save published CARE; rows that differ in strengths alone share one fit."""
+    from care_lens.data.answers import COMPLIANT_ANSWERS, REFUSAL_ANSWERS
+
+    made: dict[Any, PublishedCARE] = {}
+    for name, defence in defences.items():
+        key = (defence.kept, defence.layers, defence.rank, defence.beta)
+        if key not in made:
+            made[key] = PublishedCARE.fit(
+                lvlm,
+                benign=[e for e in answered if not e.harmful],
+                malicious=[e for e in answered if e.harmful],
+                refusals=REFUSAL_ANSWERS,
+                compliances=COMPLIANT_ANSWERS,
+                layers=defence.layers,
+                rank=defence.rank,
+                beta=defence.beta,
+                faults=defence.kept,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        replace(made[key], name=name, **defence.strengths()).save(homes[name])
+
+
+def _saved(folder: Path) -> Any:
+    if (folder / "repair.json").is_file():
+        from care_lens.repair import HybridFusion
+
+        return HybridFusion.load(folder)
+    return load_defence(folder)
+
+
+def _printed(recipe: Recipe, table: DefenceTable, form: Any, notes: Sequence[str]) -> str:
+    """The table of attack success with the quoted figures, then one of the other metrics, then the notes."""
+    parts = [
+        paper_table(
+            table,
+            form=form,
+            metrics=("asr",),
+            channels=[*recipe.columns],
+            against=NONE,
+            quoted={"": recipe.quoted} if recipe.quoted else None,
+            label="tab:asr",
+        )
+    ]
+    graded = {grader.metric for grader in _graders(recipe).values()}
+    wanted = {title: "refusal" for title, s in recipe.utility.items() if s.grader == "judge"}
+    right = [title for title in recipe.utility if title not in wanted]
+    if right:
+        metrics = tuple(sorted(graded))
+        parts.append(paper_table(table, form=form, metrics=metrics, channels=right, against=NONE, label="tab:utility"))
+    if wanted:
+        parts.append(
+            paper_table(table, form=form, metrics=("refusal",), channels=[*wanted], against=NONE, label="tab:refusal")
+        )
+    said = [*notes]
+    if recipe.quoted:
+        said.insert(0, f"Quoted figures are those of {recipe.quoted_from}; they were not measured here.")
+    elif not any("quoted" in note for note in notes):
+        said.insert(0, "No published figures are quoted.")
+    if form == "markdown":
+        return f"# {recipe.name}\n\n" + "\n".join(parts) + "\n" + "".join(f"- {note}\n" for note in said)
+    return "\n".join(parts) + "".join(f"% {note}\n" for note in said)

@@ -1,0 +1,193 @@
+"""A study out of benchmark files, in order: read, join, answer, write.
+
+made = make_study(lvlm, ["FigStep/data", "xstest=XSTest"], "my_study", name="mine", comply=["Sure"], refuse=["I'm sorry"])
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from care_lens.core.errors import CareLensError
+from care_lens.core.examples import Example
+from care_lens.core.outcome import UnsafeMargin
+from care_lens.core.processes import Process
+from care_lens.data.answers import REFUSAL
+from care_lens.data.benchmarks import READERS, Benchmark
+from care_lens.data.directory import outcome_of, write_study
+from care_lens.data.joining import limited
+from care_lens.data.preflight import preflight
+from care_lens.data.study import Study
+from care_lens.evaluation import AnswerNotes, GenerationSettings, SubstringRefusalJudge, answered_study
+from care_lens.lvlm import HookedLVLM
+
+log = logging.getLogger(__name__)
+
+COMPLY = ("Sure", "Of", "Certainly", "Yes", "Absolutely", "Here", "To", "1")
+"""First words of compliant answers."""
+REFUSE = ("I", "Sorry", "Unfortunately", "My", "As", "No")
+"""First words of refusals."""
+
+
+class SourceError(CareLensError, ValueError):
+    """A benchmark cannot be taken into a study; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class MadeStudy:
+    """What :func:`make_study` made.
+
+    Attributes:
+        study: The study, as it is read from the folder; its judge is refusal substrings.
+        folder: Where it is.
+        notes: What was found out about the model's answers.
+        problems: Rows of the benchmarks that give no example, by benchmark.
+    """
+
+    study: Study
+    folder: Path
+    notes: AnswerNotes
+    problems: dict[str, int]
+
+
+def read_source(source: str | Path, *, options: dict[str, Any] | None = None) -> Benchmark:
+    """The benchmark of a folder, zip or table.
+
+    Args:
+        source: A path, or "NAME=PATH" with the name of a reader (:data:`care_lens.data.benchmarks.READERS`), which is found out otherwise.
+        options: Of the reader.
+
+    Raises:
+        SourceError: If no benchmark or several are found there, or the name is none. It is a ValueError.
+        BenchmarkError: If its files cannot be read.
+    """
+    name, _, path = str(source).partition("=")
+    if not path:
+        name, path = "", str(source)
+    if name and name not in READERS:
+        raise SourceError(f"the benchmark of {source!r} must be one of {sorted(READERS)}, got {name!r}")
+    if not name:
+        found = sorted({title.split(" ")[0] for title in preflight(path).benchmarks})
+        if len(found) != 1 or found[0] not in READERS:
+            raise SourceError(
+                f"{path} must hold one benchmark, got {found or 'none that is known'}; say which as NAME={path}, with a name out of "
+                f"{sorted(READERS)}"
+            )
+        name = found[0]
+    return READERS[name](path, **(options or {}))
+
+
+def make_study(
+    lvlm: HookedLVLM,
+    sources: Sequence[str | Path | Sequence[Example]],
+    out: str | Path,
+    *,
+    name: str,
+    comply: Sequence[str] = COMPLY,
+    refuse: Sequence[str] = REFUSE,
+    limit: int | None = None,
+    held_out: Sequence[str] | None = None,
+    held_templates: float = 0.3,
+    pairs: int = 32,
+    settings: GenerationSettings | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    process: Process | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> MadeStudy | None:
+    """A study of several benchmarks in a folder that ``care-lens run --study`` takes.
+
+    Args:
+        lvlm: The model that answers harmless requests.
+        sources: Benchmarks as of :func:`read_source`, or examples.
+        out: The folder; answers are kept in ``OUT/answers``, so that a stopped call goes on.
+        name: For the report.
+        comply: Openings of compliant answers, whose first tokens make the unsafe margin.
+        refuse: Openings of refusals.
+        limit: At most so many examples a channel.
+        held_out: Attack channels or benchmarks that the fit may not use. None: the attack channel with the fewest examples, if there
+            are three or more.
+        held_templates: Share of each channel's jailbreak templates that the test split alone has.
+        pairs: Pairs a channel for mediation.
+        settings: Of generation.
+        batch_size: Examples at a time.
+        seed: Of the deal and the answers.
+        process: Which process of a job this is; None: as the environment says.
+        progress: Whether to show progress bars.
+        **options: Of :func:`care_lens.evaluation.with_answers`: harmful, benign, refusals, compliances, max_missing.
+
+    Returns:
+        The study; None in processes other than the first.
+
+    Raises:
+        SourceError: If a source cannot be taken.
+        StudyError: If the examples make no study. It is a ValueError.
+        DataFileError: If comply and refuse begin with one token. It is a ValueError.
+    """
+    process, out = process or Process.current(), Path(out)
+    outcome = outcome_of(lvlm.tokenizer, comply, refuse)
+    taken: list[Sequence[Example]] = []
+    problems: dict[str, int] = {}
+    for source in sources:
+        rows = read_source(source) if isinstance(source, (str, Path)) else source
+        taken.append(limited(list(rows), limit))
+        if isinstance(rows, Benchmark):
+            problems[rows.name] = len(rows.problems)
+    study = joined(
+        taken, name=name, outcome=outcome, held_out=held_out, held_templates=held_templates, pairs=pairs, seed=seed
+    )
+    study, notes = answered_study(
+        lvlm,
+        study,
+        directory=out / "answers",
+        settings=settings,
+        batch_size=batch_size,
+        seed=seed,
+        process=process,
+        progress=progress,
+        **options,
+    )
+    if not process.first:
+        return None
+    log.info("%s", notes)
+    made = {
+        "sources": [str(s) if isinstance(s, (str, Path)) else "examples" for s in sources],
+        "left_out_rows": problems,
+        "held_out": list(study.held_out()),
+        "seed": seed,
+        "generation": (settings or GenerationSettings()).given(),
+        "answers": {key: value for key, value in options.items() if isinstance(value, str)},
+    }
+    write_study(study, out, comply=comply, refuse=refuse, made=made)
+    return MadeStudy(study, out, notes, problems)
+
+
+def joined(
+    sources: Sequence[Sequence[Example]],
+    *,
+    name: str,
+    outcome: UnsafeMargin,
+    held_out: Sequence[str] | None = None,
+    held_templates: float = 0.3,
+    pairs: int = 32,
+    seed: int = 0,
+) -> Study:
+    """The study of some benchmarks, not answered yet; see :func:`make_study`, whose arguments these are."""
+    common: dict[str, Any] = {
+        "name": name, "judge": SubstringRefusalJudge(), "outcome": outcome, "refusal": REFUSAL, "twins": True,
+        "held_templates": held_templates, "pairs": pairs, "seed": seed,
+    }  # fmt: skip
+    study = Study.from_examples(sources, **common)
+    seen = [c for channels in study.seen.values() for c in channels]
+    if held_out is None and len(seen) >= 3:
+        counts = {c: sum(len(study.suites[s].get(c, ())) for s in study.suites) for c in seen}
+        held_out = [min(seen, key=lambda c: (counts[c], c))]
+    if held_out:
+        study = Study.from_examples(sources, held_out=held_out, **common)
+    seen = [c for channels in study.seen.values() for c in channels]
+    about = f"Attacks that the fit uses: {', '.join(seen) or 'none'}; held out of it: {', '.join(study.held_out()) or 'none'}."
+    if not study.held_out():
+        log.warning("%s: no attack is held out of the fit, so that nothing is said about new ones", name)
+    return replace(study, about=about)

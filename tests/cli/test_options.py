@@ -1,0 +1,138 @@
+"""Options of the command line: one set for safety and utility, a file of options, the version."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from care_lens import __version__, cli, organism
+from care_lens.evaluation import GenerationSettings
+from care_lens.evaluation.generate import generate_all
+from care_lens.evaluation.store import GenerationStore
+from care_lens.lvlm.errors import GenerationOptionError
+from care_lens.pipeline import RunSettings
+from care_lens.pipeline.generating import generating
+from care_lens.pipeline.needs import NeedsError
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words], env={"COLUMNS": "300"})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The settings, model and study that `run` is called with."""
+    held = {}
+
+    def run(lvlm, study, out, *, model, settings):
+        held.update(settings=settings, model=model, study=study, out=out)
+        raise NeedsError("stop here")
+
+    monkeypatch.setattr("care_lens.pipeline.run", run)
+    return held
+
+
+def test_the_version():
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.output.strip() == f"care-lens {__version__}"
+
+
+def test_settings_of_generation_epsilons_and_ranks_reach_the_run(asked, tmp_path):
+    words = (
+        "--sample",
+        "--temperature",
+        0.7,
+        "--top-p",
+        0.9,
+        "--top-k",
+        40,
+        "--min-new-tokens",
+        2,
+        "--max-new-tokens",
+        9,
+        "--system",
+        "be kind",
+    )
+    result = invoke("run", "--out", tmp_path, *words, "--epsilons", "0.05,0.1", "--ranks", "0,4")
+    assert "stop here" in result.output
+    settings = asked["settings"]
+    assert settings.generation == GenerationSettings(
+        max_new_tokens=9, min_new_tokens=2, do_sample=True, temperature=0.7, top_p=0.9, top_k=40, system="be kind"
+    )
+    assert (settings.epsilons, settings.reader_ranks) == ((0.05, 0.1), (0, 4))
+    told = settings.to_dict()
+    assert told["temperature"] == 0.7 and told["system"] == "be kind"
+    assert {e.system for e in settings.asked(asked["study"]).benign("test")} == {"be kind"}
+
+
+def test_records_of_runs_without_them_are_as_before():
+    """So that a folder of an earlier version goes on."""
+    told = RunSettings().to_dict()
+    assert not {"do_sample", "temperature", "top_p", "top_k", "system", "min_new_tokens"} & {*told}
+    assert "do_sample" in RunSettings(do_sample=False).to_dict()
+    with pytest.raises(GenerationOptionError, match="temperature must be above 0"):
+        RunSettings(temperature=0)
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_a_file_of_options_stands_behind_the_command_line(form, asked, tmp_path):
+    path = tmp_path / f"options.{form}"
+    held = {"out": str(tmp_path / "out"), "max-new-tokens": 7, "epsilons": [0.03, 0.2], "sample": True, "seed": 5}
+    path.write_text(yaml.safe_dump(held) if form == "yaml" else json.dumps(held))
+    assert "stop here" in invoke("run", "--config", path, "--seed", 6).output
+    settings = asked["settings"]
+    assert (settings.seed, settings.max_new_tokens, settings.epsilons, settings.do_sample) == (6, 7, (0.03, 0.2), True)
+    assert asked["out"] == tmp_path / "out"
+    path.write_text(json.dumps({"greedy": True, "out": str(tmp_path / "out")}))  # which is yaml too
+    invoke("run", "--config", path)
+    assert asked["settings"].do_sample is False
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--epsilons", "much"), "--epsilons must be numbers with commas"),
+        (("--epsilons", "0,0.1"), "--epsilons must be above 0"),
+        (("--ranks", "-1"), "--ranks must be 0 or more"),
+        (("--temperature", "0"), "temperature must be above 0"),
+        (("--top-p", "2"), "top_p must be in (0, 1]"),
+        (("--max-new-tokens", 2, "--min-new-tokens", 3), "max_new_tokens must be min_new_tokens or more"),
+        (("--quantization", "3bit"), "--quantization must be 4bit or 8bit"),
+        (("--revision", "main"), "--revision and --quantization go with a model of your own"),
+        (("--config", "gone.yaml"), "--config must be a yaml or json file"),
+        (("--config", "LIST"), "--config must hold names and values"),
+        (("--config", "UNKNOWN"), "must name options of the command"),
+        (("--config", "BROKEN"), "--config must be a yaml or json file"),
+    ],
+)
+def test_wrong_options_are_told_in_a_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("LIST", "[1]"), ("UNKNOWN", "sed: 1"), ("BROKEN", "a: [")):
+        (tmp_path / name).write_text(text)
+    result = invoke("run", *words)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert message in " ".join(result.output.replace("│", " ").split()), result.output
+
+
+def test_commands_of_one_process_refuse_several(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for verb in ("run", "diagnose", "fit"):
+        result = invoke(verb)
+        assert result.exit_code == 2 and "must run in one process, got 2" in " ".join(result.output.split())
+
+
+def test_what_generates_goes_by_the_settings_of_the_run_and_the_model_is_left_as_it_was():
+    examples = organism.examples("benign plain", "test", n=3)
+    settings = RunSettings(do_sample=True, temperature=2.0, max_new_tokens=3).generation
+    with organism.load() as lvlm:
+        before, plain = lvlm.hf_model.generation_config, lvlm.generation_settings()
+        store = GenerationStore()
+        with generating(lvlm, settings):
+            assert lvlm.generation_settings(max_new_tokens=3)["temperature"] == 2.0
+            # as each step of a run calls it, with the length alone
+            generate_all(lvlm, examples, store=store, max_new_tokens=3, progress=False)
+        assert lvlm.hf_model.generation_config is before and lvlm.generation_settings() == plain
+    (held,) = [value["generation"] for value in store.settings.values()]
+    assert held["do_sample"] is True and held["temperature"] == 2.0 and held["max_new_tokens"] == 3

@@ -1,0 +1,80 @@
+"""Capture, attacks and evaluation in two processes, as torchrun starts them: equal to one process, and nothing is done twice."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from sharded_job import job
+
+from care_lens.evaluation import GenerationStore
+
+HERE = Path(__file__).parent
+PATHS = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "lvlm")]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder of a job of two processes, the second of which ran to its end; and of one process."""
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(PATHS)}
+    started = subprocess.Popen(
+        [sys.executable, str(HERE / "sharded_job.py"), str(two)],
+        env={**common, "RANK": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        alone = job(one)
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "2")
+        together = job(two)
+    assert started.wait(timeout=300) == 0, started.stderr.read()
+    return two, alone, together
+
+
+def test_captured_rows_are_those_of_one_process(both):
+    _, alone, together = both
+    one, two = alone["captured"], together["captured"]
+    assert (one.ids, one.groups) == (two.ids, two.groups) and len(set(two.groups)) == 11
+    for key, rows in one.values.items():
+        assert torch.equal(rows.nan_to_num(), two.values[key].nan_to_num()) and torch.equal(
+            one.present[key], two.present[key]
+        )
+
+
+@pytest.mark.parametrize("keep", ["rows", "sums"])
+def test_moments_are_merged_exactly(both, keep):
+    _, alone, together = both
+    one, two = alone["moments"][keep], together["moments"][keep]
+    assert [*one] == [*two]
+    for key, table in one.items():
+        assert [*table] == [*two[key]] and len(table) > 2
+        for entry in table:
+            first, second = table[entry], two[key][entry]
+            assert first.count == second.count
+            for name in ("mean", "covariance"):
+                ours, theirs = getattr(first, name), getattr(second, name)
+                ours, theirs = (x() if callable(x) else x for x in (ours, theirs))
+                assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12 * float(ours.abs().max()))
+
+
+def test_attacked_pictures_are_those_of_one_process(both):
+    _, alone, together = both
+    one, two = alone["attacked"], together["attacked"]
+    assert [e.id for e in one] == [e.id for e in two] == [f"e{i}" for i in range(5)]
+    assert [e.image.tobytes() for e in one] == [e.image.tobytes() for e in two]
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
+def test_tables_are_those_of_one_process(both, name):
+    folder, alone, together = both
+    pd.testing.assert_frame_equal(alone["tables"][name].frame, together["tables"][name].frame)
+    pd.testing.assert_frame_equal(alone["tables"][name].trials, together["tables"][name].trials)
+    stores = [GenerationStore(folder / name / f"answers{part}.jsonl") for part in ("", ".0-of-2", ".1-of-2")]
+    assert [len(store) for store in stores] == [11, 6, 5]  # each answered its share, and no more
+    said = {a.id: a.response for part in stores[1:] for a in part.answers()}
+    assert said == {a.id: a.response for a in stores[0].answers()}
