@@ -14,7 +14,7 @@ from care_lens.core.files import write_whole
 from care_lens.pipeline.gradient import ADAPTIVE, ANSWER, OPENING
 from care_lens.pipeline.prove import NONE
 from care_lens.pipeline.run import Run
-from care_lens.plots.theme import figure_html
+from care_lens.plots.saving import figure_html
 from care_lens.repair import ConformalGate
 
 STYLE = """

@@ -13,17 +13,19 @@ from care_lens.plots.defence import plot_asr
 from care_lens.plots.effects import plot_effects
 from care_lens.plots.frontier import plot_frontier
 from care_lens.plots.localisation import plot_localisation
+from care_lens.plots.paper import paper, short_site
 from care_lens.plots.patches import plot_patch_effects
 from care_lens.plots.recording import plot_recording, plot_trace
+from care_lens.plots.saving import ExportError, save_figure
 from care_lens.plots.separability import plot_separability
 from care_lens.plots.spectrum import plot_spectrum
-from care_lens.plots.theme import ExportError, save_figure
 from care_lens.plots.tradeoff import plot_tradeoff
 from care_lens.plots.uncertainty import plot_uncertainty
 from care_lens.plots.writing import plot_writing
 
 __all__ = [
     "ExportError",
+    "paper",
     "plot_ablation",
     "plot_asr",
     "plot_asr_column",
@@ -43,6 +45,7 @@ __all__ = [
     "plot_verified",
     "plot_writing",
     "save_figure",
+    "short_site",
 ]
 
 checked(globals(), __all__)

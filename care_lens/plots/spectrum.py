@@ -43,7 +43,6 @@ def plot_spectrum(subspace: SafetySubspace) -> go.Figure:
         yaxis={
             "title": {"text": "malicious / benign energy"},
             "type": "log",
-            "dtick": 1,
             "exponentformat": "power",
         },
         showlegend=True,
