@@ -7,6 +7,7 @@ cells whose interval excludes 0 (cell by cell, without a correction for their nu
 
 from care_lens.core.arguments import checked
 from care_lens.plots.ablation import plot_ablation
+from care_lens.plots.angles import plot_angles_by_layer, plot_principal_angles
 from care_lens.plots.attribution import plot_attribution, plot_knockout, plot_paths, plot_verified
 from care_lens.plots.compact import plot_asr_column
 from care_lens.plots.defence import plot_asr
@@ -18,7 +19,7 @@ from care_lens.plots.patches import plot_patch_effects
 from care_lens.plots.recording import plot_recording, plot_trace
 from care_lens.plots.saving import ExportError, save_figure
 from care_lens.plots.separability import plot_separability
-from care_lens.plots.spectrum import plot_spectrum
+from care_lens.plots.spectrum import plot_spectra, plot_spectrum
 from care_lens.plots.tradeoff import plot_tradeoff
 from care_lens.plots.uncertainty import plot_uncertainty
 from care_lens.plots.writing import plot_writing
@@ -27,6 +28,7 @@ __all__ = [
     "ExportError",
     "paper",
     "plot_ablation",
+    "plot_angles_by_layer",
     "plot_asr",
     "plot_asr_column",
     "plot_attribution",
@@ -36,8 +38,10 @@ __all__ = [
     "plot_localisation",
     "plot_patch_effects",
     "plot_paths",
+    "plot_principal_angles",
     "plot_recording",
     "plot_separability",
+    "plot_spectra",
     "plot_spectrum",
     "plot_trace",
     "plot_tradeoff",
