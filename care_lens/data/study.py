@@ -55,6 +55,8 @@ class Study(ShortRepr):
         about: what it is, in a sentence or two for the report.
         counterpart: the benign channel that asks as ``plain`` does, of permitted things; the refusal direction of Arditi et al. is
             fitted between the two where it cannot be against all benign channels. None: there is none.
+        meanings: what a channel is, in a sentence for the report, by channel; those without one are told by an example. Nothing that is
+            measured depends on it.
 
     Raises:
         StudyError: if a split or modality is unknown, a group stands in two splits, an id stands twice in a channel of a split, a seen channel
@@ -75,6 +77,7 @@ class Study(ShortRepr):
     gradient: tuple[Example, ...] = ()
     about: str = ""
     counterpart: str | None = None
+    meanings: Mapping[str, str] = field(default_factory=dict)
 
     def shown(self) -> tuple[str, dict[str, str]]:
         """Its splits, channels and pair sets, counted."""
@@ -88,7 +91,7 @@ class Study(ShortRepr):
         return as_text(*self.shown())
 
     def __post_init__(self) -> None:
-        for what in ("suites", "seen", "pairs", "pair_outcomes"):
+        for what in ("suites", "seen", "pairs", "pair_outcomes", "meanings"):
             if not isinstance(getattr(self, what), Mapping):
                 raise TypeError(f"{what} must be a mapping, got {type(getattr(self, what)).__name__}; give a dict")
         suites = {

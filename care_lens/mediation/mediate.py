@@ -22,7 +22,7 @@ Memory: the activations of one layer's sites (of a group's sites) for one batch,
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,20 +86,10 @@ class MediationResult(DetailedResult):
     """
 
     def plot(self) -> "go.Figure":
-        """Effects of whole sites by layer, component and position; heads, neurons and groups are in the frame only.
+        """Effects of whole sites by layer, component and position; of heads alone by layer and head; of neurons and groups one by one."""
+        from care_lens.plots import plot_mediation
 
-        Raises:
-            ValueError: If there are no whole sites.
-        """
-        from care_lens.plots import plot_effects
-
-        frame = self.frame
-        whole = [_is_site(name) for name in frame["mediator"]]
-        if not any(whole):
-            raise ValueError(
-                "sites must include a whole site to be plotted by layer, got heads, neurons or groups alone"
-            )
-        return plot_effects(replace(self, frame=frame[whole]))
+        return plot_mediation(self)
 
 
 def default_sites(lvlm: HookedLVLM) -> list[Site]:
@@ -366,14 +356,6 @@ class _Batch:
             return list(values)
         has = self._batch.mask(cell[1]).any(dim=1).tolist()
         return [value if there else float("nan") for value, there in zip(values, has, strict=True)]
-
-
-def _is_site(name: str) -> bool:
-    try:
-        Site.parse(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _result(

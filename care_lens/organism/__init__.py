@@ -118,4 +118,5 @@ def study(*, seed: int = 0, per_item: int = 1) -> Study:
         gradient=tuple(gradient_bases(seed=seed)),
         counterpart="benign plain",
         about="A small LLaVA model trained from nothing in a closed world of made-up nouns; safety tuning saw plain text requests only.",
+        meanings=channels.MEANINGS,
     )

@@ -37,7 +37,7 @@ TIMES = "times.jsonl"
 #: Folders of a run beside that of the frames.
 _FOLDERS = ("repair", "subspaces", "figures")
 #: What a study says of itself, which no figure depends on.
-_TEXT = ("about",)
+_TEXT = ("about", "meanings")
 
 
 @dataclass(frozen=True)

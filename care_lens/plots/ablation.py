@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import component_label, frame_of, in_order, only, where
+from care_lens.plots.frames import component_label, frame_of, in_order, only, where, with_n
 
 BASELINE = "none"
 """Component of the row without ablation."""
@@ -42,7 +42,7 @@ def plot_ablation(result: FrameResult | pd.DataFrame, *, metric: str = "complied
         template=theme.TEMPLATE,
         height=420,
         xaxis={
-            "title": {"text": f"ablated layer of the {tower} tower"},
+            "title": {"text": with_n(f"ablated layer of the {tower} tower", frame, "answers")},
             "dtick": max(1, int(layers.max()) // 12),
         },
         yaxis={"title": {"text": f"share {metric}"}, "range": [-0.03, 1.06], "tickformat": ".0%"},
@@ -76,8 +76,7 @@ def _add_curve(figure: go.Figure, curve: pd.DataFrame, name: str, index: int) ->
             customdata=curve[["ci_low", "ci_high", "n"]].astype(float).to_numpy(),
             hovertemplate=("layer %{x}<br>%{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}], n = %{customdata[2]}"),
             mode="lines+markers",
-            line={"color": colour, "width": 3},
-            marker={"symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)], "size": 9},
+            **theme.series(index, size=9, width=3),
             legendgroup=name,
             name=name,
         )

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths, only, where
+from care_lens.plots.frames import frame_of, half_widths, largest_of, marked, n_text, only, where, with_n
 
 _INTERVAL = ("value", "ci_low", "ci_high", "n")
 
@@ -37,7 +37,9 @@ def plot_attribution(result: FrameResult | pd.DataFrame, *, top: int = 12) -> go
         ]
         figure.add_trace(_points(part, labels, str(kind), index))
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(title_text=str(frame["effect"].iloc[0]) if "effect" in frame.columns else "value")
+    figure.update_xaxes(
+        title_text=with_n(str(frame["effect"].iloc[0]) if "effect" in frame.columns else "value", frame)
+    )
     figure.update_layout(template=theme.TEMPLATE, height=160 + 20 * drawn)
     return figure
 
@@ -61,12 +63,13 @@ def plot_verified(result: FrameResult | pd.DataFrame) -> go.Figure:
         labels = (part["tower"] + " " + part["kind"] + " " + part["component"]).tolist()
         figure.add_trace(_points(part, labels, str(effect), index))
     figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(title_text=n_text(frame, "units"))
     figure.update_layout(template=theme.TEMPLATE, height=180 + 30 * len(frame))
     return figure
 
 
 def plot_knockout(result: FrameResult | pd.DataFrame) -> go.Figure:
-    """Effect of an attention knockout by window of layers: one curve a way of knocking out and effect.
+    """Effect of an attention knockout by window of layers: one curve a way of knocking out and effect, told apart by colour, symbol and dash.
 
     Args:
         result: A ``KnockoutResult`` or its frame.
@@ -87,19 +90,23 @@ def plot_knockout(result: FrameResult | pd.DataFrame) -> go.Figure:
                 y=part["value"].astype(float).tolist(),
                 error_y={**half_widths(part), "thickness": 1.5, "width": 3},
                 mode="lines+markers",
-                line={"color": theme.COLOURS[index % len(theme.COLOURS)], "width": 2},
+                **theme.series(index),
+                customdata=part["n"].tolist(),
+                hovertemplate="layers %{x}: %{y:.3g}, n = %{customdata}",
                 name=f"{effect}, {mode}",
             )
         )
     figure.add_hline(y=0, line={"width": 1})
-    figure.update_xaxes(title_text=f"layers in which {frame['position'].iloc[0]} is cut", type="category")
+    figure.update_xaxes(
+        title_text=with_n(f"layers in which {frame['position'].iloc[0]} is cut", frame), type="category"
+    )
     figure.update_yaxes(title_text="change of the outcome")
     figure.update_layout(template=theme.TEMPLATE)
     return figure
 
 
 def plot_paths(result: FrameResult | pd.DataFrame) -> go.Figure:
-    """Path effects, senders by receivers; a dot marks those whose interval excludes 0.
+    """Path effects, senders by receivers; a dot marks those whose interval excludes 0 and that are at least 5 % of the largest.
 
     Args:
         result: A ``PathResult`` or its frame.
@@ -115,11 +122,11 @@ def plot_paths(result: FrameResult | pd.DataFrame) -> go.Figure:
     senders, receivers = list(dict.fromkeys(part["sender"])), list(dict.fromkeys(part["receiver"]))
     value = np.full((len(senders), len(receivers)), np.nan)
     text = np.full(value.shape, "", dtype=object)
-    for cell in part.to_dict("records"):
+    for cell in part.assign(mark=marked(part, largest_of(part["value"]))).to_dict("records"):
         at = senders.index(cell["sender"]), receivers.index(cell["receiver"])
         value[at] = cell["value"]
-        text[at] = "\N{BLACK CIRCLE}" if cell["ci_low"] > 0 or cell["ci_high"] < 0 else ""
-    limit = float(np.nanmax(np.abs(value), initial=0.0)) or 1.0
+        text[at] = "\N{BLACK CIRCLE}" if cell["mark"] else ""
+    limit = largest_of(value) or 1.0
     heat = go.Heatmap(
         z=value,
         x=receivers,
@@ -136,7 +143,7 @@ def plot_paths(result: FrameResult | pd.DataFrame) -> go.Figure:
         hovertemplate="%{y} to %{x}: %{z:.3g}<extra></extra>",
     )
     figure = go.Figure(heat)
-    figure.update_xaxes(title_text="receiver", type="category")
+    figure.update_xaxes(title_text=with_n("receiver", part), type="category")
     figure.update_yaxes(title_text="sender", type="category", autorange="reversed")
     figure.update_layout(template=theme.TEMPLATE, height=340 + 26 * len(senders))
     return figure

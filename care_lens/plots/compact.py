@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
 from care_lens.plots.defence import DEFENCE_COLUMNS, TITLES, with_series
-from care_lens.plots.frames import frame_of, half_widths, only, where
+from care_lens.plots.frames import frame_of, half_widths, only, where, with_n
 
 WIDTH = 320
 """Pixels; saved as PDF they are 240 points, 3.33 inches: the column of the usual two-column layouts, so that text of 10 pixels is printed in 7.5 points."""
@@ -80,7 +80,7 @@ def plot_asr_column(
         range=[-0.02, 1.02],
         tickformat=".0%",
         nticks=6,
-        title={"text": TITLES[metric], "font": small, "standoff": 2},
+        title={"text": with_n(TITLES[metric], part), "font": small, "standoff": 2},
         tickfont=small,
         ticklen=3,
     )

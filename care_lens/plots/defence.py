@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths, where
+from care_lens.plots.frames import frame_of, half_widths, where, with_n
 
 TITLES = {
     "asr": "attack success",
@@ -63,7 +63,8 @@ def plot_asr(result: FrameResult | pd.DataFrame, *, metrics: Sequence[str] = ("a
             figure.add_trace(_markers(part, name, index, legend=row == 1), row=row, col=1)
         order = {"categoryorder": "array", "categoryarray": channels[metric], "autorange": "reversed"}
         figure.update_yaxes(**order, showgrid=False, row=row, col=1)
-        figure.update_xaxes(title_text=TITLES[metric], row=row, col=1)
+        title = with_n(TITLES[metric], where(frame, metric=metric), "per channel")
+        figure.update_xaxes(title_text=title, row=row, col=1)
     figure.update_xaxes(range=[-0.02, 1.03], tickformat=".0%")
     figure.update_layout(template=theme.TEMPLATE, scattermode="group", scattergap=0.35, height=height)
     return figure

@@ -12,16 +12,18 @@ from care_lens.core.results import FrameResult
 from care_lens.plots import theme
 from care_lens.plots.frames import (
     component_label,
-    excludes_zero,
     frame_of,
     in_order,
+    largest_of,
+    marked,
     only,
     towers_in_order,
     where,
+    with_n,
 )
 
 MARK = "\N{BLACK CIRCLE}"
-"""Drawn in a cell whose interval excludes 0."""
+"""Drawn in a cell whose interval excludes 0, unless it is next to nothing beside the largest."""
 
 _COLUMNS = ("tower", "layer", "component", "position", "effect", "value", "ci_low", "ci_high", "n")
 _CELL, _GAP, _MARGINS = 34, 58, 170
@@ -44,7 +46,10 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
     """Effects by layer, component and positions.
 
     A menu in the interactive figure switches between the effects of the result; each has a scale of its own.
-    A dot marks cells whose interval excludes 0.
+    A dot marks cells whose interval excludes 0 and that are at least 5 % of the effect's largest cell. Panels in which nothing is
+    exchanged, because both twins have the same there (the same picture, say), are left out and named below the figure. Single tokens
+    (``positions=("each",)``) have a figure of their own, :func:`~care_lens.plots.plot_positions`: a frame that holds nothing else of the language
+    tower is drawn by it, one token a column.
 
     Args:
         result: A ``MediationResult`` or its frame: columns tower, layer (missing outside the blocks),
@@ -59,8 +64,16 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
     """
     frame = frame_of(result, _COLUMNS)
     only(frame, "effect", effect)
+    single = frame["position"].map(is_token)
+    if single.any():
+        spans = pd.DataFrame(frame[~single])
+        if not (spans["tower"] == "language").any():
+            from care_lens.plots.positions import plot_positions
+
+            return plot_positions(pd.DataFrame(frame[single]), effect=effect)
+        frame = spans
     effects = list(dict.fromkeys(frame["effect"]))
-    panels = _panels(frame)
+    panels, blank = _told_apart(frame, _panels(frame))
     rows = [len(panel.components) for panel in panels]
     height = _CELL * sum(rows) + _GAP * (len(panels) - 1) + _MARGINS
     figure = make_subplots(
@@ -71,9 +84,10 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
         subplot_titles=[panel.title for panel in panels],
     )
     for name in effects:
+        largest = largest_of(where(frame, effect=name)["value"])
         for row, panel in enumerate(panels, start=1):
             part = where(frame, effect=name, tower=panel.tower, position=panel.position)
-            figure.add_trace(_heatmap(part, panel, name, visible=name == effect), row=row, col=1)
+            figure.add_trace(_heatmap(part, panel, name, largest=largest, visible=name == effect), row=row, col=1)
     widest = max(panel.layers for panel in panels)
     figure.update_xaxes(range=[-0.5, widest - 0.5], showgrid=False, showline=False, ticks="")
     figure.update_yaxes(showgrid=False, showline=False, ticks="", autorange="reversed")
@@ -81,7 +95,12 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
         layers = [] if panel.tower == "projector" else list(range(0, panel.layers, max(1, widest // 12)))
         figure.update_xaxes(tickvals=layers, row=row, col=1)
     figure.update_annotations(x=0, xanchor="left")
-    figure.update_xaxes(title_text="layer", row=len(panels), col=1)
+    told = with_n("layer", frame, "pairs")
+    if blank:
+        told += f"<br>the same in both twins: {', '.join(panel.title for panel in blank)}"
+    if single.any():
+        told += f"<br>{single.sum()} rows of single tokens: see plot_positions"
+    figure.update_xaxes(title_text=told, row=len(panels), col=1)
     figure.update_layout(
         template=theme.TEMPLATE,
         height=height,
@@ -103,12 +122,29 @@ def _panels(frame: pd.DataFrame) -> list[_Panel]:
     return panels
 
 
-def _heatmap(part: pd.DataFrame, panel: _Panel, effect: str, *, visible: bool) -> go.Heatmap:
+def is_token(position: object) -> bool:
+    """Whether a position is that of one token: an index, not the name of a span."""
+    return isinstance(position, str) and position.lstrip("-").isdigit()
+
+
+def _told_apart(frame: pd.DataFrame, panels: list[_Panel]) -> tuple[list[_Panel], list[_Panel]]:
+    """Panels in which something is exchanged, and those in which both twins have the same; all are of the first kind if none is."""
+    by_exchange = frame[frame["effect"].isin(("NIE", "TIE"))]
+    if by_exchange.empty:
+        return panels, []
+    shown, blank = [], []
+    for panel in panels:
+        part = where(by_exchange, tower=panel.tower, position=panel.position)
+        (shown if part.empty or largest_of(part["value"]) > 0 else blank).append(panel)
+    return (shown, blank) if shown else (panels, [])
+
+
+def _heatmap(part: pd.DataFrame, panel: _Panel, effect: str, *, largest: float, visible: bool) -> go.Heatmap:
     shape = (len(panel.components), panel.layers)
     value = np.full(shape, np.nan)
     text = np.full(shape, "", dtype=object)
     detail = np.full((*shape, 3), np.nan)
-    cells = part.assign(mark=excludes_zero(part)).to_dict("records")
+    cells = part.assign(mark=marked(part, largest)).to_dict("records")
     for cell in cells:
         at = panel.components.index(cell["component"]), 0 if pd.isna(cell["layer"]) else int(cell["layer"])
         value[at] = cell["value"]
@@ -136,8 +172,7 @@ def _heatmap(part: pd.DataFrame, panel: _Panel, effect: str, *, visible: bool) -
 
 def _scale(frame: pd.DataFrame, effect: str) -> dict[str, object]:
     """Symmetric around 0, as far as the effect's largest cell."""
-    largest = float(np.nanmax(np.abs(where(frame, effect=effect)["value"].to_numpy(dtype=float)), initial=0.0))
-    limit = largest if largest > 0 else 1.0
+    limit = largest_of(where(frame, effect=effect)["value"]) or 1.0
     bar = {"title": {"text": effect, "side": "top"}, "thickness": 16, "tickformat": ".3~g"}
     return {"colorscale": theme.DIVERGING, "cmin": -limit, "cmid": 0, "cmax": limit, "colorbar": bar}
 

@@ -69,6 +69,38 @@ def excludes_zero(frame: pd.DataFrame) -> pd.Series:
     return (frame["ci_low"].astype(float) > 0) | (frame["ci_high"].astype(float) < 0)
 
 
+NEGLIGIBLE = 0.05
+"""Cells below this share of the largest one are not marked, whatever their interval: next to nothing, surely not 0, is next to nothing."""
+
+
+def marked(frame: pd.DataFrame, largest: float) -> pd.Series:
+    """Whether a cell is marked: its interval excludes 0, and it is at least 5 % of the largest cell in size."""
+    return excludes_zero(frame) & (frame["value"].astype(float).abs() >= NEGLIGIBLE * largest)
+
+
+def largest_of(values: object) -> float:
+    """The largest size of some values, 0 where there are none."""
+    return float(np.nanmax(np.abs(np.asarray(values, dtype=float)), initial=0.0))
+
+
+def n_text(frame: pd.DataFrame, what: str = "") -> str:
+    """How many the values are of: "n = 10 pairs", "n = 24 to 56"; empty where the frame does not say."""
+    if "n" not in frame.columns:
+        return ""
+    n = frame["n"].dropna().astype(int)
+    n = n[n > 0]
+    if n.empty:
+        return ""
+    counted = str(n.min()) if n.min() == n.max() else f"{n.min()} to {n.max()}"
+    return f"n = {counted}{' ' + what if what else ''}"
+
+
+def with_n(title: str, frame: pd.DataFrame, what: str = "") -> str:
+    """A title with the number that the values are of."""
+    told = n_text(frame, what)
+    return f"{title} ({told})" if told and title else title or told
+
+
 def component_label(component: str) -> str:
     """A component's name without "hook_": "mlp_out", "attn.z"."""
     return component.replace("hook_", "")

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths, where
+from care_lens.plots.frames import frame_of, half_widths, where, with_n
 
 _COLUMNS = ("candidate", "role", "metric", "value", "ci_low", "ci_high", "n", "on_frontier", "chosen")
 
@@ -79,8 +79,8 @@ def plot_frontier(result: FrameResult | pd.DataFrame) -> go.Figure:
         template=theme.TEMPLATE,
         height=460,
         showlegend=True,
-        xaxis={"title": {"text": "right answers to benign prompts"}, **share},
-        yaxis={"title": {"text": "attack success"}, **share},
+        xaxis={"title": {"text": with_n("right answers to benign prompts", where(frame, metric="utility"))}, **share},
+        yaxis={"title": {"text": with_n("attack success", where(frame, metric="asr"))}, **share},
     )
     return figure
 

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of
+from care_lens.plots.frames import frame_of, with_n
 
 SHOWN = 20
 _COLUMNS = ("rank", "mediator", "position", "score", "ci_low", "ci_high", "sufficient", "necessary", "first", "reason")
@@ -43,6 +43,6 @@ def plot_localisation(result: FrameResult | pd.DataFrame, *, shown: int = SHOWN)
         marker = theme.marker(index, size=7)
         figure.add_trace(go.Scatter(x=frame[name], y=frame["mediator"], mode="markers", name=name, marker=marker))
     figure.update_yaxes(autorange="reversed", title_text="")
-    figure.update_xaxes(title_text="share of the total effect")
+    figure.update_xaxes(title_text=with_n("share of the total effect", frame, "pairs"))
     figure.update_layout(template=theme.TEMPLATE, height=140 + 26 * len(frame))
     return figure

@@ -12,7 +12,7 @@ from care_lens.core.results import FrameResult
 from care_lens.core.spans import PatchGrid
 from care_lens.plots import theme
 from care_lens.plots.effects import MARK
-from care_lens.plots.frames import excludes_zero, frame_of
+from care_lens.plots.frames import frame_of, largest_of, marked, n_text
 
 _COLUMNS = ("row", "col", "value")
 
@@ -28,7 +28,7 @@ def plot_patch_effects(
     Args:
         result: A ``PatchMapResult`` or its frame, or the rows of one pair of its ``details``: columns row,
             col and value; ci_low, ci_high and n if there are intervals, whose cells are marked where they
-            exclude 0.
+            exclude 0 and the value is at least 5 % of the largest.
         image: The picture, of any size.
         grid: Which part of the picture the patches cover; None: all of it.
 
@@ -50,15 +50,15 @@ def plot_patch_effects(
         raise ValueError(f"grid must have {rows} x {cols} patches as the effects, got {grid.rows} x {grid.cols}")
     figure = go.Figure(_heatmap(frame, grid, over_picture=image is not None))
     if image is not None:
-        _add_picture(figure, image)
+        add_picture(figure, image)
     axis = {"showgrid": False, "zeroline": False, "showline": False, "ticks": "", "showticklabels": False}
     figure.update_layout(
         template=theme.TEMPLATE,
         width=520,
         height=460,
-        xaxis={**axis, "constrain": "domain"},
+        xaxis={**axis, "constrain": "domain", "title": {"text": n_text(frame, "pairs")}},
         yaxis={**axis, "autorange": "reversed", "scaleanchor": "x", "constrain": "domain"},
-        margin={"l": 20, "r": 20, "t": 30, "b": 20},
+        margin={"l": 20, "r": 20, "t": 30, "b": 40 if n_text(frame) else 20},
     )
     return figure
 
@@ -75,10 +75,10 @@ def _heatmap(frame: pd.DataFrame, grid: PatchGrid, *, over_picture: bool) -> go.
     if with_interval:
         columns += ["ci_low", "ci_high", "n"]
         hover += " [%{customdata[2]:.3f}, %{customdata[3]:.3f}], n = %{customdata[4]}"
-        text[at] = np.where(excludes_zero(frame), MARK, "")
+        text[at] = np.where(marked(frame, largest_of(frame["value"])), MARK, "")
     detail = np.full((*shape, len(columns)), np.nan)
     detail[at] = frame[columns].to_numpy(dtype=float)
-    limit = float(np.nanmax(np.abs(value))) or 1.0
+    limit = largest_of(value) or 1.0
     effect = str(frame["effect"].iloc[0]) if "effect" in frame.columns else "effect"
     bar: dict[str, Any] = {"title": {"text": effect, "side": "top"}, "thickness": 16, "tickformat": ".3~g"}
     wide, high = grid.width / grid.cols, grid.height / grid.rows
@@ -102,11 +102,12 @@ def _heatmap(frame: pd.DataFrame, grid: PatchGrid, *, over_picture: bool) -> go.
     )
 
 
-def _add_picture(figure: go.Figure, image: Image.Image) -> None:
+def add_picture(figure: go.Figure, image: Image.Image, xref: str = "x", yref: str = "y") -> None:
+    """Lay a picture, without its colours, under a panel whose axes are its pixels."""
     figure.add_layout_image(
         source=shown_picture(image).convert("L").convert("RGB"),
-        xref="x",
-        yref="y",
+        xref=xref,
+        yref=yref,
         x=0,
         y=0,
         sizex=image.width,

@@ -6,29 +6,54 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from PIL import Image
 from plotly.subplots import make_subplots
 
 from care_lens.core.spans import PatchGrid
 from care_lens.plots import theme
+from care_lens.plots.patches import add_picture
 
 _MODALITIES = ("visual", "textual")
 
 
-def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]] = ()) -> go.Figure:
+_GRID = 300
+
+
+def plot_recording(
+    frame: pd.DataFrame,
+    *,
+    grids: Sequence[tuple[PatchGrid, int]] = (),
+    tokens: Sequence[str] | None = None,
+    image: Image.Image | None = None,
+) -> go.Figure:
     """Gate values, weights of the modalities and norm of the edit over the tokens of one row, and over its picture.
 
     Args:
         frame: The rows of one row of a batch, as ``Recording.to_dataframe`` gives them.
         grids: The patch grids of the row, each with the position of its first token; the norm of the edit is summed over
             sites for each patch.
+        tokens: The text of each token of the row and of its answer, by position; written under the last panel, image tokens left out. None: positions.
+        image: The picture, laid without its colours under the first grid.
 
     Returns:
         The figure: three panels over the tokens, image tokens shaded, and one heat map for each grid below them.
+
+    Raises:
+        ValueError: If there are fewer tokens than positions.
     """
     sites = list(dict.fromkeys(frame.site))
     titles = ["gate value (largest over sites)", "weight (mean over sites where it acts)", "norm of the edit"]
     titles += [f"norm of the edit over picture region {i + 1}" for i in range(len(grids))]
-    figure = make_subplots(rows=3 + len(grids), cols=1, subplot_titles=titles, vertical_spacing=0.4 / (3 + len(grids)))
+    last = int(frame.position.max())
+    if tokens is not None and len(tokens) <= last:
+        raise ValueError(f"tokens must be {last + 1} or more, one for each position, got {len(tokens)}")
+    figure = make_subplots(
+        rows=3 + len(grids),
+        cols=1,
+        subplot_titles=titles,
+        vertical_spacing=0.4 / (3 + len(grids)),
+        row_heights=[1.0] * 3 + [1.6] * len(grids),
+    )
     tokens = frame.groupby("position")
     for panel, measure in enumerate(("gate", "weight"), start=1):
         for i, name in enumerate(_MODALITIES):
@@ -45,8 +70,7 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
                     legendgroup=name,
                     showlegend=panel == 1,
                     mode="lines+markers",
-                    line={"color": theme.COLOURS[i]},
-                    marker={"symbol": theme.SYMBOLS[i], "size": 5},
+                    **theme.series(i, size=5),
                 ),
                 row=panel,
                 col=1,
@@ -59,25 +83,40 @@ def plot_recording(frame: pd.DataFrame, *, grids: Sequence[tuple[PatchGrid, int]
             row=3,
             col=1,
         )
-    image = frame[frame.span == "image"].position
+    at_image = frame[frame.span == "image"].position
     shade: dict[str, Any] = {"fillcolor": theme.GRID, "opacity": 0.5, "line_width": 0, "layer": "below"}
     for panel in (1, 2, 3):
-        if len(image):
+        if len(at_image):
             place: dict[str, Any] = {"row": panel, "col": 1}
-            figure.add_vrect(x0=image.min() - 0.5, x1=image.max() + 0.5, **shade, **place)
+            figure.add_vrect(x0=at_image.min() - 0.5, x1=at_image.max() + 0.5, **shade, **place)
         figure.update_xaxes(range=[-1, frame.position.max() + 1], row=panel, col=1)
-    figure.update_xaxes(title="position in the row", row=3, col=1)
+    figure.update_xaxes(title="position in the row" if tokens is None else "token", row=3, col=1)
+    if tokens is not None:
+        pictured = set(at_image.tolist())
+        named = [p for p in sorted(set(frame.position)) if p not in pictured]
+        labels = [tokens[p].strip() or repr(tokens[p]) for p in named]
+        if pictured:
+            named, labels = [*named, (min(pictured) + max(pictured)) // 2], [*labels, f"image ({len(pictured)} tokens)"]
+        figure.update_xaxes(tickvals=named, ticktext=labels, tickangle=-90, row=3, col=1)
     norms = tokens.edit_norm.sum()
     for i, (grid, first) in enumerate(grids):
         shift = first - grid.start
         shown = np.array([norms.get(p + shift, np.nan) for p in grid.positions()]).reshape(grid.rows, grid.cols)
-        scale: dict[str, Any] = {"colorscale": "Blues", "zmin": 0, "zmax": float(norms.max()) or 1.0}
+        scale: dict[str, Any] = {"colorscale": theme.SEQUENTIAL, "zmin": 0, "zmax": float(norms.max()) or 1.0}
+        if over := image if i == 0 else None:
+            wide, high = grid.width / grid.cols, grid.height / grid.rows
+            scale |= {"x0": grid.left + wide / 2, "dx": wide, "y0": grid.top + high / 2, "dy": high, "opacity": 0.65}
         figure.add_trace(go.Heatmap(z=shown, **scale, showscale=i == 0, colorbar=_bar(figure, 4 + i)), row=4 + i, col=1)
         heat: Any = figure.data[-1]
+        if over is not None:
+            add_picture(figure, over, heat.xaxis, heat.yaxis)
         square: dict[str, Any] = {"scaleanchor": heat.xaxis, "constrain": "domain", "autorange": "reversed"}
-        figure.update_yaxes(title="patch row", showgrid=False, **square, row=4 + i, col=1)
-        figure.update_xaxes(title="patch column", showgrid=False, constrain="domain", row=4 + i, col=1)
-    figure.update_layout(template=theme.TEMPLATE, height=660 + 300 * len(grids), width=760, barmode="stack")
+        unit = "pixel" if over is not None else "patch"
+        figure.update_yaxes(title=f"{unit} row", showgrid=False, **square, row=4 + i, col=1)
+        figure.update_xaxes(title=f"{unit} column", showgrid=False, constrain="domain", row=4 + i, col=1)
+    figure.update_layout(
+        template=theme.TEMPLATE, height=660 + 60 * (tokens is not None) + _GRID * len(grids), width=760, barmode="stack"
+    )
     return figure
 
 
@@ -93,7 +132,7 @@ def plot_trace(frame: pd.DataFrame, *, threshold: float | int | None = None) -> 
     """
     figure = go.Figure()
     for i, (reader, rows) in enumerate(frame.groupby("reader", sort=False)):
-        look = {"color": theme.COLOURS[i % len(theme.COLOURS)]}
+        look = {"color": theme.COLOURS[i % len(theme.COLOURS)], "dash": theme.DASHES[i % len(theme.DASHES)]}
         for column, mode in (("score", "lines"), ("own_score", "markers")):
             values = rows[column].where(np.isfinite(rows[column]))
             figure.add_trace(
@@ -103,7 +142,7 @@ def plot_trace(frame: pd.DataFrame, *, threshold: float | int | None = None) -> 
                     name=f"{reader}, {'as it stands' if column == 'score' else 'of the token'}",
                     mode=mode,
                     line=look,
-                    marker={**look, "symbol": theme.SYMBOLS[i % len(theme.SYMBOLS)], "size": 6},
+                    marker={"color": look["color"], "symbol": theme.SYMBOLS[i % len(theme.SYMBOLS)], "size": 6},
                     text=rows.token,
                     hovertemplate="%{x} %{text}: %{y:.3g}<extra>%{fullData.name}</extra>",
                 )

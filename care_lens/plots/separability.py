@@ -6,7 +6,7 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import component_label, frame_of, half_widths, in_order, towers_in_order, where
+from care_lens.plots.frames import component_label, frame_of, half_widths, in_order, towers_in_order, where, with_n
 
 TITLES = {
     "probe_auc": "probe AUC",
@@ -50,14 +50,13 @@ def plot_separability(result: FrameResult | pd.DataFrame) -> go.Figure:
             part = part.sort_values(by="layer")
             figure.add_trace(_curve(part, curve, index, legend=row == 1), row=row, col=1)
         figure.update_yaxes(title_text=TITLES.get(metric, metric), row=row, col=1)
-    figure.update_xaxes(title_text="layer", row=len(metrics), col=1)
+    figure.update_xaxes(title_text=with_n("layer", frame), row=len(metrics), col=1)
     figure.update_layout(template=theme.TEMPLATE, height=120 + 240 * len(metrics))
     return figure
 
 
 def _curve(part: pd.DataFrame, curve: tuple[str, str, str], index: int, *, legend: bool) -> go.Scatter:
     tower, component, position = curve
-    colour = theme.COLOURS[index % len(theme.COLOURS)]
     bars = None if part["ci_low"].isna().all() else {**half_widths(part), "thickness": 1.5, "width": 3}
     name = f"{tower} {component_label(component)}, {position}"
     return go.Scatter(
@@ -65,8 +64,7 @@ def _curve(part: pd.DataFrame, curve: tuple[str, str, str], index: int, *, legen
         y=part["value"].astype(float).tolist(),
         error_y=bars,
         mode="lines+markers",
-        line={"color": colour, "width": 2},
-        marker={"symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)], "size": 8},
+        **theme.series(index),
         hovertemplate="layer %{x}: %{y:.3g}",
         legendgroup=name,
         showlegend=legend,

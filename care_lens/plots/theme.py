@@ -1,24 +1,27 @@
-"""The look of all figures, and how they are saved."""
+"""The look of all figures: templates, colours and what they mean, light and dark.
 
-import hashlib
-import logging
-from pathlib import Path
+Blue says less safe and red or orange says safer, everywhere: the positive end of a signed scale, attacks and malicious rows are
+blue; the negative end, refusals and benign rows are red or orange. What has no such sign (gate values, norms, overlaps) is drawn
+in a sequential scale that holds neither.
+"""
+
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
-from plotly.offline import get_plotlyjs
-
-from care_lens.core.errors import CareLensError
-from care_lens.core.files import write_whole
-
-log = logging.getLogger(__name__)
+from plotly.colors import get_colorscale
 
 TEMPLATE = "care_lens"
 """Name of the template, registered with plotly when this module is imported; plotly's default stays."""
 
+DARK_TEMPLATE = "care_lens_dark"
+"""The same on a dark page; :func:`~care_lens.plots.paper` and the report put figures into it."""
+
 DIVERGING = "RdBu"
 """Colours of signed values, centred on 0."""
+
+SEQUENTIAL = "Viridis"
+"""Colours of values without a sign, that are neither safe nor unsafe."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5D5D5D", "#8C6D1F")
 """Colours of series; after Okabe and Ito, told apart with colour-blind eyes and in print."""
@@ -26,13 +29,39 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
 """Marker of each series, so that colour is never all that tells them apart."""
 
-INK, GRID = "#1C2430", "#DDE2EA"
-STATIC_FORMATS = (".pdf", ".svg", ".png")
-_WIDTH, _HEIGHT, _PNG_SCALE = 640, 420, 3
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+"""Line of each series."""
+
+LESS_SAFE, SAFER = COLOURS[0], COLOURS[1]
+"""Colours of two series of which one is less safe: attacks and benign prompts, complied and refused. As in ``DIVERGING``."""
+
+INK, GRID, PAPER = "#1C2430", "#DDE2EA", "#FFFFFF"
+_DARK_INK, _DARK_GRID, _DARK_PAPER = "#E6E9EE", "#3A434F", "#14181F"
+_DARK_COLOURS = ("#4C9BE8", "#FF8A3D", "#2CC295", "#E39BC4", "#FFC04D", "#9AD8FF", "#B4B9C2", "#CFAE55")
+_DARK_DIVERGING = (
+    "#FFB3A3", "#F4816F", "#D6554C", "#9C3A3C", "#5C2E35", "#2B313A", "#27425E", "#245F93", "#2F80C8", "#5BA9EC", "#A6D4FF",
+)  # fmt: skip
+DARK: dict[str, str] = {
+    colour.lower(): dark
+    for colour, dark in (
+        (INK, _DARK_INK),
+        (GRID, _DARK_GRID),
+        (PAPER, _DARK_PAPER),
+        ("white", _DARK_PAPER),
+        *zip(COLOURS, _DARK_COLOURS),
+        *((colour, dark) for (_, colour), dark in zip(get_colorscale(DIVERGING), _DARK_DIVERGING)),
+    )
+}
+"""What each colour of the light figures is on a dark page, the stops of the diverging scale among them."""
 
 
-class ExportError(CareLensError, RuntimeError):
-    """A static picture could not be made; the interactive figure was written."""
+def in_dark(part: Any) -> Any:
+    """A part of a figure's JSON with the colours of the dark page; what is no colour of these figures stays."""
+    if isinstance(part, dict):
+        return {key: in_dark(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [in_dark(value) for value in part]
+    return DARK.get(part.lower(), part) if isinstance(part, str) else part
 
 
 def _template() -> go.layout.Template:
@@ -51,8 +80,8 @@ def _template() -> go.layout.Template:
             "title": {"font": {"size": 18}, "x": 0, "xref": "paper", "xanchor": "left"},
             "annotationdefaults": {"font": {"size": 16}},
             "colorway": COLOURS,
-            "paper_bgcolor": "white",
-            "plot_bgcolor": "white",
+            "paper_bgcolor": PAPER,
+            "plot_bgcolor": PAPER,
             "hoverlabel": {"align": "left"},
             "xaxis": axis,
             "yaxis": axis,
@@ -63,72 +92,15 @@ def _template() -> go.layout.Template:
 
 
 pio.templates[TEMPLATE] = _template()
-
-
-def figure_html(figure: go.Figure, *, include_plotlyjs: bool | str, full_html: bool = True, name: str = "") -> str:
-    """The page of a figure, the same text whenever it is made of the same figure.
-
-    Plotly calls a figure's element by a random id; here the id is a digest of the name and of the figure.
-
-    Args:
-        figure: The figure.
-        include_plotlyjs: As :func:`plotly.io.to_html` takes it: "inline", "directory", or False where the page has the script already.
-        full_html: Whether it is a page, or only the part that goes into one.
-        name: What tells it from the other figures of a page.
-    """
-    made = hashlib.sha256(f"{name}\n{figure.to_json()}".encode()).hexdigest()
-    script: Any = include_plotlyjs
-    return pio.to_html(figure, include_plotlyjs=script, full_html=full_html, div_id=f"figure-{made[:16]}")
-
-
-def _write_script(path: Path) -> None:
-    """Plotly's own script, which the pages of a folder share, unless it is there whole."""
-    script = get_plotlyjs().encode()
-    if not path.exists() or path.stat().st_size != len(script):
-        write_whole(path, script)
-
-
-def save_figure(figure: go.Figure, path: str | Path) -> list[Path]:
-    """Write a figure to files that stand side by side.
-
-    The interactive page (``.html``) and the figure's data (``.json``) are always written; pages of one folder
-    share one copy of plotly's script, so that they open without a network. A path that ends in .pdf, .svg or
-    .png is written as well, without menus; that needs kaleido (the extra ``plots-export``) and a Chrome or
-    Chromium. Page and data are whole or not written, and the same bytes whenever the same figure is saved.
-
-    Args:
-        figure: The figure.
-        path: Where to; without a suffix it is taken as .html. The folder is made if it does not exist.
-
-    Returns:
-        The paths written, that of the page first.
-
-    Raises:
-        ValueError: If the suffix is another one.
-        ExportError: If the static picture cannot be made; the page and the data are there all the same.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower() or ".html"
-    if suffix not in (".html", *STATIC_FORMATS):
-        raise ValueError(f"path must end in .html, .pdf, .svg or .png, got {path.name!r}")
-    page, data = path.with_suffix(".html"), path.with_suffix(".json")
-    _write_script(path.with_name("plotly.min.js"))
-    write_whole(page, figure_html(figure, include_plotlyjs="directory"))
-    write_whole(data, str(figure.to_json()))
-    if suffix == ".html":
-        return [page, data]
-    width, height = figure.layout.width or _WIDTH, figure.layout.height or _HEIGHT  # type: ignore[attr-defined]
-    still = go.Figure(figure).update_layout(updatemenus=[], overwrite=True)
-    try:
-        still.write_image(path, width=width, height=height, scale=_PNG_SCALE if suffix == ".png" else 1)
-    except (ImportError, ValueError, RuntimeError, OSError) as error:
-        raise ExportError(
-            f"{path.name} could not be written ({type(error).__name__}); pip install "
-            f"'care-lens[plots-export]' and a Chrome or Chromium, or use {page.name}"
-        ) from error
-    return [page, data, path]
+pio.templates[DARK_TEMPLATE] = go.layout.Template(in_dark(_template().to_plotly_json()))
 
 
 def marker(index: int, *, size: int = 8) -> dict[str, Any]:
     """Colour and symbol of the curve of that number: the same in every figure, so that no curve is told by colour alone."""
     return {"color": COLOURS[index % len(COLOURS)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": size}
+
+
+def series(index: int, *, size: int = 8, width: float = 2) -> dict[str, Any]:
+    """Marker and line of the curve of that number: colour, symbol and dash together tell it from the others."""
+    line = {"color": COLOURS[index % len(COLOURS)], "dash": DASHES[index % len(DASHES)], "width": width}
+    return {"marker": marker(index, size=size), "line": line}

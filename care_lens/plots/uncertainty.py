@@ -48,7 +48,6 @@ def plot_uncertainty(result: SubspaceUncertainty) -> go.Figure:
         yaxis={
             "title": {"text": "malicious / benign energy"},
             "type": "log",
-            "dtick": 1,
             "exponentformat": "power",
         },
         showlegend=True,

@@ -347,8 +347,8 @@ def test_all_layers_together_carry_everything(model, pictured, margin, read):
     assert frame["everything", "NIE"] == pytest.approx(frame["everything", "TE"], **EXACT)
     assert set(result.frame[result.frame.mediator == "everything"].component) == {"several"}
     assert len(set(result.frame.mediator)) == 1 + len(steps)
-    with pytest.raises(ValueError, match="whole site"):
-        mediate(model, pictured, outcome=margin, sites=[whole], n_boot=10, progress=False).plot()
+    alone = mediate(model, pictured, outcome=margin, sites=[whole], positions=("all",), n_boot=10, progress=False)
+    assert list(alone.plot().data[0].y) == ["everything"]
 
 
 def test_kl_is_zero_where_nothing_is_exchanged(model, pictured, read):

@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 
 from care_lens.plots import save_figure
-from care_lens.plots.theme import figure_html
+from care_lens.plots.saving import figure_html
 
 
 def bars(height: float) -> go.Figure:
