@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from care_lens.attacks.common import described, frozen, identity, on_model, require_requests, run_settings
-from care_lens.attacks.losses import AttackLoss, TargetLikelihood
+from care_lens.attacks.losses import TARGET_LIKELIHOOD, AttackLoss
 from care_lens.attacks.objective import PictureObjective
 from care_lens.attacks.pixels import require_image, to_images, to_pixels
 from care_lens.attacks.rules import StepRule
@@ -81,7 +81,7 @@ class GradientAttack(ABC):
     restarts: int = 1
     random_start: bool = True
     targets: Sequence[str] | Sequence[Sequence[str]] | None = None
-    loss: AttackLoss = TargetLikelihood()
+    loss: AttackLoss = TARGET_LIKELIHOOD
     gates: Literal["straight-through", "own"] = "straight-through"
     gate_weight: float | int = 1.0
     stop_loss: float | int | None = None
@@ -203,7 +203,12 @@ class GradientAttack(ABC):
             for e, picture in zip(examples, best, strict=True)
         ]
         return AttackResult.of(
-            made, settings=settings, loss=losses, clean_loss=clean, tries=self.restarts * (self.steps + 1), history=history
+            made,
+            settings=settings,
+            loss=losses,
+            clean_loss=clean,
+            tries=self.restarts * (self.steps + 1),
+            history=history,
         )
 
     def _targets(self, examples: Sequence[Example]) -> list[list[str]] | None:
@@ -299,7 +304,9 @@ def pixel_gradient(total: Float[Tensor, " kept"], pixels: Tensor, *, first: bool
     return gradient
 
 
-def keep_better(best: Tensor, best_loss: Tensor, pixels: Tensor, values: Float[Tensor, " kept"], active: Tensor) -> None:
+def keep_better(
+    best: Tensor, best_loss: Tensor, pixels: Tensor, values: Float[Tensor, " kept"], active: Tensor
+) -> None:
     """Put pictures with smaller losses in the place of the best so far."""
     better = values < best_loss[active]
     best[active[better]] = pixels[better]

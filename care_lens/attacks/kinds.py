@@ -35,7 +35,9 @@ def register_attack(cls: Kind) -> Kind:
     """
     frozen = dataclasses.is_dataclass(cls) and getattr(cls, "__dataclass_params__").frozen  # noqa: B009
     if not frozen or not all(callable(getattr(cls, name, None)) for name in ("run", "describe")):
-        raise AttackKindError(f"an attack must be a frozen dataclass with run and describe, got {cls!r}; see the Attack protocol")
+        raise AttackKindError(
+            f"an attack must be a frozen dataclass with run and describe, got {cls!r}; see the Attack protocol"
+        )
     known = _KINDS.get(cls.__name__.lower())
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise AttackKindError(

@@ -79,6 +79,10 @@ class TargetLikelihood:
         return -(torch.where(mask, taken, 0.0).sum(dim=1) / mask.sum(dim=1))
 
 
+TARGET_LIKELIHOOD = TargetLikelihood()
+"""The default loss."""
+
+
 @dataclass(frozen=True)
 class OutcomeLoss:
     """Minus an outcome, which is larger where an answer is less safe: what an attack without a target answer uses.
@@ -133,5 +137,9 @@ def wants_responses(loss: AttackLoss) -> bool:
 def loss_settings(loss: AttackLoss) -> dict[str, Any]:
     """What a loss is, JSON-able: its name, its plain fields, and a digest of its code and of what it holds."""
     fields = dataclasses.fields(loss) if dataclasses.is_dataclass(loss) else ()
-    plain = {f.name: getattr(loss, f.name) for f in fields if isinstance(getattr(loss, f.name), (int, float, str, type(None)))}
+    plain = {
+        f.name: getattr(loss, f.name)
+        for f in fields
+        if isinstance(getattr(loss, f.name), (int, float, str, type(None)))
+    }
     return {"name": named(loss), **plain, "digest": content_digest(loss)}

@@ -125,9 +125,7 @@ def parts_of(inputs: LVLMInputs) -> list[Float[Tensor, "..."]]:
     return [inputs.rows([row]).pixel_values for row in range(inputs.batch_size)]  # type: ignore[misc]
 
 
-def joined_parts(
-    parts: Sequence[Float[Tensor, "..."]], like: Float[Tensor, "..."]
-) -> Float[Tensor, "..."]:
+def joined_parts(parts: Sequence[Float[Tensor, "..."]], like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Parts of rows after one another, each padded with zeros at the end of its axes to the batch's size."""
     made = []
     for part in parts:

@@ -133,7 +133,9 @@ class AutoRule(StepRule):
             self._old_best[rows] = self._best_loss[rows]
         if k - 1 in self._marks:
             self._look_back(rows, gradient)
-        if k in self._marks:  # the steps up to x_k are those that the checkpoint counts; the next one begins a new count
+        if (
+            k in self._marks
+        ):  # the steps up to x_k are those that the checkpoint counts; the next one begins a new count
             self._steps, self._mark = k - self._mark, k
             self._counted, self._down = self._down.clone(), torch.zeros_like(self._down)
         x, before = self.pixels[rows], self._before[rows]

@@ -52,9 +52,7 @@ class TargetLoss(PictureObjective):
             raise ValueError("targets must have a token each, got an empty one")
 
 
-def targets_of(
-    examples: Sequence[Example], targets: Sequence[str] | Sequence[Sequence[str]] | None
-) -> list[list[str]]:
+def targets_of(examples: Sequence[Example], targets: Sequence[str] | Sequence[Sequence[str]] | None) -> list[list[str]]:
     """The target answers of each example: texts for all, a collection for each, or (None) each one's own response.
 
     Raises:

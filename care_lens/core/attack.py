@@ -55,9 +55,7 @@ class Attack(Protocol):
     @property
     def name(self) -> str: ...
 
-    def run(
-        self, lvlm: Any, examples: Sequence[Example], defence: Any = None, seed: int = 0
-    ) -> "AttackResult":
+    def run(self, lvlm: Any, examples: Sequence[Example], defence: Any = None, seed: int = 0) -> "AttackResult":
         """Attack a model.
 
         Args:
@@ -164,7 +162,9 @@ class AttackResult(ShortRepr):
 
     def with_complied(self, complied: Sequence[bool | None]) -> "AttackResult":
         """The same with what a judge said of each answer; None where there is no answer."""
-        frame = self.frame.assign(complied=pd.array([pd.NA if one is None else one for one in complied], dtype="boolean"))
+        frame = self.frame.assign(
+            complied=pd.array([pd.NA if one is None else one for one in complied], dtype="boolean")
+        )
         return replace(self, frame=frame)
 
     def __repr__(self) -> str:
