@@ -1,14 +1,18 @@
 """Random noise of an attack's size: the control that a gradient attack is compared with."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from care_lens.attacks.common import described, require_requests, run_settings
+from care_lens.attacks.kinds import register_attack
 from care_lens.attacks.pixels import require_image, to_images, to_pixels
+from care_lens.core.attack import AttackResult
 from care_lens.core.draws import example_generator
 from care_lens.core.examples import Example
+from care_lens.lvlm.hooked import HookedLVLM
 
 
 def random_noise(
@@ -51,3 +55,41 @@ def random_noise(
         image = to_images((pixels + noise).clamp(0, 255))[0]
         noisy.append(replace(example, image=image, channel=example.channel if channel is None else channel))
     return noisy
+
+
+@register_attack
+@dataclass(frozen=True, kw_only=True)
+class RandomNoise:
+    """Noise of an attack's size as an attack: what a gradient attack gains over it is what its gradient is worth.
+
+    Attributes:
+        epsilon: Size of the noise, of 255.
+        kind: "sign" or "uniform", see :func:`random_noise`.
+        channel: Channel of the examples made; None: as it was.
+    """
+
+    epsilon: float | int = 16
+    kind: Literal["sign", "uniform"] = "sign"
+    channel: str | None = None
+    name: str = "random noise"
+    searches: ClassVar[bool] = False
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings, JSON-able."""
+        return described(self)
+
+    def run(self, lvlm: HookedLVLM, examples: Sequence[Example], defence: Any = None, seed: int = 0) -> AttackResult:
+        """Add noise to each example's picture.
+
+        Args:
+            lvlm: Not used.
+            examples: Examples with pictures.
+            defence: Noted in the settings; the noise does not depend on it.
+            seed: Seed of the draws.
+
+        Raises:
+            ValueError: If an option is out of range, or an example has no picture.
+        """
+        require_requests(examples)
+        made = random_noise(examples, epsilon=self.epsilon, kind=self.kind, seed=seed, channel=self.channel)
+        return AttackResult.of(made, settings=run_settings(self, examples, defence, seed))

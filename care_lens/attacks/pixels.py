@@ -56,6 +56,10 @@ class PixelMap:
         """Model values to pixels in [0, 255], not rounded."""
         return (values - self.shift) / self.scale
 
+    def fits(self, pixels: Float[Tensor, "image channel height width"], values: Float[Tensor, "image ..."]) -> bool:
+        """Whether the processor gave the model these pixels, one by one."""
+        return pixels.shape == values.shape and bool(((self.decode(values) - pixels).abs() < _TOLERANCE).all())
+
     def require(
         self,
         pixels: Float[Tensor, "image channel height width"],
@@ -70,7 +74,7 @@ class PixelMap:
         Raises:
             ValueError: If it resized, cropped or otherwise changed them.
         """
-        if pixels.shape == values.shape and bool(((self.decode(values) - pixels).abs() < _TOLERANCE).all()):
+        if self.fits(pixels, values):
             return
         given, made = (f"{part.shape[-1]} x {part.shape[-2]}" for part in (pixels, values))
         raise ValueError(

@@ -1,19 +1,16 @@
 """How likely a model is to begin its answer with one of several target texts, as a function of the pixels."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
-from care_lens.attacks.pixels import PixelMap, require_image, to_pixels
+from care_lens.attacks.losses import TargetLikelihood
+from care_lens.attacks.objective import PictureObjective
 from care_lens.core.examples import Example
+from care_lens.core.gates import GatesSeen
 from care_lens.lvlm.hooked import HookedLVLM
-from care_lens.lvlm.inputs import LVLMInputs
 
 
-class TargetLoss:
+class TargetLoss(PictureObjective):
     """Teacher-forced loss of target answers for a batch of examples.
 
     For the targets t of an example with per-token mean log likelihoods m_t, the loss is -logsumexp_t m_t:
@@ -22,15 +19,18 @@ class TargetLoss:
 
     Args:
         lvlm: The model.
-        examples: Examples with pictures of one size, which the processor must pass on pixel by pixel.
+        examples: Examples with pictures of one size.
         targets: The acceptable answers, or openings of answers, of each example.
         target_tokens: Count only so many tokens of each target; None: all.
+        defence: What is on the model, which may rewrite the requests.
+        seen: Where gates note their scores.
 
     Attributes:
         pixels: [image, channel, height, width] the examples' own pixels in [0, 255], on the model's device.
 
     Raises:
-        ValueError: If a picture is missing or changed by the processor, or a target is empty.
+        ValueError: If a picture is missing, or a target is empty.
+        PreprocessingError: If what the processor makes of the pictures has no gradient.
     """
 
     def __init__(
@@ -40,67 +40,36 @@ class TargetLoss:
         targets: Sequence[Sequence[str]],
         *,
         target_tokens: int | None = None,
+        defence: Any = None,
+        seen: GatesSeen | None = None,
     ) -> None:
-        images = [require_image(example) for example in examples]
-        rows = [
-            replace(example, image=image, response=target)
-            for example, image, texts in zip(examples, images, targets, strict=True)
-            for target in texts
-        ]
-        if earlier := [row.id for row in rows if any(turn.images for turn in row.turns)]:
-            raise ValueError(
-                f"an attack changes the only picture of a request, got pictures in earlier turns of {earlier[:3]}"
-            )
-        inputs = lvlm.prepare(rows, responses=True)
-        owner = torch.tensor([i for i, texts in enumerate(targets) for _ in texts])
-        slot = torch.tensor([i for texts in targets for i in range(len(texts))])
-        self.pixels = to_pixels(images).to(lvlm.device)
-        self._lvlm, self._inputs, self._owner, self._slot = lvlm, inputs, owner, slot
-        self._counted = _counted_tokens(inputs.spans.response & ~inputs.spans.prefill, target_tokens)
-        self._map = PixelMap.of(lvlm.processor.image_processor, device=lvlm.device)
-        assert inputs.pixel_values is not None
-        self._map.require(self.pixels[owner.to(lvlm.device)], inputs.pixel_values)
-
-    def __call__(
-        self, pixels: Float[Tensor, "kept channel height width"], index: Int[Tensor, " kept"]
-    ) -> Float[Tensor, " kept"]:
-        """The loss of some of the examples with other pixels.
-
-        Args:
-            pixels: [kept, channel, height, width] pixels in [0, 255] of the examples ``index``.
-            index: [kept] which examples, in increasing order.
-
-        Returns:
-            [kept] losses in nats, differentiable in the pixels.
-        """
-        place = torch.full((int(self._owner.max()) + 1,), -1)
-        place[index.cpu()] = torch.arange(len(index))
-        rows = torch.nonzero(place[self._owner] >= 0).squeeze(1)
-        owner, slot = place[self._owner[rows]].to(pixels.device), self._slot[rows].to(pixels.device)
-        inputs, counted = self._inputs, self._counted
-        if len(rows) < inputs.batch_size:
-            inputs, counted = inputs.rows(rows.tolist()), counted[rows.to(counted.device)]
-        inputs = replace(inputs, pixel_values=self._map.encode(pixels)[owner])
-        means = _mean_log_likelihood(self._lvlm, inputs, counted)
-        table = means.new_full((len(index), int(self._slot.max()) + 1), float("-inf"))
-        return -table.index_put((owner, slot), means).logsumexp(dim=1)
+        if any(not text.strip() for texts in targets for text in texts):
+            raise ValueError("targets must have a token each, got an empty one")
+        loss = TargetLikelihood(tokens=target_tokens)
+        super().__init__(lvlm, examples, loss, targets=targets, defence=defence, seen=seen)
+        lengths = self._inputs.spans.response.sum(dim=1) - self._inputs.spans.prefill.sum(dim=1) - 1
+        if bool((lengths < 1).any()):
+            raise ValueError("targets must have a token each, got an empty one")
 
 
-def _counted_tokens(response: Bool[Tensor, "batch pos"], limit: int | None) -> Bool[Tensor, "batch pos"]:
-    """The response tokens that count: the first ``limit`` of them, never the end of sequence."""
-    order = response.long().cumsum(dim=1)
-    length = response.sum(dim=1, keepdim=True) - 1
-    if bool((length < 1).any()):
-        raise ValueError("targets must have a token each, got an empty one")
-    return response & (order <= (length if limit is None else length.clamp(max=limit)))
+def targets_of(examples: Sequence[Example], targets: Sequence[str] | Sequence[Sequence[str]] | None) -> list[list[str]]:
+    """The target answers of each example: texts for all, a collection for each, or (None) each one's own response.
 
-
-def _mean_log_likelihood(
-    lvlm: HookedLVLM, inputs: LVLMInputs, counted: Bool[Tensor, "batch pos"]
-) -> Float[Tensor, " batch"]:
-    first = int(torch.nonzero(counted.any(dim=0))[0])
-    keep = inputs.input_ids.shape[1] - first + 1
-    log_probs = lvlm(inputs, logits_to_keep=keep)[:, :-1].float().log_softmax(-1)
-    taken = log_probs.gather(-1, inputs.input_ids[:, first:, None]).squeeze(-1)
-    mask = counted[:, first:]
-    return torch.where(mask, taken, 0.0).sum(dim=1) / mask.sum(dim=1)
+    Raises:
+        ValueError: If there are no examples or no targets, or targets are of another shape.
+    """
+    if not examples:
+        raise ValueError("examples must hold at least one example, got none")
+    if targets is None:
+        if without := [example.id for example in examples if not example.response]:
+            raise ValueError(f"examples must have a response to aim at, got none for {without[:5]}; pass targets")
+        return [[example.response or ""] for example in examples]
+    if isinstance(targets, str) or not targets or any(not target for target in targets):
+        raise ValueError(f"targets must be texts, or a collection of texts for each example, got {targets!r}")
+    if all(isinstance(target, str) for target in targets):
+        return [[str(target) for target in targets] for _ in examples]
+    if len(targets) != len(examples):
+        raise ValueError(f"targets must have a collection for each of {len(examples)} examples, got {len(targets)}")
+    if any(isinstance(target, str) for target in targets):
+        raise ValueError("targets must all be texts, or all be collections of texts, got both")
+    return [list(texts) for texts in targets]

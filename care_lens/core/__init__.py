@@ -1,6 +1,7 @@
 """What every room speaks of: sites, examples, token spans, outcomes and judges, results, statistics."""
 
 from care_lens.core.arguments import ArgumentError, checked
+from care_lens.core.attack import Attack, AttackResult
 from care_lens.core.conversation import PICTURE, ExampleError, Turn
 from care_lens.core.defence import Defence, defended
 from care_lens.core.digests import content_digest, examples_digest
@@ -30,6 +31,8 @@ __all__ = [
     "PICTURE",
     "ArgumentError",
     "ArtifactError",
+    "Attack",
+    "AttackResult",
     "CareLensError",
     "Defence",
     "Example",

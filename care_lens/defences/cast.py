@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from care_lens.core.examples import Example
+from care_lens.core.gates import gradient_wanted, stepped
 from care_lens.core.site import Site
 from care_lens.defences.base import Batch, HookDefence, block_output, last_states
 from care_lens.defences.stored import FitError, require_examples, require_finite
@@ -172,13 +173,18 @@ class CAST(HookDefence):
 
         def decide(h: Tensor, prefill: bool) -> None:
             if prefill:
-                decided["met"] = self.met(batch.at_last(h))
+                state = batch.at_last(h)
+                score = condition_score(state, self.condition)
+                decided["met"] = stepped(self.met(state), score, self.threshold, above=self.above)
 
         def steer(h: Tensor, v: Tensor) -> Tensor:
             steered = h + self.alpha * v.to(h)
             before, after = h.norm(dim=-1, keepdim=True), steered.norm(dim=-1, keepdim=True)
             steered = torch.where(after > before, steered * (before / after), steered)
-            return torch.where(decided["met"].to(h.device)[:, None, None], steered, h)
+            met = decided["met"].to(h)[:, None, None]
+            if gradient_wanted():
+                return h + met * (steered - h)
+            return torch.where(met != 0, steered, h)
 
         pairs = [batch.read(block_output(self.condition_layer), decide)]
         for layer, vector in self.vectors.items():

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.core.examples import Example
+from care_lens.core.gates import gradient_wanted, stepped
 from care_lens.core.site import Site
 from care_lens.defences.base import Batch, HookDefence, block_output
 from care_lens.defences.stored import FitError, WrongModelError, require_examples
@@ -47,7 +48,6 @@ def require_logits(lvlm: HookedLVLM, name: str) -> None:
         )
 
 
-@torch.no_grad()
 def refusal_cosines(
     lvlm: HookedLVLM, states: Float[Tensor, "layer batch d"], tokens: Sequence[int]
 ) -> Float[Tensor, "layer batch"]:
@@ -58,7 +58,7 @@ def refusal_cosines(
         states: [layer, batch, d] of the residual stream.
         tokens: Ids of the tokens that refusals begin with.
     """
-    with lvlm.bare():
+    with lvlm.bare(), torch.set_grad_enabled(torch.is_grad_enabled() and gradient_wanted()):
         logits = lvlm.bridge.unembed(lvlm.bridge.ln_final(states.to(lvlm.dtype))).float()
     return logits[..., list(tokens)].sum(dim=-1) / (logits.norm(dim=-1) * len(tokens) ** 0.5)
 
@@ -224,7 +224,9 @@ class HiddenDetect(HookDefence):
                 cosines = refusal_cosines(
                     batch.lvlm, torch.stack([states[n] for n in sorted(states)]), self.refusal_tokens
                 )
-                flagged["rows"] = torch.trapezoid(cosines, dim=0) > self.threshold
+                scores = torch.trapezoid(cosines, dim=0)
+                # What is flagged gets fixed logits, without a gradient: an attack learns of the detector from its score alone.
+                flagged["rows"] = stepped(scores > self.threshold, scores, self.threshold) != 0
                 here = steps[:, -logits.shape[1] :].to(logits.device)
             else:
                 here = torch.full(logits.shape[:2], done[0], device=logits.device)

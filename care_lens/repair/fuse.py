@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from care_lens.core.gates import gradient_wanted
 from care_lens.repair.errors import RepairError
 from care_lens.repair.writer import Writer
 
@@ -42,8 +43,14 @@ def modality_edit(
     for writer, openness, _ in writers:
         alpha, opened = 1.0 if unit else writer.alpha, openness[..., None]
         # 0 times an edit that is not finite would be NaN: what is not opened is not edited, whatever stands there.
-        edit = edit + alpha * opened * torch.where(opened != 0, writer.delta(activation + edit), 0.0)
+        edit = edit + alpha * opened * _where_open(opened, writer.delta(activation + edit))
     return edit
+
+
+def _where_open(opened: Tensor, delta: Tensor) -> Tensor:
+    """The edit where a gate opens, 0 where it does not; to an attack that sees the repair, what a closed gate holds back too."""
+    acts = (opened != 0) | delta.isfinite() if gradient_wanted() else opened != 0
+    return torch.where(acts, delta, 0.0)
 
 
 class Fused(NamedTuple):
@@ -150,7 +157,7 @@ def joint_edit(
     together = (-(centred @ left) @ write.T).to(activation.dtype)
 
     def part(opened: Tensor, delta: Tensor) -> Tensor:
-        return seen.alpha * opened[..., None] * torch.where(opened[..., None] != 0, delta, 0.0)
+        return seen.alpha * opened[..., None] * _where_open(opened[..., None], delta)
 
     return (
         part(both, together) + part(open_v - both, seen.delta(activation)) + part(open_t - both, said.delta(activation))
@@ -177,7 +184,9 @@ def adaptive_share(
     visual: Float[Tensor, "batch pos 1"], textual: Float[Tensor, "batch pos 1"]
 ) -> Float[Tensor, "batch pos 1"]:
     """``n_v / (n_v + n_t)`` of two norms; 0 where both are zero."""
-    return visual / (visual + textual).clamp(min=torch.finfo(visual.dtype).tiny)
+    share = visual / (visual + textual).clamp(min=torch.finfo(visual.dtype).tiny)
+    # Where both edits are zero any share gives zero; this one lets an attacker's gradient through to either gate.
+    return torch.where(visual + textual == 0, 0.5, share) if gradient_wanted() else share
 
 
 def adaptive_weight(

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from care_lens.core.blocks import with_block
+from care_lens.core.gates import gradient_wanted
 from care_lens.core.identity import held_fingerprint
 from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM, LVLMInputs
@@ -290,6 +291,8 @@ class HybridFusion(HookRepair):
             )
             if keep is not None and (visual or textual):
                 keep(site, fused, seen, said, prefill)
+            if gradient_wanted():  # an attack that sees the repair: edits of zero stay in the graph
+                return (activation + fused.edit).to(activation.dtype)
             touched = (fused.edit != 0).any(dim=-1, keepdim=True)
             if not bool(touched.any()):
                 return activation

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.gates import gradient_wanted, stepped
 from care_lens.repair.checks import require_number
 from care_lens.repair.errors import RepairError, TooFewCalibrationError
 from care_lens.repair.kinds import register_kind
@@ -66,6 +67,8 @@ def openness(gate: Gate, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shap
             f"a {type(gate).__name__} must return real numbers of the shape of its scores {list(score.shape)}, got {got}"
         )
     opened = torch.where(score.isnan(), 1.0, opened.to(score.dtype))
+    # Of an attack that sees the repair: the same values, with a gradient (see care_lens.core.gates).
+    opened = stepped(opened, score, getattr(gate, "threshold", None)) if gradient_wanted() else opened
     if not isinstance(gate, (AlwaysOpen, ConformalGate, SoftGate)) and not bool(((opened >= 0) & (opened <= 1)).all()):
         raise RepairError(f"a {type(gate).__name__} must return numbers in [0, 1], got others; clamp what it returns")
     return opened

@@ -161,16 +161,22 @@ def test_weights_get_no_gradients_and_keep_their_flags(lvlm, asked):
             parameter.requires_grad_(flag)
 
 
-def test_pictures_that_the_processor_changes_are_refused_until_resized(lvlm, asked, picture):
+def test_pictures_that_the_processor_resizes_are_attacked_in_their_own_pixels(lvlm, asked, picture):
+    large = [replace(asked[0], image=picture(5, (24, 20))), asked[1]]
+    result = pgd(lvlm, large, targets=["sure"], epsilon=8, steps=6, progress=False)
+    assert [image.size for image in result.images] == [(24, 20), (16, 16)]
+    for image, example in zip(result.images, large, strict=True):
+        assert 0 < distance([image], [example]) <= 8
+    np.testing.assert_allclose(result.losses, -log_likelihood(lvlm, result.apply(large), "sure"), rtol=1e-3, atol=1e-3)
+    noise = [log_likelihood(lvlm, random_noise(large[:1], epsilon=8, seed=seed), "sure")[0] for seed in range(5)]
+    assert -result.losses[0] > max(noise)
+
+
+def test_as_seen_gives_pictures_that_pass_pixel_by_pixel(lvlm, asked, picture):
     large = [replace(asked[0], image=picture(5, (24, 20)))]
-    with pytest.raises(ValueError, match="as_seen"):
-        pgd(lvlm, large, epsilon=4, steps=1, progress=False)
     small = as_seen(lvlm, large)
     assert small[0].image is not None and small[0].image.size == (16, 16)
-    assert distance(pgd(lvlm, small, epsilon=4, steps=1, progress=False).images, small) <= 4
-    original = lvlm.prepare(large).pixel_values
-    again = lvlm.prepare(small).pixel_values
-    assert torch.allclose(original, again, atol=0.02)
+    assert torch.allclose(lvlm.prepare(large).pixel_values, lvlm.prepare(small).pixel_values, atol=0.02)
 
 
 def test_pixel_map_is_the_processors_and_its_own_inverse(lvlm, asked):
