@@ -12,6 +12,7 @@ from care_lens.plots.compact import plot_asr_column
 from care_lens.plots.defence import plot_asr
 from care_lens.plots.effects import plot_effects
 from care_lens.plots.frontier import plot_frontier
+from care_lens.plots.lens import plot_lens, plot_picture_reading
 from care_lens.plots.localisation import plot_localisation
 from care_lens.plots.patches import plot_patch_effects
 from care_lens.plots.recording import plot_recording, plot_trace
@@ -31,9 +32,11 @@ __all__ = [
     "plot_effects",
     "plot_frontier",
     "plot_knockout",
+    "plot_lens",
     "plot_localisation",
     "plot_patch_effects",
     "plot_paths",
+    "plot_picture_reading",
     "plot_recording",
     "plot_separability",
     "plot_spectrum",
