@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         data,
         defences,
         evaluation,
+        lens,
         lvlm,
         mediation,
         organism,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         tune,
         tune_defence,
     )
+    from care_lens.lens import logit_lens, nearest_text
     from care_lens.lvlm import BoundLVLM, Generation, HookedLVLM, LVLMCache, LVLMInputs
     from care_lens.mediation import (
         ablate,
@@ -138,10 +140,13 @@ __all__ = [
     "judge_answers",
     "knockout",
     "learn_repair",
+    "lens",
     "localise",
+    "logit_lens",
     "lvlm",
     "mediate",
     "mediation",
+    "nearest_text",
     "neurons",
     "organism",
     "patch_map",
@@ -211,6 +216,10 @@ _ROOMS = {
         "judge_answers",
         "tune",
         "tune_defence",
+    ),
+    "care_lens.lens": (
+        "logit_lens",
+        "nearest_text",
     ),
     "care_lens.lvlm": (
         "BoundLVLM",

@@ -1,7 +1,5 @@
 """What mediation refuses."""
 
-from care_lens.core.errors import CareLensError
+from care_lens.core.options import MediationError
 
-
-class MediationError(CareLensError, ValueError):
-    """An argument of a sweep is not one that it can be run with; nothing has been run."""
+__all__ = ["MediationError"]

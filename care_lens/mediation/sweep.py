@@ -14,13 +14,13 @@ settings that the checkpoint is of.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
 from care_lens.core import Example, Outcome, examples_digest
+from care_lens.core.options import require_options as require_options
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog, Probe, made_by
@@ -122,28 +122,6 @@ def sweep_settings(
         "batch_size": batch_size,
         **made_by(lvlm, outcome=outcome),
     }
-
-
-def require_options(*, seed: int, least: Mapping[str, int] | None = None, **counts: Any) -> None:
-    """Refuse what is no number of a kind that a sweep can use, before anything is run.
-
-    Args:
-        seed: Of draws: a whole number, 0 or more.
-        least: The smallest value allowed of some counts, by name; 1 of the others.
-        counts: Whole numbers by name: batch_size, n_boot, n_permutations.
-
-    Raises:
-        MediationError: Naming the first that is none.
-    """
-    bounds = {**dict.fromkeys(counts, 1), "seed": 0, **(least or {})}
-    for name, value in {**counts, "seed": seed}.items():
-        try:
-            number = bounds[name] - 1 if isinstance(value, bool) else index(value)
-        except TypeError:
-            number = bounds[name] - 1
-        if number < bounds[name]:
-            why = "; a pair is two sequences" if name == "batch_size" and bounds[name] == 2 else ""
-            raise MediationError(f"{name} must be {bounds[name]} or more, got {value!r}; give a whole number{why}")
 
 
 def require_positions(positions: Sequence[str], *, each: bool = False) -> tuple[str, ...]:

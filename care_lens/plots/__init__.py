@@ -19,6 +19,7 @@ from care_lens.plots.defence import plot_asr
 from care_lens.plots.effects import plot_effects
 from care_lens.plots.frontier import plot_frontier
 from care_lens.plots.heads import plot_heads, plot_mediation, plot_mediators
+from care_lens.plots.lens import plot_lens, plot_picture_reading
 from care_lens.plots.localisation import plot_localisation
 from care_lens.plots.paper import paper, short_site
 from care_lens.plots.patch_layers import plot_patch_layers
@@ -47,12 +48,14 @@ __all__ = [
     "plot_frontier",
     "plot_heads",
     "plot_knockout",
+    "plot_lens",
     "plot_localisation",
     "plot_mediation",
     "plot_mediators",
     "plot_patch_effects",
     "plot_patch_layers",
     "plot_paths",
+    "plot_picture_reading",
     "plot_positions",
     "plot_principal_angles",
     "plot_recording",

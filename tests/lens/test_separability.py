@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from sklearn.covariance import LedoitWolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, silhouette_score
 
 from care_lens.capture import Activations
 from care_lens.core import Site
-from care_lens.mediation import probe_auc, separability
-from care_lens.mediation.separability import _auc, class_figures
+from care_lens.lens import class_figures, probe_auc, separability
+from care_lens.lens.separability import _auc
 
 SITE = Site("language", 0, "hook_resid_post")
 
@@ -92,3 +93,45 @@ def test_frame(tmp_path):
     assert type(found).load(tmp_path, "separability").frame.equals(found.frame)
     with pytest.raises(ValueError, match="must share"):
         separability(benign, malicious, sites=["blocks.4.hook_mlp_out"])
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 3), (12, 60), (30, 30)])
+def test_figures_from_inner_products_are_scikit_learns(n, d):
+    benign, malicious = rows(n, d) + 5, rows(n // 2, d, shift=0.4, seed=1) + 5
+    x, y = torch.cat([benign, malicious]).double().numpy(), np.repeat([0, 1], [n, n // 2])
+    residuals = np.concatenate([part - part.mean(0) for part in (x[y == 0], x[y == 1])])
+    covariance = LedoitWolf(assume_centered=True).fit(residuals).covariance_
+    delta = x[y == 1].mean(0) - x[y == 0].mean(0)
+    found = class_figures(benign, malicious)
+    assert found["silhouette"] == pytest.approx(silhouette_score(x, y), abs=1e-7)
+    assert found["mahalanobis"] == pytest.approx(np.sqrt(delta @ np.linalg.solve(covariance, delta)), rel=1e-7)
+    within = (residuals**2).sum()
+    assert found["fisher"] == pytest.approx((((x - x.mean(0)) ** 2).sum() - within) / within, rel=1e-7)
+
+
+def test_every_measure_has_an_interval_and_a_chance_line():
+    """What is in-sample is far from 0 by chance where there are more dimensions than rows; the chance line says so."""
+    names = [f"i{i}" for i in range(16)]
+    nothing = separability(
+        held(rows(16, 80), names), held(rows(16, 80, seed=5), [f"{n}m" for n in names]), n_boot=50
+    ).frame
+    shifted = separability(
+        held(rows(16, 80), names), held(rows(16, 80, shift=1.0, seed=5), [f"{n}m" for n in names]), n_boot=50
+    ).frame
+    assert (nothing["ci_low"] <= nothing["value"]).all() and (nothing["value"] <= nothing["ci_high"]).all()
+    assert (nothing["ci_low"] < nothing["ci_high"]).all()
+    by_metric = nothing.set_index("metric")
+    assert by_metric.loc["probe_auc", "chance"] == 0.5
+    # Without a difference each figure is about what chance gives, which is not 0.
+    assert by_metric.loc["mahalanobis", "chance"] > 1
+    assert by_metric.loc["mahalanobis", "value"] == pytest.approx(by_metric.loc["mahalanobis", "chance"], rel=0.3)
+    assert (shifted["value"] > shifted["chance_high"]).all()
+
+
+def test_the_old_path_has_the_same_names():
+    import importlib
+
+    from care_lens import mediation
+
+    old = importlib.import_module("care_lens.mediation.separability")
+    assert mediation.separability is separability and old.probe_auc is probe_auc and mediation.probe_auc is probe_auc

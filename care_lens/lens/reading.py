@@ -1,0 +1,198 @@
+"""A picture patch by patch: what is legible there, what it is like, and whether it acts.
+
+A word that a lens reads at a patch is in the patch's state; it need not be what the model goes by. The natural indirect effect (NIE) of
+the patch (``care_lens.mediation.patch_map``) says what its state changes of the outcome. Side by side they tell three things apart:
+patches that are legible and act (read), that are legible and do not act (merely legible), and that act without being legible.
+
+    words = logit_lens(lvlm, pairs.unsafe, targets=[...], spans=("image",))
+    near = nearest_text(lvlm, pairs.unsafe, bank)
+    effects = patch_map(lvlm, pairs, outcome=outcome)
+    picture_reading(words, effects, example=0, neighbours=near, image=pairs.unsafe[0].image).plot()
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.stats import rankdata
+
+from care_lens.core import SiteLike, cluster_bootstrap
+from care_lens.core.details import DetailedResult
+from care_lens.core.results import FrameResult, package_versions
+from care_lens.core.site import Site
+from care_lens.lens.errors import LensError
+from care_lens.lens.measures import LensMeasures
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+COLUMNS = (
+    "grid", "row", "col", "x0", "y0", "x1", "y1", "word", "probability", "target_rank", "neighbour", "context", "similarity",
+    "effect", "legible", "acts", "kind",
+)  # fmt: skip
+READ, MERELY, UNREAD, NEITHER = "read", "merely legible", "acts, not legible", "neither"
+_SHARE = 0.1
+
+
+@dataclass(frozen=True, repr=False)
+class PictureReading(FrameResult):
+    """What is legible at each patch of one picture, and what the patch does.
+
+    Attributes:
+        frame: One row a patch: grid, row, col, x0, y0, x1, y1 (its rectangle in pixels), word and probability (the lens's first word),
+            target_rank (rank of the example's target among the words kept, 0 where it is not among them), neighbour, context and
+            similarity (the nearest word), effect (NIE, in the outcome's unit), legible, acts, kind ("read", "merely legible",
+            "acts, not legible", "neither").
+        settings: Example, site, where effects were measured, the rank correlation of the target's legibility with the effect over
+            patches with its interval ("correlation"), numbers of patches by kind.
+        image: The picture; None: not given. It is not saved.
+    """
+
+    image: Image.Image | None = field(default=None, compare=False)
+
+    def plot(self) -> "go.Figure":
+        """Three panels over the picture: the lens's word, the neighbour, and the effect of each patch."""
+        from care_lens.plots.lens import plot_picture_reading
+
+        return plot_picture_reading(self, image=self.image)
+
+
+def picture_reading(
+    words: LensMeasures,
+    effects: DetailedResult,
+    *,
+    example: int = 0,
+    site: SiteLike = "blocks.0.hook_resid_pre",
+    neighbours: LensMeasures | None = None,
+    image: Image.Image | None = None,
+    acts: float = _SHARE,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> PictureReading:
+    """Put a lens, neighbours and patch effects of one picture side by side.
+
+    Args:
+        words: What :func:`~care_lens.lens.logit_lens` gave.
+        effects: What :func:`~care_lens.mediation.patch_map` gave, whose pair ``example`` has the picture.
+        example: Which one.
+        site: The site whose words and neighbours are taken.
+        neighbours: What :func:`~care_lens.lens.nearest_text` gave of the same examples; None: the column is empty.
+        image: The picture, for the figure.
+        acts: A patch acts where its effect is at least this share of the largest, in size.
+        n_boot: Resamples of the patches for the correlation's interval.
+        seed: Their seed.
+
+    Returns:
+        The patches. A patch is legible where a target of the example is among its words (``logit_lens(targets=...)``); without targets
+        where the first word's probability is above that of the median patch's.
+
+    Raises:
+        LensError: If the results do not hold that example and site, or their patches differ.
+    """
+    place = Site.parse(site)
+    lens = _patches(words, example, place)
+    first = lens[lens["rank"] == 1].set_index(["grid", "row", "col"])
+    if first.empty:
+        raise LensError(f"words must hold image tokens of example {example} at {place}, got none; run logit_lens there")
+    held = effects.details[effects.details["pair"] == example]
+    held = held.assign(grid=held["grid"] if "grid" in held.columns else 0).set_index(["grid", "row", "col"])
+    if not first.index.isin(held.index).all():
+        raise LensError(
+            f"effects must hold the patches of example {example}, {len(first)} of them, got {len(held)} of pair {example}; measure "
+            "them with patch_map on the same examples, in the same order"
+        )
+    targets = words.settings.get("targets") or []
+    own = set(targets[example]) if targets else set()
+    ranks = _target_ranks(lens, own, first.index)
+    near = _nearest(neighbours, example, place, first.index)
+    effect = held["value"].reindex(first.index).to_numpy(dtype=float)
+    probability = first["value"].to_numpy(dtype=float)
+    legible = ranks > 0 if own else probability > np.median(probability)
+    most = float(np.nanmax(np.abs(effect), initial=0.0))
+    acting = (np.abs(effect) >= acts * most) & (most > 0)
+    kind = np.select([legible & acting, legible, acting], [READ, MERELY, UNREAD], NEITHER)
+    frame = pd.DataFrame(
+        {
+            **{name: first.index.get_level_values(name).to_numpy() for name in ("grid", "row", "col")},
+            **{name: first[name].to_numpy(dtype=float) for name in ("x0", "y0", "x1", "y1")},
+            "word": first["word"].to_numpy(),
+            "probability": probability,
+            "target_rank": ranks,
+            "neighbour": near["word"].to_numpy(),
+            "context": near["context"].to_numpy(),
+            "similarity": near["value"].to_numpy(dtype=float),
+            "effect": effect,
+            "legible": legible,
+            "acts": acting,
+            "kind": kind,
+        }
+    )[list(COLUMNS)]
+    strength = np.where(ranks > 0, 1 / np.maximum(ranks, 1), 0.0) if own else probability
+    settings: dict[str, Any] = {
+        "example": example,
+        "site": str(place),
+        "effects_at": effects.settings.get("site", ""),
+        "targets": sorted(own),
+        "acts": acts,
+        "correlation": _correlation(strength, effect, n_boot, seed),
+        "counts": {name: int((kind == name).sum()) for name in (READ, MERELY, UNREAD, NEITHER)},
+        "n": len(frame),
+        "seed": seed,
+        "versions": package_versions(),
+    }
+    return PictureReading(frame, settings, image)
+
+
+def _patches(result: LensMeasures, example: int, site: Site) -> pd.DataFrame:
+    details = result.details
+    at = (details["example"] == example) & (details["grid"] >= 0)
+    at &= (details["tower"] == site.tower) & (details["component"] == site.component) & (details["layer"] == site.layer)
+    return pd.DataFrame(details[at.fillna(False).astype(bool)])
+
+
+def _target_ranks(lens: pd.DataFrame, own: set[int], index: pd.Index) -> np.ndarray:
+    if not own:
+        return np.zeros(len(index), dtype=int)
+    hits = lens[lens["word_id"].isin(list(own))].groupby(["grid", "row", "col"])["rank"].min()
+    return hits.reindex(index).fillna(0).to_numpy(dtype=int)
+
+
+def _nearest(neighbours: LensMeasures | None, example: int, site: Site, index: pd.Index) -> pd.DataFrame:
+    if neighbours is None:
+        return pd.DataFrame({"word": "", "context": "", "value": np.nan}, index=index)
+    near = _patches(neighbours, example, site)
+    near = near[near["rank"] == 1].set_index(["grid", "row", "col"])[["word", "context", "value"]].reindex(index)
+    if near["word"].isna().any():
+        raise LensError(f"neighbours must hold the same patches of example {example} at {site}; run nearest_text there")
+    return near
+
+
+def _correlation(strength: np.ndarray, effect: np.ndarray, n_boot: int, seed: int) -> dict[str, float | None]:
+    """Spearman's, with its interval over patches; chance is 0."""
+    kept = np.isfinite(effect)
+    x, y = strength[kept], effect[kept]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return {"value": None, "ci_low": None, "ci_high": None}
+    found = cluster_bootstrap({"x": x, "y": y}, statistic=_spearman, bounds=(-1, 1), n_boot=n_boot, seed=seed)
+    return dict(zip(("value", "ci_low", "ci_high"), map(float, found), strict=True))
+
+
+def _spearman(values: dict[str, np.ndarray]) -> float:
+    x, y = (rankdata(values[name]) for name in ("x", "y"))
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else float("nan")
+
+
+def kinds_of(readings: Sequence[PictureReading]) -> pd.DataFrame:
+    """Shares of patches by kind, one row a picture.
+
+    Args:
+        readings: Of several pictures.
+    """
+    return pd.DataFrame(
+        [{name: count / one.settings["n"] for name, count in one.settings["counts"].items()} for one in readings]
+    )

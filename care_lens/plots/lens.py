@@ -1,0 +1,200 @@
+"""What a lens reads, by layer and over a picture."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from PIL import Image
+from plotly.subplots import make_subplots
+
+from care_lens.core.pictures import shown_picture
+from care_lens.core.results import FrameResult
+from care_lens.plots import theme
+from care_lens.plots.frames import frame_of, half_widths, where
+
+_COLUMNS = ("tower", "layer", "component", "span", "metric", "value", "ci_low", "ci_high", "chance", "n")
+_PATCHES = (
+    "grid",
+    "row",
+    "col",
+    "x0",
+    "y0",
+    "x1",
+    "y1",
+    "word",
+    "probability",
+    "neighbour",
+    "similarity",
+    "effect",
+    "kind",
+)
+_FITS = 9
+"""Patches a side up to which their words are written into them."""
+
+
+def plot_lens(result: FrameResult | pd.DataFrame) -> go.Figure:
+    """Each measure of a lens by layer: one panel a measure, one curve a span, and in grey what it is by chance.
+
+    Args:
+        result: A ``LensResult`` or ``NeighbourResult``, or its frame.
+
+    Returns:
+        The figure: sites in the order of the forward pass, the vision tower's first.
+
+    Raises:
+        ValueError: If the frame is not such.
+    """
+    frame = frame_of(result, _COLUMNS)
+    metrics, spans = list(dict.fromkeys(frame["metric"])), list(dict.fromkeys(frame["span"]))
+    sites = _sites(frame)
+    figure = make_subplots(
+        rows=len(metrics),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.1 / max(1, len(metrics) - 1),
+        subplot_titles=metrics,
+    )
+    for row, metric in enumerate(metrics, start=1):
+        for index, span in enumerate(spans):
+            part = where(frame, metric=metric, span=span)
+            if part.empty:
+                continue
+            shared = {"x": [_short(one) for one in part[["tower", "layer", "component"]].itertuples(index=False)]}
+            figure.add_trace(
+                go.Scatter(
+                    **shared, y=part["chance"].astype(float).tolist(), mode="lines", name=f"{span}, chance", legendgroup=f"{span}, chance",
+                    line={"color": "#8a929b", "width": 1.5, "dash": ("dash", "dot", "dashdot")[index % 3]}, showlegend=row == 1,
+                    hovertemplate="%{x}, by chance: %{y:.3g}<extra></extra>",
+                ),
+                row=row, col=1,
+            )  # fmt: skip
+            figure.add_trace(
+                go.Scatter(
+                    **shared, y=part["value"].astype(float).tolist(), error_y={**half_widths(part), "thickness": 1.5, "width": 3},
+                    mode="lines+markers", marker=theme.marker(index), line={"color": theme.COLOURS[index], "width": 2}, name=span,
+                    legendgroup=span, showlegend=row == 1, customdata=part["n"].tolist(),
+                    hovertemplate="%{x}: %{y:.3g}, n = %{customdata}<extra></extra>",
+                ),
+                row=row, col=1,
+            )  # fmt: skip
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=sites)
+    figure.update_xaxes(
+        title_text="residual stream (v: after a vision block; before a language block)", row=len(metrics), col=1
+    )
+    figure.update_layout(
+        template=theme.TEMPLATE, height=140 + 190 * len(metrics), legend={"y": 1.06 if len(metrics) > 2 else 1.12}
+    )
+    return figure
+
+
+def plot_picture_reading(
+    result: FrameResult | pd.DataFrame, *, image: Image.Image | None = None, grid: int = 0
+) -> go.Figure:
+    """A picture three times: the lens's word at each patch, the word it is most like, and what the patch does to the outcome.
+
+    Args:
+        result: A ``PictureReading`` or its frame.
+        image: The picture, drawn in grey below.
+        grid: Which grid of a picture that is cut in tiles.
+
+    Returns:
+        The figure; words are written where patches are few, and shown on hover always. A frame marks patches that are read.
+
+    Raises:
+        ValueError: If the frame is not such, or there is no such grid.
+    """
+    frame = frame_of(result, _PATCHES)
+    part = pd.DataFrame(frame[frame["grid"] == grid])
+    if part.empty:
+        raise ValueError(f"grid must be one of {sorted(set(frame['grid']))}, got {grid}")
+    near = bool((part["neighbour"] != "").any())
+    panels = [
+        ("lens word", "word", "probability"),
+        *([("nearest word", "neighbour", "similarity")] if near else []),
+        ("NIE", "", "effect"),
+    ]
+    figure = make_subplots(
+        rows=1, cols=len(panels), subplot_titles=[title for title, _, _ in panels], horizontal_spacing=0.05
+    )
+    rows, cols = int(part["row"].max()) + 1, int(part["col"].max()) + 1
+    left, top = float(part["x0"].min()), float(part["y0"].min())
+    wide, high = (float(part["x1"].max()) - left) / cols, (float(part["y1"].max()) - top) / rows
+    most = float(np.nanmax(np.abs(part["effect"]), initial=0.0)) or 1.0
+    at = part["row"].to_numpy(dtype=int), part["col"].to_numpy(dtype=int)
+
+    def spread(values: pd.Series, empty: object) -> np.ndarray:
+        out = np.full((rows, cols), empty, dtype=object)
+        out[at] = values.to_numpy()
+        return out
+
+    kinds = spread(part["kind"], "")
+    for col, (title, word, value) in enumerate(panels, start=1):
+        signed = value == "effect"
+        words = spread(part[word], "") if word else np.full((rows, cols), "", dtype=object)
+        length = max((len(str(text)) for text in words.flat), default=1)
+        written = word != "" and max(rows, cols) <= _FITS
+        figure.add_trace(
+            go.Heatmap(
+                z=spread(part[value], np.nan).astype(float), x0=left + wide / 2, dx=wide, y0=top + high / 2, dy=high,
+                colorscale=theme.DIVERGING if signed else [[0, "rgba(255,255,255,1)"], [1, theme.COLOURS[0]]],
+                zmin=-most if signed else 0, zmax=most if signed else 1, opacity=0.6 if image is not None else 1.0,
+                text=words, texttemplate="%{text}" if written else None,
+                textfont={"size": max(7, min(13, int(540 / max(1, length * cols)))), "color": theme.INK},
+                customdata=np.stack([words, kinds], axis=-1),
+                hovertemplate=f"{title}: %{{customdata[0]}} %{{z:.3g}}<br>%{{customdata[1]}}<extra></extra>",
+                colorbar={
+                    "orientation": "h", "thickness": 10, "len": 0.9 / len(panels), "x": (col - 0.5) / len(panels), "y": -0.06, "yanchor": "top",
+                    "title": {"text": "NIE" if signed else value, "side": "bottom", "font": {"size": 13}}, "nticks": 4, "tickfont": {"size": 12},
+                },
+            ),
+            row=1, col=col,
+        )  # fmt: skip
+        if image is not None:
+            figure.add_layout_image(
+                source=shown_picture(image).convert("L").convert("RGB"), x=0, y=0, sizex=image.width, sizey=image.height,
+                sizing="stretch", layer="below", row=1, col=col, xref=f"x{col}" if col > 1 else "x", yref=f"y{col}" if col > 1 else "y",
+            )  # fmt: skip
+        for patch in part[part["kind"] == "read"].to_dict("records"):
+            figure.add_shape(
+                type="rect", x0=patch["x0"], x1=patch["x1"], y0=patch["y0"], y1=patch["y1"], line={"color": theme.COLOURS[1], "width": 2},
+                row=1, col=col,
+            )  # fmt: skip
+    bare = {
+        "showgrid": False,
+        "zeroline": False,
+        "showline": False,
+        "ticks": "",
+        "showticklabels": False,
+        "constrain": "domain",
+    }
+    figure.update_xaxes(**bare)
+    figure.update_yaxes(**bare, autorange="reversed")
+    for col in range(1, len(panels) + 1):
+        figure.update_yaxes(scaleanchor=f"x{col}" if col > 1 else "x", row=1, col=col)
+    figure.update_layout(
+        template=theme.TEMPLATE, width=110 + 360 * len(panels), height=500, margin={"l": 10, "r": 10, "t": 40, "b": 80}
+    )
+    return figure
+
+
+def _sites(frame: pd.DataFrame) -> list[str]:
+    places = frame[["tower", "layer", "component"]].drop_duplicates()
+    order = {"vision": 0, "language": 1}
+    keyed = sorted(
+        places.itertuples(index=False),
+        key=lambda one: (
+            order.get(str(one.tower), 2),
+            int(one.layer),
+            one.component != "hook_resid_pre",
+            one.component,
+        ),
+    )
+    return [_short(one) for one in keyed]
+
+
+def _short(place: object) -> str:
+    tower, layer, component = place  # type: ignore[misc]
+    if tower == "vision":
+        return f"v{layer}"
+    return {"hook_resid_pre": f"{layer}", "hook_resid_mid": f"{layer} mid", "hook_resid_post": f"{layer} end"}.get(
+        component, str(layer)
+    )
