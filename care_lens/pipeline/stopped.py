@@ -18,10 +18,10 @@ from care_lens.mediation.placement import reader_layers
 from care_lens.pipeline.diagnose import diagnose
 from care_lens.pipeline.generating import generating
 from care_lens.pipeline.needs import require_feasible
-from care_lens.pipeline.report import STYLE
+from care_lens.pipeline.report_page import page, shown_figure
+from care_lens.pipeline.report_words import number, table, words
 from care_lens.pipeline.run import open_stage
 from care_lens.pipeline.settings import RunSettings
-from care_lens.plots.theme import figure_html
 from care_lens.repair.errors import RepairError
 from care_lens.subspace import SubspaceError
 
@@ -59,29 +59,32 @@ def write_stopped_report(
     placement = reader_layers(found.places, lvlm.n_layers(), score=settings.carrier_score)
     drawn = {f"effects_{name}": result.plot() for name, result in found.effects.items()}
     drawn["ablation"] = found.ablation.plot()
-    figures = "".join(
-        f"<h3>{html.escape(name.replace('_', ' '))}</h3>"
-        + figure_html(figure, name=name, full_html=False, include_plotlyjs="inline" if i == 0 else False)
-        for i, (name, figure) in enumerate(drawn.items())
-    )
     places = found.places_frame()
     columns = ["pairs", "rank", "mediator", "position", "score", "ci_low", "ci_high", "reason", "n"]
+    first = places.groupby("pairs", sort=False).head(3).filter(columns) if len(places) else places
+    cells = [[number(v) for v in row] for row in first.itertuples(index=False)]
     ranked = (
-        places.groupby("pairs", sort=False).head(3).filter(columns).to_html(index=False, border=0, na_rep="-")
+        table([words(name) for name in first.columns], cells)
         if len(places)
         else "<p>No place was ranked: the study has no pairs, or their total effects are not above zero.</p>"
     )
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>care_lens report: {html.escape(study.name)}</title>
-<style>{STYLE}</style></head><body>
-<h1>care_lens: {html.escape(study.name)}</h1>
-<p>{html.escape(study.about)}</p>
+    settled = html.escape(json.dumps({"model": model, "settings": settings.to_dict()}, indent=1))
+    text = page(
+        title=f"care_lens: {study.name}",
+        opening=f"""<p>{html.escape(study.about)}</p>
 <p class="key"><b>No repair was made.</b> {html.escape(str(error))}</p>
-<p>What follows was found before that. Nothing was evaluated on the test split.</p>
-<h2>Diagnose: where the unsafe answer comes from</h2>
-{ranked}<p>{html.escape(placement.reason)}</p>
-{figures}
-<h2>Settings</h2>
-<pre>{html.escape(json.dumps({"model": model, "settings": settings.to_dict()}, indent=1))}</pre></body></html>"""
+<p>What follows was found before that. Nothing was evaluated on the test split.</p>""",
+        sections=[
+            (
+                "diagnose",
+                "Diagnose: where the unsafe answer comes from",
+                f"{ranked}<p>{html.escape(placement.reason)}</p>"
+                + "".join(shown_figure(name, words(name)) for name in drawn),
+            ),
+            ("settings", "Settings", f"<pre>{settled}</pre>"),
+        ],
+        figures=drawn,
+    )
     summary = {"repair": None, "why": str(error)}
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    return write_whole(out / "report.html", page)
+    return write_whole(out / "report.html", text)
