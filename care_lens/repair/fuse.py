@@ -9,6 +9,7 @@ from torch import Tensor
 
 from care_lens.repair.errors import RepairError
 from care_lens.repair.writer import Writer
+from care_lens.subspace.affine import along
 
 
 class GatedWriter(NamedTuple):
@@ -147,7 +148,7 @@ def joint_edit(
     exact = activation.double() if torch.float64 in (seen.write.dtype, said.write.dtype) else activation
     write, left = _joined(seen, said, like=exact)
     centred = torch.where(image[..., None], seen.centred(exact, "target"), said.centred(exact, "target"))
-    together = (-(centred @ left) @ write.T).to(activation.dtype)
+    together = along(centred, write=write, left=left, back=True).to(activation.dtype)
 
     def part(opened: Tensor, delta: Tensor) -> Tensor:
         return seen.alpha * opened[..., None] * torch.where(opened[..., None] != 0, delta, 0.0)
