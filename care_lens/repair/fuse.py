@@ -10,6 +10,7 @@ from torch import Tensor
 from care_lens.core.gates import gradient_wanted
 from care_lens.repair.errors import RepairError
 from care_lens.repair.writer import Writer
+from care_lens.subspace.affine import along
 
 
 class GatedWriter(NamedTuple):
@@ -154,7 +155,7 @@ def joint_edit(
     exact = activation.double() if torch.float64 in (seen.write.dtype, said.write.dtype) else activation
     write, left = _joined(seen, said, like=exact)
     centred = torch.where(image[..., None], seen.centred(exact, "target"), said.centred(exact, "target"))
-    together = (-(centred @ left) @ write.T).to(activation.dtype)
+    together = along(centred, write=write, left=left, back=True).to(activation.dtype)
 
     def part(opened: Tensor, delta: Tensor) -> Tensor:
         return seen.alpha * opened[..., None] * _where_open(opened[..., None], delta)
