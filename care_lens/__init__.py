@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         UnsafeMargin,
         Verdict,
     )
-    from care_lens.data import Study, read_examples, read_study, write_examples
+    from care_lens.data import Study, read_examples, read_study, write_examples, write_study
     from care_lens.evaluation import (
         ClassifierJudge,
         DefenceTable,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         judge_answers,
         tune,
         tune_defence,
+        with_answers,
     )
     from care_lens.lvlm import BoundLVLM, Generation, HookedLVLM, LVLMCache, LVLMInputs
     from care_lens.mediation import (
@@ -162,8 +163,10 @@ __all__ = [
     "tune_defence",
     "typographic",
     "verify",
+    "with_answers",
     "wrap",
     "write_examples",
+    "write_study",
     "writes_towards",
 ]
 
@@ -200,6 +203,7 @@ _ROOMS = {
         "read_examples",
         "read_study",
         "write_examples",
+        "write_study",
     ),
     "care_lens.evaluation": (
         "ClassifierJudge",
@@ -211,6 +215,7 @@ _ROOMS = {
         "judge_answers",
         "tune",
         "tune_defence",
+        "with_answers",
     ),
     "care_lens.lvlm": (
         "BoundLVLM",
