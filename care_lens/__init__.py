@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         UnsafeMargin,
         Verdict,
     )
-    from care_lens.data import Study, read_examples, read_study, write_examples
+    from care_lens.data import Study, read_examples, read_study, write_examples, write_study
     from care_lens.evaluation import (
         ClassifierJudge,
         DefenceTable,
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         judge_answers,
         tune,
         tune_defence,
+        with_answers,
     )
     from care_lens.lens import logit_lens, nearest_text
     from care_lens.lvlm import BoundLVLM, Generation, HookedLVLM, LVLMCache, LVLMInputs
@@ -167,8 +168,10 @@ __all__ = [
     "tune_defence",
     "typographic",
     "verify",
+    "with_answers",
     "wrap",
     "write_examples",
+    "write_study",
     "writes_towards",
 ]
 
@@ -205,6 +208,7 @@ _ROOMS = {
         "read_examples",
         "read_study",
         "write_examples",
+        "write_study",
     ),
     "care_lens.evaluation": (
         "ClassifierJudge",
@@ -216,6 +220,7 @@ _ROOMS = {
         "judge_answers",
         "tune",
         "tune_defence",
+        "with_answers",
     ),
     "care_lens.lens": (
         "logit_lens",

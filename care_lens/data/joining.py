@@ -95,9 +95,14 @@ def limited(examples: Sequence[Example], n: int | None) -> list[Example]:
     Args:
         examples: Of any channels.
         n: 1 or more.
+
+    Raises:
+        ValueError: If n is below 1.
     """
     if n is None:
         return list(examples)
+    if n < 1:
+        raise ValueError(f"n must be 1 or more, or None for all, got {n}")
     seen: Counter[tuple[str, str]] = Counter()
     ranked: list[tuple[int, int]] = []
     for index, example in enumerate(examples):

@@ -130,6 +130,14 @@ def with_answers(
     for what, texts in (("refusals", refusals), ("compliances", compliances)):
         if isinstance(texts, str) or not texts:
             raise ValueError(f"{what} must be a list of answers, got {texts!r}; give one or more")
+    if batch_size < 1 or not 0 <= max_missing <= 1:
+        raise ValueError(
+            f"batch_size must be 1 or more and max_missing a share from 0 to 1, got {batch_size} and {max_missing}"
+        )
+    if nameless := [i for i, example in enumerate(examples) if not example.id]:
+        raise ValueError(f"examples must have ids, got none at {nameless[:5]}; answers are kept by them")
+    if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
+        raise ValueError(f"directory must be a folder, got the file {directory}; name a folder")
     settings = settings or GenerationSettings()
     asked = settings.examples(examples)
     own = [i for i, e in enumerate(asked) if _asks(e, harmful, benign, refused)]

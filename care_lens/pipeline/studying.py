@@ -18,7 +18,7 @@ from care_lens.data.benchmarks import READERS, Benchmark
 from care_lens.data.directory import outcome_of, write_study
 from care_lens.data.joining import limited
 from care_lens.data.preflight import preflight
-from care_lens.data.study import Study
+from care_lens.data.study import Study, StudyError
 from care_lens.evaluation import AnswerNotes, GenerationSettings, SubstringRefusalJudge, answered_study
 from care_lens.lvlm import HookedLVLM
 
@@ -164,6 +164,26 @@ def make_study(
     return MadeStudy(study, out, notes, problems)
 
 
+def _require_usable(study: Study) -> None:
+    """Refuse a study that no answers would make whole, before any are generated.
+
+    Raises:
+        SourceError: Naming what the sources lack, and which benchmarks have it.
+    """
+    filled = {
+        split: {c: tuple(replace(e, response="") for e in some) for c, some in channels.items()}
+        for split, channels in study.suites.items()
+    }
+    try:
+        replace(study, suites=filled, pairs={}).require()
+    except StudyError as error:
+        raise SourceError(
+            f"sources must make a study with attacks, plain and harmless requests in each split; {error}. Harmless requests come with xstest, "
+            "orbench, mossbench, mmvet, mmbench, scienceqa, vqav2 and cococaptions, plain ones with advbench, jailbreakbench, redteam2k, xstest, "
+            "and with attacks that state their behaviour (figstep, jailbreakv, mmsafetybench); give more of them, or a larger --limit"
+        ) from None
+
+
 def joined(
     sources: Sequence[Sequence[Example]],
     *,
@@ -184,8 +204,12 @@ def joined(
     if held_out is None and len(seen) >= 3:
         counts = {c: sum(len(study.suites[s].get(c, ())) for s in study.suites) for c in seen}
         held_out = [min(seen, key=lambda c: (counts[c], c))]
-    if held_out:
-        study = Study.from_examples(sources, held_out=held_out, **common)
+    thin = [c for c in seen if any(not study.suites[s].get(c) for s in ("fit", "validation", "test"))]
+    if thin := [c for c in thin if c not in (held_out or ())]:
+        log.warning("%s: too few behaviours for fit, validation and test, and so held out: %s", name, ", ".join(thin))
+    if held_out or thin:
+        study = Study.from_examples(sources, held_out=[*(held_out or ()), *thin], **common)
+    _require_usable(study)
     seen = [c for channels in study.seen.values() for c in channels]
     about = f"Attacks that the fit uses: {', '.join(seen) or 'none'}; held out of it: {', '.join(study.held_out()) or 'none'}."
     if not study.held_out():

@@ -242,6 +242,43 @@ def data_calls() -> Iterator[Call]:
         {"directory": "", "tokenizer": lambda *_, **__: {"input_ids": [1]}, "judge": organism.OrganismJudge()},
         {"directory": (3, None, MISSING, TEXT, FOLDER)},
     )
+    attacks = [
+        core.Example(f"p {i}", id=f"{i}", group=f"{i}", behaviour=f"b {i}", harmful=True, channel="a") for i in range(6)
+    ]
+    some: dict[str, Any] = {"examples": (None, 3, "text", ["text"], [None])}
+    yield "data.plain_twins", data.plain_twins, {"examples": attacks}, {**some, "channel": (None, 3)}
+    yield "data.attack_pairs", data.attack_pairs, {"examples": attacks}, {**some, "n": COUNT}
+    yield "data.held_templates", data.held_templates, {"examples": attacks, "share": 0.5}, {**some, "share": SHARE}
+    yield "data.limited", data.limited, {"examples": attacks, "n": 2}, {**some, "n": (0, -1, 2.5, "3", NAN)}
+    made = {"name": "s", "judge": organism.OrganismJudge(), "outcome": core.UnsafeMargin((1,), (2,)), "refusal": "no"}
+    yield (
+        "data.Study.from_examples",
+        data.Study.from_examples,
+        {"examples": attacks, "twins": True, **made},
+        {
+            "examples": LISTED,
+            "held_out": (None, 3, "a", ["nowhere"], [3]),
+            "held_templates": SHARE,
+            "pairs": (-1, 1, 2.5, "3", NAN, None),
+            "shares": ({"fit": 2.0}, {"train": 1.0}),
+        },
+    )
+    yield (
+        "data.write_study",
+        data.write_study,
+        {
+            "study": data.Study.from_examples(attacks, **made),
+            "directory": FOLDER / "study",
+            "comply": ["sure"],
+            "refuse": ["no"],
+        },
+        {
+            "study": (None, 3, "s"),
+            "directory": (3, None),
+            "comply": (None, 3, [], "sure", [3], [""]),
+            "refuse": (None, 3, [], "no", [3], [""]),
+        },
+    )
     one = core.Example("p", id="a")
     yield (
         "data.split_by_group",
@@ -344,6 +381,23 @@ def evaluation_calls() -> Iterator[Call]:
     yield "evaluation.generate_all", evaluation.generate_all, options, {
         "lvlm": MODEL, "examples": (None, 3, "text", ["text"], [core.Example("p")], [examples()[0]] * 2), "store": (None, "x", 3), "max_new_tokens": COUNT,
         "batch_size": COUNT, "generation": (3, "x", {"temperature": print}), "repair": (3, "x")}  # fmt: skip
+    yield (
+        "evaluation.with_answers",
+        evaluation.with_answers,
+        {"lvlm": lvlm(), "examples": examples(), "progress": False},
+        {
+            "lvlm": MODEL,
+            "examples": (None, 3, "text", ["text"], [core.Example("p")]),
+            "harmful": ("cycle", None, 3),
+            "benign": ("own", None, 3),
+            "refusals": (None, 3, [], "no", [3]),
+            "compliances": (None, 3, [], "sure", [3]),
+            "settings": ("x", 3),
+            "batch_size": COUNT,
+            "max_missing": SHARE,
+            "directory": (3, TEXT),
+        },
+    )
     options = {
         "lvlm": lvlm(),
         "suites": {"a": examples()},
