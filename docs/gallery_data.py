@@ -50,7 +50,7 @@ def of_run(run: Path) -> None:
     keep("patches.picture", pd.read_csv(frames / "patches.picture.csv"))
     (defences,) = (path for path in frames.glob("defences.*.csv") if not path.name.endswith("trials.csv"))
     frame = pd.read_csv(defences)
-    keep("defences", pd.DataFrame(frame[frame["metric"].isin(["asr", "accuracy"])]), drop=())
+    keep("defences", pd.DataFrame(frame[frame["metric"].isin(["asr", "accuracy", "refusal"])]), drop=())
     trials = pd.read_csv(
         defences.with_suffix("").with_suffix(".trials.csv") if False else frames / f"{defences.stem}.trials.csv"
     )
@@ -76,8 +76,9 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
     keep("neurons", mediate(lvlm, pairs, sites=some, positions=("all",), **options).frame.query("effect == 'NIE'"))
     sites = [f"blocks.{k}.{c}" for k in range(0, 8, 2) for c in ("hook_attn_out", "hook_mlp_out")]
     one = study.pairs["picture"][:4]
+    # One pair, so that the columns have words; its effects have no intervals.
     each = mediate(
-        lvlm, one, sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
+        lvlm, one[:1], sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
     )
     keep("each", each.frame.query("effect == 'NIE'"))
     ids = lvlm.prepare([one.unsafe[0]])
