@@ -43,6 +43,8 @@ from care_lens.repair import ConformalGate
 
 #: Pictures shown with their patch effects.
 PICTURES = 3
+#: Places shown of each pair set.
+PLACES = 10
 #: What the channels of the run itself are, whatever the study.
 GRADIENT = {
     CLEAN: "Plain requests that the undefended model refuses, over clean pictures: the starting points of the gradient attack.",
@@ -93,7 +95,9 @@ def summary(run: Run) -> dict[str, float]:
 def figures(run: Run) -> dict[str, go.Figure]:
     """Every figure of the report, by file name."""
     out = {f"effects_{name}": result.plot() for name, result in run.diagnosis.effects.items()}
-    out |= {f"places_{name}": result.plot() for name, result in run.diagnosis.places.items()}
+    out |= {
+        f"places_{name}": plots.plot_localisation(result, shown=PLACES) for name, result in run.diagnosis.places.items()
+    }
     out["ablation"] = run.diagnosis.ablation.plot()
     for name, result in run.diagnosis.patches.items():
         for pair in range(PICTURES):
@@ -149,7 +153,7 @@ class _Report:
     ) -> str:
         """A table of channels by defences."""
         kept = pd.DataFrame(frame[frame["metric"] == metric])
-        names = [name for name in dict.fromkeys(kept["defence"])]
+        names = sorted(dict.fromkeys(kept["defence"]), key=lambda name: (name != NONE, name != self.repair))
         cells = {(row["defence"], row["channel"]): row for row in kept.to_dict("records")}
         rows = []
         for channel in channels:
@@ -293,7 +297,7 @@ def _places(made: _Report) -> str:
         [str(row["pairs"]), place(row), interval(row, value="score"), str(row["reason"]), str(row["n"])]
         for row in frame.to_dict("records")
     ]
-    return table(["pair set", "place", "score [95 %]", "why", "pairs"], rows, left=2) + tried
+    return table(["pair set", "place", "score [95 %]", "why", "pairs"], rows, left=2, prose=3) + tried
 
 
 def _subspaces(made: _Report) -> str:
@@ -350,7 +354,7 @@ def _choice(made: _Report) -> str:
     plan = html.escape(str(choice.repair.explain()))
     return f"""<p>Gate: split conformal, nominally at most {per_cent(choice.plan.epsilon)} of benign prompts touched ({calibrated}). Writer: towards the refusal
 mean at {plots.short_site(str(choice.writer_site))}, strength {choice.alpha:g}. Fusion: {html.escape(str(choice.repair.rule))}. Observed on the test split: a gate opened for
-{interval(opened, shares=True)} % of {opened["n"]:,.0f} benign prompts.</p>
+{per_cent(opened["value"])} [{100 * opened["ci_low"]:.1f}, {100 * opened["ci_high"]:.1f}] of {opened["n"]:,.0f} benign prompts.</p>
 {fold("The repair, edit by edit", f"<div class='scroll'><pre>{plan}</pre></div>")}
 {fold("Candidates that were run with their writers", tried)}
 {fold("Readers: share of attacks detected by channel, and of benign prompts opened", detected)}"""

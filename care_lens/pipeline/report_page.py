@@ -22,11 +22,12 @@ STYLE = """
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 0 auto; padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--back); overflow-wrap: break-word; }
 h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; } h3 { margin-top: 2rem; }
-a { color: var(--mark); } nav ol { padding-left: 1.4rem; columns: 2; } nav li { break-inside: avoid; padding: .1rem 0; }
+a { color: var(--mark); } nav ul { list-style: none; padding: 0; columns: 2; } nav li { break-inside: avoid; padding: .1rem 0; }
 .key { background: var(--key); border-left: 4px solid var(--mark); padding: .7rem 1rem; }
 .key ul { margin: 0; padding-left: 1.1rem; } .soft, .caption { color: var(--soft); } .caption { margin: 1rem 0 .3rem; font-size: 14px; }
 .scroll { overflow-x: auto; max-width: 100%; } table { border-collapse: collapse; font-size: 13.5px; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { white-space: normal; } td.l, td.w { white-space: normal; text-align: left; } td.w { min-width: 19rem; }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--line); } .l { text-align: left; } .own { background: var(--own); font-weight: 600; }
 th[scope=row] { position: sticky; left: 0; background: var(--back); font-weight: 500; min-width: 7.5rem; } thead th:first-child { position: sticky; left: 0; background: var(--back); z-index: 1; }
 details { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .9rem; margin: .8rem 0; } summary { cursor: pointer; font-weight: 600; }
@@ -35,7 +36,7 @@ details { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .9re
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; min-width: 0; } .card h4 { margin: 0 0 .2rem; }
 .card img { float: right; width: 72px; height: 72px; object-fit: contain; image-rendering: pixelated; margin: 0 0 .4rem .7rem; border: 1px solid var(--line); }
 .card p { margin: .3rem 0; } .card dl { margin: .5rem 0 0; clear: both; } .card dt { color: var(--soft); font-size: 13px; } .card dd { margin: 0 0 .35rem; font-family: ui-monospace, monospace; font-size: 13px; white-space: pre-wrap; }
-@media (max-width: 640px) { body { font-size: 15px; padding: 1rem .7rem 3rem; } nav ol { columns: 1; } table { font-size: 12.5px; } th, td { padding: .25rem .4rem; } }
+@media (max-width: 640px) { body { font-size: 15px; padding: 1rem .7rem 3rem; } nav ul { columns: 1; } table { font-size: 12.5px; } th, td { padding: .25rem .4rem; } }
 """
 
 SCRIPT = """
@@ -111,7 +112,7 @@ def page(title: str, opening: str, sections: Sequence[tuple[str, str, str]], fig
 <title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 {opening}
-<nav aria-label="Contents"><h2 id="contents">Contents</h2><ol>{contents}</ol></nav>
+<nav aria-label="Contents"><h2 id="contents">Contents</h2><ul>{contents}</ul></nav>
 {body}
 <script type="application/json" id="figures">{_embedded(specs)}</script>
 <script>{get_plotlyjs()}</script>

@@ -124,7 +124,13 @@ def place(row: Mapping[str, Any]) -> str:
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", left: int = 1, strong: int | None = None
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str = "",
+    left: int = 1,
+    strong: int | None = None,
+    prose: int | None = None,
 ) -> str:
     """A table within a wrapper that scrolls by itself, so that the page never does.
 
@@ -134,17 +140,20 @@ def table(
         caption: Text above it.
         left: So many columns are set to the left.
         strong: A column that is set apart, such as that of the repair.
+        prose: A column of sentences, which are broken into lines.
     """
 
+    def named_of(at: int) -> str:
+        named = {"l": at < left, "own": at == strong, "w": at == prose}
+        classes = " ".join(name for name, holds in named.items() if holds)
+        return f' class="{classes}"' if classes else ""
+
     def cell(text: str, at: int) -> str:
-        classes = [*(["l"] if at < left else []), *(["own"] if at == strong else [])]
-        named = f' class="{" ".join(classes)}"' if classes else ""
+        named = named_of(at)
         return f"<th scope='row'{named}>{html.escape(text)}</th>" if at == 0 else f"<td{named}>{html.escape(text)}</td>"
 
     def title(text: str, at: int) -> str:
-        classes = [*(["l"] if at < left else []), *(["own"] if at == strong else [])]
-        named = f' class="{" ".join(classes)}"' if classes else ""
-        return f"<th scope='col'{named}>{html.escape(text)}</th>"
+        return f"<th scope='col'{named_of(at)}>{html.escape(text)}</th>"
 
     body = "\n".join("<tr>" + "".join(cell(str(text), i) for i, text in enumerate(row)) + "</tr>" for row in rows)
     told = f"<p class='caption'>{html.escape(caption)}</p>" if caption else ""

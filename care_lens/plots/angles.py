@@ -67,7 +67,11 @@ def plot_principal_angles(subspaces: Mapping[str, SafetySubspace], *, which: Whi
         zmax=90,
         xgap=1,
         ygap=1,
-        colorbar={"title": {"text": f"{which} angle, degrees"}, "tickvals": [0, 30, 60, 90], "thickness": 16},
+        colorbar={
+            "title": {"text": f"{which} angle, degrees", "side": "right"},
+            "tickvals": [0, 30, 60, 90],
+            "thickness": 16,
+        },
     )
     figure = go.Figure(heat)
     figure.update_xaxes(type="category", showgrid=False, showline=False, ticks="")

@@ -64,7 +64,7 @@ def paper(
     columns: Literal[1, 2] = 1,
     dark: bool = False,
     names: Mapping[str, str] | None = None,
-    height: float | None = None,
+    height: float | int | None = None,
 ) -> go.Figure:
     """A copy of a figure as a paper prints it.
 
@@ -232,7 +232,7 @@ def _axis(axis: dict[str, Any]) -> None:
     axis["automargin"] = True
 
 
-def _legend(data: list[dict[str, Any]], layout: dict[str, Any], width: int) -> tuple[float, float]:
+def _legend(data: list[dict[str, Any]], layout: dict[str, Any], width: int) -> tuple[int, float]:
     """Width of the text of an entry, and the height of the whole legend; 0 where there is none."""
     shown = [t for t in data if t.get("showlegend", True) and t.get("visible", True) is True and t["type"] != "heatmap"]
     if not shown or not layout.get("showlegend", len(shown) > 1):

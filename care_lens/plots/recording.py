@@ -54,11 +54,11 @@ def plot_recording(
         vertical_spacing=0.4 / (3 + len(grids)),
         row_heights=[1.0] * 3 + [1.6] * len(grids),
     )
-    tokens = frame.groupby("position")
+    by_token = frame.groupby("position")
     for panel, measure in enumerate(("gate", "weight"), start=1):
         for i, name in enumerate(_MODALITIES):
             column = f"{measure}_{name}"
-            values: pd.Series = tokens[column].max()  # type: ignore[assignment]
+            values: pd.Series = by_token[column].max()  # type: ignore[assignment]
             if panel == 2:
                 acting: pd.Series = frame[frame.edit_norm > 0].groupby("position")[column].mean()  # type: ignore[assignment]
                 values = acting.reindex(values.index)
@@ -98,7 +98,7 @@ def plot_recording(
         if pictured:
             named, labels = [*named, (min(pictured) + max(pictured)) // 2], [*labels, f"image ({len(pictured)} tokens)"]
         figure.update_xaxes(tickvals=named, ticktext=labels, tickangle=-90, row=3, col=1)
-    norms = tokens.edit_norm.sum()
+    norms = by_token.edit_norm.sum()
     for i, (grid, first) in enumerate(grids):
         shift = first - grid.start
         shown = np.array([norms.get(p + shift, np.nan) for p in grid.positions()]).reshape(grid.rows, grid.cols)

@@ -34,11 +34,13 @@ def plot_spectrum(subspace: SafetySubspace) -> go.Figure:
     if choice:
         held = [float(value) for value in choice["heldout_ratios"]]
         _add(figure, held, "held out", 1)
-        _null(figure, [float(choice["threshold"])] * max(len(values), len(held), 2), "null: benign against benign")
+        _null(figure, [float(choice["threshold"])] * 2, "null: benign against benign", last=max(len(values), len(held)))
     elif thresholds := [float(value) for value in rule.get("thresholds", ())]:
-        if len(thresholds) == 1:
-            thresholds *= 2
-        _null(figure, thresholds, f"null: {_NULLS.get(str(rule.get('rule')), 'rule ' + str(rule.get('rule')))}")
+        _null(
+            figure,
+            thresholds * (2 if len(thresholds) == 1 else 1),
+            f"null: {_NULLS.get(str(rule.get('rule')), 'rule ' + str(rule.get('rule')))}",
+        )
     where = ", ".join(str(part) for part in (subspace.modality, subspace.site) if part is not None)
     figure.update_layout(
         template=theme.TEMPLATE,
@@ -90,10 +92,10 @@ def plot_spectra(subspaces: Mapping[str, SafetySubspace]) -> go.Figure:
 _NULLS = {"energy": "noise floor", "permutation": "permuted labels"}
 
 
-def _null(figure: go.Figure, values: list[float], name: str) -> None:
+def _null(figure: go.Figure, values: list[float], name: str, *, last: int | None = None) -> None:
     figure.add_trace(
         go.Scatter(
-            x=list(range(1, len(values) + 1)),
+            x=list(range(1, len(values) + 1)) if last is None else [1, last],
             y=values,
             mode="lines",
             line={"dash": "dash", "color": theme.INK, "width": 2},

@@ -100,7 +100,7 @@ def marker(index: int, *, size: int = 8) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": size}
 
 
-def series(index: int, *, size: int = 8, width: float = 2) -> dict[str, Any]:
+def series(index: int, *, size: int = 8, width: float | int = 2) -> dict[str, Any]:
     """Marker and line of the curve of that number: colour, symbol and dash together tell it from the others."""
     line = {"color": COLOURS[index % len(COLOURS)], "dash": DASHES[index % len(DASHES)], "width": width}
     return {"marker": marker(index, size=size), "line": line}

@@ -1,9 +1,12 @@
 """What a real headless Chromium draws: faults of layout, and whatever a page says, asks for or lets overflow."""
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -52,6 +55,19 @@ FAULTS = """
 }
 """.replace("SMALLEST", str(SMALLEST))
 """JavaScript: what is wrong with the layout of a drawn figure, in words."""
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@cache
+def gallery_module() -> Any:
+    """docs/gallery_figures.py, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location("gallery_figures", DOCS / "gallery_figures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def chromium() -> str:

@@ -1,0 +1,191 @@
+"""Measure what docs/gallery holds: small results of the bundled model, from which the gallery's figures are made.
+
+    python docs/gallery_data.py RUN [LOG]
+
+RUN is the folder of a finished ``care-lens run`` on the bundled model, LOG the log of a training of its world. It takes a few minutes on two
+cores; the documentation and the tests only read the files.
+"""
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from care_lens import organism
+from care_lens.capture import capture
+from care_lens.evaluation import search
+from care_lens.mediation import attribute, heads, knockout, mediate, neurons, patch_map, path_effects, verify
+from care_lens.mediation.separability import separability
+from care_lens.mediation.writing import writes_towards
+from care_lens.plots import training_frame
+from care_lens.repair import HybridFusion, read_scores
+from care_lens.subspace import SafetySubspace
+from care_lens.subspace.uncertainty import measure_uncertainty
+
+log = logging.getLogger("gallery")
+HERE = Path(__file__).parent / "gallery"
+QUIET = {"progress": False}
+
+
+def keep(name: str, frame: pd.DataFrame, drop: tuple[str, ...] = ("seed", "p_value", "metric_unit")) -> None:
+    """A frame as csv of five significant digits."""
+    kept = frame.drop(columns=[column for column in drop if column in frame.columns])
+    kept.to_csv(HERE / f"{name}.csv", index=False, float_format="%.5g")
+    log.info("%s: %d rows", name, len(kept))
+
+
+def of_run(run: Path) -> None:
+    """Frames that the run has already."""
+    frames = run / "frames"
+    for name in ("effects.wrapper", "effects.picture"):
+        frame = pd.read_csv(frames / f"{name}.csv")
+        keep(name, pd.DataFrame(frame[frame["effect"].isin(["TE", "NIE", "NDE"])]))
+    keep("places.wrapper", pd.read_csv(frames / "places.wrapper.csv"))
+    ablation = pd.read_csv(frames / "ablation.csv")
+    keep("ablation", pd.DataFrame(ablation[ablation["effect"] == "share"]))
+    keep("patches.picture", pd.read_csv(frames / "patches.picture.csv"))
+    (defences,) = (path for path in frames.glob("defences.*.csv") if not path.name.endswith("trials.csv"))
+    frame = pd.read_csv(defences)
+    keep("defences", pd.DataFrame(frame[frame["metric"].isin(["asr", "accuracy", "refusal"])]), drop=())
+    trials = pd.read_csv(
+        defences.with_suffix("").with_suffix(".trials.csv") if False else frames / f"{defences.stem}.trials.csv"
+    )
+    trials = trials[trials["metric"].isin(["asr", "accuracy"])]
+    counted = (
+        trials.groupby(["defence", "channel", "metric", "judge", "group"], sort=False)["value"].mean().reset_index()
+    )
+    np.savez_compressed(
+        HERE / "trials.npz",
+        value=counted["value"].to_numpy(np.float32),
+        **{c: pd.factorize(counted[c])[0].astype(np.int16) for c in ("defence", "channel", "metric", "group")},
+        **{f"{c}_names": np.array(list(dict.fromkeys(counted[c]))) for c in ("defence", "channel", "metric", "group")},
+    )
+
+
+def of_model(lvlm, study, repair: HybridFusion) -> None:
+    """Frames that the run does not measure."""
+    pairs, outcome = study.pairs["wrapper"][:8], study.outcome
+    twins = study.pairs["typographic"][:8]
+    options = {"outcome": outcome, "n_boot": 300, **QUIET}
+    keep("heads", mediate(lvlm, pairs, sites=heads(lvlm), positions=("all",), **options).frame.query("effect == 'NIE'"))
+    some = neurons("blocks.6.mlp.hook_post", [*range(0, 40, 2), list(range(100))])
+    keep("neurons", mediate(lvlm, pairs, sites=some, positions=("all",), **options).frame.query("effect == 'NIE'"))
+    sites = [f"blocks.{k}.{c}" for k in range(0, 8, 2) for c in ("hook_attn_out", "hook_mlp_out")]
+    one = study.pairs["picture"][:4]
+    # One pair, so that the columns have words; its effects have no intervals.
+    each = mediate(
+        lvlm, one[:1], sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
+    )
+    keep("each", each.frame.query("effect == 'NIE'"))
+    ids = lvlm.prepare([one.unsafe[0]])
+    row = ids.input_ids[0][~ids.spans.padding[0]].tolist()
+    keep("tokens", pd.DataFrame({"token": [lvlm.tokenizer.convert_ids_to_tokens(i) for i in row]}))
+    for layer in (0, 1, 2, 4, 6, 7):
+        found = patch_map(
+            lvlm,
+            one,
+            outcome=study.pair_outcomes["picture"],
+            site=f"blocks.{layer}.hook_resid_pre",
+            n_boot=300,
+            **QUIET,
+        )
+        keep(f"patches.{layer}", found.frame)
+    one.unsafe[0].image.convert("L").save(HERE / "picture.png", optimize=True)
+    found = attribute(lvlm, pairs, points=16, **options)
+    largest = (
+        found.frame.assign(size=found.frame["value"].abs())
+        .sort_values("size", ascending=False)
+        .groupby("kind", sort=False)
+        .head(15)
+    )
+    keep("attribution", pd.DataFrame(largest.drop(columns="size")))
+    keep("verified", verify(lvlm, pairs, found, top=8, random=8, **options).frame)
+    cut = knockout(lvlm, twins, source="text", target="last", window=2, **options)
+    keep("knockout", cut.frame)
+    ends = [f"blocks.{k}.{c}" for k in (5, 6, 7) for c in ("hook_attn_out", "hook_mlp_out")]
+    keep("paths", path_effects(lvlm, pairs, senders=ends, receivers=[*ends, "end"], **options).frame)
+    site = "blocks.6.hook_resid_post"
+    benign, attacks = study.benign("fit")[:400], study.malicious("fit", "textual") + study.malicious("fit", "visual")
+    each_site = [f"blocks.{k}.{c}" for k in range(8) for c in ("hook_attn_out", "hook_mlp_out")]
+    classes = [capture(lvlm, rows, [*each_site, site], select=("last",), progress=False) for rows in (benign, attacks)]
+    keep("separability", separability(*classes, sites=each_site, n_boot=50).frame)
+    rows = [captured.rows(site, "last") for captured in classes]
+    for name, rank in (("auto", "auto"), ("energy", "energy"), ("permutation", "permutation"), ("pair", 2)):
+        fitted = SafetySubspace.fit(*rows, rank=rank, site=site, modality="textual")
+        fitted.save(HERE / f"subspace.{name}")
+    keep(
+        "uncertainty",
+        measure_uncertainty(SafetySubspace.load(HERE / "subspace.auto"), *rows, n_boot=60, n_halves=20).frame,
+    )
+    keep("writing", writes_towards(lvlm, fitted, k=5).frame)
+    for layer in range(8):
+        at = f"blocks.{layer}.hook_mlp_out"
+        clean = classes[0].rows(at, "last")
+        for modality in ("visual", "textual"):
+            captured = capture(lvlm, study.malicious("fit", modality), [at], select=("last",), progress=False)
+            SafetySubspace.fit(clean, captured.rows(at, "last"), rank=2, site=at, modality=modality).save(
+                HERE / "angles" / f"{layer}.{modality}"
+            )
+    shown = {"benign": study.benign("test")[::30][:50], "typographic": study.suites["test"]["typographic"][:50]}
+    kept = {}
+    for name, examples in shown.items():
+        kept[f"{name}, before"] = capture(lvlm, examples, [site], select=("last",), progress=False).rows(site, "last")
+        with repair.on(lvlm):
+            kept[f"{name}, after"] = capture(lvlm, examples, [site], select=("last",), progress=False).rows(
+                site, "last"
+            )
+    np.savez_compressed(HERE / "rows.npz", **{name: tensor.numpy().astype(np.float16) for name, tensor in kept.items()})
+    attack = study.suites["test"]["typographic"][0]
+    inputs = lvlm.prepare([attack])
+    with repair.recording(lvlm) as seen:
+        texts = lvlm.generate(inputs, max_new_tokens=10)
+    keep("recording", seen.to_dataframe())
+    row = inputs.input_ids[0][~inputs.spans.padding[0]].tolist()
+    words = [lvlm.tokenizer.convert_ids_to_tokens(i) for i in row] + texts.texts[0].split() + ["<eos>"] * 3
+    keep("recording.tokens", pd.DataFrame({"token": words}))
+    attack.image.convert("RGB").save(HERE / "recording.png", optimize=True)
+    keep(
+        "trace",
+        read_scores(lvlm, [attack], repair.readers, max_new_tokens=10, trace=True, progress=False).to_dataframe(),
+    )
+
+    def at_strength(*, alpha: float) -> HybridFusion:
+        sides = {
+            m: tuple(replace(c, writer=replace(c.writer, alpha=alpha)) for c in getattr(repair, m))
+            for m in ("visual", "textual")
+        }
+        return replace(repair, name=f"strength {alpha:g}", **sides)
+
+    found = search(
+        lvlm,
+        at_strength,
+        {"alpha": [0.25, 0.5, 0.75, 1.0, 1.5]},
+        study.limited(8),
+        benign_loss=0.05,
+        max_new_tokens=14,
+        batch_size=128,
+    )
+    keep("frontier", found.frontier.frame)
+
+
+def main() -> None:
+    """See above."""
+    logging.basicConfig(level=logging.INFO)
+    torch.set_num_threads(1)
+    HERE.mkdir(exist_ok=True)
+    run = Path(sys.argv[1])
+    of_run(run)
+    if len(sys.argv) > 2:
+        frame = training_frame(Path(sys.argv[2]))
+        thin = frame["metric"].isin(["exact"]) | (frame.groupby(["stage", "metric"]).cumcount() % 4 == 0)
+        keep("training", pd.DataFrame(frame[thin]))
+    with organism.load() as lvlm:
+        of_model(lvlm, organism.study(), HybridFusion.load(run / "repair"))
+
+
+if __name__ == "__main__":
+    main()
