@@ -6,6 +6,7 @@ from care_lens.evaluation.abnormal import abnormal_trials
 from care_lens.evaluation.agreement import cohen_kappa, fleiss_kappa, judge_agreement
 from care_lens.evaluation.answering import answer_verdicts, share, spread
 from care_lens.evaluation.asked import EndpointJudge, MMVetGrader
+from care_lens.evaluation.attack_table import AttackTableError, attack_table
 from care_lens.evaluation.captions import CaptionGrader
 from care_lens.evaluation.classifier import ClassifierJudge, published_template
 from care_lens.evaluation.comparison import compare, rank
@@ -50,6 +51,7 @@ __all__ = [
     "NOT_REFUSALS",
     "PUBLISHED_REFUSALS",
     "REFUSALS",
+    "AttackTableError",
     "CaptionGrader",
     "ChatEndpoint",
     "Choice",
@@ -81,6 +83,7 @@ __all__ = [
     "VQAGrader",
     "abnormal_trials",
     "answer_verdicts",
+    "attack_table",
     "chosen_letter",
     "cohen_kappa",
     "compare",
