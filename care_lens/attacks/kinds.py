@@ -34,7 +34,11 @@ def register_attack(cls: Kind) -> Kind:
             notebook's cell again, takes the place of the old one.)
     """
     params = getattr(cls, "__dataclass_params__", None)
-    if params is None or not params.frozen or not all(callable(getattr(cls, name, None)) for name in ("run", "describe")):
+    if (
+        params is None
+        or not params.frozen
+        or not all(callable(getattr(cls, name, None)) for name in ("run", "describe"))
+    ):
         raise AttackKindError(
             f"an attack must be a frozen dataclass with run and describe, got {cls!r}; see the Attack protocol"
         )
