@@ -29,6 +29,7 @@ def described(attack: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    held: Any = value
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Path):
@@ -40,8 +41,8 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not callable(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if hasattr(value, "describe"):
-        return value.describe()
-    return loss_settings(value) if callable(value) else content_digest(value)
+        return held.describe()
+    return loss_settings(held) if callable(value) else content_digest(value)
 
 
 def run_settings(attack: Any, examples: Sequence[Example], defence: Any, seed: int) -> dict[str, Any]:

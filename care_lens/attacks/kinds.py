@@ -33,8 +33,12 @@ def register_attack(cls: Kind) -> Kind:
         AttackKindError: If it is no such class, or another class has its name. (The same class made anew, as by running a
             notebook's cell again, takes the place of the old one.)
     """
-    frozen = dataclasses.is_dataclass(cls) and getattr(cls, "__dataclass_params__").frozen  # noqa: B009
-    if not frozen or not all(callable(getattr(cls, name, None)) for name in ("run", "describe")):
+    params = getattr(cls, "__dataclass_params__", None)
+    if (
+        params is None
+        or not params.frozen
+        or not all(callable(getattr(cls, name, None)) for name in ("run", "describe"))
+    ):
         raise AttackKindError(
             f"an attack must be a frozen dataclass with run and describe, got {cls!r}; see the Attack protocol"
         )

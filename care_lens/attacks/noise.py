@@ -78,11 +78,13 @@ class RandomNoise:
         """Its settings, JSON-able."""
         return described(self)
 
-    def run(self, lvlm: HookedLVLM, examples: Sequence[Example], defence: Any = None, seed: int = 0) -> AttackResult:
+    def run(
+        self, lvlm: HookedLVLM | None, examples: Sequence[Example], defence: Any = None, seed: int = 0
+    ) -> AttackResult:
         """Add noise to each example's picture.
 
         Args:
-            lvlm: Not used.
+            lvlm: Not used; may be None.
             examples: Examples with pictures.
             defence: Noted in the settings; the noise does not depend on it.
             seed: Seed of the draws.

@@ -56,7 +56,7 @@ class PixelMap:
         """Model values to pixels in [0, 255], not rounded."""
         return (values - self.shift) / self.scale
 
-    def fits(self, pixels: Float[Tensor, "image channel height width"], values: Float[Tensor, "image ..."]) -> bool:
+    def fits(self, pixels: Float[Tensor, "image channel height width"], values: Float[Tensor, "..."]) -> bool:
         """Whether the processor gave the model these pixels, one by one."""
         return pixels.shape == values.shape and bool(((self.decode(values) - pixels).abs() < _TOLERANCE).all())
 

@@ -97,11 +97,13 @@ class ExampleAttack(ABC):
         """Its settings, JSON-able."""
         return described(self)
 
-    def run(self, lvlm: HookedLVLM, examples: Sequence[Example], defence: Any = None, seed: int = 0) -> AttackResult:
+    def run(
+        self, lvlm: HookedLVLM | None, examples: Sequence[Example], defence: Any = None, seed: int = 0
+    ) -> AttackResult:
         """Change each example.
 
         Args:
-            lvlm: Not used.
+            lvlm: Not used; may be None.
             examples: The requests.
             defence: Noted in the settings; the change does not depend on it.
             seed: Of what is random.

@@ -43,9 +43,10 @@ class GatesSeen:
         """How many gates have been asked since :meth:`clear`."""
         return len(self._now)
 
-    def add(self, excess: Float[Tensor, "batch ..."]) -> None:
+    def add(self, excess: Float[Tensor, "*shape"]) -> None:
         """Note by how much scores pass their threshold; -inf or NaN where nothing was read."""
-        rows = torch.where(excess.isfinite(), excess, torch.full_like(excess, -torch.inf)).flatten(1).amax(dim=1)
+        rows = torch.where(excess.isfinite(), excess, torch.full_like(excess, -torch.inf))
+        rows = rows.reshape(len(rows), -1).amax(dim=1)
         self._now.append(rows)
         if len(self._units) < len(self._now):
             sizes = rows.detach().abs()

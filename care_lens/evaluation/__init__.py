@@ -6,6 +6,7 @@ from care_lens.evaluation.abnormal import abnormal_trials
 from care_lens.evaluation.agreement import cohen_kappa, fleiss_kappa, judge_agreement
 from care_lens.evaluation.answering import answer_verdicts, share, spread
 from care_lens.evaluation.asked import EndpointJudge, MMVetGrader
+from care_lens.evaluation.attack_table import AttackTableError, attack_table
 from care_lens.evaluation.captions import CaptionGrader
 from care_lens.evaluation.classifier import ClassifierJudge, published_template
 from care_lens.evaluation.comparison import compare, rank
@@ -54,6 +55,7 @@ __all__ = [
     "REFUSALS",
     "AnswerNotes",
     "AnswersError",
+    "AttackTableError",
     "CaptionGrader",
     "ChatEndpoint",
     "Choice",
@@ -86,6 +88,7 @@ __all__ = [
     "abnormal_trials",
     "answer_verdicts",
     "answered_study",
+    "attack_table",
     "chosen_letter",
     "cohen_kappa",
     "compare",

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 from care_lens import Verdict, organism
+from care_lens.core import Attack
 from care_lens.repair import BakeCertificate
 
 PAGES = Path(__file__).parents[2] / "docs" / "howto"
@@ -25,7 +26,9 @@ def run(page, blocks):
 
 def test_the_code_of_the_page_on_attacks_runs():
     names = run("add_an_attack.md", blocks_of("add_an_attack.md"))
-    assert len(blocks_of("add_an_attack.md")) == 3
+    assert len(blocks_of("add_an_attack.md")) == 4
+    assert isinstance(names["Openings"](None), Attack)
+    assert [e.prompt for e in names["result"].examples] == [e.prompt for e in names["searched"]]
     for made, channel in ((names["attacked"], "polite"), (names["searched"], "openings")):
         for one, plain in zip(made, names["requests"], strict=True):
             assert (one.id, one.group, one.channel, one.harmful) == (plain.id, plain.group, channel, True)
