@@ -10,12 +10,14 @@ from care_lens.plots.ablation import plot_ablation
 from care_lens.plots.attribution import plot_attribution, plot_knockout, plot_paths, plot_verified
 from care_lens.plots.compact import plot_asr_column
 from care_lens.plots.defence import plot_asr
+from care_lens.plots.edges import plot_edge_verification, plot_edges, plot_faithfulness
 from care_lens.plots.effects import plot_effects
 from care_lens.plots.frontier import plot_frontier
 from care_lens.plots.lens import plot_lens, plot_picture_reading
 from care_lens.plots.localisation import plot_localisation
 from care_lens.plots.patches import plot_patch_effects
 from care_lens.plots.recording import plot_recording, plot_trace
+from care_lens.plots.regions import plot_region, plot_regions, plot_tiles
 from care_lens.plots.separability import plot_separability
 from care_lens.plots.spectrum import plot_spectrum
 from care_lens.plots.theme import ExportError, save_figure
@@ -29,7 +31,10 @@ __all__ = [
     "plot_asr",
     "plot_asr_column",
     "plot_attribution",
+    "plot_edge_verification",
+    "plot_edges",
     "plot_effects",
+    "plot_faithfulness",
     "plot_frontier",
     "plot_knockout",
     "plot_lens",
@@ -38,8 +43,11 @@ __all__ = [
     "plot_paths",
     "plot_picture_reading",
     "plot_recording",
+    "plot_region",
+    "plot_regions",
     "plot_separability",
     "plot_spectrum",
+    "plot_tiles",
     "plot_trace",
     "plot_tradeoff",
     "plot_uncertainty",
