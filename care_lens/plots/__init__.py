@@ -16,6 +16,7 @@ from care_lens.plots.frontier import plot_frontier
 from care_lens.plots.lens import plot_lens, plot_picture_reading
 from care_lens.plots.localisation import plot_localisation
 from care_lens.plots.patches import plot_patch_effects
+from care_lens.plots.planted import plot_scorecard
 from care_lens.plots.recording import plot_recording, plot_trace
 from care_lens.plots.regions import plot_region, plot_regions, plot_tiles
 from care_lens.plots.separability import plot_separability
@@ -45,6 +46,7 @@ __all__ = [
     "plot_recording",
     "plot_region",
     "plot_regions",
+    "plot_scorecard",
     "plot_separability",
     "plot_spectrum",
     "plot_tiles",
