@@ -29,8 +29,16 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def scored(world, pairs):
-    receivers = ["blocks.0.attn.hook_z[4]", "blocks.0.hook_mlp_out", "vision.blocks.1.hook_mlp_out", "vision.blocks.3.attn.hook_z[0]", "end"]
-    return edge_attribution(world, pairs, outcome=ResponseLogProb(), receivers=receivers, points=2, n_boot=20, progress=False)
+    receivers = [
+        "blocks.0.attn.hook_z[4]",
+        "blocks.0.hook_mlp_out",
+        "vision.blocks.1.hook_mlp_out",
+        "vision.blocks.3.attn.hook_z[0]",
+        "end",
+    ]
+    return edge_attribution(
+        world, pairs, outcome=ResponseLogProb(), receivers=receivers, points=2, n_boot=20, progress=False
+    )
 
 
 def test_scores_rank_edges_as_exact_path_patching_does(world, pairs, scored):
@@ -54,7 +62,14 @@ def test_exact_effects_are_those_of_path_effects(world, pairs, scored, tmp_path)
     some = pd.concat([frame[(frame.sender == a) & (frame.receiver == b)] for a, b in names], ignore_index=True)
     assert len(some) == 3
     checked = verify_edges(
-        world, pairs, EdgeResult(some, scored.settings, scored.details), outcome=ResponseLogProb(), top=3, random=0, n_boot=5, progress=False
+        world,
+        pairs,
+        EdgeResult(some, scored.settings, scored.details),
+        outcome=ResponseLogProb(),
+        top=3,
+        random=0,
+        n_boot=5,
+        progress=False,
     ).details.set_index("sender")
     from care_lens.mediation import Mediator
 
@@ -73,8 +88,16 @@ def test_what_all_read_of_a_sender_is_its_attribution(model, pictured, margin):
     from care_lens.mediation import attribute
 
     found = edge_attribution(model, pictured, outcome=margin, method="gradient", n_boot=2, progress=False).frame
-    sites = ["vision.blocks.1.attn.hook_z", "blocks.1.attn.hook_z", "blocks.0.hook_mlp_out", "vision.blocks.0.hook_mlp_out", "projector.hook_out"]
-    whole = attribute(model, pictured, outcome=margin, sites=sites, patches=(), method="gradient", n_boot=2, progress=False).frame
+    sites = [
+        "vision.blocks.1.attn.hook_z",
+        "blocks.1.attn.hook_z",
+        "blocks.0.hook_mlp_out",
+        "vision.blocks.0.hook_mlp_out",
+        "projector.hook_out",
+    ]
+    whole = attribute(
+        model, pictured, outcome=margin, sites=sites, patches=(), method="gradient", n_boot=2, progress=False
+    ).frame
     whole = whole.set_index("mediator")["value"]
     for name, value in whole.items():
         tower = "vision" if name.startswith("vision") else "language"
@@ -95,9 +118,15 @@ def test_circuits_against_random_ones(world, pairs, scored):
 
 def test_a_circuit_of_nothing_and_of_everything_by_hand(model, pictured, margin):
     scored = edge_attribution(model, pictured, outcome=margin, method="gradient", n_boot=2, progress=False)
-    found = circuit_faithfulness(model, pictured, scored, outcome=margin, sizes=(0, 10**6), random=1, n_boot=2, progress=False)
+    found = circuit_faithfulness(
+        model, pictured, scored, outcome=margin, sizes=(0, 10**6), random=1, n_boot=2, progress=False
+    )
     inputs = [model.prepare(list(side)) for side in (pictured.safe, pictured.unsafe)]
-    sites = [site for site in model.sites() if site.component in ("attn.hook_z", "hook_mlp_out") and site.tower != "projector"]
+    sites = [
+        site
+        for site in model.sites()
+        if site.component in ("attn.hook_z", "hook_mlp_out") and site.tower != "projector"
+    ]
     with torch.no_grad():
         safe = model.run_with_cache(inputs[0], sites=sites)[1]
         hooks = [(site, lambda a, hook, site=site: safe[str(site)]) for site in sites]
