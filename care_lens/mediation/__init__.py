@@ -3,7 +3,9 @@
 from care_lens.core.arguments import checked
 from care_lens.mediation.ablation import MODES, AblationResult, ablate
 from care_lens.mediation.attribution import AttributionResult, attribute
+from care_lens.mediation.circuits import EdgeVerification, FaithfulnessResult, circuit_faithfulness, verify_edges
 from care_lens.mediation.counterfactuals import neutralise, remove_noise, swap_drawn_text, swap_text
+from care_lens.mediation.edges import EdgeResult, edge_attribution
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
 from care_lens.mediation.judged import JudgedCompliance
 from care_lens.mediation.knockout import KnockoutResult, knockout
@@ -15,6 +17,7 @@ from care_lens.mediation.patch_map import PatchMapResult, patch_map
 from care_lens.mediation.patching import Swap, patched_outcomes
 from care_lens.mediation.paths import PathResult, head_paths, path_effects
 from care_lens.mediation.placement import Placement, localised, reader_layers
+from care_lens.mediation.regions import Region
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.separability import SeparabilityResult, probe_auc, separability
 from care_lens.mediation.verification import VerifiedResult, verify
@@ -26,6 +29,9 @@ __all__ = [
     "POSITIONS",
     "AblationResult",
     "AttributionResult",
+    "EdgeResult",
+    "EdgeVerification",
+    "FaithfulnessResult",
     "JudgedCompliance",
     "KnockoutResult",
     "Localisation",
@@ -36,6 +42,7 @@ __all__ = [
     "PatchMapResult",
     "PathResult",
     "Placement",
+    "Region",
     "Replay",
     "SeparabilityResult",
     "Swap",
@@ -43,8 +50,10 @@ __all__ = [
     "Writing",
     "ablate",
     "attribute",
+    "circuit_faithfulness",
     "cumulative",
     "default_sites",
+    "edge_attribution",
     "effects_of",
     "head_paths",
     "heads",
@@ -71,6 +80,7 @@ __all__ = [
     "swap_drawn_text",
     "swap_text",
     "verify",
+    "verify_edges",
     "windows",
     "writes_towards",
 ]

@@ -59,7 +59,8 @@ from care_lens.mediation.frames import (
 )
 from care_lens.mediation.interpolation import Found, Path, Plan, attributed, nodes_of, owners
 from care_lens.mediation.mediators import HEADS, NEURONS
-from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches
+from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches, require_whole_pictures
+from care_lens.mediation.regions import Place, region_settings, split_regions
 from care_lens.mediation.sweep import Part, Sweep, require_options, require_positions, sweep_settings
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def attribute(
     outcome: Outcome,
     sites: Sequence[SiteLike] | None = None,
     patches: Sequence[SiteLike] | None = None,
-    positions: Sequence[str] = ("all",),
+    positions: Sequence[Place] = ("all",),
     method: Method = "integrated",
     points: int | None = None,
     path: Path = "inputs",
@@ -131,7 +132,8 @@ def attribute(
         sites: Sites: ``attn.hook_z`` is split by head, ``mlp.hook_post`` by neuron; None: these, attention and MLP output
             of every layer of both towers, and the projector's output.
         patches: Sites that are split by picture patch; None: where patches enter, and ``blocks.0.hook_resid_pre``.
-        positions: Span names or token indices, for the sites of the language tower.
+        positions: Span names or token indices, for the sites of the language tower, and regions of the picture, for those of every
+            tower.
         method: "gradient" or "integrated", see above.
         points: Runs between the twins, for "integrated". None: as many as completeness to 0.5 % takes, 8 to 64. Where the gap
             is larger a warning is logged.
@@ -170,21 +172,23 @@ def attribute(
     """
     least = {"batch_size": 2, "neurons_by_pair": 0}
     require_options(batch_size=batch_size, neurons_by_pair=neurons_by_pair, n_boot=n_boot, seed=seed, least=least)
-    positions = require_positions(positions)
+    named, regions = split_regions(positions)
+    require_positions([name for name in named if name not in regions])
     _check_options(outcome, method, points, path)
-    batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
+    batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size, regions=regions)
     if bad := misaligned(batches):
         raise ValueError(
             f"pairs must be aligned (same length, same image positions) to be interpolated, got twins that differ in pairs "
             f"{bad}; leave those out, or patch them exactly with mediate at positions=('image', 'last')"
         )
     pictured = any(batch.has_images for batch in batches)
-    plan = Plan.of(lvlm, sites, patches, positions, path, pictured)
+    plan = Plan.of(lvlm, sites, patches, named, path, pictured)
     made: dict[str, Any] = {
         "method": method,
         "path": path,
         "enters_at": [str(site) for site in plan.entries(pictured)],
-        "positions": list(positions),
+        "positions": list(named),
+        **region_settings(regions),
         **sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size),
     }
     held = {"sites": [str(site) for site in plan.sites], "patches": [str(site) for site in plan.patches]}
@@ -299,6 +303,8 @@ def _cells(batch: PairBatch, plan: Plan, found: Found) -> Iterator[tuple[_Cell, 
             total = torch.zeros(batch.n, score.shape[2], dtype=torch.float64)
             total.index_add_(0, owners(batch, site), score.sum(dim=1))
             yield _Cell(kind, site, "all"), total.numpy()
+            for region in batch.regions:
+                yield _Cell(kind, site, region), _in_region(batch, site, region, score, found.picture[site])
             continue
         for position in plan.positions:
             mask = batch.mask(position)[: batch.n]
@@ -308,6 +314,16 @@ def _cells(batch: PairBatch, plan: Plan, found: Found) -> Iterator[tuple[_Cell, 
     for site in plan.patches:
         if batch.has_images:
             yield _Cell("patch", site, "patch"), _by_patch(batch, site, found)
+
+
+def _in_region(batch: PairBatch, site: Site, region: str, score: Tensor, picture: Tensor) -> ndarray:
+    """[n, units] over the patches of a region; missing where a pair has none."""
+    require_whole_pictures([batch], [site])
+    mask = batch.patches(region, torch.cat([picture, picture]))[: len(picture)]
+    total = torch.zeros(batch.n, score.shape[2], dtype=torch.float64)
+    total.index_add_(0, owners(batch, site), torch.einsum("ep,epu->eu", mask.double(), score))
+    total[~batch.mask(region)[: batch.n].any(dim=1)] = torch.nan
+    return total.numpy()
 
 
 def _by_patch(batch: PairBatch, site: Site, found: Found) -> ndarray:

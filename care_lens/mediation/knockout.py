@@ -48,6 +48,7 @@ from care_lens.mediation.frames import (
 )
 from care_lens.mediation.pairs import logits_needed
 from care_lens.mediation.patching import read_outcome
+from care_lens.mediation.regions import Place, Region, region_mask, region_settings, split_regions
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
 
@@ -101,8 +102,8 @@ def knockout(
     lvlm: HookedLVLM,
     examples: Sequence[Example] | PairedExamples,
     *,
-    source: str,
-    target: str,
+    source: Place,
+    target: Place,
     outcome: Outcome,
     layers: Sequence[int | Sequence[int]] | None = None,
     window: int = 1,
@@ -119,8 +120,8 @@ def knockout(
     Args:
         lvlm: The model; a repair that is on it acts.
         examples: The examples, or pairs of safe and unsafe twins, of which both are measured.
-        source: Span whose keys and values are cut: "image", "text", "prompt", "last", ...
-        target: Span whose queries are cut off.
+        source: Span whose keys and values are cut: "image", "text", "prompt", "last", ..., or a region of the picture.
+        target: Span or region whose queries are cut off.
         outcome: Larger where the model is less safe.
         layers: The windows, each a layer or several that are cut together; None: all runs of ``window`` layers.
         window: Layers of a window, where ``layers`` is None.
@@ -163,11 +164,15 @@ def knockout(
     rows: list[Example] = [*examples.safe, *examples.unsafe] if isinstance(examples, PairedExamples) else list(examples)
     if not rows:
         raise ValueError("examples must hold at least one example, got none")
+    from_here, to_here = _name_of(source), _name_of(target)
+    _, regions = split_regions(list(dict.fromkeys((source, target))))
+    n_groups = len(rows) if pairs is None else len(pairs)
     cells: list[tuple[tuple[int, ...], KnockoutMode]] = [(some, mode) for some in windows for mode in modes]
     made: dict[str, Any] = {
-        "source": source,
-        "target": target,
+        "source": from_here,
+        "target": to_here,
         "itself": itself,
+        **region_settings(regions),
         **sweep_settings(lvlm, outcome=outcome, examples=rows, batch_size=batch_size),
     }
     sweep = Sweep(checkpoint, settings=made)
@@ -180,7 +185,8 @@ def knockout(
         """Of each batch the untouched outcomes, then those of each window and mode."""
         for start in starts:
             part = slice(start, start + batch_size)
-            run = _Batch(lvlm, rows[part], outcome, source, target, itself)
+            index = [row % n_groups for row in range(start, min(start + batch_size, len(rows)))]
+            run = _Batch(lvlm, rows[part], outcome, source, target, itself, index)
             yield Part((part, None), [f"untouched from {start}"], one_cell(run.untouched), 0)
             for at, (some, mode) in enumerate(cells):
                 cut = partial(run.cut_off, some, mode)
@@ -231,10 +237,17 @@ class _Batch:
     """The runs of some examples; what they have in common is run when it is first needed."""
 
     def __init__(
-        self, lvlm: HookedLVLM, rows: Sequence[Example], outcome: Any, source: str, target: str, itself: bool
+        self,
+        lvlm: HookedLVLM,
+        rows: Sequence[Example],
+        outcome: Any,
+        source: Place,
+        target: Place,
+        itself: bool,
+        index: Sequence[int],
     ) -> None:
         self._lvlm, self._rows, self._outcome = lvlm, rows, outcome
-        self._source, self._target, self._itself = source, target, itself
+        self._source, self._target, self._itself, self._index = source, target, itself, index
 
     @cached_property
     def _ready(self) -> tuple[LVLMInputs, Tensor, int, Any, Tensor]:
@@ -245,7 +258,7 @@ class _Batch:
             if hasattr(bound, "with_reference"):
                 bound = bound.with_reference(logits, inputs, list(range(inputs.batch_size)))
             untouched = read_outcome(bound, logits, inputs)
-        return inputs, _cut(inputs, self._source, self._target, self._itself), keep, bound, untouched
+        return inputs, _cut(inputs, self._source, self._target, self._itself, self._index), keep, bound, untouched
 
     def untouched(self) -> tuple[list[bool], list[float]]:
         """[n] whether there is anything to cut, and the outcomes with nothing cut."""
@@ -261,8 +274,8 @@ class _Batch:
             return read_outcome(bound, logits, inputs).tolist()
 
 
-def _check(source: str, target: str, modes: Sequence[str], outcome: Any) -> None:
-    if unknown := [name for name in (source, target) if name not in SPAN_NAMES]:
+def _check(source: Place, target: Place, modes: Sequence[str], outcome: Any) -> None:
+    if unknown := [name for name in (source, target) if not isinstance(name, Region) and name not in SPAN_NAMES]:
         raise ValueError(f"source and target must be spans, some of {SPAN_NAMES}, got {unknown}")
     if not modes or (unknown := [mode for mode in modes if mode not in KNOCKOUT_MODES]):
         raise ValueError(f"modes must be some of {KNOCKOUT_MODES}, got {list(modes)}")
@@ -292,10 +305,21 @@ def _windows(lvlm: HookedLVLM, layers: Sequence[int | Sequence[int]] | None, win
     return found
 
 
-def _cut(inputs: LVLMInputs, source: str, target: str, itself: bool) -> Bool[Tensor, "batch query key"]:
+def _name_of(place: Place) -> str:
+    return place.name if isinstance(place, Region) else place
+
+
+def _mask_of(inputs: LVLMInputs, place: Place, index: Sequence[int]) -> Bool[Tensor, "batch pos"]:
+    if isinstance(place, Region):
+        return region_mask(inputs, place, index).to(inputs.input_ids.device)
+    return inputs.spans.mask(place)
+
+
+def _cut(
+    inputs: LVLMInputs, source: Place, target: Place, itself: bool, index: Sequence[int]
+) -> Bool[Tensor, "batch query key"]:
     """Entries of the pattern that are cut; those that a causal model does not have are not among them."""
-    spans = inputs.spans
-    cut = spans.mask(target)[:, :, None] & spans.mask(source)[:, None, :]
+    cut = _mask_of(inputs, target, index)[:, :, None] & _mask_of(inputs, source, index)[:, None, :]
     pos = torch.arange(cut.shape[1], device=cut.device)
     if not itself:
         cut = cut & (pos[:, None] != pos)

@@ -21,8 +21,8 @@ Memory: the activations of one layer's sites (of a group's sites) for one batch,
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ from care_lens.mediation.pairs import (
     require_whole_pictures,
 )
 from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
+from care_lens.mediation.regions import Place, Region, region_settings, split_regions
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import resolved, spacing
 from care_lens.mediation.sweep import EACH, Part, Sweep, require_options, require_positions, sweep_settings
@@ -104,7 +105,7 @@ def mediate(
     *,
     outcome: Outcome,
     sites: Sequence[SiteLike | Mediator] | None = None,
-    positions: Sequence[str] = POSITIONS,
+    positions: Sequence[Place] = POSITIONS,
     batch_size: int = 32,
     n_boot: int = 1000,
     n_permutations: int = 1000,
@@ -122,7 +123,8 @@ def mediate(
         outcome: Larger where the model is less safe. A function of logits and inputs, or one of those of
             ``care_lens.core``, or :class:`~care_lens.mediation.judged.JudgedCompliance`, which generates.
         sites: The mediators: sites, and heads, neurons and groups of sites; None: :func:`default_sites`.
-        positions: Span names, token indices or "each", for the sites of the language tower.
+        positions: Span names, token indices or "each", for the sites of the language tower, and regions of the picture
+            (:class:`~care_lens.mediation.Region`), for those of every tower.
         batch_size: Sequences in a whole forward pass, at least 2; shorter ones hold more.
         n_boot: Bootstrap resamples of the pairs' groups.
         n_permutations: Sign flips of the p-value, where there are more than 12 groups; all of them, where not.
@@ -157,20 +159,23 @@ def mediate(
     require_options(
         batch_size=batch_size, n_boot=n_boot, n_permutations=n_permutations, seed=seed, least={"batch_size": 2}
     )
-    positions = require_positions(positions, each=True)
+    named, regions = split_regions(positions)
+    require_positions([name for name in named if name not in regions], each=True)
     wanted = _editable(lvlm, default_sites(lvlm) if sites is None else sites)
-    if not positions and any(mediator.in_language for mediator in wanted):
+    if not named and any(mediator.in_language for mediator in wanted):
         raise MediationError(f"positions must name one or more for the language tower, got none; give {POSITIONS}")
     if isinstance(outcome, PrefixMargin):
         run, single = _with_prefixes(pairs, outcome), outcome.single
     else:
         run, single = pairs, outcome
-    batches = pair_batches(lvlm, run, outcome=single, batch_size=batch_size)
-    positions = _each(positions, batches)
+    of_pairs = _of_run(regions, len(run) // max(1, len(pairs)))
+    batches = pair_batches(lvlm, run, outcome=single, batch_size=batch_size, regions=of_pairs)
+    positions = _each(named, batches)
     require_shared(batches, positions)
     require_whole_pictures(batches, [site for mediator in wanted for site in mediator.sites])
-    cells = _cells(wanted, positions, any(batch.has_images for batch in batches))
+    cells = _cells(wanted, positions, regions, any(batch.has_images for batch in batches))
     settings = sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size)
+    settings |= region_settings(regions)
     untouched = np.full((2, len(run)), np.nan)
 
     def probe() -> list[float]:
@@ -235,11 +240,25 @@ def _each(positions: Sequence[str], batches: Sequence[PairBatch]) -> tuple[str, 
     return found
 
 
-def _cells(mediators: Sequence[Mediator], positions: Sequence[str], has_images: bool) -> list[Cell]:
+def _of_run(regions: dict[str, Region], times: int) -> dict[str, Region]:
+    """Regions for pairs that each stand so many times in a run, one after the other (once for each prefix)."""
+    return {
+        name: replace(region, members=tuple(one for one in region.members for _ in range(times)))
+        for name, region in regions.items()
+    }
+
+
+def _cells(
+    mediators: Sequence[Mediator], positions: Sequence[str], regions: dict[str, Region], has_images: bool
+) -> list[Cell]:
+    # Outside the language tower only "all" and regions are positions.
+    elsewhere = [*(["all"] if not regions or set(positions) - set(regions) else []), *regions]
     cells = [
-        (mediator, position) for mediator in mediators for position in (positions if mediator.in_language else ("all",))
+        (mediator, position)
+        for mediator in mediators
+        for position in (positions if mediator.in_language else elsewhere)
     ]
-    kept = [cell for cell in cells if has_images or not _needs_image(cell)]
+    kept = [cell for cell in cells if has_images or not _needs_image(cell, regions)]
     if not kept:
         raise ValueError("pairs must have images for these sites and positions, got text alone")
     if len(kept) < len(cells):
@@ -247,9 +266,9 @@ def _cells(mediators: Sequence[Mediator], positions: Sequence[str], has_images: 
     return kept
 
 
-def _needs_image(cell: Cell) -> bool:
+def _needs_image(cell: Cell, regions: Mapping[str, Region]) -> bool:
     mediator, position = cell
-    return mediator.towers != {"language"} or position == "image"
+    return mediator.towers != {"language"} or position == "image" or position in regions
 
 
 def _twins(values: Sequence[float]) -> np.ndarray:
@@ -282,10 +301,11 @@ class _Batch:
         self._keep = logits_needed(outcome, batch.inputs)
         self._replay: Replay | None = None
         self._ready = False
+        self._pictures: dict[Site, torch.Tensor] = {}
 
     def parts(self, cells: Sequence[Cell]) -> Iterator[Part[tuple["_Batch", list[Cell]]]]:
         """Every cell that the batch can have, those of mediators in the same layers together; values are outcomes [2n]."""
-        mine = [cell for cell in cells if self._batch.has_images or not _needs_image(cell)]
+        mine = [cell for cell in cells if self._batch.has_images or not _needs_image(cell, self._batch.regions)]
         for places, layer in groupby(mine, key=lambda cell: {(site.tower, site.layer) for site in cell[0].sites}):
             here = {self._key(cell): cell for cell in layer}
             language = any(place[0] == "language" for place in places)
@@ -336,23 +356,33 @@ class _Batch:
             yield {self._key(cell): row for cell, row in zip(mine, values.tolist(), strict=True)}
 
     def _activations(self, sites: Sequence[Site]) -> dict[Site, torch.Tensor]:
+        def look(site: Site) -> Any:
+            def looking(activation: torch.Tensor, hook: Any) -> None:
+                self._pictures[site] = self._lvlm.patch_mask(site, activation).cpu()
+
+            return looking
+
         with torch.no_grad():
             if self._replay is not None and self._replay.can(sites):
                 return self._replay.read(sites)
-            cache = self._lvlm.run_with_cache(self._batch.inputs, sites=sites, logits_to_keep=1)[1]
+            seen = [(site, look(site)) for site in sites if site.tower != "language" and self._batch.regions]
+            cache = self._lvlm.run_with_cache(self._batch.inputs, sites=sites, fwd_hooks=seen, logits_to_keep=1)[1]
         return {site: cache[str(site)] for site in sites}
 
     def _patch(self, mediator: Mediator, position: str, own: dict[Site, torch.Tensor]) -> Patch:
-        return {
-            site: self._batch.swap(position, mediator.units)
-            if site.tower == "language"
-            else Swap.everything(*activation.shape[:2], units=mediator.units)
-            for site, activation in own.items()
-        }
+        def swap(site: Site, activation: torch.Tensor) -> Swap:
+            if site.tower == "language":
+                return self._batch.swap(position, mediator.units)
+            if position not in self._batch.regions:
+                return Swap.everything(*activation.shape[:2], units=mediator.units)
+            mask = self._batch.patches(position, self._pictures[site])
+            return Swap(mask, torch.arange(mask.shape[1]).repeat(len(mask), 1), mediator.units)
+
+        return {site: swap(site, activation) for site, activation in own.items()}
 
     def present(self, cell: Cell, values: Sequence[float]) -> list[float]:
         """Outcomes [2n] of a cell; those of rows without the position are missing."""
-        if not cell[0].in_language:
+        if not cell[0].in_language and cell[1] not in self._batch.regions:
             return list(values)
         has = self._batch.mask(cell[1]).any(dim=1).tolist()
         return [value if there else float("nan") for value, there in zip(values, has, strict=True)]

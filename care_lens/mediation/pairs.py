@@ -6,8 +6,8 @@ position has a meaning in both. Otherwise only the image span (if it is equally 
 token have.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from care_lens.core import Example, Outcome, PairedExamples, Site
 from care_lens.core.display import ShortRepr
 from care_lens.lvlm import HookedLVLM, LVLMInputs
+from care_lens.mediation.errors import MediationError
 from care_lens.mediation.patching import Swap
+from care_lens.mediation.regions import Region, patch_region, region_mask
 
 ALWAYS_SHARED = ("image", "last")
 """Positions that have a meaning in both twins even where they are not aligned."""
@@ -33,12 +35,14 @@ class PairBatch(ShortRepr):
         index: Which pairs they are.
         has_images: Whether both twins of every pair have an image; otherwise no pair here has two.
         examples: What each row was made of.
+        regions: Regions of the picture by name, which count as positions.
     """
 
     inputs: LVLMInputs
     index: tuple[int, ...]
     has_images: bool
     examples: tuple[Example, ...] = ()
+    regions: Mapping[str, Region] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -72,7 +76,7 @@ class PairBatch(ShortRepr):
         """Each row's positions of that name.
 
         Args:
-            position: A span name, or the index of a token, counted from the row's first token, as a string.
+            position: A span name, the name of a region, or the index of a token, counted from the row's first token, as a string.
 
         Returns:
             [2n, pos]; all false in rows that are not as long as that.
@@ -81,10 +85,21 @@ class PairBatch(ShortRepr):
             ValueError: If there is no such span.
         """
         spans = self.inputs.spans
+        if position in self.regions:
+            return region_mask(self.inputs, self.regions[position], 2 * self.index)
         if not is_index(position):
             return spans.mask(position).cpu()
         tokens = ~spans.padding
         return (tokens & (tokens.cumsum(dim=1) == int(position) + 1)).cpu()
+
+    def patches(self, position: str, picture: Bool[Tensor, "entry pos"]) -> Bool[Tensor, "entry pos"]:
+        """Where a region's patches are in an activation of the vision tower or the projector.
+
+        Args:
+            position: The name of a region.
+            picture: [entry, pos] which entries of the activation are patches.
+        """
+        return patch_region(self.inputs, self.regions[position], 2 * self.index, picture)
 
     def swap(self, position: str, units: tuple[int, ...] | None = None) -> Swap:
         """Each row's positions of that name, and where its twin has them.
@@ -109,7 +124,14 @@ def is_index(position: str) -> bool:
     return position.isdecimal()
 
 
-def pair_batches(lvlm: HookedLVLM, pairs: PairedExamples, *, outcome: Outcome, batch_size: int) -> list[PairBatch]:
+def pair_batches(
+    lvlm: HookedLVLM,
+    pairs: PairedExamples,
+    *,
+    outcome: Outcome,
+    batch_size: int,
+    regions: Mapping[str, Region] | None = None,
+) -> list[PairBatch]:
     """Pairs as batches of at most ``batch_size`` rows, pairs with images apart from the others.
 
     Args:
@@ -117,6 +139,7 @@ def pair_batches(lvlm: HookedLVLM, pairs: PairedExamples, *, outcome: Outcome, b
         pairs: The pairs.
         outcome: Batches hold the examples' responses if its attribute ``responses`` is true.
         batch_size: Rows of a batch, both twins counted; at least 2.
+        regions: Regions of the pictures by name, which count as positions.
 
     Returns:
         The batches; all pixels are held in memory.
@@ -137,8 +160,34 @@ def pair_batches(lvlm: HookedLVLM, pairs: PairedExamples, *, outcome: Outcome, b
             index = members[start : start + size]
             rows = [pairs.safe[i] for i in index] + [pairs.unsafe[i] for i in index]
             inputs = lvlm.prepare(rows, responses=bool(getattr(outcome, "responses", False)))
-            batches.append(PairBatch(inputs, tuple(index), has_images, tuple(rows)))
+            batches.append(PairBatch(inputs, tuple(index), has_images, tuple(rows), dict(regions or {})))
+    _require_regions(batches)
     return batches
+
+
+def _require_regions(batches: Sequence[PairBatch]) -> None:
+    """Refuse regions that mean something else in one twin than in the other, or nothing in any pair."""
+    if not batches or not batches[0].regions:
+        return
+    pictured = [batch for batch in batches if batch.has_images]
+    if not pictured:
+        raise MediationError(
+            "pairs must have pictures in both twins for regions, got text alone; use spans as positions"
+        )
+    for batch in pictured:
+        for at, pair in enumerate(batch.index):
+            sizes = [[image.size for image in batch.examples[row].images] for row in (at, batch.n + at)]
+            if sizes[0] != sizes[1]:
+                raise MediationError(
+                    f"twins must have pictures of one size for regions, which are in pixels, got {sizes[0]} and {sizes[1]} in pair {pair}; "
+                    "resize one"
+                )
+    for name in batches[0].regions:
+        if not any(bool(batch.mask(name).any()) for batch in pictured):
+            raise MediationError(
+                f"region {name!r} must overlap image tokens of a picture, got none in any pair; lower cover, or give edges inside the "
+                "pictures"
+            )
 
 
 def misaligned(batches: Sequence[PairBatch]) -> list[int]:
@@ -173,16 +222,18 @@ def require_shared(batches: Sequence[PairBatch], positions: Sequence[str]) -> No
     Raises:
         ValueError: If they have not; the message names the pairs.
     """
-    bad, needs = misaligned(batches), [name for name in positions if name not in ALWAYS_SHARED]
+    regions = batches[0].regions if batches else {}
+    bad, needs = misaligned(batches), [name for name in positions if name not in ALWAYS_SHARED and name not in regions]
     if bad and needs:
         raise ValueError(
             f"pairs must be aligned (same length, same image positions) for positions {needs}, got twins "
             f"that differ in pairs {bad}; use positions={ALWAYS_SHARED}, or prompts of equal length"
         )
     unequal = unequal_images(batches)
-    if unequal and "image" in positions:
+    about = [name for name in positions if name == "image" or name in regions]
+    if unequal and about:
         raise ValueError(
-            f"twins must have the same number of image tokens for position 'image', got twins that differ "
+            f"twins must have the same number of image tokens for position {about[0]!r}, got twins that differ "
             f"in pairs {unequal}; use pictures of one size, or positions=('last',)"
         )
 

@@ -4,6 +4,9 @@ For each patch of the safe twin's picture, the activation of its token is replac
 in the unsafe run: NIE_p = Y(x with M_p := M_p(x*)) - Y(x). At ``blocks.0.hook_resid_pre`` that is what the
 language model is given of that patch; at sites of the vision tower it is the patch there, before later layers
 mix it with others. Patches interact, so that their effects need not add up to that of the whole image.
+
+A picture that is cut in tiles has several grids of patches: those of the overview and of every tile, one after the other. Their map is
+measured in the language tower, where each has tokens of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool
 
 from care_lens.core import Outcome, PairedExamples, Site, SiteLike
 from care_lens.core.spans import PatchGrid
@@ -21,6 +25,7 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.frames import DetailedResult, metric_name, sampling, site_columns, tidy
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+from care_lens.mediation.regions import Region, region_settings
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
@@ -28,7 +33,7 @@ from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sw
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_PLACE = ("tower", "layer", "component", "patch", "row", "col")
+_PLACE = ("tower", "layer", "component", "patch", "grid", "row", "col")
 COLUMNS = (*_PLACE, "metric", "effect", "value", "ci_low", "ci_high", "n", "seed")
 PAIR_COLUMNS = (*_PLACE, "pair", "group", "value", "x0", "y0", "x1", "y1")
 
@@ -38,9 +43,9 @@ class PatchMapResult(DetailedResult):
     """Effects of picture patches at one site.
 
     Attributes:
-        frame: One row a patch: tower, layer, component, patch (index in row-major order), row, col, metric,
-            effect ("NIE"), value (mean over pairs, in the outcome's unit), ci_low, ci_high, n (pairs), seed.
-        settings: Site, rows and cols of the grid, mean total effect ("TE"), resolution (relative: effects that cannot be
+        frame: One row a patch: tower, layer, component, patch (index in row-major order, grid after grid), grid (index of the grid or
+            tile), row, col, metric, effect ("NIE"), value (mean over pairs, in the outcome's unit), ci_low, ci_high, n (pairs), seed.
+        settings: Site, rows and cols of the first grid, rows and cols of all ("grids"), mean total effect ("TE"), resolution (relative: effects that cannot be
             told from rounding are 0, see ``care_lens.mediation.resolution``), outcome, n_boot, seed, versions.
         details: One row a patch and pair: its NIE as value, and the rectangle x0, y0, x1, y1 in pixels of the
             unsafe twin's picture that the patch covers.
@@ -48,14 +53,25 @@ class PatchMapResult(DetailedResult):
 
     @property
     def grid(self) -> np.ndarray:
-        """[rows, cols] mean NIE."""
-        return np.array(self.frame["value"]).reshape(self.settings["rows"], self.settings["cols"])
+        """[rows, cols] mean NIE; of a picture in tiles that of the first grid. Patches that were not asked for are missing."""
+        return self.grids[0]
+
+    @property
+    def grids(self) -> list[np.ndarray]:
+        """For each grid [rows, cols] mean NIE."""
+        shapes = self.settings.get("grids", [[self.settings["rows"], self.settings["cols"]]])
+        out = [np.full(tuple(shape), np.nan) for shape in shapes]
+        number = self.frame["grid"] if "grid" in self.frame.columns else [0] * len(self.frame)
+        for at, row, col, value in zip(number, self.frame["row"], self.frame["col"], self.frame["value"], strict=True):
+            out[at][row, col] = value
+        return out
 
     def plot(self) -> "go.Figure":
-        """Effects over the picture."""
+        """Effects over the picture; of a picture in tiles one panel a grid."""
         from care_lens.plots import plot_patch_effects
+        from care_lens.plots.regions import plot_tiles
 
-        return plot_patch_effects(self)
+        return plot_tiles(self) if len(self.grids) > 1 else plot_patch_effects(self)
 
 
 def patch_map(
@@ -64,6 +80,7 @@ def patch_map(
     *,
     outcome: Outcome,
     site: SiteLike = "blocks.0.hook_resid_pre",
+    region: Region | None = None,
     batch_size: int = 32,
     n_boot: int = 1000,
     seed: int = 0,
@@ -74,9 +91,10 @@ def patch_map(
 
     Args:
         lvlm: The model.
-        pairs: The pairs; both twins of each have a picture, cut into the same grid.
+        pairs: The pairs; both twins of each have a picture, cut into the same grid, or into the same tiles.
         outcome: Larger where the model is less safe.
-        site: Where patches are exchanged, in any tower.
+        site: Where patches are exchanged, in any tower; of pictures in tiles in the language tower.
+        region: Only the patches of this part of the picture are exchanged; None: all.
         batch_size: Sequences in a forward pass.
         n_boot: Bootstrap resamples of the pairs' groups.
         seed: Seed of the bootstrap.
@@ -95,12 +113,16 @@ def patch_map(
     place = Site.parse(site)
     if not lvlm.site_info(place).editable or place.component == "attn.hook_pattern":
         raise ValueError(f"site must be editable and have a patch axis, got {place}")
-    batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
+    regions = {} if region is None else {region.name: region}
+    batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size, regions=regions)
     require_shared(batches, ("image",))
-    grid = _shared_grid(batches)
-    n_patches = grid.rows * grid.cols
+    grids = _shared_grids(batches, place)
+    n_patches = sum(grid.rows * grid.cols for grid in grids)
+    asked = _asked(batches, region, len(pairs), n_patches)
+    wanted = np.flatnonzero(asked.any(axis=0)).tolist()
     made = {
         "site": str(place),
+        **region_settings(regions),
         **sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size),
     }
     sweep = Sweep(checkpoint, settings=made)
@@ -109,12 +131,12 @@ def patch_map(
         for batch in batches:
 
             def make(batch: PairBatch = batch) -> list[Any]:
-                return [part.tolist() for part in _patched(lvlm, batch, place, outcome, n_patches, batch_size)]
+                return [part.tolist() for part in _patched(lvlm, batch, place, outcome, wanted, batch_size)]
 
             yield Part(batch, [f"from {batch.index[0]}"], one_cell(make))
 
     safe, total = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
-    outcomes = np.full((len(pairs), n_patches), np.nan)
+    outcomes = np.full((len(pairs), len(wanted)), np.nan)
     for batch, (found,) in sweep.run(parts(), total=len(batches), desc="patching", progress=progress):
         index = list(batch.index)
         untouched, patched = map(np.asarray, found)
@@ -122,23 +144,30 @@ def patch_map(
         total[index] = untouched[batch.n :] - untouched[: batch.n]
         outcomes[index] = patched
     effects = resolved(outcomes - safe[:, None], outcomes, safe[:, None], spacing=spacing(lvlm))
-    interval = mean_effect(effects, list(pairs.groups), outcomes, safe, n_boot=n_boot, seed=seed)
-    cells = [{**site_columns(place), "patch": p, "row": p // grid.cols, "col": p % grid.cols} for p in range(n_patches)]
-    shared = {"metric": metric_name(outcome), "effect": "NIE", "n": len(pairs), "seed": seed}
-    rows = [
-        {
-            **cell,
-            **shared,
-            "value": interval.estimate[p],
-            "ci_low": interval.low[p],
-            "ci_high": interval.high[p],
-        }
-        for p, cell in enumerate(cells)
-    ]
+    effects[~asked[:, wanted]] = np.nan
+    cells = _cells(place, grids, wanted)
+    shared = {"metric": metric_name(outcome), "effect": "NIE", "seed": seed}
+    rows: list[dict[str, Any]] = [{} for _ in cells]
+    for kept in {tuple(column) for column in asked[:, wanted].T.tolist()}:
+        index = np.flatnonzero(kept)
+        columns = np.flatnonzero((np.array(kept) == asked[:, wanted].T).all(axis=1))
+        some = np.ix_(index, columns)
+        labels = [pairs.groups[i] for i in index.tolist()]
+        interval = mean_effect(effects[some], labels, outcomes[some], safe[index], n_boot=n_boot, seed=seed)
+        for at, column in enumerate(columns.tolist()):
+            rows[column] = {
+                **cells[column],
+                **shared,
+                "value": interval.estimate[at],
+                "ci_low": interval.low[at],
+                "ci_high": interval.high[at],
+                "n": len(index),
+            }
     settings: dict[str, Any] = {
         **made,
-        "rows": grid.rows,
-        "cols": grid.cols,
+        "rows": grids[0].rows,
+        "cols": grids[0].cols,
+        "grids": [[grid.rows, grid.cols] for grid in grids],
         "TE": float(total.mean()),
         "resolution": spacing(lvlm),
         **sampling(len(pairs), pairs.groups, n_boot, seed),
@@ -146,21 +175,55 @@ def patch_map(
     return PatchMapResult(tidy(rows, COLUMNS), settings, _pair_frame(batches, pairs, cells, effects))
 
 
-def _shared_grid(batches: Sequence[PairBatch]) -> PatchGrid:
+def _shared_grids(batches: Sequence[PairBatch], site: Site) -> tuple[PatchGrid, ...]:
     if lacking := [pair for batch in batches if not batch.has_images for pair in batch.index]:
         raise ValueError(f"both twins of every pair must have a picture, got none in pairs {lacking}; leave those out")
-    grids = [grid for batch in batches for row in batch.inputs.spans.grids for grid in row]
-    shapes = {(grid.rows, grid.cols) for grid in grids}
-    if len(shapes) != 1 or len(grids) != sum(batch.inputs.batch_size for batch in batches):
+    rows = [row for batch in batches for row in batch.inputs.spans.grids]
+    shapes = {tuple((grid.rows, grid.cols, grid.image) for grid in row) for row in rows}
+    if len(shapes) != 1:
         raise ValueError(
-            f"every picture must be one grid of tokens of the same shape, got {len(grids)} grids of shapes {sorted(shapes)}; "
-            "pictures that are cut in tiles have no patch map yet"
+            f"every twin must have its pictures cut into the same grids of tokens, got {len(shapes)} kinds, such as "
+            f"{[[cell[:2] for cell in kind] for kind in sorted(shapes)[:2]]}; use pictures of one size"
         )
-    return grids[0]
+    if site.tower != "language" and len(rows[0]) != 1:
+        raise ValueError(
+            f"every picture must be one grid of tokens for {site}, got {len(rows[0])} grids: it is cut in tiles; use "
+            "site='blocks.0.hook_resid_pre'"
+        )
+    return rows[0]
+
+
+def _asked(
+    batches: Sequence[PairBatch], region: Region | None, n: int, n_patches: int
+) -> Bool[np.ndarray, "pair patch"]:
+    """[pair, patch] which patches are exchanged."""
+    asked = np.full((n, n_patches), region is None)
+    if region is None:
+        return asked
+    for batch in batches:
+        mask = batch.mask(region.name)
+        for at, pair in enumerate(batch.index):
+            asked[pair] = mask[at, _positions(batch, at)].numpy()
+    return asked
+
+
+def _positions(batch: PairBatch, row: int) -> list[int]:
+    """Positions of a row's patches, grid after grid."""
+    return [at for grid in batch.inputs.spans.grids[row] for at in grid.positions()]
+
+
+def _cells(site: Site, grids: Sequence[PatchGrid], wanted: Sequence[int]) -> list[dict[str, Any]]:
+    places = [
+        (number, at // grid.cols, at % grid.cols)
+        for number, grid in enumerate(grids)
+        for at in range(grid.rows * grid.cols)
+    ]
+    names = ("grid", "row", "col")
+    return [{**site_columns(site), "patch": p, **dict(zip(names, places[p], strict=True))} for p in wanted]
 
 
 def _patched(
-    lvlm: HookedLVLM, batch: PairBatch, site: Site, outcome: Outcome, n_patches: int, batch_size: int
+    lvlm: HookedLVLM, batch: PairBatch, site: Site, outcome: Outcome, wanted: Sequence[int], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """[2n] untouched outcomes, and [n, patch] outcomes of the safe rows with one patch exchanged."""
     keep = logits_needed(outcome, batch.inputs)
@@ -176,7 +239,7 @@ def _patched(
     patched = patched_outcomes(
         lvlm,
         safe,
-        patches=[{site: _swap(lvlm, batch, site, own.shape[1], patch)} for patch in range(n_patches)],
+        patches=[{site: _swap(lvlm, batch, site, own.shape[1], patch)} for patch in wanted],
         own={site: own},
         donor={site: donor},
         untouched=untouched[: batch.n],
@@ -191,7 +254,7 @@ def _patched(
 def _swap(lvlm: HookedLVLM, batch: PairBatch, site: Site, length: int, patch: int) -> Swap:
     """Exchange one patch of every safe row with the same patch of its unsafe twin."""
     if site.tower == "language":
-        at = torch.tensor([row[0].positions()[patch] for row in batch.inputs.spans.grids])
+        at = torch.tensor([_positions(batch, row)[patch] for row in range(2 * batch.n)])
     else:
         at = torch.full((2 * batch.n,), _first_patch(lvlm, batch, site, length) + patch)
     here, there = at.split(batch.n)
@@ -223,8 +286,10 @@ def _pair_frame(
     rows = []
     for batch in batches:
         for at, pair in enumerate(batch.index):
-            grid = batch.inputs.spans.grids[batch.n + at][0]
+            grids = batch.inputs.spans.grids[batch.n + at]
+            boxes = [grid.rectangle(position) for grid in grids for position in grid.positions()]
             for p, cell in enumerate(cells):
-                box = dict(zip(("x0", "y0", "x1", "y1"), grid.rectangle(grid.positions()[p]), strict=True))
-                rows.append({**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box})
+                if np.isfinite(effects[pair, p]):
+                    box = dict(zip(("x0", "y0", "x1", "y1"), boxes[cell["patch"]], strict=True))
+                    rows.append({**cell, "pair": pair, "group": pairs.groups[pair], "value": effects[pair, p], **box})
     return tidy(rows, PAIR_COLUMNS).sort_values(["pair", "patch"], ignore_index=True)

@@ -16,6 +16,7 @@ from care_lens.plots.angles import plot_angles_by_layer, plot_principal_angles
 from care_lens.plots.attribution import plot_attribution, plot_knockout, plot_paths, plot_verified
 from care_lens.plots.compact import plot_asr_column
 from care_lens.plots.defence import plot_asr
+from care_lens.plots.edges import plot_edge_verification, plot_edges, plot_faithfulness
 from care_lens.plots.effects import plot_effects
 from care_lens.plots.frontier import plot_frontier
 from care_lens.plots.heads import plot_heads, plot_mediation, plot_mediators
@@ -24,8 +25,10 @@ from care_lens.plots.localisation import plot_localisation
 from care_lens.plots.paper import paper, short_site
 from care_lens.plots.patch_layers import plot_patch_layers
 from care_lens.plots.patches import plot_patch_effects
+from care_lens.plots.planted import plot_scorecard
 from care_lens.plots.positions import plot_positions
 from care_lens.plots.recording import plot_recording, plot_trace
+from care_lens.plots.regions import plot_region, plot_regions, plot_tiles
 from care_lens.plots.saving import ExportError, save_figure
 from care_lens.plots.scatter import plot_before_after
 from care_lens.plots.separability import plot_separability
@@ -44,7 +47,10 @@ __all__ = [
     "plot_asr_column",
     "plot_attribution",
     "plot_before_after",
+    "plot_edge_verification",
+    "plot_edges",
     "plot_effects",
+    "plot_faithfulness",
     "plot_frontier",
     "plot_heads",
     "plot_knockout",
@@ -59,9 +65,13 @@ __all__ = [
     "plot_positions",
     "plot_principal_angles",
     "plot_recording",
+    "plot_region",
+    "plot_regions",
+    "plot_scorecard",
     "plot_separability",
     "plot_spectra",
     "plot_spectrum",
+    "plot_tiles",
     "plot_trace",
     "plot_tradeoff",
     "plot_training",
