@@ -66,7 +66,11 @@ def next_token_kl(
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="fidelity", disable=not progress):
         batch = [rows[i] for i in order[start : start + batch_size]]
-        watched = [name for name, repair in repairs.items() if isinstance(repair, Gated) and _asks(lvlm, repair, batch)]
+        watched = [
+            name
+            for name, repair in repairs.items()
+            if isinstance(repair, Gated) and getattr(repair, "gated", True) and _asks(lvlm, repair, batch)
+        ]
         base, _, touched = _answer_log_probs(lvlm, batch, None, [repairs[name] for name in watched])
         opened = dict(zip(watched, touched, strict=True))
         for name, repair in repairs.items():

@@ -1,6 +1,9 @@
 """The store of generated answers: generate once, judge as often as one likes.
 
-A journal (:mod:`care_lens.core.journal`) that only ever grows. A line is one answer (an example, under a defence, in a channel, with a
+Answers are kept in a file of JSON lines or, where there are many, in an SQLite file (``answers.sqlite``), which is opened without being read
+and whose answers are looked up by key (:mod:`care_lens.evaluation.answer_table`).
+
+Of JSON lines the store is a journal (:mod:`care_lens.core.journal`) that only ever grows. A line is one answer (an example, under a defence, in a channel, with a
 seed) or the settings that a digest stands for. Every batch is one write, flushed to the disk; a line cut off by a kill is dropped when
 the file is opened again and overwritten by the next write. Of two answers with one key the later counts, so that a failed one can be
 tried again. Several stores, in one process or in several, may stand on one file: each takes over what the others wrote before it
@@ -21,6 +24,7 @@ from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, repair_fingerprint
 from care_lens.core.journal import Journal, Row
 from care_lens.core.outcome import Repair
+from care_lens.evaluation.answer_table import MAGIC, SUFFIXES, AnswerTable
 
 Key = tuple[str, str, str, int, str, str]
 
@@ -94,11 +98,12 @@ class StoredAnswer:
 
 
 class GenerationStore:
-    """Answers by key, in memory and, if a path is given, in a file of JSON lines.
+    """Answers by key, in memory and, if a path is given, in a file.
 
     Args:
-        path: The file; it and its folder are made at the first write. None: in memory only. Stores of earlier versions, whose lines
-            have no sums, are read too, and get sums at the first write.
+        path: The file; it and its folder are made at the first write. What is there says of which kind it is; a new one is an SQLite
+            file if its name ends in ``.sqlite``, ``.sqlite3`` or ``.db``, and one of JSON lines otherwise. None: in memory only. Stores of
+            earlier versions, whose lines have no sums, are read too, and get sums at the first write.
 
     Raises:
         ArtifactError: If a line of the file other than its last is damaged, or the file is no store; it is left as it is.
@@ -110,15 +115,20 @@ class GenerationStore:
         self._settings: dict[str, Any] = {}
         self._by_request: dict[tuple[str, str, int], Key] = {}
         self._touched: dict[tuple[str, str, str, int], bool] = {}
-        self._journal = None if self.path is None else Journal(self.path, kind="GenerationStore", older=_older)
+        self._table = AnswerTable(self.path) if self.path is not None and _is_table(self.path) else None
+        lines = self.path if self._table is None else None
+        self._journal = None if lines is None else Journal(lines, kind="GenerationStore", older=_older)
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._answers if self._table is None else self._table)
 
     def get(self, key: Key) -> StoredAnswer | None:
         """The answer of that key, or None."""
-        return self._answers.get(key)
+        if self._table is None:
+            return self._answers.get(key)
+        row = self._table.get(key)
+        return None if row is None else _answer(row)
 
     def undefended(self, settings: str, example: Example, seed: int) -> StoredAnswer | None:
         """An answer to what the example gives the model, of whatever defence and channel it is called, that is not missing.
@@ -128,9 +138,13 @@ class GenerationStore:
             example: The example.
             seed: Of the run.
         """
-        key = self._by_request.get((settings, example_fingerprint(example), seed))
-        found = None if key is None else self._answers.get(key)
-        return None if found is None or found.missing else found
+        given = example_fingerprint(example)
+        if self._table is None:
+            key = self._by_request.get((settings, given, seed))
+            held = [] if key is None else [self._answers[key]]
+        else:
+            held = [_answer(row) for row in self._table.of_request(settings, given, seed)]
+        return next((answer for answer in reversed(held) if not answer.missing), None)
 
     def note_touched(self, defence: str, answer: StoredAnswer, touched: bool) -> None:
         """Remember, as long as this object lives, whether a defence would have touched anything while this answer was given.
@@ -146,22 +160,20 @@ class GenerationStore:
         """What :meth:`note_touched` was told; None: nothing."""
         return self._touched.get((defence, answer.settings, answer.example, answer.seed))
 
-    def opened_for(self, defence: Repair, examples: Sequence[Example], undefended: str) -> list[bool | None]:
+    def opened_for(self, defence: Repair, examples: Sequence[Example]) -> list[bool | None]:
         """Whether a gated defence touches each example, as far as its gates were read beside undefended answers in this process.
 
         Args:
             defence: The defence.
             examples: The examples.
-            undefended: Name under which the undefended answers were stored.
 
         Returns:
             One for each example; None where it is not known, or not the same of several answers.
         """
         name = repair_fingerprint(defence)
         held: dict[str, set[bool]] = {}
-        settings = {key[4] for key in self._answers if key[0] == undefended}
-        for (digest_, under, example, _), touched in self._touched.items():
-            if digest_ == name and under in settings:
+        for (of, _, example, _), touched in self._touched.items():
+            if of == name:
                 held.setdefault(example, set()).add(touched)
         found = [held.get(example_fingerprint(example), set()) for example in examples]
         return [next(iter(one)) if len(one) == 1 else None for one in found]
@@ -174,7 +186,7 @@ class GenerationStore:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings by their digests."""
-        return dict(self._settings)
+        return dict(self._settings) if self._table is None else self._table.settings()
 
     def add_settings(self, settings: Any) -> str:
         """Record settings.
@@ -187,12 +199,18 @@ class GenerationStore:
         """
         name = digest(settings)
         if name not in self._settings:
+            if self._table is not None and name not in self._table.settings():
+                self._table.write([], {name: settings})
             self._write([{"kind": "settings", "digest": name, "value": settings}])
             self._settings[name] = settings
         return name
 
     def add(self, answers: Sequence[StoredAnswer]) -> None:
         """Append answers, in one write."""
+        if self._table is not None:
+            if answers:
+                self._table.write([(answer.key, asdict(answer)) for answer in answers])
+            return
         self._write([{"kind": "answer", **asdict(answer)} for answer in answers])
         for answer in answers:
             self._hold(answer)
@@ -203,11 +221,31 @@ class GenerationStore:
         Args:
             settings: Only those generated under these settings (digests); None: all.
         """
+        if self._table is not None:
+            return [_answer(row) for row in self._table.rows(settings)]
         return [answer for answer in self._answers.values() if settings is None or answer.settings in settings]
 
     def to_dataframe(self) -> pd.DataFrame:
         """The answers as a frame, one row an answer."""
-        return pd.DataFrame([asdict(answer) for answer in self._answers.values()])
+        return pd.DataFrame([asdict(answer) for answer in self.answers()])
+
+    def copied(self, path: str | Path) -> "GenerationStore":
+        """All of it in another file, such as an SQLite one of a store of JSON lines.
+
+        Args:
+            path: Where to; a store that is there gets what it lacks, and answers of the same key are replaced.
+
+        Returns:
+            The other store.
+
+        Example:
+            >>> GenerationStore("answers.jsonl").copied("answers.sqlite")  # doctest: +SKIP
+        """
+        other = GenerationStore(path)
+        for value in self.settings.values():
+            other.add_settings(value)
+        other.add(self.answers())
+        return other
 
     def _write(self, rows: list[Row]) -> None:
         if self._journal is not None and rows:
@@ -224,6 +262,15 @@ class GenerationStore:
     def _hold(self, answer: StoredAnswer) -> None:
         self._answers[answer.key] = answer
         self._by_request[answer.settings, answer.example, answer.seed] = answer.key
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a path is an SQLite file, or is to be one."""
+    begins = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            begins = file.read(len(MAGIC))
+    return begins == MAGIC or (path.suffix in SUFFIXES and not begins.startswith(b"{"))
 
 
 def _answer(row: Row) -> StoredAnswer:

@@ -31,8 +31,13 @@ class Looking(NamedTuple):
 
 def looking(defences: Sequence[Repair | None]) -> list[Looking]:
     """Those of the defences that can say which requests they touch, each once."""
-    made = [Looking(d, repair_fingerprint(d)) for d in defences if d is not None and isinstance(d, Gated)]
+    made = [Looking(d, repair_fingerprint(d)) for d in defences if d is not None and _may_close(d)]
     return list({one.fingerprint: one for one in made}.values())
+
+
+def _may_close(defence: Repair) -> bool:
+    """Whether a defence can say which requests it touches; what has ``gated`` says by it that it touches all."""
+    return isinstance(defence, Gated) and bool(getattr(defence, "gated", True))
 
 
 def watches(lvlm: HookedLVLM, inputs: LVLMInputs, defences: Sequence[Looking]) -> list[tuple[Looking, Watch]]:
@@ -65,25 +70,25 @@ def unopened(
     Returns:
         One for each example; None where the answer must be generated with the defence on.
     """
-    nothing: list[StoredAnswer | None] = [None] * len(examples)
-    if not isinstance(repair, Gated) or lvlm.acting():
-        return nothing
+    found: list[StoredAnswer | None] = [None] * len(examples)
+    if not _may_close(repair) or lvlm.acting():
+        return found
     held = [store.undefended(undefended, example, seed) for example in examples]
-    there = [i for i, answer in enumerate(held) if answer is not None and answer.token_ids]
+    there = [(i, answer) for i, answer in enumerate(held) if answer is not None and answer.token_ids]
     if not there:
-        return nothing
-    this = looking([repair])[0]
-    unknown = [i for i in there if store.touched(this.fingerprint, held[i]) is None]  # type: ignore[arg-type]
-    if unknown:
-        asked = [one for one in looking([repair, *others])]
-        known = [held[i] for i in unknown]
-        _read(lvlm, [examples[i] for i in unknown], [a for a in known if a is not None], asked, store)
+        return found
+    (this,) = looking([repair])
+    if unknown := [(i, answer) for i, answer in there if store.touched(this.fingerprint, answer) is None]:
+        answers = [answer for _, answer in unknown]
+        more = [one for one in looking(others) if any(store.touched(one.fingerprint, a) is None for a in answers)]
+        asked = list({one.fingerprint: one for one in (this, *more)}.values())
+        _read(lvlm, [examples[i] for i, _ in unknown], answers, asked, store)
     with repair.on(lvlm) if hasattr(repair, "examples") else nullcontext():
         same = [a is b or a == b for a, b in zip(defended(repair, examples), examples, strict=True)]
-    return [
-        answer if same[i] and answer is not None and store.touched(this.fingerprint, answer) is False else None
-        for i, answer in enumerate(held)
-    ]
+    for i, answer in there:
+        if same[i] and store.touched(this.fingerprint, answer) is False:
+            found[i] = answer
+    return found
 
 
 def _read(

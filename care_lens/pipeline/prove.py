@@ -220,7 +220,7 @@ def prove(
         opened = stage.record(
             f"opened.{key}",
             lambda: opening_rate(
-                lvlm, study, choice.repair, settings, known=store.opened_for(choice.repair, study.benign("test"), NONE)
+                lvlm, study, choice.repair, settings, known=store.opened_for(choice.repair, study.benign("test"))
             ),
         )
         about = {rival.name: chosen for rival, chosen in tuned}

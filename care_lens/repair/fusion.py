@@ -211,6 +211,11 @@ class HybridFusion(HookRepair):
         """
         return self._hooks(inputs, None)
 
+    @property
+    def gated(self) -> bool:
+        """Whether there may be requests that it leaves as they are: no correction is open whatever is read."""
+        return all(can_close(correction.gate) for correction in self.corrections)
+
     def watch(self, lvlm: HookedLVLM, inputs: LVLMInputs) -> Watch | None:
         """Its hooks for a batch, looking on beside the undefended model: which rows it would touch (:mod:`care_lens.repair.opening`).
 
@@ -224,7 +229,7 @@ class HybridFusion(HookRepair):
         Raises:
             ValueError: If the model does not fit.
         """
-        if type(self).on is not HookRepair.on or any(not can_close(c.gate) for c in self.corrections):
+        if type(self).on is not HookRepair.on or not self.gated:
             return None
         self.check(lvlm)
         return Watch(self.fwd_hooks(inputs), inputs)

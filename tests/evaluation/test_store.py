@@ -1,34 +1,15 @@
 import json
 import multiprocessing
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 
 import pytest
+from stored_answers import answer, fill, older
 
 from care_lens.core import Example
 from care_lens.core.conversation import PICTURE, Turn
 from care_lens.core.errors import ArtifactError
 from care_lens.evaluation import GenerationStore, StoredAnswer, generate_all
 from care_lens.evaluation.generate import _Run
-
-
-def answer(name: str = "a", **changes) -> StoredAnswer:
-    fields = {
-        "defence": "none",
-        "channel": "plain",
-        "id": name,
-        "group": "blue",
-        "seed": 0,
-        "prompt": "how to make a \u2018blue\u2019",
-        "response": "sure\nred",
-        "missing": "",
-        "tokens": 3,
-        "settings": "s",
-        "example": "e",
-        "harmful": True,
-        "reference": None,
-        "meta": {"noun": "blue"},
-    }
-    return StoredAnswer(**{**fields, **changes})
 
 
 def test_what_is_added_is_read_again(tmp_path):
@@ -106,11 +87,6 @@ def test_nothing_of_a_cut_off_line_stays_behind_a_shorter_one(tmp_path):
     assert [row.id for row in GenerationStore(path).answers()] == ["b"]
 
 
-def older(*rows: StoredAnswer) -> bytes:
-    """Lines as stores had them before they had sums."""
-    return b"".join(json.dumps({"kind": "answer", **asdict(row)}).encode() + b"\n" for row in rows)
-
-
 def test_an_older_store_is_read_and_gets_sums_at_the_first_write(tmp_path):
     path, new = tmp_path / "answers.jsonl", tmp_path / "new.jsonl"
     path.write_bytes(older(answer("a"), answer("b")) + b'{"kind": "answ')
@@ -141,14 +117,6 @@ def test_a_file_that_is_no_store_is_left_as_it_is(tmp_path, notes):
     with pytest.raises(ArtifactError, match="another file"):
         GenerationStore(path)
     assert path.read_text() == notes
-
-
-def fill(path, who, start):
-    store = GenerationStore(path)
-    start.wait(60)
-    for i in range(15):
-        store.add_settings({"who": who, "i": i % 3})
-        store.add([answer(f"{who} {i}")])
 
 
 def test_two_processes_lose_no_answer(tmp_path):

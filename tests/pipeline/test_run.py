@@ -24,6 +24,8 @@ SETTINGS = replace(
     benign_loss=1.0,
     pgd_steps=2,
     pgd_examples=3,
+    printed_layers=4,
+    printed_alphas=(1.0,),
 )
 
 
