@@ -23,9 +23,11 @@ from care_lens.core.examples import Example
 from care_lens.core.gates import gradient_wanted, stepped
 from care_lens.core.site import Site
 from care_lens.defences.base import Batch, HookDefence, block_output
+from care_lens.defences.lens_reader import IntegralReader, LensReader, RefusalLens
 from care_lens.defences.stored import FitError, WrongModelError, require_examples
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
+from care_lens.repair.gate import ThresholdGate
 from care_lens.repair.plan import PlanPart
 
 LOGITS = "unembed.hook_out"
@@ -186,6 +188,33 @@ class HiddenDetect(HookDefence):
         """
         layers = range(self.layers[0], self.layers[1] + 1)
         return torch.trapezoid(_cosines(lvlm, examples, layers, self.refusal_tokens, batch_size), dim=0)
+
+    def reader(self, lvlm: HookedLVLM) -> IntegralReader:
+        """The detector as a reader of a :class:`~care_lens.repair.Correction`, which must write at its last block or above.
+
+        Args:
+            lvlm: The model, whose final norm and unembedding it takes along: d x d numbers.
+
+        Returns:
+            The reader; its score of a request is that of :meth:`scores`.
+
+        Raises:
+            WrongModelError: If the model is of another width, its final norm is no RMS norm, or its unembedding has a bias.
+
+        Example:
+            >>> Correction(writer=writer, reader=detector.reader(lvlm), gate=detector.gate())  # doctest: +SKIP
+        """
+        self.check(lvlm)
+        lens = RefusalLens.of(lvlm, self.refusal_tokens)
+        return IntegralReader(readers=tuple(LensReader(site=site, lens=lens) for site in self.widths()))
+
+    def gate(self) -> ThresholdGate:
+        """A gate that opens where the detector flags a request.
+
+        Raises:
+            RepairError: If the threshold is infinite: the detector then decides nothing.
+        """
+        return ThresholdGate(threshold=self.threshold)
 
     def plan_parts(self) -> list[PlanPart]:
         """What it does, for ``explain``."""

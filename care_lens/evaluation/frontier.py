@@ -126,7 +126,9 @@ class Search:
 
 
 @dataclass
-class _Tried:
+class Tried:
+    """A setting or a control and what it reached."""
+
     name: str
     role: Role
     setting: dict[str, Any]
@@ -213,7 +215,7 @@ def search(
         batch_size=batch_size,
     )
     base = rater.rated(UNDEFENDED, "control", {}, None)
-    tried: list[_Tried] = []
+    tried: list[Tried] = []
     failed: dict[str, str] = {}
     total = int(np.prod([len(values) for values in axes.values()], dtype=object)) if axes else 1
     trials = proposals(axes, total if n_trials is None else min(n_trials, total), sampler=sampler, seed=seed)
@@ -246,7 +248,7 @@ def search(
         )
     gain = benign_loss if over_refusal_gain is None else over_refusal_gain
 
-    def within(one: _Tried) -> bool:
+    def within(one: Tried) -> bool:
         # A hair more, so that a loss of exactly the budget is within it.
         kept = one.value("utility") >= base.value("utility") - benign_loss - 1e-9
         return kept and one.value("over_refusal") <= base.value("over_refusal") + gain + 1e-9
@@ -261,7 +263,7 @@ def search(
     for name, control in (controls or {}).items():
         acting = control if isinstance(control, Repair) else control(chosen.defence)
         beside.append(rater.rated(name, "control", {}, acting))
-    frame = _frame(tried, beside, chosen, within)
+    frame = frontier_frame(tried, beside, chosen, within)
     settings = {
         "study": study.name,
         "split": split,
@@ -292,7 +294,7 @@ class _Rater:
     max_new_tokens: int | None
     batch_size: int
 
-    def rated(self, name: str, role: Role, setting: dict[str, Any], defence: Repair | None) -> _Tried:
+    def rated(self, name: str, role: Role, setting: dict[str, Any], defence: Repair | None) -> Tried:
         said = {
             harmful: answer_verdicts(
                 self.lvlm,
@@ -305,29 +307,53 @@ class _Rater:
             )
             for harmful, examples in ((True, self.attacks), (False, self.benign))
         }
-        figures = {}
-        for metric, (harmful, counted) in METRICS.items():
-            pairs = [
-                (verdict, example)
-                for verdict, example in zip(said[harmful], self.attacks if harmful else self.benign, strict=True)
-                if verdict is not Verdict.MISSING
-            ]
-            if not pairs:
-                raise ValueError(f"{name} must have an answer to be judged, got none; the log names the errors")
-            groups = [":".join(item_of(example)) for _, example in pairs]
-            found = interval(np.array([float(verdict is counted) for verdict, _ in pairs]), groups, rate=True)
-            figures[metric] = {
-                **found,
-                "n": len(pairs),
-                "missing": len(said[harmful]) - len(pairs),
-                "groups": len(set(groups)),
-            }
-        return _Tried(name, role, setting, defence, figures)
+        return Tried(name, role, setting, defence, figures_of(name, said, {True: self.attacks, False: self.benign}))
 
 
-def _frame(
-    tried: Sequence[_Tried], beside: Sequence[_Tried], chosen: _Tried, within: Callable[[_Tried], bool]
+def figures_of(
+    name: str, said: Mapping[bool, Sequence[Verdict]], asked: Mapping[bool, Sequence[Example]]
+) -> dict[str, dict[str, Any]]:
+    """The three figures of a setting with their intervals and counts.
+
+    Args:
+        name: Of the setting, for the message.
+        said: Verdicts on its answers to attacks (True) and to benign prompts (False).
+        asked: The examples that they are about, in order.
+
+    Raises:
+        ValueError: If all answers to attacks or all to benign prompts are missing.
+    """
+    figures = {}
+    for metric, (harmful, counted) in METRICS.items():
+        pairs = [
+            (verdict, example)
+            for verdict, example in zip(said[harmful], asked[harmful], strict=True)
+            if verdict is not Verdict.MISSING
+        ]
+        if not pairs:
+            raise ValueError(f"{name} must have an answer to be judged, got none; the log names the errors")
+        groups = [":".join(item_of(example)) for _, example in pairs]
+        found = interval(np.array([float(verdict is counted) for verdict, _ in pairs]), groups, rate=True)
+        figures[metric] = {
+            **found,
+            "n": len(pairs),
+            "missing": len(said[harmful]) - len(pairs),
+            "groups": len(set(groups)),
+        }
+    return figures
+
+
+def frontier_frame(
+    tried: Sequence[Tried], beside: Sequence[Tried], chosen: Tried, within: Callable[[Tried], bool]
 ) -> pd.DataFrame:
+    """The frame of a :class:`Frontier`.
+
+    Args:
+        tried: Settings, of which the frontier is made.
+        beside: Controls.
+        chosen: One of the settings.
+        within: Whether a setting or control keeps the budgets.
+    """
     rows = []
     for one in (*tried, *beside):
         candidate = one.role == "candidate"

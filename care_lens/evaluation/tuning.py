@@ -21,9 +21,12 @@ import pandas as pd
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
+from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.data.study import Study
 from care_lens.evaluation.answering import answer_verdicts, share
+from care_lens.evaluation.frontier import Frontier, Tried, figures_of, frontier_frame
+from care_lens.evaluation.judging import judge_name
 from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.placement import Placement, reader_layers
@@ -54,6 +57,9 @@ class Choice:
         placement: After which layers readers were tried, and why.
         readers: By reader plan the detection rate of each seen attack channel and of the worst, and the share of benign prompts opened.
         runs: Candidates run with their writers: attack success and refusals; benign accuracy where it was measured.
+        frontier: Those of the runs that were checked on benign prompts, as `care_lens.evaluation.search` gives its settings, with intervals:
+            attack success as measured at the thresholds that plans were compared at, right benign answers and over-refusal at the final one.
+            Nothing is answered for it, so that it has no controls. None: of a choice that was loaded from a file.
     """
 
     repair: HybridFusion
@@ -64,6 +70,7 @@ class Choice:
     placement: Placement
     readers: pd.DataFrame
     runs: pd.DataFrame
+    frontier: Frontier | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class _Candidate:
     asr: float
     refused: float
     repair: HybridFusion
+    said: dict[bool, list[Verdict]]
     benign: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -193,7 +201,7 @@ def tune(
             )
             said = verdicts(attacked, repair)
             asr, refused = share(said, Verdict.COMPLIED), share(said, Verdict.REFUSED)
-            runs.append(_Candidate(row, site, alpha, asr, refused, repair))
+            runs.append(_Candidate(row, site, alpha, asr, refused, repair, {True: said}))
             log.info("%s, written at %s x %g: ASR %.3f, refused %.3f", row.plan, site, alpha, asr, refused)
     runs.sort(key=lambda run: run.order)
 
@@ -209,7 +217,8 @@ def tune(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )
-        after = share(verdicts(benign, run.repair), Verdict.COMPLIED)
+        run.said[False] = verdicts(benign, run.repair)
+        after = share(run.said[False], Verdict.COMPLIED)
         run.benign = {"benign_before": before, "benign_after": after}
         log.info("benign %.3f -> %.3f: %s at %s", before, after, run.of.plan, run.site)
         if after >= before - benign_loss:
@@ -230,7 +239,46 @@ def tune(
         placement=placement,
         readers=pd.DataFrame([row.row() for row in table]),
         runs=pd.DataFrame([run.row() for run in runs]),
+        frontier=_frontier(
+            runs,
+            won,
+            {True: attacked, False: benign},
+            before,
+            {
+                "study": study.name,
+                "split": "validation",
+                "benign_loss": benign_loss,
+                "answers": answers,
+                "max_new_tokens": max_new_tokens,
+                "judge": judge_name(study.judge),
+                "seed": seed,
+                "failed": {},
+                "versions": package_versions(),
+            },
+        ),
     )
+
+
+def _frontier(
+    runs: Sequence[_Candidate],
+    won: _Candidate,
+    asked: dict[bool, list[Example]],
+    before: float,
+    settings: dict[str, Any],
+) -> Frontier:
+    """The runs that were checked on benign prompts, from the verdicts that are there."""
+    measured: dict[int, Tried] = {}
+    for run in runs:
+        if False in run.said:
+            name = f"{run.of.plan}, written at {run.site} x {run.alpha:g}"
+            setting = {"plan": str(run.of.plan), "site": str(run.site), "alpha": run.alpha}
+            measured[id(run)] = Tried(name, "candidate", setting, run.repair, figures_of(name, run.said, asked))
+
+    def within(one: Tried) -> bool:
+        return one.value("utility") >= before - settings["benign_loss"] - 1e-9
+
+    frame = frontier_frame([*measured.values()], [], measured[id(won)], within)
+    return Frontier(frame, {**settings, "n_trials": len(measured)})
 
 
 def _compared(

@@ -26,7 +26,7 @@ from care_lens.repair.errors import (
 )
 from care_lens.repair.explaining import explain
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, SoftGate, TooFewCalibration
+from care_lens.repair.gate import AlwaysOpen, ConformalGate, Gate, SoftGate, ThresholdGate, TooFewCalibration
 from care_lens.repair.kinds import register_kind
 from care_lens.repair.learning import (
     FittedReaders,
@@ -96,6 +96,7 @@ __all__ = [
     "ScoreTrace",
     "SiteReader",
     "SoftGate",
+    "ThresholdGate",
     "TokenRows",
     "TooFewCalibration",
     "TooFewCalibrationError",

@@ -95,6 +95,28 @@ class AlwaysOpen:
 
 @register_kind
 @dataclass(frozen=True)
+class ThresholdGate:
+    """Opens above a score that was set elsewhere, such as a detector's own threshold, and where it is NaN. It bounds nothing by itself.
+
+    Attributes:
+        threshold: Closed up to and at this score.
+
+    Raises:
+        RepairError: If it is not finite.
+    """
+
+    threshold: float | int
+
+    def __post_init__(self) -> None:
+        require_number(self.threshold, name="threshold")
+
+    def __call__(self, score: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """1 above the threshold, else 0."""
+        return (~(score <= self.threshold)).to(score.dtype)
+
+
+@register_kind
+@dataclass(frozen=True)
 class ConformalGate:
     """Opens where the score exceeds what benign prompts reach, and where it is NaN.
 

@@ -37,6 +37,7 @@ from care_lens.defences.cast import best_threshold, condition_score
 from care_lens.defences.leace import eraser
 from care_lens.defences.refusal_direction import _filtered
 from care_lens.defences.safesteer import steering_direction
+from care_lens.repair import Correction, HybridFusion, RepairError, Writer, explain, read_scores
 
 RESID = "blocks.1.hook_resid_post"
 
@@ -317,6 +318,32 @@ def test_hiddendetect_scores_and_refuses(world_model, kinds, requests):
         else:
             n = min(answers.shape[1], plain.shape[1])
             assert torch.equal(answers[row, :n], plain[row, :n])
+
+
+def test_hiddendetect_gates_a_repair_by_its_own_decision(world_model, requests, tmp_path):
+    made = HiddenDetect(layers=(0, 2), refusal_tokens=(60, 70), refusal_ids=(60, 61, 62, 2), threshold=0.0, width=24)
+    scores = made.scores(world_model, requests)
+    made = dataclasses.replace(made, threshold=float(scores.sort().values[1:3].mean()))
+    reader, gate = made.reader(world_model), made.gate()
+    torch.testing.assert_close(
+        read_scores(world_model, requests, [reader], progress=False)[:, 0], scores, atol=1e-4, rtol=1e-4
+    )
+    writer = Writer.towards("blocks.2.hook_resid_post", target=torch.ones(24), source=torch.zeros(24), scope="last")
+    HybridFusion(textual=(Correction(writer=writer, reader=reader, gate=gate),), name="gated").save(tmp_path)
+    repair = HybridFusion.load(tmp_path)
+    assert repair.describe()["textual"][0]["gate"] == {"kind": "ThresholdGate", "threshold": made.threshold}
+    assert len({id(leaf.lens) for leaf in repair.readers[0].leaves}) == 1
+    inputs = world_model.prepare(requests)
+    flagged = scores > made.threshold
+    assert 0 < int(flagged.sum()) < len(requests)
+    assert (explain(repair, world_model, inputs).readings.gate > 0).tolist() == flagged.tolist()
+    seen = []
+    spy = ("blocks.2.hook_resid_post", lambda a, hook: seen.append(a.clone()))
+    with torch.no_grad():
+        world_model.run_with_hooks(inputs, fwd_hooks=[spy, *repair.fwd_hooks(inputs), spy])
+    assert (seen[0] != seen[1]).any(-1).any(-1).tolist() == flagged.tolist()
+    with pytest.raises(RepairError, match="threshold must be"):
+        HiddenDetect.always(world_model, refusal="sorry i cannot").gate()
 
 
 def test_hiddendetect_chooses_blocks_and_threshold_and_says_when_there_are_none(world_model, kinds):

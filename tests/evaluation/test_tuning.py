@@ -102,6 +102,15 @@ def test_the_figures_of_the_winner_are_those_of_an_evaluation(bundled, study, ch
     ).to_dataframe()  # fmt: skip
     right = table[table["metric"] == "accuracy"]
     assert won["benign_after"] == pytest.approx((right["value"] * right["n"]).sum() / right["n"].sum())
+    # The frontier is made of the same verdicts: one setting for each run that was checked on benign prompts.
+    frontier = choice.frontier.wide()
+    assert len(frontier) == choice.runs["benign_after"].notna().sum() and (frontier["role"] == "candidate").all()
+    (picked,) = frontier[frontier["chosen"]].to_dict("records")
+    assert (picked["plan"], picked["site"], picked["alpha"]) == (won["plan"], won["site"], won["alpha"])
+    assert picked["asr"] == pytest.approx(won["asr"]) and picked["utility"] == pytest.approx(won["benign_after"])
+    assert picked["utility_n"] == right["n"].sum() and picked["within_budget"]
+    assert picked["asr_low"] <= picked["asr"] <= picked["asr_high"]
+    assert choice.frontier.settings["split"] == "validation" and frontier["on_frontier"].any()
 
 
 def _refusing_everything(choice):
