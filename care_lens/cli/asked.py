@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from care_lens.pipeline import RunSettings
 
 
+_GENERATION = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "system")
+
+
 @dataclass(frozen=True)
 class Asked:
     """What was asked for on the command line, or in its file of options."""
@@ -80,7 +83,9 @@ class Asked:
         return self.model if self.revision is None else f"{self.model} at {self.revision}"
 
     def load(self) -> "tuple[HookedLVLM, Study]":
-        """The model and the study."""
+        """The model and the study, after what is wrong in the settings has been refused."""
+        loading.checked_numbers(self.epsilons, self.ranks)
+        loading.generation(**{name: getattr(self, name) for name in _GENERATION})
         return loading.load(
             self.model,
             self.data,
@@ -95,17 +100,7 @@ class Asked:
 
     def settings(self, study: "Study") -> "RunSettings":
         """The settings of the run."""
-        names = (
-            "batch_size",
-            "max_new_tokens",
-            "min_new_tokens",
-            "do_sample",
-            "temperature",
-            "top_p",
-            "top_k",
-            "system",
-        )
-        given = {name: getattr(self, name) for name in (*names, "epsilons", "ranks")}
+        given = {name: getattr(self, name) for name in (*_GENERATION, "batch_size", "epsilons", "ranks")}
         return loading.run_settings(study, self.model, self.short, self.seed, **given)
 
 

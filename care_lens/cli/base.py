@@ -131,8 +131,12 @@ def read_settings(path: Path, what: str = "--config") -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
-def take_config(context: typer.Context, path: Path | None) -> Path | None:
+def take_config(context: Any, path: Path | None) -> Path | None:
     """Take the options of a file as the command's defaults: what stands on the command line goes before them.
+
+    Args:
+        context: The command's click context; typer's own class of it is another than the one that it passes.
+        path: The file; None: nothing is taken.
 
     Raises:
         typer.BadParameter: If a name is no option of the command.

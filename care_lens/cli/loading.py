@@ -76,6 +76,8 @@ def load(
     if model == "bundled":
         if data is not None or judge is not None:
             raise typer.BadParameter("--data and --judge go with a model of your own; the bundled one brings both")
+        if revision is not None or quantization is not None:
+            raise typer.BadParameter("--revision and --quantization go with a model of your own, not the bundled one")
         from care_lens import organism
 
         return load_model(model, device, dtype, revision, quantization), organism.study(seed=seed)
@@ -143,6 +145,27 @@ def load_model(
     )
 
 
+def generation(**given: Any) -> Any:
+    """Settings of generation, refused if they contradict one another."""
+    from care_lens.evaluation import GenerationSettings
+
+    return GenerationSettings(**given)
+
+
+def checked_numbers(epsilons: str | None, ranks: str | None) -> dict[str, tuple[float, ...] | tuple[int, ...] | None]:
+    """Epsilons and reader ranks as they are written on the command line.
+
+    Raises:
+        typer.BadParameter: If they are no such numbers.
+    """
+    found = {"epsilons": numbers(epsilons, "--epsilons", float), "reader_ranks": numbers(ranks, "--ranks", int)}
+    if wrong := [e for e in found["epsilons"] or () if not 0 < e < 1]:
+        raise typer.BadParameter(f"--epsilons must be above 0 and below 1, got {wrong[0]}")
+    if wrong := [k for k in found["reader_ranks"] or () if k < 0]:
+        raise typer.BadParameter(f"--ranks must be 0 or more, got {wrong[0]}")
+    return found
+
+
 def run_settings(
     study: "Study",
     model: str,
@@ -160,11 +183,7 @@ def run_settings(
     settings = RunSettings(seed=seed)
     if model != "bundled":
         settings = replace(settings, batch_size=8, max_new_tokens=128)
-    given |= {"epsilons": numbers(epsilons, "--epsilons", float), "reader_ranks": numbers(ranks, "--ranks", int)}
-    if wrong := [e for e in given["epsilons"] or () if not 0 < e < 1]:
-        raise typer.BadParameter(f"--epsilons must be above 0 and below 1, got {wrong[0]}")
-    if wrong := [k for k in given["reader_ranks"] or () if k < 0]:
-        raise typer.BadParameter(f"--ranks must be 0 or more, got {wrong[0]}")
+    given |= checked_numbers(epsilons, ranks)
     given = {name: value for name, value in given.items() if value is not None}
     if short:
         # What was asked for by name stands in a quick look too.

@@ -81,9 +81,8 @@ def generate_sharded(
     process, directory = process or Process.current(), Path(directory)
     options: dict[str, Any] = {"defence_name": defence_name, "repair": repair, "batch_size": batch_size, "seed": seed}
     options |= {"generation": generation, "progress": progress and process.first}
-    main = directory / f"{ANSWERS}.jsonl"
     if process.alone:
-        return generate_all(lvlm, examples, store=GenerationStore(main), **options)
+        return generate_all(lvlm, examples, store=_job_store(directory, examples), **options)
     mine = own_share(lvlm, examples, process, batch_size=batch_size)
     own = GenerationStore(directory / f"{ANSWERS}.{process.name}.jsonl")
     _take_over(own, [path for path in _stores(directory) if path != own.path], mine)
@@ -99,9 +98,7 @@ def generate_sharded(
     if not process.first:
         return None
     wait_for(directory, step, process, of=job, seconds=wait)
-    store = GenerationStore(main)
-    _take_over(store, [path for path in _stores(directory) if path != main], examples)
-    return generate_all(lvlm, examples, store=store, **options)
+    return generate_all(lvlm, examples, store=_job_store(directory, examples), **options)
 
 
 def evaluate_sharded(
@@ -160,13 +157,20 @@ def evaluate_sharded(
         suites,
         defences,
         judge=judge,
-        store=GenerationStore(Path(directory) / f"{ANSWERS}.jsonl"),
+        store=_job_store(Path(directory), examples),
         batch_size=batch_size,
         seed=seed,
         progress=progress,
         **settings.given(),
         **options,
     )
+
+
+def _job_store(directory: Path, examples: Sequence[Example]) -> GenerationStore:
+    """The store of a job, with what its processes have answered."""
+    store = GenerationStore(directory / f"{ANSWERS}.jsonl")
+    _take_over(store, [path for path in _stores(directory) if path != store.path], examples)
+    return store
 
 
 def _stores(directory: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from care_lens.core.arguments import checked
 from care_lens.core.errors import CareLensError
 from care_lens.data.benchmarks import READERS
 from care_lens.defences import CAREFaults
@@ -295,3 +296,6 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where} must be names with values, got {type(value).__name__}")
     return {str(key): item for key, item in value.items()}
+
+
+checked(globals(), ("Recipe", "RecipeDefence", "RecipeJudge", "RecipeModel", "Source"))

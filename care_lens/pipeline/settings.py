@@ -73,8 +73,8 @@ class RunSettings:
     pgd_examples: int = 24
     min_new_tokens: int | None = None
     do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: float | int | None = None
+    top_p: float | int | None = None
     top_k: int | None = None
     system: str | None = None
 

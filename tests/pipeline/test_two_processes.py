@@ -8,9 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from sharded_job import job
+from sharded_job import job, suites
+from zoo.tiny import make_llava
 
-from care_lens.evaluation import GenerationStore
+from care_lens.evaluation import GenerationSettings, GenerationStore, SubstringRefusalJudge, evaluate_sharded
+from care_lens.lvlm import HookedLVLM
 
 HERE = Path(__file__).parent
 PATHS = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "lvlm")]
@@ -67,6 +69,22 @@ def test_attacked_pictures_are_those_of_one_process(both):
     one, two = alone["attacked"], together["attacked"]
     assert [e.id for e in one] == [e.id for e in two] == [f"e{i}" for i in range(5)]
     assert [e.image.tobytes() for e in one] == [e.image.tobytes() for e in two]
+
+
+def test_a_job_goes_on_in_another_number_of_processes(both, monkeypatch):
+    """What any process has answered is not generated again, be it that the first never came to put it together."""
+    folder, alone, _ = both
+    home = folder / "stopped"
+    home.mkdir()
+    for part in ("0-of-2", "1-of-2"):
+        (home / f"answers.{part}.jsonl").write_bytes((folder / "greedy" / f"answers.{part}.jsonl").read_bytes())
+    with HookedLVLM.from_hf(*make_llava()) as lvlm:
+        monkeypatch.setattr(HookedLVLM, "generate", lambda *_, **__: pytest.fail("generated again"))
+        table = evaluate_sharded(
+            lvlm, suites(), {"none": None}, judge=SubstringRefusalJudge(), directory=home, batch_size=2, n_boot=50, progress=False,
+            settings=GenerationSettings(max_new_tokens=4),
+        )  # fmt: skip
+    pd.testing.assert_frame_equal(table.trials, alone["tables"]["greedy"].trials)
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampled"])
