@@ -77,7 +77,9 @@ class RefusalLens(PlacedTensors):
         expected = states.double() * scale
         expected = expected / expected.norm(dim=-1, keepdim=True)
         if (
-            getattr(unembed, "bias", None) is not None
+            (bias := getattr(unembed, "bias", None))
+            is not None  # the bridge gives a bias of zeros to models without one
+            and bool(bias.any())
             or float((normed / normed.norm(dim=-1, keepdim=True) - expected).abs().max()) > 1e-2
         ):
             raise WrongModelError(
