@@ -108,7 +108,8 @@ def attack_table(
         "n_boot": n_boot,
     }
     asked |= {"seed": seed, "progress": progress, **options}
-    alone = {name: value for name, value in asked.items() if name not in ("graders", "ordinary")} | {"fidelity": False}
+    alone: dict[str, Any] = {name: value for name, value in asked.items() if name not in ("graders", "ordinary")}
+    alone["fidelity"] = False
     against = {name: d for name, d in defences.items() if d is not None} if adaptive else {}
     searching = [name for name, attack in named.items() if getattr(attack, "searches", True)]
     with ExitStack() as stack:
