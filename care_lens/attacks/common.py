@@ -158,9 +158,9 @@ def judged(
 
     Example:
         >>> from care_lens import organism
-        >>> from care_lens.attacks import Typographic, judged
+        >>> from care_lens.attacks import Prefill, judged
         >>> lvlm, study = organism.load(), organism.study()
-        >>> result = Typographic(prompt="what is in the picture", size=(64, 64)).run(lvlm, organism.examples("plain", "test", n=2))
+        >>> result = Prefill(opening="sure for the").run(lvlm, organism.examples("plain", "test", n=2))
         >>> len(judged(result, lvlm, judge=study.judge, max_new_tokens=4).frame.complied)
         2
     """

@@ -135,7 +135,13 @@ class AutoPGD(GradientAttack):
     def rule(self, start: Tensor, low: Tensor, high: Tensor) -> StepRule:
         """Auto-PGD's."""
         return AutoRule(
-            start, low, high, steps=self.steps, radius=self.radius, momentum=float(self.momentum), rho=float(self.rho)
+            start,
+            low,
+            high,
+            steps=self.steps,
+            radius=float(self.radius),
+            momentum=float(self.momentum),
+            rho=float(self.rho),
         )
 
 

@@ -112,8 +112,8 @@ class AttackResult(ShortRepr):
         examples: Sequence[Example],
         *,
         settings: Mapping[str, Any],
-        loss: Sequence[float] | None = None,
-        clean_loss: Sequence[float] | None = None,
+        loss: Sequence[float | int] | None = None,
+        clean_loss: Sequence[float | int] | None = None,
         tries: Sequence[int] | int = 1,
         history: Sequence[Mapping[str, Any]] = (),
     ) -> "AttackResult":

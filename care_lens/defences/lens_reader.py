@@ -76,12 +76,9 @@ class RefusalLens(PlacedTensors):
         scale = scaled[0]
         expected = states.double() * scale
         expected = expected / expected.norm(dim=-1, keepdim=True)
-        if (
-            (bias := getattr(unembed, "bias", None))
-            is not None  # the bridge gives a bias of zeros to models without one
-            and bool(bias.any())
-            or float((normed / normed.norm(dim=-1, keepdim=True) - expected).abs().max()) > 1e-2
-        ):
+        bias = getattr(unembed, "bias", None)  # the bridge gives zeros to a model without one
+        turned = float((normed / normed.norm(dim=-1, keepdim=True) - expected).abs().max()) > 1e-2
+        if turned or (bias is not None and bool(bias.any())):
             raise WrongModelError(
                 "the final norm must be an RMS norm and the unembedding have no bias for the detector to be a reader, got another model; "
                 "use HiddenDetect itself"

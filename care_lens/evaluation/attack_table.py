@@ -11,6 +11,7 @@ Columns: "PGD" is the attack without the defence, "PGD, adaptive" the one agains
 and read back.
 """
 
+import inspect
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,8 @@ def attack_table(
         "n_boot": n_boot,
     }
     asked |= {"seed": seed, "progress": progress, **options}
+    alone: dict[str, Any] = {name: value for name, value in asked.items() if name not in ("graders", "ordinary")}
+    alone["fidelity"] = False
     against = {name: d for name, d in defences.items() if d is not None} if adaptive else {}
     searching = [name for name, attack in named.items() if getattr(attack, "searches", True)]
     with ExitStack() as stack:
@@ -129,7 +132,7 @@ def attack_table(
         for defence_name, defence in against.items():
             own = {f"{name}{ADAPTIVE}": made(name, defence_name, f"{name}{ADAPTIVE}") for name in searching}
             if own:
-                trials.append(evaluate(lvlm, own, {defence_name: defence}, **{**asked, "fidelity": False}).trials)
+                trials.append(evaluate(lvlm, own, {defence_name: defence}, **alone).trials)
     return DefenceTable.from_trials(
         pd.concat(trials, ignore_index=True),
         settings={**main.settings, **settings},
@@ -148,9 +151,9 @@ def _saved(
     if not (where / "attack.json").exists():
         where.mkdir(parents=True, exist_ok=True)
         options: dict[str, Any] = {}
-        if getattr(attack, "searches", True) and hasattr(attack, "batch_size"):
-            options["checkpoint"] = where / "checkpoint.jsonl"
         run: Any = attack.run
+        if "checkpoint" in inspect.signature(run).parameters:
+            options["checkpoint"] = where / "checkpoint.jsonl"
         run(lvlm, examples, defence, seed, **options).save(where)
     return AttackResult.load(where)
 

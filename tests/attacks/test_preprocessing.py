@@ -2,14 +2,10 @@
 
 import importlib
 import pkgutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "lvlm"))
 import zoo
 
 from care_lens.attacks import PGD, PicturePath, PreprocessingError

@@ -105,31 +105,38 @@ class Cut(Exception):
     pass
 
 
+class CountedLoss:
+    """The likelihood of the targets, which breaks off after so many calls."""
+
+    version, responses = 1, True
+
+    def __init__(self):
+        self._calls, self._limit = 0, 10**9
+
+    def __call__(self, lvlm, inputs):
+        self._calls += 1
+        if self._calls > self._limit:
+            raise Cut
+        return TargetLikelihood()(lvlm, inputs)
+
+
 @pytest.mark.parametrize("kind", ["gradient", "search", "universal"])
 def test_a_stopped_attack_goes_on_to_the_same_result(lvlm, asked, tmp_path, kind):
-    calls, limit = [0], [10**9]
-
-    def loss(model, inputs):
-        calls[0] += 1
-        if calls[0] > limit[0]:
-            raise Cut
-        return TargetLikelihood()(model, inputs)
-
-    loss.responses, loss.version = True, 1
+    loss = CountedLoss()
     attack = {
         "gradient": PGD(epsilon=8, steps=2, batch_size=1, loss=loss),
         "universal": UniversalPGD(epsilon=8, steps=8, loss=loss),
         "search": BestOfN(n=6, per_round=2, variation=shuffled, score=LossScore(loss)),
     }[kind]
     whole = attack.run(lvlm, asked, seed=2)
-    total, path = calls[0], tmp_path / "kept.jsonl"
-    for share in (0.4, 0.8):
-        calls[0], limit[0] = 0, int(share * total)
+    total, path = loss._calls, tmp_path / "kept.jsonl"
+    for share in (0.4, 0.6):
+        loss._calls, loss._limit = 0, int(share * total)
         with pytest.raises(Cut):
             attack.run(lvlm, asked, seed=2, checkpoint=path)
-    calls[0], limit[0] = 0, 10**9
+    loss._calls, loss._limit = 0, 10**9
     again = attack.run(lvlm, asked, seed=2, checkpoint=path)
-    assert calls[0] < total
+    assert loss._calls < total
     assert [e.image.tobytes() for e in again.examples] == [e.image.tobytes() for e in whole.examples]
     assert [e.prompt for e in again.examples] == [e.prompt for e in whole.examples]
     assert again.frame.equals(whole.frame) and again.history.equals(whole.history)

@@ -129,7 +129,7 @@ def test_a_result_is_saved_with_its_pictures_and_read_back_to_the_bit(requests, 
     rich = [replace(requests[0], turns=turns, more_images=(picture(6), picture(0))), replace(requests[1], system="s")]
     history = [{"row": 1, "step": 2, "loss": 0.1 + 0.2, "what": "=x"}]
     result = AttackResult.of(
-        rich, settings={"attack": "x", "epsilon": float("inf")}, loss=[0.1, 0.2], clean_loss=[1, 2], tries=[3, 4], history=history
+        rich, settings={"attack": "x", "epsilon": float("inf")}, loss=[0.1, 0.2], clean_loss=[1.0, 2.0], tries=[3, 4], history=history
     ).with_complied([True, None])  # fmt: skip
     assert result.success == 1.0
     result.save(tmp_path)
