@@ -7,7 +7,9 @@ import yaml
 from typer.testing import CliRunner
 
 from care_lens import __version__, cli, organism
-from care_lens.evaluation import GenerationSettings
+from care_lens.core import Example, UnsafeMargin
+from care_lens.data import Study
+from care_lens.evaluation import GenerationSettings, SubstringRefusalJudge
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm.errors import GenerationOptionError
@@ -21,7 +23,14 @@ def invoke(*words):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def study():
+    rows = [Example(f"p {i}", id=str(i), harmful=i % 2 == 0, channel="ab"[i % 2]) for i in range(20)]
+    made = {"judge": SubstringRefusalJudge(), "outcome": UnsafeMargin(comply=(1,), refuse=(2,)), "refusal": "no"}
+    return Study.from_examples(rows, name="s", plain="a", **made)
+
+
+@pytest.fixture
+def asked(monkeypatch, study):
     """The settings, model and study that `run` is called with."""
     held = {}
 
@@ -30,6 +39,7 @@ def asked(monkeypatch):
         raise NeedsError("stop here")
 
     monkeypatch.setattr("care_lens.pipeline.run", run)
+    monkeypatch.setattr(cli.loading, "load", lambda *_: (None, study))
     return held
 
 
@@ -63,7 +73,8 @@ def test_settings_of_generation_epsilons_and_ranks_reach_the_run(asked, tmp_path
     assert (settings.epsilons, settings.reader_ranks) == ((0.05, 0.1), (0, 4))
     told = settings.to_dict()
     assert told["temperature"] == 0.7 and told["system"] == "be kind"
-    assert {e.system for e in settings.asked(asked["study"]).benign("test")} == {"be kind"}
+    told = settings.asked(asked["study"])
+    assert {e.system for some in told.suites["test"].values() for e in some} == {"be kind"}
 
 
 def test_records_of_runs_without_them_are_as_before():
