@@ -5,13 +5,15 @@ import json
 import pytest
 import yaml
 from typer.testing import CliRunner
+from zoo.tiny import make_llava
 
-from care_lens import __version__, cli, organism
+from care_lens import __version__, cli
 from care_lens.core import Example, UnsafeMargin
 from care_lens.data import Study
 from care_lens.evaluation import GenerationSettings, SubstringRefusalJudge
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.store import GenerationStore
+from care_lens.lvlm import HookedLVLM
 from care_lens.lvlm.errors import GenerationOptionError
 from care_lens.pipeline import RunSettings
 from care_lens.pipeline.generating import generating
@@ -135,9 +137,9 @@ def test_commands_of_one_process_refuse_several(monkeypatch):
 
 
 def test_what_generates_goes_by_the_settings_of_the_run_and_the_model_is_left_as_it_was():
-    examples = organism.examples("benign plain", "test", n=3)
+    examples = [Example(f"what is {word}", id=word) for word in ("red", "blue", "first")]
     settings = RunSettings(do_sample=True, temperature=2.0, max_new_tokens=3).generation
-    with organism.load() as lvlm:
+    with HookedLVLM.from_hf(*make_llava()) as lvlm:
         before, plain = lvlm.hf_model.generation_config, lvlm.generation_settings()
         store = GenerationStore()
         with generating(lvlm, settings):
