@@ -43,7 +43,7 @@ class Source:
         fit: Whether a part of its behaviours is learned from and the other tested; False: all of it is tested.
         prompts: Requests for pictures that bring none; those of the fit split go with pictures of it.
         grader: Of a column of utility.
-        limit: At most so many examples.
+        limit: At most so many examples are tested.
     """
 
     benchmark: str

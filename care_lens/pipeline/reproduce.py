@@ -206,13 +206,13 @@ def read_parts(recipe: Recipe, files: str | Path, *, limit: int | None = None) -
     Args:
         recipe: Which table.
         files: The folder that the roots of its sources are in.
-        limit: At most so many examples a column; None: all, or as the recipe says.
+        limit: At most so many tested examples a column; None: all, or as the recipe says.
 
     Raises:
         BenchmarkError: If files cannot be read.
         RecipeError: If there is nothing to test in a column, or nothing to learn from.
     """
-    read = {title: _read(source, files, title, limit) for title, source in recipe.sources.items()}
+    read = {title: _read(source, files, title) for title, source in recipe.sources.items()}
     benign = {f"{name} (benign)" for name in recipe.benign}
     split = [
         title for title, source in recipe.sources.items() if source.fit or title in benign or " (prompts)" in title
@@ -232,7 +232,11 @@ def read_parts(recipe: Recipe, files: str | Path, *, limit: int | None = None) -
             prompts = dealt[f"{title} (prompts)"]
             dealt[title] = _with_prompts(read[title], prompts, fit=source.fit)
     found = Parts(
-        tested={title: dealt[title]["test"] for title in (*recipe.columns, *recipe.utility)},
+        # limited last: the first pictures of a source may all be of the fit
+        tested={
+            title: limited(dealt[title]["test"], _least(recipe.sources[title].limit, limit))
+            for title in (*recipe.columns, *recipe.utility)
+        },
         malicious=spread([e for t, s in recipe.columns.items() if s.fit for e in dealt[t]["fit"]], recipe.fit_examples),
         benign=spread(
             [
@@ -257,10 +261,13 @@ def read_parts(recipe: Recipe, files: str | Path, *, limit: int | None = None) -
     return found
 
 
-def _read(source: Source, files: str | Path, title: str, limit: int | None) -> list[Example]:
+def _read(source: Source, files: str | Path, title: str) -> list[Example]:
     rows = READERS[source.benchmark](Path(files) / source.root, **source.options)
-    few = [n for n in (source.limit, limit) if n is not None]
-    return limited([replace(e, channel=title) for e in rows], min(few) if few else None)
+    return [replace(e, channel=title) for e in rows]
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((n for n in limits if n is not None), default=None)
 
 
 def _with_prompts(

@@ -5,11 +5,15 @@ import json
 import pytest
 import yaml
 from typer.testing import CliRunner
+from zoo.tiny import make_llava
 
-from care_lens import __version__, cli, organism
-from care_lens.evaluation import GenerationSettings
+from care_lens import __version__, cli
+from care_lens.core import Example, UnsafeMargin
+from care_lens.data import Study
+from care_lens.evaluation import GenerationSettings, SubstringRefusalJudge
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.store import GenerationStore
+from care_lens.lvlm import HookedLVLM
 from care_lens.lvlm.errors import GenerationOptionError
 from care_lens.pipeline import RunSettings
 from care_lens.pipeline.generating import generating
@@ -21,7 +25,14 @@ def invoke(*words):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def study():
+    rows = [Example(f"p {i}", id=str(i), harmful=i % 2 == 0, channel="ab"[i % 2]) for i in range(20)]
+    made = {"judge": SubstringRefusalJudge(), "outcome": UnsafeMargin(comply=(1,), refuse=(2,)), "refusal": "no"}
+    return Study.from_examples(rows, name="s", plain="a", **made)
+
+
+@pytest.fixture
+def asked(monkeypatch, study):
     """The settings, model and study that `run` is called with."""
     held = {}
 
@@ -30,6 +41,7 @@ def asked(monkeypatch):
         raise NeedsError("stop here")
 
     monkeypatch.setattr("care_lens.pipeline.run", run)
+    monkeypatch.setattr(cli.loading, "load", lambda *_: (None, study))
     return held
 
 
@@ -63,7 +75,8 @@ def test_settings_of_generation_epsilons_and_ranks_reach_the_run(asked, tmp_path
     assert (settings.epsilons, settings.reader_ranks) == ((0.05, 0.1), (0, 4))
     told = settings.to_dict()
     assert told["temperature"] == 0.7 and told["system"] == "be kind"
-    assert {e.system for e in settings.asked(asked["study"]).benign("test")} == {"be kind"}
+    told = settings.asked(asked["study"])
+    assert {e.system for some in told.suites["test"].values() for e in some} == {"be kind"}
 
 
 def test_records_of_runs_without_them_are_as_before():
@@ -124,9 +137,9 @@ def test_commands_of_one_process_refuse_several(monkeypatch):
 
 
 def test_what_generates_goes_by_the_settings_of_the_run_and_the_model_is_left_as_it_was():
-    examples = organism.examples("benign plain", "test", n=3)
+    examples = [Example(f"what is {word}", id=word) for word in ("red", "blue", "first")]
     settings = RunSettings(do_sample=True, temperature=2.0, max_new_tokens=3).generation
-    with organism.load() as lvlm:
+    with HookedLVLM.from_hf(*make_llava()) as lvlm:
         before, plain = lvlm.hf_model.generation_config, lvlm.generation_settings()
         store = GenerationStore()
         with generating(lvlm, settings):
