@@ -351,7 +351,7 @@ def _choice(made: _Report) -> str:
         ["readers", *(names.get(c, c) for c in shares)],
         [[r["plan"], *(per_cent(float(r[c])) for c in shares)] for r in readers.to_dict("records")],
     )
-    plan = html.escape(str(choice.repair.explain()))
+    plan = html.escape(plots.short_site(str(choice.repair.explain())))
     return f"""<p>Gate: split conformal, nominally at most {per_cent(choice.plan.epsilon)} of benign prompts touched ({calibrated}). Writer: towards the refusal
 mean at {plots.short_site(str(choice.writer_site))}, strength {choice.alpha:g}. Fusion: {html.escape(str(choice.repair.rule))}. Observed on the test split: a gate opened for
 {per_cent(opened["value"])} [{100 * opened["ci_low"]:.1f}, {100 * opened["ci_high"]:.1f}] of {opened["n"]:,.0f} benign prompts.</p>
