@@ -74,11 +74,10 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
     keep("heads", mediate(lvlm, pairs, sites=heads(lvlm), positions=("all",), **options).frame.query("effect == 'NIE'"))
     some = neurons("blocks.6.mlp.hook_post", [*range(0, 40, 2), list(range(100))])
     keep("neurons", mediate(lvlm, pairs, sites=some, positions=("all",), **options).frame.query("effect == 'NIE'"))
-    sites = [f"blocks.{k}.{c}" for k in range(0, 8, 2) for c in ("hook_attn_out", "hook_mlp_out")]
+    sites = [f"blocks.{k}.hook_resid_post" for k in range(0, 8, 2)]
     one = study.pairs["picture"][:4]
-    # One pair, so that the columns have words; its effects have no intervals.
     each = mediate(
-        lvlm, one[:1], sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
+        lvlm, one, sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
     )
     keep("each", each.frame.query("effect == 'NIE'"))
     ids = lvlm.prepare([one.unsafe[0]])

@@ -120,7 +120,9 @@ def figures(run: Run) -> dict[str, go.Figure]:
 
 def _own_subspaces(run: Run) -> dict[str, Any]:
     """The subspaces that the repair reads, by what they are called."""
-    return {f"{s.modality}, {s.provenance.get('rows', s.site)}": s for s in run.choice.subspaces}
+    return {
+        f"{s.modality}, {s.provenance.get('rows') or plots.short_site(str(s.site))}": s for s in run.choice.subspaces
+    }
 
 
 class _Report:

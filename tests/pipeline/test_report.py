@@ -178,6 +178,7 @@ def test_the_page_in_a_browser(written, made_run):
         for width in (1300, 400):
             for scheme in ("light", "dark"):
                 page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                page.set_default_timeout(120_000)
                 said, asked = [], []
                 page.on("console", lambda message, said=said: said.append(message.text))
                 page.on("pageerror", lambda error, said=said: said.append(str(error)))
