@@ -1,9 +1,12 @@
 """Sphinx configuration. Tutorials and the model card are brought in from elsewhere; nothing is executed."""
 
+import importlib.util
+import json
 import shutil
 from pathlib import Path
 
 import jupytext
+from plotly.offline import get_plotlyjs
 
 import care_lens
 
@@ -22,7 +25,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "reference/site_table.md"]
+exclude_patterns = ["_build", "reference/site_table.md", "_generated/gallery.md"]
 default_role = "literal"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -63,7 +66,50 @@ def bring_in() -> None:
             jupytext.write(jupytext.read(script), target)
 
 
+def draw_gallery() -> None:
+    """Write the gallery's entries, and the script that draws them, once for the whole page."""
+    from care_lens.plots import paper
+    from care_lens.plots.theme import in_dark
+
+    spec = importlib.util.spec_from_file_location("gallery_figures", HERE / "gallery_figures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    entries, light, dark = [], {}, {}
+    for name, (title, call, make) in module.ENTRIES.items():
+        figure = paper(make(), columns=1)
+        light[name] = json.loads(str(figure.to_json()))
+        dark[name] = in_dark(light[name])
+        place = f"<div class='gallery-figure' data-figure='{name}' style='height:{figure.layout.height}px'></div>"
+        entries.append(f"## {title}\n\n```python\n{call}\n```\n\n```{{raw}} html\n{place}\n```\n")
+    static = HERE / "_generated" / "static"
+    static.mkdir()
+    (static / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
+    data = json.dumps({"light": light, "dark": dark})
+    (static / "gallery.js").write_text(GALLERY % data, encoding="utf-8")
+    scripts = "".join(f"<script src='_static/{name}'></script>" for name in ("plotly.min.js", "gallery.js"))
+    entries.append(f"```{{raw}} html\n{scripts}\n```\n")
+    (HERE / "_generated" / "gallery.md").write_text("\n".join(entries), encoding="utf-8")
+
+
+GALLERY = """
+const figures = %s;
+const dark = () => {
+  const chosen = document.body.dataset.theme;
+  return chosen === "dark" || (chosen !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);
+};
+const draw = () => document.querySelectorAll(".gallery-figure").forEach((place) => {
+  const figure = structuredClone(figures[dark() ? "dark" : "light"][place.dataset.figure]);
+  Plotly.newPlot(place, figure.data, figure.layout, {displayModeBar: false});
+});
+draw();
+new MutationObserver(draw).observe(document.body, {attributeFilter: ["data-theme"]});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+"""
+
 bring_in()
+draw_gallery()
+html_static_path = ["_generated/static"]
 
 
 def readable(app, what, name, obj, options, signature, returns):

@@ -74,11 +74,10 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
     keep("heads", mediate(lvlm, pairs, sites=heads(lvlm), positions=("all",), **options).frame.query("effect == 'NIE'"))
     some = neurons("blocks.6.mlp.hook_post", [*range(0, 40, 2), list(range(100))])
     keep("neurons", mediate(lvlm, pairs, sites=some, positions=("all",), **options).frame.query("effect == 'NIE'"))
-    sites = [f"blocks.{k}.{c}" for k in range(0, 8, 2) for c in ("hook_attn_out", "hook_mlp_out")]
+    sites = [f"blocks.{k}.hook_resid_post" for k in range(0, 8, 2)]
     one = study.pairs["picture"][:4]
-    # One pair, so that the columns have words; its effects have no intervals.
     each = mediate(
-        lvlm, one[:1], sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
+        lvlm, one, sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
     )
     keep("each", each.frame.query("effect == 'NIE'"))
     ids = lvlm.prepare([one.unsafe[0]])
@@ -122,15 +121,13 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
         measure_uncertainty(SafetySubspace.load(HERE / "subspace.auto"), *rows, n_boot=60, n_halves=20).frame,
     )
     keep("writing", writes_towards(lvlm, fitted, k=5).frame)
-    for layer in range(8):
-        at = f"blocks.{layer}.hook_mlp_out"
-        clean = classes[0].rows(at, "last")
-        for modality in ("visual", "textual"):
-            captured = capture(lvlm, study.malicious("fit", modality), [at], select=("last",), progress=False)
-            SafetySubspace.fit(clean, captured.rows(at, "last"), rank=2, site=at, modality=modality).save(
-                HERE / "angles" / f"{layer}.{modality}"
-            )
-    shown = {"benign": study.benign("test")[::30][:50], "typographic": study.suites["test"]["typographic"][:50]}
+    outputs = [f"blocks.{layer}.hook_mlp_out" for layer in range(8)]
+    for modality in ("visual", "textual"):
+        captured = capture(lvlm, study.malicious("fit", modality)[:56], outputs, select=("last",), progress=False)
+        for layer, at in enumerate(outputs):
+            both = (classes[0].rows(at, "last"), captured.rows(at, "last"))
+            SafetySubspace.fit(*both, rank=2, site=at, modality=modality).save(HERE / "angles" / f"{layer}.{modality}")
+    shown = {"benign": study.benign("test")[::50][:32], "typographic": study.suites["test"]["typographic"][:32]}
     kept = {}
     for name, examples in shown.items():
         kept[f"{name}, before"] = capture(lvlm, examples, [site], select=("last",), progress=False).rows(site, "last")
@@ -163,8 +160,8 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
     found = search(
         lvlm,
         at_strength,
-        {"alpha": [0.25, 0.5, 0.75, 1.0, 1.5]},
-        study.limited(8),
+        {"alpha": [0.25, 0.5, 1.0, 1.5]},
+        study.limited(3),
         benign_loss=0.05,
         max_new_tokens=14,
         batch_size=128,

@@ -75,6 +75,14 @@ def _pairs_by_layer() -> dict:
     return {"bundled model": at}
 
 
+def _positions() -> go.Figure:
+    """Pairs of several wordings: the picture's tokens are folded, the others keep their index."""
+    names, each = tokens("tokens"), frame("each")
+    last = int(each["position"].astype(int).max())
+    names = [name if name == "<image>" else str(at) for at, name in enumerate(names)]
+    return plots.plot_positions(each, tokens=[*names, *map(str, range(len(names), last + 1))])
+
+
 def _recording() -> go.Figure:
     image = picture("recording")
     grid = PatchGrid(start=0, rows=8, cols=8, width=image.width, height=image.height)
@@ -104,7 +112,7 @@ ENTRIES = {
     "positions": (
         "Effects of single tokens, the picture folded",
         'plot_positions(mediate(..., positions=("each",)), tokens=[...])',
-        lambda: plots.plot_positions(frame("each"), tokens=tokens("tokens")),
+        _positions,
     ),
     "heads": (
         "Effects of heads",

@@ -120,7 +120,9 @@ def figures(run: Run) -> dict[str, go.Figure]:
 
 def _own_subspaces(run: Run) -> dict[str, Any]:
     """The subspaces that the repair reads, by what they are called."""
-    return {f"{s.modality}, {s.provenance.get('rows', s.site)}": s for s in run.choice.subspaces}
+    return {
+        f"{s.modality}, {s.provenance.get('rows') or plots.short_site(str(s.site))}": s for s in run.choice.subspaces
+    }
 
 
 class _Report:
@@ -351,7 +353,7 @@ def _choice(made: _Report) -> str:
         ["readers", *(names.get(c, c) for c in shares)],
         [[r["plan"], *(per_cent(float(r[c])) for c in shares)] for r in readers.to_dict("records")],
     )
-    plan = html.escape(str(choice.repair.explain()))
+    plan = html.escape(plots.short_site(str(choice.repair.explain())))
     return f"""<p>Gate: split conformal, nominally at most {per_cent(choice.plan.epsilon)} of benign prompts touched ({calibrated}). Writer: towards the refusal
 mean at {plots.short_site(str(choice.writer_site))}, strength {choice.alpha:g}. Fusion: {html.escape(str(choice.repair.rule))}. Observed on the test split: a gate opened for
 {per_cent(opened["value"])} [{100 * opened["ci_low"]:.1f}, {100 * opened["ci_high"]:.1f}] of {opened["n"]:,.0f} benign prompts.</p>

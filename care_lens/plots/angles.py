@@ -74,7 +74,7 @@ def plot_principal_angles(subspaces: Mapping[str, SafetySubspace], *, which: Whi
         },
     )
     figure = go.Figure(heat)
-    figure.update_xaxes(type="category", showgrid=False, showline=False, ticks="")
+    figure.update_xaxes(type="category", showgrid=False, showline=False, ticks="", tickangle=-90)
     figure.update_yaxes(type="category", showgrid=False, showline=False, ticks="", autorange="reversed")
     figure.update_layout(template=theme.TEMPLATE, height=170 + 46 * len(names), margin={"t": 30})
     return figure

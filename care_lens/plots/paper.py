@@ -131,6 +131,8 @@ def paper(
         "entrywidthmode": "pixels",
         "tracegroupgap": 0,
     }
+    for note in layout.get("annotations", []):
+        note["font"] = {**note.get("font", {}), "size": FONT}
     for name, part in layout.items():
         if re.fullmatch(r"[xy]axis\d*", name):
             _axis(part)
@@ -151,7 +153,9 @@ def _height(figure: go.Figure, layout: dict[str, Any]) -> int:
 
 def _broken(text: str, longest: int) -> str:
     """Long text in lines, broken after spaces, slashes and plus signs."""
-    if len(text) <= longest or "<br>" in text:
+    if "<br>" in text:
+        return "<br>".join(_broken(part, longest) for part in text.split("<br>"))
+    if len(text) <= longest:
         return text
     lines, line = [], ""
     for word in re.split(r"(?<=[\s+/])", text):

@@ -17,6 +17,8 @@ _MODALITIES = ("visual", "textual")
 
 
 _GRID = 300
+_CORNERS = {"image": "top left", "generated": "bottom right"}
+_PICTURE = 8.0
 
 
 def plot_recording(
@@ -51,10 +53,11 @@ def plot_recording(
         rows=3 + len(grids),
         cols=1,
         subplot_titles=titles,
-        vertical_spacing=0.4 / (3 + len(grids)),
+        vertical_spacing=(0.4 if tokens is None else 0.5) / (3 + len(grids)),
         row_heights=[1.0] * 3 + [1.6] * len(grids),
     )
     by_token = frame.groupby("position")
+    at = _places(frame, folded=tokens is not None)
     for panel, measure in enumerate(("gate", "weight"), start=1):
         for i, name in enumerate(_MODALITIES):
             column = f"{measure}_{name}"
@@ -64,7 +67,7 @@ def plot_recording(
                 values = acting.reindex(values.index)
             figure.add_trace(
                 go.Scatter(
-                    x=values.index,
+                    x=[at[p] for p in values.index],
                     y=values,
                     name=name,
                     legendgroup=name,
@@ -79,7 +82,12 @@ def plot_recording(
     for i, site in enumerate(sites):
         here = frame[frame.site == site]
         figure.add_trace(
-            go.Bar(x=here.position, y=here.edit_norm, name=site, marker={"color": theme.COLOURS[(i + 2) % 8]}),
+            go.Bar(
+                x=[at[p] for p in here.position],
+                y=here.edit_norm,
+                name=site,
+                marker={"color": theme.COLOURS[(i + 2) % 8]},
+            ),
             row=3,
             col=1,
         )
@@ -88,16 +96,18 @@ def plot_recording(
     for panel in (1, 2, 3):
         if len(at_image):
             place: dict[str, Any] = {"row": panel, "col": 1}
-            figure.add_vrect(x0=at_image.min() - 0.5, x1=at_image.max() + 0.5, **shade, **place)
-        figure.update_xaxes(range=[-1, frame.position.max() + 1], row=panel, col=1)
+            figure.add_vrect(x0=at[at_image.min()] - 0.5, x1=at[at_image.max()] + 0.5, **shade, **place)
+        figure.update_xaxes(range=[-1, at[last] + 1], row=panel, col=1)
     figure.update_xaxes(title="position in the row" if tokens is None else "token", row=3, col=1)
     if tokens is not None:
         pictured = set(at_image.tolist())
         named = [p for p in sorted(set(frame.position)) if p not in pictured]
         labels = [tokens[p].strip() or repr(tokens[p]) for p in named]
         if pictured:
-            named, labels = [*named, (min(pictured) + max(pictured)) // 2], [*labels, f"image ({len(pictured)} tokens)"]
-        figure.update_xaxes(tickvals=named, ticktext=labels, tickangle=-90, row=3, col=1)
+            named, labels = [*named, (min(pictured) + max(pictured)) // 2], [*labels, f"image ({len(pictured)})"]
+        figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, row=1, col=1)
+        figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, row=2, col=1)
+        figure.update_xaxes(tickvals=[at[p] for p in named], ticktext=labels, tickangle=-90, row=3, col=1)
     norms = by_token.edit_norm.sum()
     for i, (grid, first) in enumerate(grids):
         shift = first - grid.start
@@ -115,9 +125,23 @@ def plot_recording(
         figure.update_yaxes(title=f"{unit} row", showgrid=False, **square, row=4 + i, col=1)
         figure.update_xaxes(title=f"{unit} column", showgrid=False, constrain="domain", row=4 + i, col=1)
     figure.update_layout(
-        template=theme.TEMPLATE, height=660 + 60 * (tokens is not None) + _GRID * len(grids), width=760, barmode="stack"
+        template=theme.TEMPLATE,
+        height=660 + 200 * (tokens is not None) + _GRID * len(grids),
+        width=760,
+        barmode="stack",
     )
     return figure
+
+
+def _places(frame: pd.DataFrame, *, folded: bool) -> dict[int, float]:
+    """Where each position stands: at itself, or with the picture's tokens drawn together to the width of a few."""
+    pictured = set(frame.loc[frame.span == "image", "position"])
+    step = _PICTURE / max(len(pictured), 1) if folded and len(pictured) > _PICTURE else 1.0
+    places, x = {}, 0.0
+    for position in range(int(frame.position.max()) + 1):
+        places[position] = x if folded else float(position)
+        x += step if position in pictured else 1.0
+    return places
 
 
 def plot_trace(frame: pd.DataFrame, *, threshold: float | int | None = None) -> go.Figure:
@@ -141,6 +165,7 @@ def plot_trace(frame: pd.DataFrame, *, threshold: float | int | None = None) -> 
                     y=values,
                     name=f"{reader}, {'as it stands' if column == 'score' else 'of the token'}",
                     mode=mode,
+                    showlegend=column == "score",
                     line=look,
                     marker={"color": look["color"], "symbol": theme.SYMBOLS[i % len(theme.SYMBOLS)], "size": 6},
                     text=rows.token,
@@ -151,10 +176,14 @@ def plot_trace(frame: pd.DataFrame, *, threshold: float | int | None = None) -> 
         at = frame[frame.span == span].position
         if len(at):
             shade: dict[str, Any] = {"fillcolor": theme.GRID, "opacity": 0.5, "line_width": 0, "layer": "below"}
-            figure.add_vrect(x0=at.min() - 0.5, x1=at.max() + 0.5, annotation_text=span, **shade)
+            figure.add_vrect(
+                x0=at.min() - 0.5, x1=at.max() + 0.5, annotation_text=span, annotation_position=_CORNERS[span], **shade
+            )
     if threshold is not None:
         figure.add_hline(y=float(threshold), line_dash="dash", annotation_text="threshold")
-    figure.update_layout(template=theme.TEMPLATE, xaxis_title="position in the row", yaxis_title="score")
+    figure.update_layout(
+        template=theme.TEMPLATE, xaxis_title="position in the row", yaxis_title="score (marks: of single tokens)"
+    )
     return figure
 
 

@@ -31,6 +31,7 @@ def plot_spectrum(subspace: SafetySubspace) -> go.Figure:
     if len(seen) > len(values):
         _add(figure, seen, "looked at", 3)
     _add(figure, values, "fit", 0)
+    held: list[float] = []
     if choice:
         held = [float(value) for value in choice["heldout_ratios"]]
         _add(figure, held, "held out", 1)
@@ -46,8 +47,8 @@ def plot_spectrum(subspace: SafetySubspace) -> go.Figure:
         template=theme.TEMPLATE,
         height=400,
         title=where or None,
-        xaxis={"title": {"text": "direction"}, "dtick": max(1, max(len(values), len(seen)) // 12)},
-        yaxis={"title": {"text": "malicious / benign energy"}, "type": "log"},
+        xaxis={"title": {"text": "direction"}, "dtick": max(1, max(len(values), len(seen), len(held)) // 6)},
+        yaxis={"title": {"text": "malicious / benign energy"}, **theme.log_axis([*values, *seen, *held])},
         showlegend=len(figure.data) > 1,
     )
     return figure
@@ -69,7 +70,10 @@ def plot_spectra(subspaces: Mapping[str, SafetySubspace]) -> go.Figure:
         raise ValueError("subspaces must hold at least one, got none")
     spectra = {name: one.eigenvalues.double().cpu().tolist() for name, one in subspaces.items()}
     figure = go.Figure()
-    energy: dict[str, Any] = {"title": {"text": "malicious / benign energy"}, "type": "log"}
+    energy: dict[str, Any] = {
+        "title": {"text": "malicious / benign energy"},
+        **theme.log_axis([1.0, *(value for values in spectra.values() for value in values)]),
+    }
     rule = {"line": {"dash": "dash", "color": theme.INK, "width": 1}}
     if max(map(len, spectra.values())) == 1:
         points = {"x": [values[0] for values in spectra.values()], "y": list(spectra), "mode": "markers"}

@@ -5,6 +5,8 @@ blue; the negative end, refusals and benign rows are red or orange. What has no 
 in a sequential scale that holds neither.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -93,6 +95,15 @@ def _template() -> go.layout.Template:
 
 pio.templates[TEMPLATE] = _template()
 pio.templates[DARK_TEMPLATE] = go.layout.Template(in_dark(_template().to_plotly_json()))
+
+
+def log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis for positive values, with labels of one size: 1, 2, 5, 10 and so on, or powers of ten where those were too many."""
+    kept = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
+    low, high = math.floor(math.log10(min(kept))), math.ceil(math.log10(max(kept)))
+    steps = (1, 2, 5) if high - low <= 2 else (1,)
+    ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def marker(index: int, *, size: int = 8) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def plot_training(frame: pd.DataFrame) -> go.Figure:
     for index, (stage, metric) in enumerate(curves, start=len(stages)):
         part = where(shares, stage=stage, metric=metric)
         figure.add_trace(_curve(part, f"{_NAMES.get(metric, metric)}, {stage}", index), row=2, col=1)
-    figure.update_yaxes(type="log", title_text="loss", row=1, col=1)
+    losses = where(frame, metric="loss")["value"].astype(float).tolist()
+    figure.update_yaxes(**theme.log_axis(losses), title_text="loss", row=1, col=1)
     if panels == 2:
         figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%", title_text="share", row=2, col=1)
     figure.update_xaxes(title_text="step", row=panels, col=1)

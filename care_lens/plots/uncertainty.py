@@ -47,8 +47,9 @@ def plot_uncertainty(result: SubspaceUncertainty) -> go.Figure:
         xaxis={"title": {"text": "direction"}},
         yaxis={
             "title": {"text": "malicious / benign energy"},
-            "type": "log",
-            "exponentformat": "power",
+            **theme.log_axis(
+                [1.0, *result.frame.loc[result.frame["metric"].isin([m for m, _ in _SERIES]), "value"].astype(float)]
+            ),
         },
         showlegend=True,
     )

@@ -14,7 +14,7 @@ import torch
 from in_browser import FAULTS, browsing, gallery_module
 from PIL import Image
 
-from care_lens.core import Example, UnsafeMargin
+from care_lens.core import Example, PairedExamples, Site, UnsafeMargin
 from care_lens.data.study import Study
 from care_lens.evaluation import Choice, DefenceTable, GenerationStore
 from care_lens.evaluation.store import StoredAnswer
@@ -29,9 +29,8 @@ from care_lens.pipeline.run import Run
 from care_lens.repair import ConformalGate, Correction, HybridFusion, LinearReader, ReaderPlan, Writer
 from care_lens.subspace import SafetySubspace
 
-SITE = "blocks.6.hook_resid_post"
+SITE = Site.parse("blocks.6.hook_resid_post")
 SPITE = '<script>alert("x")</script> & <b>bold</b>'
-WORST = {"tower": "language", "seed": 0}
 
 
 def judge(examples, texts):
@@ -55,7 +54,6 @@ def made_study(channels):
             )
             for channel, harmful in channels.items()
         }  # fmt: skip
-    from care_lens.core import PairedExamples
 
     twin = [
         Example("see", image=picture(colour), response="sure", id=colour, group="a") for colour in ("white", "grey")
@@ -127,7 +125,7 @@ def made_run():
         [
             {
                 "plan": str(plan),
-                "site": SITE,
+                "site": str(SITE),
                 "alpha": 1.0,
                 "asr": 0.0,
                 "refused": 1.0,
@@ -180,6 +178,7 @@ def test_the_page_in_a_browser(written, made_run):
         for width in (1300, 400):
             for scheme in ("light", "dark"):
                 page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                page.set_default_timeout(120_000)
                 said, asked = [], []
                 page.on("console", lambda message, said=said: said.append(message.text))
                 page.on("pageerror", lambda error, said=said: said.append(str(error)))

@@ -104,6 +104,7 @@ def layout_faults(
         background: Of the page.
     """
     page = browser.new_page(viewport={"width": 800, "height": 900}, device_scale_factor=2)
+    page.set_default_timeout(120_000)
     said: list[str] = []
     page.on("pageerror", lambda error: said.append(str(error)))
     page.set_content(

@@ -248,6 +248,6 @@ def test_a_recording_names_its_tokens_and_lies_on_its_picture():
     np.testing.assert_allclose(heat.z, [[1, 2], [3, 4]])
     assert (heat.dx, heat.dy, heat.x0, heat.y0) == (10, 5, 5, 2.5)
     assert figure.layout.images[0].xref == heat.xaxis
-    assert list(figure.layout.xaxis3.ticktext) == ["user", "say", "sorry", "image (4 tokens)"]
+    assert list(figure.layout.xaxis3.ticktext) == ["user", "say", "sorry", "image (4)"]
     with pytest.raises(ValueError, match="tokens must be 7 or more"):
         plot_recording(frame, tokens=tokens[:3])
