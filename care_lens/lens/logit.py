@@ -47,6 +47,8 @@ from care_lens.lvlm import HookedLVLM
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+KEPT = 32
+"""Examples of which every token's words are kept by default."""
 _SITE = ("tower", "layer", "component")
 DETAIL_COLUMNS = ("example", "id", "group", *_SITE, *PLACE, "rank", "word_id", "word", "value", "entropy")
 
@@ -93,6 +95,7 @@ def logit_lens(
     targets: Sequence[Any] | None = None,
     translators: LensTranslators | None = None,
     top_k: int = 5,
+    keep: int = KEPT,
     batch_size: int = 4,
     n_boot: int = 1000,
     seed: int = 0,
@@ -109,6 +112,7 @@ def logit_lens(
         targets: One word or token id (or several that count alike) an example, for the measures of targets.
         translators: What states go through before they are read.
         top_k: Words kept of each token.
+        keep: Of how many examples, from the first, details hold the words; measures are of all.
         batch_size: Examples of a forward pass.
         n_boot: Bootstrap resamples of the examples' groups.
         seed: Their seed.
@@ -129,7 +133,7 @@ def logit_lens(
         >>> found.frame.metric.unique().tolist()
         ['entropy', 'kl to output', 'agreement']
     """
-    require_options(top_k=top_k, batch_size=batch_size, n_boot=n_boot, seed=seed)
+    require_options(top_k=top_k, keep=keep, batch_size=batch_size, n_boot=n_boot, seed=seed, least={"keep": 0})
     rows = list(require_examples(examples))
     if not rows:
         raise LensError("examples must hold at least one example, got none")
@@ -146,7 +150,7 @@ def logit_lens(
     if top_k > size:
         raise LensError(f"top_k must be at most the size of the vocabulary, {size}, got {top_k}")
     own = [] if targets is None else target_ids(lvlm, targets, rows)
-    run = _Run(lvlm, rows, names, own, translators, top_k)
+    run = _Run(lvlm, rows, names, own, translators, top_k, keep)
     steps = len(wanted) * -(-len(rows) // batch_size)
     with tqdm(total=steps, desc="reading words", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
@@ -163,7 +167,7 @@ def logit_lens(
     }
     frame = measure_rows(run.measured(), groups, n_boot=n_boot, seed=seed)
     details = tidy(run.details, DETAIL_COLUMNS)
-    return LensResult(frame, settings, details, thumbnails(rows))
+    return LensResult(frame, settings, details, thumbnails(rows[:keep]))
 
 
 def require_spans(spans: Sequence[str]) -> tuple[str, ...]:
@@ -189,9 +193,10 @@ class _Run:
         own: Sequence[tuple[int, ...]],
         translators: LensTranslators | None,
         top_k: int,
+        keep: int,
     ) -> None:
         self._lvlm, self._rows, self._spans, self._own = lvlm, rows, spans, own
-        self._translators, self._top_k = translators, top_k
+        self._translators, self._top_k, self._of = translators, top_k, keep
         self._groups = groups_of(rows)
         self._unique = sorted({token for ids in own for token in ids})
         self._words: dict[int, str] = {}
@@ -255,6 +260,8 @@ class _Run:
     def _keep(
         self, site: Site, example: int, at: Tensor, places: dict[int, dict[str, Any]], told: dict[str, Tensor]
     ) -> None:
+        if example >= self._of:
+            return
         row = self._rows[example]
         shared = {"example": example, "id": row.id, "group": self._groups[example], **site_columns(site)}
         words, values, entropy = (told[name].tolist() for name in ("words", "probabilities", "entropy"))

@@ -36,7 +36,7 @@ from care_lens.core.files import load_artifact, save_artifact, tensor_bytes, ten
 from care_lens.core.options import require_options
 from care_lens.core.require import require_examples
 from care_lens.lens.errors import LensError
-from care_lens.lens.logit import require_spans
+from care_lens.lens.logit import KEPT, require_spans
 from care_lens.lens.measures import LensMeasures, Measured, against_others, measure_rows, thumbnails
 from care_lens.lens.states import positions_of, require_streams, states
 from care_lens.lens.tokens import PLACE, shown_token, token_rows
@@ -83,7 +83,7 @@ class TextBank:
         texts: Sequence[Example | str],
         *,
         layers: Sequence[int] | None = None,
-        most: int = 50_000,
+        most: int = 5_000,
         batch_size: int = 32,
         progress: bool = True,
     ) -> "TextBank":
@@ -94,7 +94,7 @@ class TextBank:
             texts: Texts, or examples without pictures, which are put through the chat template; its own tokens are kept too, with
                 the response's where all examples have one.
             layers: Before which blocks, and the number of layers for the last stream; None: all.
-            most: Tokens that are kept, evenly spread over all.
+            most: Tokens that are kept, evenly spread over all: the bank takes 2 bytes times tokens, layers and width.
             batch_size: Texts of a forward pass.
             progress: Whether to show a progress bar.
 
@@ -219,6 +219,7 @@ def nearest_text(
     targets: Sequence[str] | None = None,
     same_layer: bool = False,
     top_k: int = 5,
+    keep: int = KEPT,
     batch_size: int = 8,
     n_boot: int = 1000,
     seed: int = 0,
@@ -235,6 +236,7 @@ def nearest_text(
         targets: One word an example, for "target hit"; compared without case and surrounding spaces.
         same_layer: Whether a state of the language tower is compared with the bank's states of its own layer alone.
         top_k: Neighbours kept of each token.
+        keep: Of how many examples, from the first, details hold the neighbours; measures are of all.
         batch_size: Examples of a forward pass.
         n_boot: Bootstrap resamples of the examples' groups.
         seed: Of the resamples, and of the states that chance is measured with.
@@ -247,7 +249,7 @@ def nearest_text(
         MediationError: If a number is none that it can be run with. It is a ValueError.
         LensError: If the bank is of another width, a site is no residual stream, or the targets are not one an example.
     """
-    require_options(top_k=top_k, batch_size=batch_size, n_boot=n_boot, seed=seed)
+    require_options(top_k=top_k, keep=keep, batch_size=batch_size, n_boot=n_boot, seed=seed, least={"keep": 0})
     rows, names = list(require_examples(examples)), require_spans(spans)
     if not rows:
         raise LensError("examples must hold at least one example, got none")
@@ -278,7 +280,9 @@ def nearest_text(
             seeing = [site for site in wanted if site.tower == "language" or inputs.pixel_values is not None]
             for site, stream in states(lvlm, inputs, seeing):
                 layers = _layers(site, depth, bank) if same_layer else sorted(bank.states)
-                chance = by_layers.setdefault(tuple(layers), _by_chance(bank, layers, generator))
+                if tuple(layers) not in by_layers:
+                    by_layers[tuple(layers)] = _by_chance(bank, layers, generator)
+                chance = by_layers[tuple(layers)]
                 masks = {name: positions_of(inputs, site, name).cpu() for name in names}
                 union = torch.stack([*masks.values()]).any(dim=0)
                 for row in range(len(some)):
@@ -296,7 +300,7 @@ def nearest_text(
                         "group": groups[start + row],
                         **site_columns(site),
                     }
-                    for i, position in enumerate(at.tolist()):
+                    for i, position in enumerate(at.tolist() if start + row < keep else ()):
                         for rank in range(value.shape[1]):
                             word = int(index[i, rank])
                             details.append(
@@ -339,7 +343,7 @@ def nearest_text(
         **sampling(len(rows), groups, n_boot, seed),
     }
     frame = measure_rows(ordered, groups, n_boot=n_boot, seed=seed)
-    return NeighbourResult(frame, settings, tidy(details, DETAIL_COLUMNS), thumbnails(rows))
+    return NeighbourResult(frame, settings, tidy(details, DETAIL_COLUMNS), thumbnails(rows[:keep]))
 
 
 def _stream(layer: int, depth: int) -> Site:

@@ -96,7 +96,9 @@ def picture_reading(
     lens = _patches(words, example, place)
     first = lens[lens["rank"] == 1].set_index(["grid", "row", "col"])
     if first.empty:
-        raise LensError(f"words must hold image tokens of example {example} at {place}, got none; run logit_lens there")
+        raise LensError(
+            f"words must hold image tokens of example {example} at {place}, got none; run logit_lens there, with keep above {example}"
+        )
     held = effects.details[effects.details["pair"] == example]
     held = held.assign(grid=held["grid"] if "grid" in held.columns else 0).set_index(["grid", "row", "col"])
     if not first.index.isin(held.index).all():

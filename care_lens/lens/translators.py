@@ -133,6 +133,8 @@ def fit_tuned_lens(
 ) -> LensTranslators:
     """Fit an affine translator for every site.
 
+    Memory: the states of the span's tokens at all sites, on the CPU.
+
     Args:
         lvlm: The model.
         examples: What to fit on; of at least two groups (items), of which a fifth chooses the ridge. Not those that are looked at.

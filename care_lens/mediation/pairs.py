@@ -86,11 +86,15 @@ class PairBatch(ShortRepr):
         """
         spans = self.inputs.spans
         if position in self.regions:
-            return region_mask(self.inputs, self.regions[position], 2 * self.index)
+            return self._region_masks[position]
         if not is_index(position):
             return spans.mask(position).cpu()
         tokens = ~spans.padding
         return (tokens & (tokens.cumsum(dim=1) == int(position) + 1)).cpu()
+
+    @cached_property
+    def _region_masks(self) -> dict[str, Bool[Tensor, "rows pos"]]:
+        return {name: region_mask(self.inputs, region, 2 * self.index) for name, region in self.regions.items()}
 
     def patches(self, position: str, picture: Bool[Tensor, "entry pos"]) -> Bool[Tensor, "entry pos"]:
         """Where a region's patches are in an activation of the vision tower or the projector.

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from care_lens import organism
-from care_lens.core import PairedExamples, ResponseLogProb
+from care_lens.core import PairedExamples, ResponseLogProb, Site
 from care_lens.mediation import (
     EdgeResult,
+    Mediator,
+    attribute,
     circuit_faithfulness,
     edge_attribution,
     path_effects,
@@ -23,12 +25,12 @@ def world():
 
 
 @pytest.fixture(scope="module")
-def pairs():
+def twins():
     return organism.picture_pairs("fit")[:2]
 
 
 @pytest.fixture(scope="module")
-def scored(world, pairs):
+def scored(world, twins):
     receivers = [
         "blocks.0.attn.hook_z[4]",
         "blocks.0.hook_mlp_out",
@@ -37,13 +39,13 @@ def scored(world, pairs):
         "end",
     ]
     return edge_attribution(
-        world, pairs, outcome=ResponseLogProb(), receivers=receivers, points=2, n_boot=20, progress=False
+        world, twins, outcome=ResponseLogProb(), receivers=receivers, points=2, n_boot=20, progress=False
     )
 
 
-def test_scores_rank_edges_as_exact_path_patching_does(world, pairs, scored):
+def test_scores_rank_edges_as_exact_path_patching_does(world, twins, scored):
     """On the bundled world, through both towers and the projector. Misses are reported, and none is among so few."""
-    checked = verify_edges(world, pairs, scored, outcome=ResponseLogProb(), top=8, random=6, n_boot=50, progress=False)
+    checked = verify_edges(world, twins, scored, outcome=ResponseLogProb(), top=8, random=6, n_boot=50, progress=False)
     frame = checked.frame[checked.frame.kind == "all"].set_index("effect")
     assert frame.loc["spearman", "value"] > 0.7
     assert 0 <= frame.loc["miss rate", "value"] < 0.5
@@ -54,7 +56,7 @@ def test_scores_rank_edges_as_exact_path_patching_does(world, pairs, scored):
     assert len(checked.plot().data) == 3
 
 
-def test_exact_effects_are_those_of_path_effects(world, pairs, scored, tmp_path):
+def test_exact_effects_are_those_of_path_effects(world, twins, scored, tmp_path):
     """Edges within one tower that have an MLP or the end as receiver are its paths."""
     frame = scored.frame
     names = [("blocks.0.attn.hook_z[4]", "blocks.0.hook_mlp_out"), ("blocks.0.hook_mlp_out", "end")]
@@ -63,7 +65,7 @@ def test_exact_effects_are_those_of_path_effects(world, pairs, scored, tmp_path)
     assert len(some) == 3
     checked = verify_edges(
         world,
-        pairs,
+        twins,
         EdgeResult(some, scored.settings, scored.details),
         outcome=ResponseLogProb(),
         top=3,
@@ -71,12 +73,10 @@ def test_exact_effects_are_those_of_path_effects(world, pairs, scored, tmp_path)
         n_boot=5,
         progress=False,
     ).details.set_index("sender")
-    from care_lens.mediation import Mediator
-
     for sender, receiver in names:
-        place = Mediator(("blocks.0.attn.hook_z",), (4,)) if "hook_z" in sender else sender
+        place = Mediator((Site.parse("blocks.0.attn.hook_z"),), (4,)) if "hook_z" in sender else sender
         path = path_effects(
-            world, pairs, outcome=ResponseLogProb(), senders=[place], receivers=[receiver], n_boot=2, progress=False
+            world, twins, outcome=ResponseLogProb(), senders=[place], receivers=[receiver], n_boot=2, progress=False
         ).frame
         assert checked.loc[sender, "value"] == pytest.approx(path["value"].iloc[0], abs=1e-5)
     scored.save(tmp_path, "edges")
@@ -85,8 +85,6 @@ def test_exact_effects_are_those_of_path_effects(world, pairs, scored, tmp_path)
 
 def test_what_all_read_of_a_sender_is_its_attribution(model, pictured, margin):
     """The chain rule: a sender's gradient is the sum over those that read it directly, whatever is between."""
-    from care_lens.mediation import attribute
-
     found = edge_attribution(model, pictured, outcome=margin, method="gradient", n_boot=2, progress=False).frame
     sites = [
         "vision.blocks.1.attn.hook_z",
@@ -106,9 +104,9 @@ def test_what_all_read_of_a_sender_is_its_attribution(model, pictured, margin):
     assert set(whole.index) <= set(found.sender)
 
 
-def test_circuits_against_random_ones(world, pairs, scored):
+def test_circuits_against_random_ones(world, twins, scored):
     found = circuit_faithfulness(
-        world, pairs, scored, outcome=ResponseLogProb(), sizes=(0, 30, 10**6), random=3, n_boot=20, progress=False
+        world, twins, scored, outcome=ResponseLogProb(), sizes=(0, 30, 10**6), random=3, n_boot=20, progress=False
     ).frame.set_index("edges")
     everything = int(found.index.max())
     assert found.loc[0, "nodes"] == 0 and found.loc[0, "value"] == pytest.approx(found.loc[0, "chance"], abs=1e-9)
@@ -137,11 +135,11 @@ def test_a_circuit_of_nothing_and_of_everything_by_hand(model, pictured, margin)
     np.testing.assert_allclose(details[details.edges > 0]["value"], unsafe, atol=1e-5)
 
 
-def test_refusals(model, pairs, pictured, margin, world):
+def test_refusals(model, pictured, margin):
     with pytest.raises(ValueError, match="receivers must be heads"):
         edge_attribution(model, pictured, outcome=margin, receivers=["nowhere"], progress=False)
     with pytest.raises(ValueError, match="points must be 1"):
         edge_attribution(model, pictured, outcome=margin, points=0, progress=False)
-    mixed = PairedExamples((pictured.safe[0], *pairs.safe[:0]), (pictured.unsafe[1],))
+    longer = PairedExamples((pictured.safe[0],), (pictured.unsafe[1],))
     with pytest.raises(ValueError, match="aligned"):
-        edge_attribution(model, mixed, outcome=margin, progress=False)
+        edge_attribution(model, longer, outcome=margin, progress=False)
