@@ -83,7 +83,9 @@ def test_auto_pgd_is_the_published_algorithm(box):
     for i in range(len(original)):
         by_hand, eta = auto_pgd_by_hand(*(part[i].numpy() for part in (original, low, high)))
         np.testing.assert_allclose(seen[:, i].numpy(), by_hand, atol=1e-4)
-        assert rule.eta[i] <= eta < 2 * RADIUS  # it was halved on the way; the last look back comes after the last picture
+        assert (
+            rule.eta[i] <= eta < 2 * RADIUS
+        )  # it was halved on the way; the last look back comes after the last picture
 
 
 def test_checkpoints_are_those_of_the_paper():
