@@ -78,7 +78,7 @@ class Batch(BatchView):
         Args:
             examples: One for each row; with the row's pictures, or without any.
         """
-        responses = bool(self.inputs.spans.response.any())
+        responses = bool((self.inputs.spans.response & ~self.inputs.spans.prefill).any())
         made = self.lvlm.prepare(examples, responses=responses)
         if made.pixel_values is None:
             return made

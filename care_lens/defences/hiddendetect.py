@@ -29,6 +29,7 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
 from care_lens.repair.gate import ThresholdGate
 from care_lens.repair.plan import PlanPart
+from care_lens.repair.schedule import AnswerSteps
 
 LOGITS = "unembed.hook_out"
 _FORCED = -1e4
@@ -237,28 +238,30 @@ class HiddenDetect(HookDefence):
         """Hooks that read the blocks, and one that gives the refusal."""
         states: dict[int, Tensor] = {}
         flagged: dict[str, Tensor] = {}
-        done = [0]
-        steps = torch.where(
-            batch.inputs.spans.last | batch.inputs.spans.response, batch.inputs.spans.response.long().cumsum(dim=1), -1
-        )
+        spans, counter = batch.inputs.spans, AnswerSteps(batch)
+        # The refusal stands after what is given of the answer (a prefill), whole: its tokens are counted from there.
+        begun = spans.prefill.sum(dim=1, keepdim=True)
+        answered = spans.context_end | (spans.response & ~spans.prefill)
+        now: dict[str, Tensor] = {}
 
         def see(h: Tensor, prefill: bool, layer: int) -> None:
             if layer == self.layers[0]:
-                done[0] = 0 if prefill else done[0] + 1
+                steps = counter.next(h)
+                steps = steps - begun.to(steps.device)
+                now["step"] = steps.masked_fill(~answered.to(steps.device), -1) if prefill else steps
             if prefill:
                 states[layer] = batch.at_last(h)
 
         def answer(logits: Tensor, hook: Any) -> Tensor:
-            if done[0] == 0:
+            here = now["step"][:, -logits.shape[1] :].to(logits.device)
+            if states:
                 cosines = refusal_cosines(
                     batch.lvlm, torch.stack([states[n] for n in sorted(states)]), self.refusal_tokens
                 )
                 scores = torch.trapezoid(cosines, dim=0)
                 # What is flagged gets fixed logits, without a gradient: an attack learns of the detector from its score alone.
                 flagged["rows"] = stepped(scores > self.threshold, scores, self.threshold) != 0
-                here = steps[:, -logits.shape[1] :].to(logits.device)
-            else:
-                here = torch.full(logits.shape[:2], done[0], device=logits.device)
+                states.clear()
             ids = torch.tensor(self.refusal_ids, device=logits.device)[here.clamp(0, len(self.refusal_ids) - 1)]
             forced = torch.full_like(logits, _FORCED).scatter(2, ids[..., None], 0.0)
             where = flagged["rows"].to(logits.device)[:, None] & (here >= 0)

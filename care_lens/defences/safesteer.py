@@ -25,6 +25,7 @@ from care_lens.defences.stored import FitError, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair.base import HookPair
 from care_lens.repair.plan import PlanPart
+from care_lens.repair.schedule import AnswerSteps
 
 
 def steering_direction(differences: Float[Tensor, "n d"], *, rank: int) -> Float[Tensor, "d"]:
@@ -147,19 +148,15 @@ class SafeSteer(HookDefence):
         """One hook that reads p at the prompt, and one that steers."""
         site = block_output(self.layer)
         state: dict[str, Tensor] = {}
-        done = [0]
-        # The step of each position of a whole batch: 0 at the last prompt token, then one a response token.
-        steps = batch.inputs.spans.response.long().cumsum(dim=1)
+        steps = AnswerSteps(batch)  # 0 at the last prompt token, then one an answer token, given or generated
 
         def see(h: Tensor, prefill: bool) -> None:
             if prefill:
                 state["p"] = self.probability(batch.at_last(h))
-                done[0] = 0
-            else:
-                done[0] += 1
+            state["step"] = steps.next(h)
 
         def steer(h: Tensor) -> Tensor:
-            here = steps.to(h.device) if done[0] == 0 else torch.full(h.shape[:2], done[0], device=h.device)
+            here = state["step"]
             amount = self.alpha * (2 * state["p"] - 1)[:, None, None] * h.norm(dim=-1, keepdim=True)
             return torch.where((here < self.steps)[..., None], h + amount * self.direction.to(h), h)
 

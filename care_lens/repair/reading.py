@@ -184,8 +184,13 @@ class _Recorder:
     def _hook(self, leaf: SiteReader) -> Any:
         def read(activation: Tensor, hook: Any) -> None:
             if self._view.is_prefill(activation.shape):
-                mask = self._view.mask(leaf.positions, prefill=True).to(activation.device)
-                self._prompt[leaf] = leaf.score(activation, mask)
+                # As Readings has it: the prompt is pooled, and of the tokens of a begun answer the largest counts.
+                mask, answered = (
+                    self._view.mask(where, prefill=True).to(activation.device) for where in (leaf.positions, "response")
+                )
+                tokens = leaf.tokens(activation)
+                prompt = pool(tokens, mask & ~answered, leaf.pooling)
+                self._prompt[leaf] = torch.maximum(prompt, pool(tokens, mask & answered, "max"))
             elif includes_generated(leaf.positions):
                 self._steps[leaf].append(leaf.tokens(activation)[:, 0])
 

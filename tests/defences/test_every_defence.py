@@ -251,3 +251,58 @@ def test_reminder_and_second_look_are_defences_too(tmp_path):
         assert isinstance(defence, Defence) and isinstance(defence, Repair)
         defence.save(tmp_path / defence.name)
         assert load_defence(tmp_path / defence.name).describe() == defence.describe()
+
+
+@torch.no_grad()
+def test_a_refusal_stands_whole_behind_a_begun_answer(world_model, requests):
+    """Rows with begun answers of different lengths, generated and in one pass over the whole answer."""
+    begun = [
+        dataclasses.replace(e, prefill=p) for e, p in zip(requests, ("sure first", None, "the", "sure"), strict=True)
+    ]
+    defence = HiddenDetect.always(world_model, refusal="sorry i cannot help")
+    refusal = torch.tensor(defence.refusal_ids)
+    with defence.on(world_model):
+        made = world_model.generate(world_model.prepare(begun), max_new_tokens=len(refusal))
+        assert torch.equal(made.new_tokens, refusal.expand(len(begun), -1))
+        forced = [dataclasses.replace(e, response="sorry i cannot help") for e in begun]
+        inputs = world_model.prepare(forced, responses=True)
+        chosen = world_model(inputs).argmax(dim=-1)
+    for row, own in enumerate(inputs.spans.response & ~inputs.spans.prefill):
+        at = own.nonzero()[:, 0]
+        assert chosen[row, at - 1].tolist() == refusal.tolist() == inputs.input_ids[row, at].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [None, "sure", "sure first"])
+def test_steps_count_the_tokens_of_a_begun_answer(world_model, made, requests, given):
+    """Three steps are three tokens: the last one of the prompt, and two of the answer, given or not."""
+    defence = dataclasses.replace(made["safesteer"], steps=3, alpha=50.0)
+    inputs = world_model.prepare([dataclasses.replace(e, prefill=given) for e in requests])
+    edited: list[torch.Tensor] = []
+
+    def watched(site, fn):
+        def hook_fn(activation, hook):
+            out = fn(activation, hook=hook)
+            if out is not None:
+                edited.append((out != activation).any(dim=-1).sum(dim=1))
+            return out
+
+        return site, hook_fn
+
+    hooks = [watched(str(site), fn) for site, fn in defence.fwd_hooks(inputs, world_model)]
+    world_model.generate(inputs, max_new_tokens=6, min_new_tokens=6, fwd_hooks=hooks)
+    assert torch.stack(edited).sum(dim=0).tolist() == [3] * len(requests)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["coca", "shiftdc"])  # those that prepare the batch anew
+def test_generation_does_not_see_the_examples_responses(world_model, made, requests, name):
+    """A begun answer, in a batch of examples that have responses: what is generated is what it would be without them."""
+    begun = [dataclasses.replace(e, prefill="sure", response="sure first then") for e in requests]
+    bare = [dataclasses.replace(e, response=None) for e in begun]
+    with made[name].on(world_model):
+        with_, without = (
+            world_model.generate(world_model.prepare(rows), max_new_tokens=4, output_logits=True)
+            for rows in (begun, bare)
+        )
+    assert torch.equal(with_.new_tokens, without.new_tokens)

@@ -184,3 +184,27 @@ def test_a_calibrated_repair_touches_no_more_calibration_prompts_than_it_may(mod
             repaired = model(inputs)
     touched = (plain != repaired).flatten(1).any(dim=1)
     assert 1 <= int(touched.sum()) <= 4
+
+
+@pytest.mark.parametrize("new", [0, 4])
+def test_scores_without_a_trace_are_those_of_the_trace(model, examples, new):
+    """A begun answer is read token by token, whatever pools the prompt."""
+    begun = [dataclasses.replace(e, prefill=p) for e, p in zip(examples, ("sure red blue", None, "no"), strict=True)]
+    readers = [
+        dataclasses.replace(EnergyReader.from_subspace(make_subspace(seed=101)), positions=positions, pooling=pooling)
+        for positions in ("last", "image", "text", "all", "generated", ("last", "response"), "context_end", "prefill")
+        for pooling in ("max", "mean")
+    ]
+    options = {"max_new_tokens": new, "batch_size": 2, "progress": False}
+    scores = read_scores(model, begun, readers, **options)
+    torch.testing.assert_close(scores, read_scores(model, begun, readers, trace=True, **options).scores)
+    text = readers[5]
+    inputs = model.prepare(begun[0])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs, sites=[SITE])
+    tokens, spans = text.tokens(cache[SITE])[0], inputs.spans
+    expected = max(
+        float(tokens[spans.text[0] & spans.prompt[0]].mean()), float(tokens[spans.text[0] & spans.prefill[0]].max())
+    )
+    if not new:
+        assert float(scores[0, 5]) == pytest.approx(expected, rel=1e-4)
