@@ -76,8 +76,9 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
     keep("neurons", mediate(lvlm, pairs, sites=some, positions=("all",), **options).frame.query("effect == 'NIE'"))
     sites = [f"blocks.{k}.hook_resid_post" for k in range(0, 8, 2)]
     one = study.pairs["picture"][:4]
+    # One pair, so that the columns have words; its effects have no intervals.
     each = mediate(
-        lvlm, one, sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
+        lvlm, one[:1], sites=sites, positions=("each",), **{**options, "outcome": study.pair_outcomes["picture"]}
     )
     keep("each", each.frame.query("effect == 'NIE'"))
     ids = lvlm.prepare([one.unsafe[0]])

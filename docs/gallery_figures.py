@@ -76,11 +76,10 @@ def _pairs_by_layer() -> dict:
 
 
 def _positions() -> go.Figure:
-    """Pairs of several wordings: the picture's tokens are folded, the others keep their index."""
+    """One pair: the words of its prompt, and the tokens of its answer."""
     names, each = tokens("tokens"), frame("each")
-    last = int(each["position"].astype(int).max())
-    names = [name if name == "<image>" else str(at) for at, name in enumerate(names)]
-    return plots.plot_positions(each, tokens=[*names, *map(str, range(len(names), last + 1))])
+    answer = int(each["position"].astype(int).max()) + 1 - len(names)
+    return plots.plot_positions(each, tokens=[*names, *(f"answer {k}" for k in range(1, answer + 1))])
 
 
 def _recording() -> go.Figure:

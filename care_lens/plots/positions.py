@@ -66,7 +66,9 @@ def plot_positions(
     for row, component in enumerate(components, start=1):
         part = pd.DataFrame(frame[frame["component"] == component])
         figure.add_trace(_heat(part, columns, layers, largest, effect), row=row, col=1)
-        figure.update_yaxes(title_text="layer", dtick=max(1, len(layers) // 6), row=row, col=1)
+        every = max(1, -(-len(layers) // 12))
+        shown = {"tickvals": list(range(0, len(layers), every)), "ticktext": [str(k) for k in layers[::every]]}
+        figure.update_yaxes(title_text="layer", **shown, row=row, col=1)
     step = max(1, -(-len(columns) // _SHOWN))
     figure.update_xaxes(
         showgrid=False, showline=False, ticks="", tickvals=list(range(0, len(columns), step)),
@@ -109,22 +111,22 @@ def _heat(
     column_of = {at: index for index, (_, run) in enumerate(columns) for at in run}
     shape = (len(layers), len(columns))
     value, text = np.full(shape, np.nan), np.full(shape, "", dtype=object)
-    detail = np.full((*shape, 3), np.nan)
+    detail = np.full((*shape, 4), np.nan)
     for cell in part.assign(mark=marked(part, largest)).to_dict("records"):
         at = layers.index(cell["layer"]), column_of[cell["at"]]
         if np.isnan(value[at]) or abs(cell["value"]) > abs(value[at]):
             value[at], text[at] = cell["value"], MARK if cell["mark"] else ""
-            detail[at] = cell["ci_low"], cell["ci_high"], cell["at"]
+            detail[at] = cell["ci_low"], cell["ci_high"], cell["at"], cell["layer"]
     return go.Heatmap(
         z=value,
         x=list(range(len(columns))),
-        y=layers,
+        y=list(range(len(layers))),
         text=text,
         texttemplate="%{text}",
         textfont={"size": 8},
         customdata=detail,
         hovertemplate=(
-            f"layer %{{y}}, token %{{customdata[2]}}<br>{effect} %{{z:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]<extra></extra>"
+            f"layer %{{customdata[3]}}, token %{{customdata[2]}}<br>{effect} %{{z:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]<extra></extra>"
         ),
         coloraxis="coloraxis",
         xgap=1,

@@ -53,7 +53,7 @@ def plot_recording(
         rows=3 + len(grids),
         cols=1,
         subplot_titles=titles,
-        vertical_spacing=(0.4 if tokens is None else 0.5) / (3 + len(grids)),
+        vertical_spacing=(0.4 if tokens is None else 0.6) / (3 + len(grids)),
         row_heights=[1.0] * 3 + [1.6] * len(grids),
     )
     by_token = frame.groupby("position")
@@ -126,7 +126,7 @@ def plot_recording(
         figure.update_xaxes(title=f"{unit} column", showgrid=False, constrain="domain", row=4 + i, col=1)
     figure.update_layout(
         template=theme.TEMPLATE,
-        height=660 + 200 * (tokens is not None) + _GRID * len(grids),
+        height=660 + 260 * (tokens is not None) + _GRID * len(grids),
         width=760,
         barmode="stack",
     )

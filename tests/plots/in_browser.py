@@ -35,7 +35,7 @@ FAULTS = """
     if (!inside(box(t), 1)) faults.push(`clipped: ${t.textContent}`);
   }
   for (let i = 0; i < words.length; i++) for (let j = 0; j < i; j++)
-    if (meet(box(words[i]), box(words[j]), 1.5)) faults.push(`on each other: ${words[j].textContent} | ${words[i].textContent}`);
+    if (meet(box(words[i]), box(words[j]), 3)) faults.push(`on each other: ${words[j].textContent} | ${words[i].textContent}`);
   const panels = Object.values(full._plots).map(({xaxis: x, yaxis: y}) => ({
     left: frame.left + x._offset, right: frame.left + x._offset + x._length,
     top: frame.top + y._offset, bottom: frame.top + y._offset + y._length}));
