@@ -113,6 +113,12 @@ class _Candidate:
     def order(self) -> tuple[float | int, ...]:
         return (round(self.asr, 2), -self.refused, self.alpha)
 
+    @property
+    def harm(self) -> tuple[float | int, ...]:
+        """What a run that keeps benign accuracy is chosen by, the least first."""
+        lost = self.benign["most_lost_by_a_channel"]
+        return (round(self.asr, 2), -self.refused, round(lost, 2), -self.benign["benign_after"], self.alpha)
+
     def row(self) -> dict[str, Any]:
         made = {"plan": str(self.of.plan), "site": str(self.site), "alpha": self.alpha, "asr": self.asr}
         return {**made, "refused": self.refused, **self.benign}
@@ -142,8 +148,10 @@ def tune(
 
     Plans are ranked by their smallest detection rate over the seen attack channels; of equal ones those come first that read
     prompt and answer, read the answer earlier, have the smaller epsilon and open for fewer benign prompts. The leading plans
-    are run with writers at each layer from their own on, in several strengths; the run with the lowest attack success
-    that keeps benign accuracy wins. Cost: answers to the seen attacks for every leading plan, site and strength.
+    are run with writers at each layer from their own on, in several strengths. The leading runs, of different plans first, are asked the
+    benign prompts; of those that keep benign accuracy the one with the lowest attack success wins, and of equal ones the one whose most
+    harmed benign channel loses least. Cost: answers to the seen attacks for every leading plan, site and strength, and to the benign
+    prompts for as many runs as there are `candidates`.
 
     Args:
         lvlm: The model.
@@ -206,9 +214,10 @@ def tune(
     runs.sort(key=lambda run: run.order)
 
     benign = study.benign("validation")
-    before = share(verdicts(benign, None), Verdict.COMPLIED)
-    won: _Candidate | None = None
-    for run in runs[:candidates]:
+    bare = verdicts(benign, None)
+    before = share(bare, Verdict.COMPLIED)
+    checked = _leading(runs, candidates)
+    for run in checked:
         run.repair = recalibrated(
             lvlm,
             run.repair,
@@ -219,17 +228,17 @@ def tune(
         )
         run.said[False] = verdicts(benign, run.repair)
         after = share(run.said[False], Verdict.COMPLIED)
-        run.benign = {"benign_before": before, "benign_after": after}
-        log.info("benign %.3f -> %.3f: %s at %s", before, after, run.of.plan, run.site)
-        if after >= before - benign_loss:
-            won = run
-            break
-    if won is None:
-        best = max(run.benign.get("benign_after", 0.0) for run in runs)
+        most = _most_lost(benign, bare, run.said[False])
+        run.benign = {"benign_before": before, "benign_after": after, "most_lost_by_a_channel": most}
+        log.info("benign %.3f -> %.3f, a channel lost %.2f: %s at %s", before, after, most, run.of.plan, run.site)
+    kept = [run for run in checked if run.benign["benign_after"] >= before - benign_loss]
+    if not kept:
+        best = max(run.benign["benign_after"] for run in checked)
         raise NoCandidateError(
             f"a repair must keep benign accuracy within {benign_loss:.0%} of {before:.1%} on validation, got at best "
             f"{best:.1%}; try smaller epsilons"
         )
+    won = min(kept, key=lambda run: run.harm)
     return Choice(
         repair=replace(won.repair, model=ModelIdentity.from_model(lvlm.hf_model)),
         plan=won.of.plan,
@@ -279,6 +288,20 @@ def _frontier(
 
     frame = frontier_frame([*measured.values()], [], measured[id(won)], within)
     return Frontier(frame, {**settings, "n_trials": len(measured)})
+
+
+def _leading(runs: Sequence[_Candidate], n: int) -> list[_Candidate]:
+    """The n first runs, of as many plans as there are: the best of each plan, then the rest."""
+    best = {run.of.plan: run for run in reversed(runs)}
+    first = [run for run in runs if best[run.of.plan] is run]
+    return [*first, *(run for run in runs if best[run.of.plan] is not run)][:n]
+
+
+def _most_lost(benign: Sequence[Example], before: Sequence[Verdict], after: Sequence[Verdict]) -> float:
+    """How far the share of right answers falls in the benign channel where it falls most: means over channels hide it."""
+    right = {"before": [v is Verdict.COMPLIED for v in before], "after": [v is Verdict.COMPLIED for v in after]}
+    shares = pd.DataFrame(right).groupby([e.channel for e in benign]).mean()
+    return float((shares["before"] - shares["after"]).max())
 
 
 def _compared(

@@ -94,13 +94,26 @@ def test_the_choice_is_what_one_call_learns_of_its_plan(bundled, study, chosen):
 
 def test_the_figures_of_the_winner_are_those_of_an_evaluation(bundled, study, chosen):
     choice, _ = chosen
-    won = choice.runs[choice.runs["benign_after"].notna()].iloc[-1]
+    checked = choice.runs[choice.runs["benign_after"].notna()].to_dict("records")
+    assert len(checked) == 2 and len({run["plan"] for run in checked}) == 2, "two plans, the best run of each"
+    won = min(
+        checked,
+        key=lambda run: (
+            round(run["asr"], 2),
+            -run["refused"],
+            round(run["most_lost_by_a_channel"], 2),
+            -run["benign_after"],
+        ),
+    )
+    assert (won["plan"], won["site"], won["alpha"]) == (str(choice.plan), str(choice.writer_site), choice.alpha)
     suites = {c: list(e) for c, e in study.channels("validation", harmful=False).items()}
     table = evaluate(
-        bundled, suites, {"care_lens": choice.repair}, judge=study.judge, max_new_tokens=8, batch_size=64,
+        bundled, suites, {"none": None, "care_lens": choice.repair}, judge=study.judge, max_new_tokens=8, batch_size=64,
         fidelity=False, n_boot=20, progress=False,
     ).to_dataframe()  # fmt: skip
-    right = table[table["metric"] == "accuracy"]
+    both = table[table["metric"] == "accuracy"].pivot(index="channel", columns="defence", values="value")
+    assert won["most_lost_by_a_channel"] == pytest.approx((both["none"] - both["care_lens"]).max())
+    right = table[(table["metric"] == "accuracy") & (table["defence"] == "care_lens")]
     assert won["benign_after"] == pytest.approx((right["value"] * right["n"]).sum() / right["n"].sum())
     # The frontier is made of the same verdicts: one setting for each run that was checked on benign prompts.
     frontier = choice.frontier.wide()
