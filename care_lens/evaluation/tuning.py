@@ -14,6 +14,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import isnan
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
 from care_lens.core.site import Site
 from care_lens.data.study import Study
-from care_lens.evaluation.answering import answer_verdicts, share
+from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, share
 from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.placement import Placement, reader_layers
@@ -53,7 +54,8 @@ class Choice:
         subspaces: What its readers read.
         placement: After which layers readers were tried, and why.
         readers: By reader plan the detection rate of each seen attack channel and of the worst, and the share of benign prompts opened.
-        runs: Candidates run with their writers: attack success and refusals; benign accuracy where it was measured.
+        runs: Candidates run with their writers: attack success and refusals; benign accuracy where it was measured. Attack success is at the
+            threshold of the comparison; "asr_recalibrated" is that of the repair itself, whose gate was calibrated anew (the one that won alone).
     """
 
     repair: HybridFusion
@@ -99,11 +101,13 @@ class _Candidate:
     asr: float
     refused: float
     repair: HybridFusion
+    late: bool = False  # too many of its answers have no verdict
     benign: dict[str, float] = field(default_factory=dict)
 
     @property
     def order(self) -> tuple[float | int, ...]:
-        return (round(self.asr, 2), -self.refused, self.alpha)
+        figures = (1.0, 0.0) if isnan(self.asr) else (round(self.asr, 2), -self.refused)
+        return (self.late, *figures, self.alpha)
 
     def row(self) -> dict[str, Any]:
         made = {"plan": str(self.of.plan), "site": str(self.site), "alpha": self.alpha, "asr": self.asr}
@@ -124,6 +128,7 @@ def tune(
     answers: Answers = "rearmed",
     candidates: int = 4,
     benign_loss: float = 0.03,
+    max_missing: float | int = 0.02,
     max_new_tokens: int = 32,
     batch_size: int = 32,
     seed: int = 0,
@@ -151,6 +156,7 @@ def tune(
         answers: "rearmed", or "held" as versions before had it; see :func:`care_lens.repair.assemble`.
         candidates: Reader plans that are run with writers, and runs that are checked on benign prompts.
         benign_loss: Most that the share of right benign answers may fall.
+        max_missing: Largest share of attacks that may be without a verdict in a run, and of benign prompts; runs with more come last, or do not win.
         max_new_tokens: Most tokens of an answer, for calibration, safety and utility alike.
         batch_size: Examples at a time.
         seed: Of the cut of the calibration split.
@@ -166,6 +172,7 @@ def tune(
     """
     kinds = {} if classifier else {"ranks": ranks}
     _require_options(candidates, benign_loss, **kinds, epsilons=epsilons, alphas=alphas)
+    require_max_missing(max_missing)
     placement = _placement(layers, lvlm.n_layers())
     rows = study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size) if rows is None else rows
     if not 0 <= answer_tokens <= rows.tokens:
@@ -193,7 +200,7 @@ def tune(
             )
             said = verdicts(attacked, repair)
             asr, refused = share(said, Verdict.COMPLIED), share(said, Verdict.REFUSED)
-            runs.append(_Candidate(row, site, alpha, asr, refused, repair))
+            runs.append(_Candidate(row, site, alpha, asr, refused, repair, missing_share(said) > max_missing))
             log.info("%s, written at %s x %g: ASR %.3f, refused %.3f", row.plan, site, alpha, asr, refused)
     runs.sort(key=lambda run: run.order)
 
@@ -209,11 +216,13 @@ def tune(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )
-        after = share(verdicts(benign, run.repair), Verdict.COMPLIED)
+        said = verdicts(benign, run.repair)
+        after = share(said, Verdict.COMPLIED)
         run.benign = {"benign_before": before, "benign_after": after}
         log.info("benign %.3f -> %.3f: %s at %s", before, after, run.of.plan, run.site)
-        if after >= before - benign_loss:
+        if after >= before - benign_loss and missing_share(said) <= max_missing:
             won = run
+            run.benign["asr_recalibrated"] = share(verdicts(attacked, run.repair), Verdict.COMPLIED)
             break
     if won is None:
         best = max(run.benign.get("benign_after", 0.0) for run in runs)
