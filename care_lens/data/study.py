@@ -59,8 +59,8 @@ class Study(ShortRepr):
             measured depends on it.
 
     Raises:
-        StudyError: if a split or modality is unknown, a group stands in two splits, an id stands twice in a channel of a split, a seen channel
-            has no fit examples, a channel mixes harmful and benign, a seen or the plain channel is benign, or the name of a pair
+        StudyError: if a split or modality is unknown, a group stands in two splits, an id stands twice in a channel of a split, the
+            counterpart is no benign channel, a seen channel has no fit examples, a channel mixes harmful and benign, a seen or the plain channel is benign, or the name of a pair
             set is no plain file name. It is a ValueError.
         TypeError: if a channel holds other things than examples, or seen names channels by one text.
     """
@@ -120,6 +120,11 @@ class Study(ShortRepr):
         if self.counterpart is not None and any(self.counterpart in self.channels(s, harmful=True) for s in SPLITS):
             raise StudyError(
                 f"counterpart must name a benign channel, got {self.counterpart!r}, which is harmful; name another"
+            )
+        known = sorted({c for split in SPLITS for c in self.channels(split, harmful=False)})
+        if self.counterpart is not None and self.counterpart not in known:
+            raise StudyError(
+                f"counterpart must name a benign channel of the study, one of {known}, got {self.counterpart!r}; name one of them, or None"
             )
         if benign := [c for c in attacks if any(c in self.channels(split, harmful=False) for split in SPLITS)]:
             raise StudyError(

@@ -24,8 +24,13 @@ def added_vector_part(name: str, site: Site, vector: Float[Tensor, "d"], *, scop
         scope: At which positions.
 
     Returns:
-        The part; one with a reason where the scope is not everything or there is no block before.
+        The part; one with a reason where the scope is not everything, there is no block before, or the site is not of the language tower.
     """
+    if site.tower != "language":
+        reason = (
+            f"it is added at {site}, and only linear maps of the language tower are folded; take a site of that tower"
+        )
+        return LinearPart(name=name, site=site, reason=reason)
 
     def edit(rows: Tensor) -> Tensor:
         return vector.to(rows).expand_as(rows)

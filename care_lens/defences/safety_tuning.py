@@ -16,7 +16,6 @@ and so on batches and padding as on single rows. Cost of the fit: ``epochs`` tim
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from care_lens.core.blocks import with_block
 from care_lens.core.examples import Example
 from care_lens.defences.lora import Lesson, linear_maps, require_peft, train
 from care_lens.defences.stored import (
@@ -191,7 +191,7 @@ class SafetyTuning(StoredDefence):
         """
         self._maps(lvlm)
 
-    @contextmanager
+    @with_block("defence.on(lvlm)")
     def on(self, lvlm: HookedLVLM) -> Iterator[HookedLVLM]:
         """Have the adapters on a model until the block is left; its weights are not written.
 

@@ -16,7 +16,7 @@ from care_lens.evaluation.drift import language_drift
 from care_lens.evaluation.endpoint import ChatEndpoint, CostError, CostEstimate
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
-from care_lens.evaluation.frontier import Frontier, NoSettingError, Search, search
+from care_lens.evaluation.frontier import Frontier, MissingVerdictsError, NoSettingError, Search, search
 from care_lens.evaluation.functions import FunctionJudge
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.graders import (
@@ -76,6 +76,7 @@ __all__ = [
     "JudgeError",
     "MMVetGrader",
     "MissingOptunaError",
+    "MissingVerdictsError",
     "NoCandidateError",
     "NoSettingError",
     "OpenAnswerGrader",

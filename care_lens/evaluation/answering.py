@@ -48,10 +48,10 @@ def answer_verdicts(
 
 
 def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
-    """Share of a verdict among those that are not missing; 0 if all are.
+    """Share of a verdict among those that are not missing; NaN if all are.
 
     Args:
-        verdicts: Of any examples.
+        verdicts: Of any examples; none: 0.
         wanted: The one that is counted.
 
     Example:
@@ -60,7 +60,31 @@ def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:
         >>> share([Verdict.COMPLIED, Verdict.REFUSED, Verdict.MISSING], Verdict.COMPLIED)
         0.5
     """
-    return sum(v is wanted for v in verdicts) / max(sum(v is not Verdict.MISSING for v in verdicts), 1)
+    known = sum(v is not Verdict.MISSING for v in verdicts)
+    if verdicts and not known:
+        return float("nan")
+    return sum(v is wanted for v in verdicts) / max(known, 1)
+
+
+def missing_share(verdicts: Sequence[Verdict]) -> float:
+    """Share of verdicts that are missing; 0 of none.
+
+    Example:
+        >>> from care_lens import Verdict
+        >>> missing_share([Verdict.COMPLIED, Verdict.MISSING])
+        0.5
+    """
+    return sum(v is Verdict.MISSING for v in verdicts) / max(len(verdicts), 1)
+
+
+def require_max_missing(max_missing: float | int) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        ValueError: If it is below 0 or above 1.
+    """
+    if not 0 <= max_missing <= 1:
+        raise ValueError(f"max_missing must be a share from 0 to 1, got {max_missing}")
 
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:

@@ -8,11 +8,12 @@ It is the rule by which `care_lens.evaluation.tune` chooses the repair, so that 
 """
 
 from collections.abc import Callable, Sequence
+from math import isnan
 
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.data.study import Study
-from care_lens.evaluation.answering import answer_verdicts, share, spread
+from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, share, spread
 from care_lens.evaluation.splits import refuse_test
 from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm import HookedLVLM
@@ -29,6 +30,7 @@ def tune_defence(
     benign: Sequence[Example],
     judge: Judge,
     benign_loss: float = 0.03,
+    max_missing: float | int = 0.02,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     store: GenerationStore | None = None,
@@ -47,6 +49,8 @@ def tune_defence(
         benign: Benign prompts of it.
         judge: Says what an answer is; it must know right benign answers.
         benign_loss: Most that the share of right benign answers may fall.
+        max_missing: Largest share of attacks, and of benign prompts, that may be without a verdict. Candidates with more come last: what
+            nobody has judged is not safe.
         max_new_tokens: Most tokens of an answer.
         batch_size: Examples at a time.
         store: Where the candidates' answers are kept, so that a stopped search goes on; None: in memory.
@@ -56,7 +60,7 @@ def tune_defence(
         The candidate, and what it reached: "asr", "benign_before", "benign_after", and the number of "candidates".
 
     Raises:
-        ValueError: If there are no candidates, attacks or benign prompts.
+        ValueError: If there are no candidates, attacks or benign prompts, or no answer of the undefended model has a verdict.
         TestSplitError: If an example is of the test split of the study.
     """
     for what, given in (("candidates", candidates), ("attacked", attacked), ("benign", benign)):
@@ -64,42 +68,51 @@ def tune_defence(
             raise ValueError(f"{what} must hold one or more, got none; give those of the validation split")
     if study is not None:
         refuse_test(study, attacked, benign)
+    require_max_missing(max_missing)
     store = GenerationStore() if store is None else store
     few = spread(benign, SCREENED)
 
-    def complied(examples: Sequence[Example], defence: Repair | None) -> float:
-        said = answer_verdicts(
+    def verdicts(examples: Sequence[Example], defence: Repair | None) -> list[Verdict]:
+        return answer_verdicts(
             lvlm, examples, defence, judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-        return share(said, Verdict.COMPLIED)
 
-    before = complied(benign, None)
-    tried: list[tuple[float, Repair]] = []
+    before = share(verdicts(benign, None), Verdict.COMPLIED)
+    if isnan(before):
+        raise ValueError("the undefended model must have an answer with a verdict, got none; the log names the errors")
+    tried: list[
+        tuple[bool, float, Repair]
+    ] = []  # whether too many verdicts are missing; attack success, 1 where none is known
     for make in candidates:
         defence = make()
-        tried.append((complied(attacked, defence), defence))
+        said = verdicts(attacked, defence)
+        asr = share(said, Verdict.COMPLIED)
+        tried.append((missing_share(said) > max_missing, 1.0 if isnan(asr) else asr, defence))
     parts = _parts(benign, few, 2 * batch_size)
 
     def kept(defence: Repair) -> float | None:
-        """The share of right benign answers if it is large enough; None as soon as it cannot be."""
+        """The share of right benign answers if it is large enough and known well enough; None as soon as it cannot be."""
         said: list[Verdict] = []
         for part in parts:
-            said += answer_verdicts(
-                lvlm, part, defence, judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size
-            )
+            said += verdicts(part, defence)
             left = [Verdict.COMPLIED] * (len(benign) - len(said))
             if share([*said, *left], Verdict.COMPLIED) < before - benign_loss:
                 return None
-        return share(said, Verdict.COMPLIED)
+        found = share(said, Verdict.COMPLIED)
+        return None if missing_share(said) > max_missing or isnan(found) else found
 
-    order = sorted(tried, key=lambda row: row[0])  # so the first that keeps benign answers is the best
-    found = next(((asr, after, one) for asr, one in order if (after := kept(one)) is not None), None)
+    order = sorted(tried, key=lambda row: row[:2])  # so the first that keeps benign answers is the best
+    found = next(((asr, after, one) for _, asr, one in order if (after := kept(one)) is not None), None)
     if found is None:
-        rest: list[tuple[float, float, Repair]] = []
-        for asr, defence in order:
-            screened = complied(few, defence)
-            rest.append((asr, screened if screened < before - HOPELESS else complied(benign, defence), defence))
-        found = max(enumerate(rest), key=lambda row: (row[1][1] - row[1][0], row[0]))[1]
+        rest: list[tuple[bool, float, float, Repair]] = []
+        for late, asr, defence in order:
+            said = verdicts(few, defence)
+            if not share(said, Verdict.COMPLIED) < before - HOPELESS:
+                said = verdicts(benign, defence)
+            after = share(said, Verdict.COMPLIED)
+            late = late or missing_share(said) > max_missing
+            rest.append((late, asr, 0.0 if isnan(after) else after, defence))
+        found = max(enumerate(rest), key=lambda row: (not row[1][0], row[1][2] - row[1][1], row[0]))[1][1:]
     asr, after, defence = found
     return defence, {"asr": asr, "benign_before": before, "benign_after": after, "candidates": len(tried)}
 

@@ -29,6 +29,7 @@ from care_lens.evaluation.posting import EndpointError, PassingError, post
 
 logger = logging.getLogger(__name__)
 
+_NOTHING = {"prompt_tokens": 0, "completion_tokens": 0}  # what a failed request costs
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -248,7 +249,7 @@ class ChatEndpoint:
                 why = "an answer that is none"
             except PassingError as error:
                 why, asked_for = error.why, error.retry_after
-                self._settle(prompt, {})
+                self._settle(prompt, _NOTHING)
             except EndpointError:
                 self._stop.set()
                 raise
@@ -316,12 +317,12 @@ class ChatEndpoint:
             self._spent += most
 
     def _settle(self, prompt: Prompt, usage: Any) -> None:
-        """Put what a request really cost in place of what was reserved; a failed one, which has no count, costs nothing."""
+        """Put what a request really cost in place of what was reserved; where the server does not count both, the reservation stays."""
         most = self._price(prompt.tokens, self._max_tokens)
         if most is None or not isinstance(usage, dict):
             return
-        counts = (usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
-        if all(isinstance(count, int) and count >= 0 for count in counts):
+        counts = tuple(usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+        if all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts):
             with self._lock:
                 self._spent += (self._price(*counts) or 0.0) - most
 

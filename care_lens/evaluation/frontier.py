@@ -13,6 +13,7 @@ it is, a refusal of everything, a random edit of the same size) stand beside. A 
 three figures and better in one. The test split is never read: asking for it is a :class:`TestSplitError`.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import Site
 from care_lens.data.study import Split, Study
-from care_lens.evaluation.answering import answer_verdicts, spread
+from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, spread
 from care_lens.evaluation.judging import judge_name
 from care_lens.evaluation.metrics import interval, records
 from care_lens.evaluation.sampling import Sampler, proposals
@@ -55,7 +56,11 @@ UNDEFENDED = "undefended"
 
 
 class NoSettingError(CareLensError, RuntimeError):
-    """No setting of a search could be made into a defence."""
+    """No setting of a search could be made into a defence that answers."""
+
+
+class MissingVerdictsError(CareLensError, ValueError):
+    """So many answers of a setting have no verdict that its figures say little."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,18 @@ class Frontier(FrameResult):
     """Settings and controls by what they reach on validation.
 
     Attributes:
-        frame: One row for each setting or control and figure: candidate (a name), role ("candidate" or "control"), setting (JSON),
+        frame: One row for each setting or control and figure: candidate (a name; with the role it is one), role ("candidate" or "control"), setting (JSON),
             metric ("asr", "utility": right benign answers, "over_refusal": benign prompts refused), value, ci_low, ci_high, n, missing,
             groups (items), interval (its kind), on_frontier, within_budget, chosen.
-        settings: What made it; "failed" says which settings could not be made and why.
+        settings: What made it; "failed" says which settings and controls have no figures and why.
     """
 
     def wide(self) -> pd.DataFrame:
         """One row for each setting or control: its axes, the three figures with their intervals, and whether it was chosen."""
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
         for cell in records(self.frame):
-            row = rows.setdefault(cell["candidate"], {name: cell[name] for name in ("candidate", "role")})
+            about = {name: cell[name] for name in ("candidate", "role")}
+            row = rows.setdefault((cell["candidate"], cell["role"]), about)
             row |= json.loads(cell["setting"])
             row |= {f"{cell['metric']}{end}": cell[of] for end, of in _WIDE.items()}
             row |= {name: bool(cell[name]) for name in ("on_frontier", "within_budget", "chosen")}
@@ -140,8 +146,14 @@ class Tried:
 
     @property
     def costs(self) -> tuple[float, float, float]:
-        """Three figures of which less is better."""
+        """Three figures of which less is better; of equal attack success the most utility first, and then the least over-refusal."""
         return self.value("asr"), -self.value("utility"), self.value("over_refusal")
+
+    @property
+    def gain(self) -> tuple[float, float, float, float]:
+        """What is largest of the best where none keeps the budgets: right answers less attack success; ties as in ``costs``."""
+        asr, loss, refused = self.costs
+        return round(-loss - asr, 12), -refused, -loss, -asr
 
 
 def search(
@@ -157,6 +169,7 @@ def search(
     over_refusal_gain: float | None = None,
     n_examples: int | None = None,
     controls: Mapping[str, Repair | Callable[[Repair], Repair]] | None = None,
+    max_missing: float | int = 0.02,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     store: GenerationStore | None = None,
@@ -167,18 +180,20 @@ def search(
     Args:
         lvlm: The model, without a defence on it.
         make: From one value for each axis, by keyword, to a defence. A setting for which it raises an error of care_lens (FitError, say),
-            or whose defence refuses the model, is left out, with the reason in the frontier's settings.
+            or whose defence refuses the model or cannot be answered for, is left out, with the reason in the frontier's settings.
         axes: The values to be tried by keyword of ``make``: sites or layers, rank, strength, gate level, or whatever it has. Values are
             numbers, texts, sites, or lists of these; none: one setting.
         study: The seen attack channels and all benign ones of its validation split are used, and its judge.
         split: "validation"; another one than "test" is possible.
         n_trials: So many settings are tried; None: all of the grid.
-        sampler: "grid": all, in order (of a number of trials, at even distances); "random": drawn without repetition; "optuna": proposed
+        sampler: "grid": all, in order (of a number of trials, such that each axis has its values evenly, all of them wherever there are as many
+            trials); "random": drawn without repetition; "optuna": proposed
             by its multi-objective tree-structured Parzen estimator from what those before reached (needs optuna).
         benign_loss: Most that the share of right benign answers may fall below the undefended model's.
         over_refusal_gain: Most that the share of benign prompts refused may rise above it; None: as ``benign_loss``.
         n_examples: At most so many attacks and so many benign prompts, at even distances; None: all.
-        controls: What stands beside, by name: a defence, or a function from the chosen defence to one. The undefended model always does.
+        controls: What stands beside, by name: a defence, or a function from the chosen defence to one. The undefended model always does. One that cannot be made or answered for is left out, as settings are.
+        max_missing: Largest share of attacks, and of benign prompts, that may be without a verdict; a setting or control with more is left out.
         max_new_tokens: Most tokens of an answer; None: as the model's own configuration says, else 32.
         batch_size: Examples at a time.
         store: Where answers are kept, so that a search that was stopped goes on; None: in memory.
@@ -190,14 +205,18 @@ def search(
     Raises:
         TestSplitError: If the split is "test".
         MissingOptunaError: If the sampler is "optuna" and it is not installed.
-        NoSettingError: If no setting could be made; the message gives the first reasons.
-        ValueError: If an option makes no sense, or the study lacks attacks or benign prompts in that split.
+        NoSettingError: If no setting could be made and answered for; the message gives the first reasons.
+        MissingVerdictsError: If the undefended model's answers have too few verdicts. It is a ValueError.
+        ValueError: If an option makes no sense, a control has the name of a setting or of the undefended model, or the study lacks attacks or
+            benign prompts in that split.
     """
     if split == "test":
         raise TestSplitError(
             "settings must be chosen on validation, got the test split, which is for reporting alone; use split='validation'"
         )
     _require(axes, n_trials, sampler, benign_loss, over_refusal_gain, n_examples)
+    require_max_missing(max_missing)
+    _require_names(controls or {}, axes)
     attacks = [e for m in study.seen for e in study.malicious(split, m)]
     benign = study.benign(split)
     for what, examples in (("seen attacks", attacks), ("benign prompts", benign)):
@@ -211,6 +230,7 @@ def search(
         benign,
         study.judge,
         GenerationStore() if store is None else store,
+        max_missing=float(max_missing),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
@@ -226,26 +246,27 @@ def search(
                 setting = next(trials) if answer is None else trials.send(answer)
             except StopIteration:
                 break
-            name = ", ".join(f"{key} {_shown(value)}" for key, value in setting.items()) or "as given"
+            name = _name(setting)
             if name in failed or any(name == one.name for one in tried):  # values that look the same
                 name += f" (trial {len(tried) + len(failed)})"
             try:
                 defence = make(**setting)
                 if isinstance(defence, Defence):
                     defence.check(lvlm)
+                one = rater.rated(name, "candidate", dict(setting), defence)
             except CareLensError as error:
                 failed[name] = f"{type(error).__name__}: {error}"
                 log.info("left out: %s (%s)", name, failed[name])
                 answer = (1.0, 0.0)
                 continue
-            one = rater.rated(name, "candidate", dict(setting), defence)
             tried.append(one)
             answer = (one.value("asr"), one.value("utility"))
             log.info("%s: ASR %.3f, right %.3f, refused %.3f", name, *(one.value(metric) for metric in METRICS))
     if not tried:
         raise NoSettingError(
-            f"a setting must make a defence, got none of {len(failed)}: {'; '.join([*failed.values()][:2])}"
+            f"a setting must make a defence that answers, got none of {len(failed)}: {'; '.join([*failed.values()][:2])}"
         )
+    n_tried = len(tried) + len(failed)
     gain = benign_loss if over_refusal_gain is None else over_refusal_gain
 
     def within(one: Tried) -> bool:
@@ -254,25 +275,27 @@ def search(
         return kept and one.value("over_refusal") <= base.value("over_refusal") + gain + 1e-9
 
     kept = [one for one in tried if within(one)]
-    if kept:
-        chosen = min(kept, key=lambda one: (one.value("asr"), -one.value("utility")))
-    else:
-        chosen = max(tried, key=lambda one: one.value("utility") - one.value("asr"))
+    chosen = min(kept, key=lambda one: one.costs) if kept else max(tried, key=lambda one: one.gain)
     assert chosen.defence is not None
     beside = [base]
     for name, control in (controls or {}).items():
-        acting = control if isinstance(control, Repair) else control(chosen.defence)
-        beside.append(rater.rated(name, "control", {}, acting))
+        try:
+            acting = control if isinstance(control, Repair) else control(chosen.defence)
+            beside.append(rater.rated(name, "control", {}, acting))
+        except CareLensError as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            log.warning("control left out: %s (%s)", name, failed[name])
     frame = frontier_frame(tried, beside, chosen, within)
     settings = {
         "study": study.name,
         "split": split,
         "axes": {name: [_plain(value) for value in values] for name, values in axes.items()},
         "sampler": sampler,
-        "n_trials": len(tried) + len(failed),
+        "n_trials": n_tried,
         "of": total,
         "benign_loss": benign_loss,
         "over_refusal_gain": gain,
+        "max_missing": float(max_missing),
         "max_new_tokens": max_new_tokens,
         "judge": judge_name(study.judge),
         "seed": seed,
@@ -284,13 +307,17 @@ def search(
 
 @dataclass(frozen=True)
 class _Rater:
-    """Answers for a defence, and what they come to."""
+    """Answers for a defence, and what they come to.
+
+    Its ``rated`` raises MissingVerdictsError where more verdicts are missing than may be.
+    """
 
     lvlm: HookedLVLM
     attacks: Sequence[Example]
     benign: Sequence[Example]
     judge: Judge
     store: GenerationStore
+    max_missing: float
     max_new_tokens: int | None
     batch_size: int
 
@@ -307,6 +334,13 @@ class _Rater:
             )
             for harmful, examples in ((True, self.attacks), (False, self.benign))
         }
+        for harmful, verdicts in said.items():
+            if (lost := missing_share(verdicts)) > self.max_missing or lost == 1:
+                what = "attacks" if harmful else "benign prompts"
+                raise MissingVerdictsError(
+                    f"{name} must have an answer and a verdict on all but {self.max_missing:.0%} of the {what}, got {lost:.0%} missing; the log names "
+                    "the errors, and a larger max_missing lets it pass"
+                )
         return Tried(name, role, setting, defence, figures_of(name, said, {True: self.attacks, False: self.benign}))
 
 
@@ -380,8 +414,25 @@ def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
     return all(a <= b for a, b in zip(first, second)) and any(a < b for a, b in zip(first, second))
 
 
+def _name(setting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_shown(value)}" for key, value in setting.items()) or "as given"
+
+
+def _require_names(controls: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> None:
+    settings = (_name(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values()))
+    if controls and (taken := sorted({UNDEFENDED} & {*controls}) or [name for name in settings if name in controls]):
+        raise ValueError(
+            f"controls must have names of their own, got {taken[0]!r}, which is that of {'the undefended model' if taken[0] == UNDEFENDED else 'a setting'}; "
+            "name it otherwise"
+        )
+
+
 def _plain(value: Any) -> Any:
     """A value of an axis, JSON-able."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return _plain(value.item())
+    if isinstance(value, np.ndarray):
+        return [_plain(part) for part in value]
     if isinstance(value, Site):
         return str(value)
     if isinstance(value, (list, tuple, range)):

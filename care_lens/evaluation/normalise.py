@@ -136,8 +136,19 @@ def vqa_normalised(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+_SIGNED = r"(?<!\w)-?(?:\d+(?:\.\d+)?|\.\d+)"
+_LETTER_AND_SIGNS = r"(?<!\w)[^\W\d_](?:\+\+?|#)(?!\w)"  # C++, C#, A+
+_WORD = r"\d+(?:\.\d+)?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*|[^\W_]+"
+_WORDS = re.compile(rf"{_SIGNED}|{_LETTER_AND_SIGNS}|{_WORD}")
+
+
 def plain_words(text: str) -> str:
-    """The words of a text in small letters with single spaces, without punctuation and articles; points and commas inside numbers stay out."""
-    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower())
-    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+(?:['\u2019][^\W\d_]+)*|[^\W_]+", text)
-    return " ".join(word.replace("\u2019", "'") for word in words if word not in _ARTICLES)
+    """The words of a text in small letters with single spaces, without punctuation and articles; commas inside numbers go, a sign and a point of a number stay.
+
+    Example:
+        >>> plain_words("The -5 degrees, in C++."), plain_words("a range of 2-5"), plain_words("1,000.5")
+        ('-5 degrees in c++', 'range of 2 5', '1000.5')
+    """
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower().replace("\u2212", "-"))
+    words = [re.sub(r"^(-?)\.", r"\g<1>0.", word.replace("\u2019", "'")) for word in _WORDS.findall(text)]
+    return " ".join(word for word in words if word not in _ARTICLES)

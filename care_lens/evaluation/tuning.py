@@ -14,6 +14,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import isnan
 from typing import Any
 
 import pandas as pd
@@ -24,7 +25,7 @@ from care_lens.core.outcome import Repair, Verdict
 from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.data.study import Study
-from care_lens.evaluation.answering import answer_verdicts, share
+from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, share
 from care_lens.evaluation.frontier import Frontier, Tried, figures_of, frontier_frame
 from care_lens.evaluation.judging import judge_name
 from care_lens.evaluation.store import GenerationStore
@@ -56,7 +57,8 @@ class Choice:
         subspaces: What its readers read.
         placement: After which layers readers were tried, and why.
         readers: By reader plan the detection rate of each seen attack channel and of the worst, and the share of benign prompts opened.
-        runs: Candidates run with their writers: attack success and refusals; benign accuracy where it was measured.
+        runs: Candidates run with their writers: attack success and refusals; benign accuracy where it was measured. Attack success is at the
+            threshold of the comparison; "asr_recalibrated" is that of the repair itself, whose gate was calibrated anew (the one that won alone).
         frontier: Those of the runs that were checked on benign prompts, as `care_lens.evaluation.search` gives its settings, with intervals:
             attack success as measured at the thresholds that plans were compared at, right benign answers and over-refusal at the final one.
             Nothing is answered for it, so that it has no controls. None: of a choice that was loaded from a file.
@@ -107,17 +109,19 @@ class _Candidate:
     refused: float
     repair: HybridFusion
     said: dict[bool, list[Verdict]]
+    late: bool = False  # too many of its answers have no verdict
     benign: dict[str, float] = field(default_factory=dict)
 
     @property
     def order(self) -> tuple[float | int, ...]:
-        return (round(self.asr, 2), -self.refused, self.alpha)
+        figures = (1.0, 0.0) if isnan(self.asr) else (round(self.asr, 2), -self.refused)
+        return (self.late, *figures, self.alpha)
 
     @property
     def harm(self) -> tuple[float | int, ...]:
         """What a run that keeps benign accuracy is chosen by, the least first."""
         lost = self.benign["most_lost_by_a_channel"]
-        return (round(self.asr, 2), -self.refused, round(lost, 2), -self.benign["benign_after"], self.alpha)
+        return (*self.order[:-1], round(lost, 2), -self.benign["benign_after"], self.alpha)
 
     def row(self) -> dict[str, Any]:
         made = {"plan": str(self.of.plan), "site": str(self.site), "alpha": self.alpha, "asr": self.asr}
@@ -138,6 +142,7 @@ def tune(
     answers: Answers = "rearmed",
     candidates: int = 4,
     benign_loss: float = 0.03,
+    max_missing: float | int = 0.02,
     max_new_tokens: int = 32,
     batch_size: int = 32,
     seed: int = 0,
@@ -167,6 +172,7 @@ def tune(
         answers: "rearmed", or "held" as versions before had it; see :func:`care_lens.repair.assemble`.
         candidates: Reader plans that are run with writers, and runs that are checked on benign prompts.
         benign_loss: Most that the share of right benign answers may fall.
+        max_missing: Largest share of attacks that may be without a verdict in a run, and of benign prompts; runs with more come last, or do not win.
         max_new_tokens: Most tokens of an answer, for calibration, safety and utility alike.
         batch_size: Examples at a time.
         seed: Of the cut of the calibration split.
@@ -182,6 +188,7 @@ def tune(
     """
     kinds = {} if classifier else {"ranks": ranks}
     _require_options(candidates, benign_loss, **kinds, epsilons=epsilons, alphas=alphas)
+    require_max_missing(max_missing)
     placement = _placement(layers, lvlm.n_layers())
     rows = study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size) if rows is None else rows
     if not 0 <= answer_tokens <= rows.tokens:
@@ -209,7 +216,8 @@ def tune(
             )
             said = verdicts(attacked, repair)
             asr, refused = share(said, Verdict.COMPLIED), share(said, Verdict.REFUSED)
-            runs.append(_Candidate(row, site, alpha, asr, refused, repair, {True: said}))
+            late = missing_share(said) > max_missing
+            runs.append(_Candidate(row, site, alpha, asr, refused, repair, {True: said}, late))
             log.info("%s, written at %s x %g: ASR %.3f, refused %.3f", row.plan, site, alpha, asr, refused)
     runs.sort(key=lambda run: run.order)
 
@@ -231,7 +239,11 @@ def tune(
         most = _most_lost(benign, bare, run.said[False])
         run.benign = {"benign_before": before, "benign_after": after, "most_lost_by_a_channel": most}
         log.info("benign %.3f -> %.3f, a channel lost %.2f: %s at %s", before, after, most, run.of.plan, run.site)
-    kept = [run for run in checked if run.benign["benign_after"] >= before - benign_loss]
+    kept = [
+        run
+        for run in checked
+        if run.benign["benign_after"] >= before - benign_loss and missing_share(run.said[False]) <= max_missing
+    ]
     if not kept:
         best = max(run.benign["benign_after"] for run in checked)
         raise NoCandidateError(
@@ -239,6 +251,7 @@ def tune(
             f"{best:.1%}; try smaller epsilons"
         )
     won = min(kept, key=lambda run: run.harm)
+    won.benign["asr_recalibrated"] = share(verdicts(attacked, won.repair), Verdict.COMPLIED)
     return Choice(
         repair=replace(won.repair, model=ModelIdentity.from_model(lvlm.hf_model)),
         plan=won.of.plan,
@@ -299,9 +312,13 @@ def _leading(runs: Sequence[_Candidate], n: int) -> list[_Candidate]:
 
 def _most_lost(benign: Sequence[Example], before: Sequence[Verdict], after: Sequence[Verdict]) -> float:
     """How far the share of right answers falls in the benign channel where it falls most: means over channels hide it."""
-    right = {"before": [v is Verdict.COMPLIED for v in before], "after": [v is Verdict.COMPLIED for v in after]}
-    shares = pd.DataFrame(right).groupby([e.channel for e in benign]).mean()
-    return float((shares["before"] - shares["after"]).max())
+    channels = dict.fromkeys(example.channel for example in benign)
+
+    def right(said: Sequence[Verdict], channel: str) -> float:
+        here = [v is Verdict.COMPLIED for v, example in zip(said, benign, strict=True) if example.channel == channel]
+        return sum(here) / len(here)
+
+    return max(right(before, channel) - right(after, channel) for channel in channels)
 
 
 def _compared(

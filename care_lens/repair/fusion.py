@@ -51,7 +51,7 @@ from care_lens.repair.placed import compute_dtype
 from care_lens.repair.plan import PlanPart
 from care_lens.repair.positions import BatchView, Positions, check_positions
 from care_lens.repair.reader import Reader
-from care_lens.repair.reading import Readings
+from care_lens.repair.reading import Readings, end_tokens
 from care_lens.repair.recording import Keep, Recording
 from care_lens.repair.schedule import AnswerSteps, schedule_words, strength_at
 from care_lens.repair.weighting import SampleShare
@@ -261,14 +261,17 @@ class HybridFusion(HookRepair):
         """
         self.check(lvlm)
         record = Recording()
-        with lvlm.hooks_for_each_batch(lambda inputs: self._hooks(inputs, record)):
+        with lvlm.hooks_for_each_batch(lambda inputs: self._hooks(inputs, record, end_tokens(lvlm))):
             yield record
 
-    def _hooks(self, inputs: LVLMInputs, record: Recording | None) -> list[HookPair]:
+    def _hooks(self, inputs: LVLMInputs, record: Recording | None, ends: Sequence[int] = ()) -> list[HookPair]:
         view = BatchView(inputs)
         readings = Readings(view)
-        keep = None if record is None else record.batch(inputs)
-        return [view.guard(), *((str(site), self._hook(site, view, readings, keep)) for site in self.sites)]
+        first, keep = [view.guard()], None
+        if record is not None:
+            keep, tokens = record.batch(inputs, ends=ends)
+            first.append((first[0][0], lambda ids, hook: tokens(ids, view.is_prefill(ids.shape))))
+        return [*first, *((str(site), self._hook(site, view, readings, keep)) for site in self.sites)]
 
     def _hook(self, site: Site, view: BatchView, readings: Readings, keep: Keep | None) -> Any:
         leaves = tuple(dict.fromkeys(leaf for c in self.corrections for leaf in c.leaves if leaf.site == site))

@@ -148,7 +148,7 @@ def read_scores(
                 tokens = lvlm.generate(
                     inputs, max_new_tokens=max_new_tokens, do_sample=False, fwd_hooks=seen.hooks()
                 ).new_tokens
-                counted = _before_end(tokens, _end_tokens(lvlm))
+                counted = _before_end(tokens, end_tokens(lvlm))
             else:
                 lvlm.run_with_hooks(inputs, fwd_hooks=seen.hooks(), logits_to_keep=1)
                 tokens = counted = None
@@ -287,7 +287,8 @@ def _names(readers: Sequence[Reader]) -> list[str]:
     ]
 
 
-def _end_tokens(lvlm: HookedLVLM) -> list[int]:
+def end_tokens(lvlm: HookedLVLM) -> list[int]:
+    """Ids of the tokens that end an answer."""
     end = lvlm.hf_model.generation_config.eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 

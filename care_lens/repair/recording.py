@@ -43,6 +43,7 @@ class _Pass:
     weight_visual: Tensor
     weight_textual: Tensor
     edit_norm: Tensor
+    ended: Tensor  # [row] whether the answer had ended: what is fed then is its end and padding
 
 
 @dataclass
@@ -56,11 +57,26 @@ class Recording(ShortRepr):
     _passes: list[_Pass] = field(default_factory=list)
     _spans: list[TokenSpans] = field(default_factory=list)
 
-    def batch(self, inputs: LVLMInputs) -> Keep:
-        """Begin a batch; what is returned takes its passes."""
+    def batch(self, inputs: LVLMInputs, *, ends: Sequence[int] = ()) -> tuple[Keep, Callable[[Tensor, bool], None]]:
+        """Begin a batch.
+
+        Args:
+            inputs: The batch.
+            ends: Ids of the tokens that end an answer; what comes from one on is left out.
+
+        Returns:
+            What takes its passes, and what takes the tokens of each pass before it, and whether they are those of the whole batch.
+        """
         number = len(self._spans)
+        ended = torch.zeros(len(inputs.input_ids), dtype=torch.bool)
+        stops = torch.tensor(list(ends), dtype=torch.long)
         self._spans.append(inputs.spans.to("cpu"))
         steps: dict[Site, int] = {}
+
+        def tokens(ids: Tensor, prefill: bool) -> None:
+            nonlocal ended
+            new = torch.zeros_like(ended) if prefill else torch.isin(ids[:, 0].cpu().long(), stops)
+            ended = new if prefill else ended | new
 
         def keep(
             site: Site, fused: Fused, visual: Sequence[GatedWriter], textual: Sequence[GatedWriter], prefill: bool
@@ -80,10 +96,11 @@ class Recording(ShortRepr):
                     weight_visual=fused.visual.detach().masked_fill(~acts, 0.0).float().cpu(),
                     weight_textual=fused.textual.detach().masked_fill(~acts, 0.0).float().cpu(),
                     edit_norm=norm.float().cpu(),
+                    ended=ended,
                 )
             )
 
-        return keep
+        return keep, tokens
 
     def __len__(self) -> int:
         return len(self._passes)
@@ -94,7 +111,7 @@ class Recording(ShortRepr):
         return "Recording", {"batches": str(len(self._spans)), "passes": str(len(self)), "sites": sites or "none"}
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each token and site that was written at, padding left out.
+        """One row for each token and site that was written at, padding and what comes from an answer's end on left out.
 
         Returns:
             Columns batch, row, position (0 is the row's first token that is no padding; generated tokens go on counting), span ("image", "text" or
@@ -105,7 +122,7 @@ class Recording(ShortRepr):
         for one in self._passes:
             spans = self._spans[one.batch]
             lengths = (~spans.padding).sum(dim=1).tolist()
-            for row in range(one.edit_norm.shape[0]):
+            for row in (~one.ended).nonzero()[:, 0].tolist():
                 columns = (~spans.padding[row]).nonzero()[:, 0].tolist() if one.step == 0 else [0]
                 for order, column in enumerate(columns):
                     span = (

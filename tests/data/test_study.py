@@ -188,6 +188,15 @@ def test_studies_that_contradict_themselves(suites, seen, error, message):
         Study("s", suites, seen, OrganismJudge(), UnsafeMargin(comply=(1,), refuse=(2,)), "no")
 
 
+def test_a_counterpart_must_be_a_channel():
+    study = organism_study()
+    with pytest.raises(StudyError, match=r"benign channel of the study, one of \['benign .*\], got 'benign plane'"):
+        replace(study, counterpart="benign plane")
+    with pytest.raises(StudyError, match="which is harmful"):
+        replace(study, counterpart="plain")
+    assert replace(study, counterpart=None).counterpart is None
+
+
 def test_shares_and_limits_that_make_no_sense():
     with pytest.raises(ValueError, match="sum to 1"):
         split_by_group(make(), shares={"fit": 1.5, "test": -0.5})

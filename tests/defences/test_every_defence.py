@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from care_lens.core import Defence, Repair, Site
+from care_lens.core.blocks import UnusedBlockWarning
 from care_lens.core.identity import repair_fingerprint
 from care_lens.defences import (
     ASTRA,
@@ -24,12 +25,14 @@ from care_lens.defences import (
     PublishedCARE,
     RefusalDirection,
     SafeSteer,
+    SafetyTuning,
     SecondLook,
     SelfReminder,
     ShiftDC,
     WrongModelError,
     load_defence,
 )
+from care_lens.defences.folding import added_vector_part
 
 SITE = Site("language", 2, "hook_resid_post")
 
@@ -306,3 +309,18 @@ def test_generation_does_not_see_the_examples_responses(world_model, made, reque
             for rows in (begun, bare)
         )
     assert torch.equal(with_.new_tokens, without.new_tokens)
+
+
+def test_a_defence_that_is_put_on_without_a_block_says_so(world_model, made):
+    """None of them has done anything then."""
+    for defence in (*made.values(), NoDefence(), SelfReminder(), SecondLook(), SafetyTuning(adapters={}, scale=1.0)):
+        with pytest.warns(UnusedBlockWarning, match=r"defence\.on\(lvlm\) was made and not entered"):
+            defence.on(world_model)
+    assert world_model.acting() == []
+
+
+def test_a_vector_that_is_added_in_the_vision_tower_is_no_part_of_the_language_model():
+    for component in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out"):
+        part = added_vector_part("x", Site("vision", 1, component), torch.ones(4))
+        assert part.edit is None and "language tower" in part.reason and part.site.tower == "vision"
+    assert added_vector_part("x", SITE, torch.ones(4)).site == Site("language", 2, "hook_mlp_out")

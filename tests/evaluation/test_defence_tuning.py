@@ -68,7 +68,13 @@ def test_it_chooses_what_all_answers_would_choose_and_asks_fewer(small, judge, m
         rows = [drawn(rng, str(i), rng.choice([0.1, 0.5]), rng.choice(rights)) for i in range(8)]
         asked.clear()
         best, reached = tune_defence(
-            small, [lambda row=row: row for row in rows], attacked=ATTACKED, benign=BENIGN, judge=judge, batch_size=16
+            small,
+            [lambda row=row: row for row in rows],
+            attacked=ATTACKED,
+            benign=BENIGN,
+            judge=judge,
+            batch_size=16,
+            max_missing=1.0,
         )
         expected, after = by_all(rows, before, 0.03)
         assert best is expected and reached["benign_after"] == after and reached["benign_before"] == before
@@ -80,3 +86,40 @@ def test_it_chooses_what_all_answers_would_choose_and_asks_fewer(small, judge, m
             assert sum(asked) <= len(BENIGN) + 8 * len(ATTACKED) + tried * len(BENIGN)
             if tried > 1 and max(rights) < 0.95:
                 assert sum(asked) < len(BENIGN) + 8 * len(ATTACKED) + tried * len(BENIGN)
+
+
+def test_what_nobody_has_judged_is_not_safe(small, judge, monkeypatch):
+    def row(name, refused, missing, wrong=0, unknown=0):
+        attacks = [Verdict.REFUSED] * refused + [Verdict.MISSING] * missing + [Verdict.COMPLIED] * 20
+        answers = [Verdict.REFUSED] * wrong + [Verdict.MISSING] * unknown + [Verdict.COMPLIED] * 300
+        said = {
+            e.id: verdict for group, all_ in ((ATTACKED, attacks), (BENIGN, answers)) for e, verdict in zip(group, all_)
+        }
+        return Row(name, said)
+
+    rows = [
+        row("all missing", 0, 20), row("half missing", 10, 10), row("benign missing", 20, 0, unknown=200), row("known", 12, 0),
+        row("refuses all", 20, 0, wrong=300),
+    ]  # fmt: skip
+    bare = row("none", 0, 0)
+
+    def verdicts(lvlm, examples, defence, judge, **options):
+        return [(bare if defence is None else defence).said[e.id] for e in examples]
+
+    monkeypatch.setattr(defence_tuning, "answer_verdicts", verdicts)
+
+    def chosen(rows, **options):
+        given = {"attacked": ATTACKED, "benign": BENIGN, "judge": judge, **options}
+        best, reached = tune_defence(small, [lambda row=row: row for row in rows], **given)
+        return best.name, reached["asr"]
+
+    assert chosen(rows) == ("known", 0.4)
+    assert chosen(rows[:1]) == ("all missing", 1.0)  # the last resort, whose attack success nobody knows
+    assert chosen([*rows[:3], rows[4]]) == ("half missing", 0.0)  # it keeps benign answers, as none before it
+    assert chosen(rows, max_missing=0.5)[0] == "half missing"
+    assert np.isnan(share([Verdict.MISSING] * 3, Verdict.COMPLIED)) and share([], Verdict.COMPLIED) == 0
+    bare = Row("none", {e.id: Verdict.MISSING for e in BENIGN})
+    with pytest.raises(ValueError, match="an answer with a verdict, got none"):
+        chosen(rows)
+    with pytest.raises(ValueError, match="max_missing must be a share"):
+        chosen(rows, max_missing=-0.1)

@@ -269,6 +269,23 @@ def test_repeated_requests_cannot_exceed_what_is_allowed():
     assert 1 <= len(server.bodies) < 5
 
 
+@pytest.mark.parametrize(
+    "usage", [None, {}, {"total_tokens": 9}, {"prompt_tokens": 1}, {"prompt_tokens": True, "completion_tokens": 2}]
+)
+def test_what_the_server_does_not_count_is_paid_for_as_it_was_reserved(usage):
+    def told(number, body):
+        made = json.loads(reply(honest(number, body)))
+        made["usage"] = usage
+        return 200, {}, json.dumps({name: value for name, value in made.items() if value is not None}).encode()
+
+    with StubEndpoint(told) as server:
+        made = judge(server, prices=(1.0, 1.0), max_tokens=50, max_cost=1.0, workers=1)
+        seen = []
+        made.endpoint._confirm = lambda estimate: seen.append(estimate.cost) or True
+        assert made(REQUESTS, TEXTS) == VERDICTS
+        assert made.endpoint.spent == pytest.approx(seen[0]) and seen[0] > 0
+
+
 def test_what_was_answered_is_not_asked_or_paid_for_again(tmp_path):
     cache = tmp_path / "cache.jsonl"
     with StubEndpoint(lambda n, b: (404, {}, b"no such model") if n == 2 else honest(n, b)) as server:

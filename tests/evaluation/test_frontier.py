@@ -1,10 +1,16 @@
 """The search on validation: its figures by hand, its frontier and its choice, its samplers, its controls, what it refuses."""
 
 import builtins
+import json
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from care_lens import Example, UnsafeMargin, Verdict
 from care_lens.core.stats import clustered_rate
@@ -14,6 +20,7 @@ from care_lens.evaluation import (
     Frontier,
     GenerationStore,
     MissingOptunaError,
+    MissingVerdictsError,
     NoSettingError,
     TestSplitError,
     evaluate,
@@ -21,7 +28,7 @@ from care_lens.evaluation import (
     search,
     tune_defence,
 )
-from care_lens.evaluation.sampling import proposals
+from care_lens.evaluation.sampling import balanced, proposals
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -151,6 +158,110 @@ def test_controls_are_rated_beside(model, study):
     assert {trace.name for trace in figure.data} == {"chosen", "undefended", "fixed", "made"}
 
 
+class ByTable:
+    """A judge of how many are refused, other and missing at a level, attacks and benign prompts; the rest complied. It goes by what was asked."""
+
+    name = "by table"
+
+    def __init__(self, attacks, benign):
+        self.said, self.level = {True: attacks, False: benign}, 0
+
+    def __call__(self, examples, texts):
+        out = []
+        for e in examples:
+            refused, other, missing = self.said[e.harmful].get(self.level, (0, 0, 0))
+            index = int(e.id.split()[-1])
+            kinds = [Verdict.REFUSED] * refused + [Verdict.OTHER] * other + [Verdict.MISSING] * missing
+            out.append(kinds[index] if index < len(kinds) else Verdict.COMPLIED)
+        return out
+
+
+def test_settings_whose_answers_have_no_verdicts_are_left_out(model, study):
+    """Missing verdicts are not safety: 7 of 8 attacks without one would have been an attack success of 0."""
+    judge = ByTable({1: (1, 0, 7), 2: (2, 0, 0), 3: (0, 0, 8), 4: (1, 0, 1)}, {5: (0, 0, 4)})
+    tabled = replace(study, judge=judge)
+    found = found_by(model, tabled, {"level": [1, 2, 3, 4, 5]}, benign_loss=0.1)
+    assert found.setting == {"level": 2} and found.frontier.settings["n_trials"] == 5
+    failed = found.frontier.settings["failed"]
+    assert list(failed) == ["level 1", "level 3", "level 4", "level 5"]
+    assert (
+        "MissingVerdictsError: level 1 must have an answer and a verdict on all but 2% of the attacks, got 88% missing"
+        in failed["level 1"]
+    )
+    assert "benign prompts, got 40% missing" in failed["level 5"]
+    assert found.frontier.settings["max_missing"] == 0.02
+    lenient = found_by(model, tabled, {"level": [1, 2, 4]}, benign_loss=0.1, max_missing=0.125)
+    assert [*lenient.frontier.settings["failed"]] == ["level 1"] and lenient.setting == {
+        "level": 2
+    }  # 6 of 8 against 6 of 7
+    with pytest.raises(NoSettingError, match="88% missing"):
+        found_by(model, tabled, {"level": [1]})
+    with pytest.raises(ValueError, match="max_missing must be a share"):
+        found_by(model, tabled, {"level": [1]}, max_missing=2.0)
+    bare = replace(study, judge=ByTable({0: (0, 0, 8)}, {}))
+    with pytest.raises(MissingVerdictsError, match="undefended must have an answer"):
+        found_by(model, bare, {"level": [1]})
+
+
+def test_one_bad_setting_or_control_does_not_throw_the_search_away(model, study):
+    @dataclass(frozen=True, eq=False, kw_only=True)
+    class Breaking(Levelled):
+        def on(self, lvlm):
+            raise FitError("cannot be put on")
+
+    def control(defence):
+        raise FitError("no such control")
+
+    def make(level):
+        return (Breaking if level == 1 else Levelled)(level=level)
+
+    controls = {"bad": control, "worse": Breaking(level=0), "good": Levelled(level=0)}
+    found = found_by(model, study, {"level": [1, 3]}, make=make, benign_loss=1.0, controls=controls)
+    assert found.frontier.settings["failed"] == {
+        "level 1": "FitError: cannot be put on",
+        "bad": "FitError: no such control",
+        "worse": "FitError: cannot be put on",
+    }
+    assert found.setting == {"level": 3} and [*found.frontier.wide()["candidate"]] == ["level 3", "undefended", "good"]
+    assert found.frontier.settings["n_trials"] == 2
+
+
+def test_of_equal_settings_the_one_that_refuses_less_is_chosen(model, study):
+    """Else the choice would not be on its own frontier."""
+    judge = ByTable({1: (4, 0, 0), 2: (4, 0, 0), 3: (6, 0, 0)}, {1: (2, 0, 0), 2: (1, 1, 0), 3: (5, 0, 0)})
+    found = found_by(model, replace(study, judge=judge), {"level": [1, 2]}, benign_loss=0.5)
+    wide = found.frontier.wide().set_index("candidate")
+    assert (
+        found.setting == {"level": 2} and wide.loc["level 2", "on_frontier"] and not wide.loc["level 1", "on_frontier"]
+    )
+    # The same where none keeps the budgets, by the difference of right answers and attack success.
+    broken = found_by(model, replace(study, judge=judge), {"level": [1, 2]}, benign_loss=0.0)
+    assert not broken.kept_budget and broken.setting == {"level": 2}
+
+
+def test_controls_have_names_of_their_own_and_axes_of_numpy_keep_their_values(model, study):
+    for name, words in (("undefended", "undefended model"), ("level 3", "that of a setting")):
+        with pytest.raises(ValueError, match=words):
+            found_by(model, study, {"level": [1, 3]}, controls={name: Levelled(level=0)})
+    axes = {"level": [np.int64(1), np.int64(3)], "size": [np.float32(0.5), np.float64(2.0)]}
+    found = found_by(
+        model, study, axes, benign_loss=1.0, make=lambda level, size: Levelled(level=int(level), size=float(size))
+    )
+    settings = found.frontier.settings["axes"]
+    assert settings == {"level": [1, 3], "size": [0.5, 2.0]} and json.dumps(settings)
+    wide = found.frontier.wide()
+    assert [*wide["candidate"][:2]] == ["level 1, size 0.5", "level 1, size 2"] and wide["level"].tolist()[:4] == [
+        1,
+        1,
+        3,
+        3,
+    ]
+    # A frame whose control is called as a setting, as versions before let it be: both are shown.
+    frame = found.frontier.frame
+    frame = frame.assign(candidate=frame["candidate"].replace("undefended", "level 1, size 0.5"))
+    assert len(Frontier(frame, {}).wide()) == len(wide)
+
+
 def test_the_figure_shows_every_setting(model, study, tmp_path):
     found = found_by(model, study, {"level": [0, 1, 3, 8]}, benign_loss=0.1)
     data = {trace.name: trace for trace in found.frontier.plot().data}
@@ -247,11 +358,25 @@ AXES = {"site": ["a", ["b", "c"]], "rank": [2, 4, 8], "alpha": [0.5, 1.0]}
 def test_samplers_try_each_setting_once():
     grid = exhausted(AXES, 12, "grid")
     assert len(grid) == 12 and grid[0] == ("a", 2, 0.5) and grid[-1] == (["b", "c"], 8, 1.0)
-    assert exhausted(AXES, 3, "grid") == [grid[0], grid[4], grid[8]]
+    few = exhausted(AXES, 3, "grid")
+    assert few == exhausted(AXES, 3, "grid") and [grid.index(one) for one in few] == sorted(map(grid.index, few))
+    assert [len({str(one[axis]) for one in few}) for axis in range(3)] == [2, 3, 2]
     drawn = exhausted(AXES, 5, "random", seed=1)
     assert len({str(s) for s in drawn}) == 5 and drawn == exhausted(AXES, 5, "random", seed=1) != exhausted(
         AXES, 5, "random", seed=2
     )
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_thinned_grid_shows_the_values_of_every_axis_evenly(lengths, data):
+    n = data.draw(st.integers(1, math.prod(lengths)))
+    cells = balanced(lengths, n)
+    assert len({*cells}) == n and cells == sorted(cells) == balanced(lengths, n)
+    for axis, length in enumerate(lengths):
+        counts = Counter(cell[axis] for cell in cells)
+        assert len(counts) == min(length, n) and (n > length or max(counts.values()) == 1)
+    assert balanced([4, 4], 4) != [(i, i) for i in range(4)]  # the axes do not rise together
 
 
 def test_optuna_proposes_each_setting_once_and_learns():

@@ -23,7 +23,7 @@ from care_lens.evaluation import (
     graded_trials,
 )
 from care_lens.evaluation.abnormal import repeats_itself
-from care_lens.evaluation.normalise import vqa_normalised
+from care_lens.evaluation.normalise import plain_words, vqa_normalised
 
 ANIMALS = {"A": "cat", "B": "dog", "C": "hot dog", "D": "I do not know"}
 
@@ -54,10 +54,49 @@ ANIMALS = {"A": "cat", "B": "dog", "C": "hot dog", "D": "I do not know"}
         ("", None),
         ("underdog", None),
         ("It looks like the letter Z", None),
+        # What is stated comes before options that are mentioned, and those that are rejected do not count.
+        ("The correct answer is B. Option A is wrong, and option C is a food.", "B"),
+        ("The answer is B, not option C.", "B"),
+        ("**Answer: B**\n\nOption D is incorrect.", "B"),
+        ("**Answer:** B", "B"),
+        ("C. hot dog\nOption A and option B are incorrect.", "C"),
+        ("Answer: A dog is in the picture.", "B"),
+        ("Answer: A because it purrs", "A"),
+        ("The correct choice is (b).", "B"),
+        ("Option D is incorrect.", None),
+        ("Option B is correct, not option C", "B"),
+        ("I pick option B, since A is something else", "B"),
+        ("The answer is A or B", None),
+        ("The answer is not A, it is B", "B"),
+        ("The answer is B. The wrong option is D.", "B"),
     ],
 )
 def test_letters_that_answers_name(text, letter):
     assert chosen_letter(text, ANIMALS) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("-5", "-5"), ("\u22125 degrees", "-5 degrees"), ("2-5", "2 5"), ("covid-19", "covid 19"), (".5", "0.5"), ("1,000.50", "1000.50"),
+        ("in C++.", "in c++"), ("C", "c"), ("c#", "c#"), ("a cat, the dog", "cat dog"),
+    ],
+)  # fmt: skip
+def test_signs_of_numbers_are_words_parts(text, words):
+    assert plain_words(text) == words
+
+
+def test_a_number_of_another_sign_is_another_answer():
+    asked = Example("how cold?", response="-5")
+    assert OpenAnswerGrader().scores([asked] * 3, ["It is 5.", "It is -5.", "\u22125"]) == [0.0, 1.0, 1.0]
+
+
+def test_circular_evaluation_needs_groups():
+    asked = [Example(question(turn).prompt, response="B", id=str(turn), channel="mmbench") for turn in range(4)]
+    answers = [stored(example, "B") for example in asked]
+    assert len(graded_trials(ChoiceGrader(), answers)) == 4
+    with pytest.raises(JudgeError, match="group must name the question"):
+        graded_trials(ChoiceGrader(circular=True), answers)
 
 
 def question(turn=0, right="dog", group="q"):

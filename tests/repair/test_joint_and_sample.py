@@ -143,6 +143,25 @@ def test_positions_of_the_record_count_each_token_once(model, inputs):
         assert frame.span.tolist()[asked:] == ["generated"] * steps
 
 
+def test_the_record_ends_where_a_row_s_answer_does(model, inputs):
+    """The end of an answer and the padding after it are no tokens of it, as in a trace of scores."""
+    settings = model.hf_model.generation_config
+    before = settings.eos_token_id
+    with pair().on(model):
+        plain = model.generate(inputs, max_new_tokens=6, min_new_tokens=6).new_tokens
+    try:
+        with pair().recording(model) as seen:
+            settings.eos_token_id = int(plain[0, 1])
+            new = model.generate(inputs, max_new_tokens=6).new_tokens
+            frame = seen.to_dataframe()
+    finally:
+        settings.eos_token_id = before
+    ends = [(row == int(plain[0, 1])).nonzero()[:, 0].tolist() for row in new]
+    expected = [min(found[0] if found else len(row), len(row) - 1) for found, row in zip(ends, new, strict=True)]
+    assert expected[0] < 2 and max(expected) > 2, "answers must end apart"
+    assert [int(((frame.row == row) & (frame.span == "generated")).sum()) for row in range(len(new))] == expected
+
+
 def test_the_heat_map_shows_the_image_tokens(model, inputs):
     with torch.no_grad(), pair().recording(model) as seen:
         model(inputs)
