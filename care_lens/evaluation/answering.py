@@ -22,6 +22,7 @@ def answer_verdicts(
     store: GenerationStore | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
+    watched: Sequence[Repair] = (),
 ) -> list[Verdict]:
     """A verdict on the answer to each example.
 
@@ -33,6 +34,8 @@ def answer_verdicts(
         store: Where answers are kept, so that a rerun generates only what is missing; None: in memory.
         max_new_tokens: Most tokens of an answer; None: as the model's own configuration says, else 32.
         batch_size: Examples at a time.
+        watched: Gated defences that will be asked the same examples from the same store: their gates are read on the way, so that only
+            what they open for is generated again.
     """
     answers = generate_all(
         lvlm,
@@ -43,6 +46,7 @@ def answer_verdicts(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=False,
+        watched=watched,
     )
     return judge_answers(answers, judge, examples=list(examples))
 

@@ -202,9 +202,16 @@ def tune(
     attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
     store = GenerationStore() if store is None else store
 
-    def verdicts(examples: Sequence[Example], repair: Repair | None) -> list[Verdict]:
+    def verdicts(examples: Sequence[Example], repair: Repair | None, watched: Sequence[Repair] = ()) -> list[Verdict]:
         return answer_verdicts(
-            lvlm, examples, repair, study.judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size
+            lvlm,
+            examples,
+            repair,
+            study.judge,
+            store=store,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            watched=watched,
         )
 
     runs: list[_Candidate] = []
@@ -222,8 +229,6 @@ def tune(
     runs.sort(key=lambda run: run.order)
 
     benign = study.benign("validation")
-    bare = verdicts(benign, None)
-    before = share(bare, Verdict.COMPLIED)
     checked = _leading(runs, candidates)
     for run in checked:
         run.repair = recalibrated(
@@ -234,7 +239,11 @@ def tune(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )
-        run.said[False] = verdicts(benign, run.repair)
+    repairs = [run.repair for run in checked]
+    bare = verdicts(benign, None, repairs)
+    before = share(bare, Verdict.COMPLIED)
+    for run in checked:
+        run.said[False] = verdicts(benign, run.repair, repairs)
         after = share(run.said[False], Verdict.COMPLIED)
         most = _most_lost(benign, bare, run.said[False])
         run.benign = {"benign_before": before, "benign_after": after, "most_lost_by_a_channel": most}
