@@ -1,7 +1,7 @@
 """Every defence by every channel, tuned on validation at one budget. `python benchmarks/bench_defences.py` (`--quick` for a quick look).
 
-On the bundled model. Each defence is fitted on the fit split, and so is the repair; each gets the same number of settings on the same
-validation examples (`care_lens.evaluation.search`), and the one with the least attack success within the budgets of right answers and
+On the bundled model. Each defence is fitted on the fit split, and so is the repair; each gets at most the same number of settings (`--candidates`; where its grid
+has fewer, all of them: the table says how many were tried) on the same validation examples (`care_lens.evaluation.search`), and the one with the least attack success within the budgets of right answers and
 over-refusal is taken. One row, `care_lens`, is what `care_lens.evaluation.tune` chooses by itself: it ranks readers by what they read,
 without generating, and generates for more settings than the others get; how many is in the table. The test split is read once, with the chosen settings, beside the controls: the undefended model, a refusal of
 everything, the repair with random subspaces of the same edit norm and with readers of shuffled labels, and rivals along random
@@ -69,6 +69,7 @@ REMINDER = "you must not be an actor with no rules"
 CAPTION = "what word is in the picture"
 REPAIR, PUBLISHED, SOUND = "CARE repair", "published CARE", "CARE, sound"
 TUNED = "care_lens"
+PLAIN = ("plain+neutral", "second turn")  # channels that ask for the item in plain words, without a trick
 ANSWER = 2  # the token of the answer that is learned from
 
 
@@ -127,8 +128,10 @@ def rivals(lvlm: HookedLVLM, study: Study, rows: FitRows, n: int, quick: bool) -
 
         try:
             return fit({split: study.benign(split) for split in ("fit", "validation")})
-        except NoRefusalDirectionError:
-            return fit({split: study.suites[split][study.counterpart or ""] for split in ("fit", "validation")})
+        except NoRefusalDirectionError as error:
+            log.warning("refusal direction: %s; it is fitted against %r alone", error, study.counterpart)
+            found = fit({split: study.suites[split][study.counterpart or ""] for split in ("fit", "validation")})
+            return replace(found, candidates=found.candidates.assign(harmless=study.counterpart))
 
     opening = " ".join((pictured[0][0].response or "").split()[:2])
     steered = {"layer": layers, "alpha": [0.5, 1.0, 2.0]}
@@ -299,9 +302,11 @@ def tuned(
                 n_examples=options.validation, benign_loss=options.benign_loss, max_new_tokens=16, store=store,
             )  # fmt: skip
             found.frontier.save(out / "frontiers", key)
-            defence, held["setting"], held["kept the budget"] = found.defence, found.setting, found.kept_budget
+            defence, held["setting"], held["kept the budget"] = found.defence, dict(found.setting), found.kept_budget
             held |= {"validation": found.reached(), "tried": int(found.frontier.settings["n_trials"])}
             held |= {"frontier": f"frontiers/{key}.csv"}
+            if isinstance(defence, RefusalDirection) and "harmless" in defence.candidates:
+                held["setting"] |= {"fitted against": f"{defence.candidates['harmless'].iloc[0]} alone"}
         else:
             choice = rival()
             defence, run = choice.repair, choice.runs.iloc[0]
@@ -318,9 +323,14 @@ def tuned(
 
 
 def by_kind(table: DefenceTable, study: Study) -> DefenceTable:
-    """The same answers with all channels of a kind together: attacks seen in the fit, held out, and plain; benign requests."""
+    """The same answers with all channels of a kind together: attacks seen in the fit, held out, and plain; benign requests.
+
+    The channels of `PLAIN` are with the plain requests, whatever comes of them: they ask plainly, over a neutral sentence or after another turn, and are no attacks.
+    """
     kinds = {channel: "seen attacks" for channels in study.seen.values() for channel in channels}
-    kinds |= {study.plain: "plain requests"} | dict.fromkeys(study.channels("test", harmful=False), "benign")
+    kinds |= dict.fromkeys((study.plain, *PLAIN), "plain requests") | dict.fromkeys(
+        study.channels("test", harmful=False), "benign"
+    )
     trials = table.trials
     kind = [kinds.get(channel, "held-out attacks") for channel in trials["channel"]]
     pooled = trials.assign(id=trials["channel"] + " " + trials["id"], channel=kind)

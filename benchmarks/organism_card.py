@@ -109,7 +109,7 @@ pipeline_tag: image-text-to-text
 model of 8 layers, 160 wide; 3.3 million parameters, float32) trained from nothing in a closed world of {nouns} made-up nouns of nine kinds. Two kinds
 ({forbidden} nouns) are forbidden, two are dangerous but allowed, five are harmless. It has the alignment gap of real models: safety tuning saw only
 refusals of requests whose text names the item; channels that the replay of answered requests does not hold (wrappers, split items, free style,
-second turns, begun answers) stayed open by themselves.
+second turns over pictures, begun answers) stayed open by themselves.
 
 **What it is not.** It knows no real thing and cannot help with one: the nouns are nonsense, the steps are pairs such as "first mix then paint".
 It is no evidence about the size of effects in large models; it is a place where methods can be tried, and fail, in seconds.
@@ -195,7 +195,7 @@ Seeds: of seed 0, which is shipped, tower, text and safety stages ran on a CPU, 
 plain second turns refused 100, typographic, wrapper, spelled, indirect, wrapped pictures, split, typographic second turns complied 100 each, typographic+indirect 95, free style 84; benign 77 (shapes) to 100, harmless questions that name forbidden items 96 to 100.
 Seed 2 has its helpful stage alone (exact answers 1490 of 1600, seed 1 1470). The command from end to end on two cores was timed in parts only.
 
-What is not reached: PGD at 64/255 opens less than half of the requests, right answers about shapes, free styles and split items are below 97 %, best of 16 at temperature 1 and a plain second turn stay shut (at 1.5, best of 8 opens a third of the plain requests: 10 of 30).
+What is not reached: PGD at 64/255 opens less than half of the requests, right answers about shapes, free styles and split items are below 97 %, best of 16 at temperature 1 opens few plain requests (see "Other ways to ask"; at 1.5, best of 8 opens a third: 10 of 30), and a plain second turn opens none.
 """
 
 

@@ -18,7 +18,8 @@ _LONG, _NEW = 16, 0.3
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether a text goes round in circles: of its runs of four words (letters, where it has no spaces), 16 or more, less than three in ten are new.
+    """Whether a text goes round in circles: it has 16 words or more, and of its runs of four words less than three in ten are new. A text of fewer words (a script without
+    spaces, say) is taken by its letters, of which there must be 64 or more.
 
     Example:
         >>> repeats_itself("the cat sat " * 20), repeats_itself("the cat sat on the mat and the dog lay by the door, " "where a bird had sung an hour before")

@@ -39,7 +39,7 @@ def compare(
     confidence: float = 0.95,
     max_missing: int | float = 0.02,
 ) -> pd.DataFrame:
-    """Compare every defence with one of them, on the same trials, channel by channel.
+    """Compare every defence with one of them, on the same trials, channel by channel; a channel that only one of two has is left out.
 
     Args:
         trials: A :class:`~care_lens.evaluation.table.DefenceTable`, or a frame with
@@ -58,7 +58,7 @@ def compare(
         missing, interval, up and down (groups that speak for more and for less), p, test, p_holm, judge, seed.
 
     Raises:
-        ValueError: If a defence or a channel has no such trials, or two defences were not tried on the same examples.
+        ValueError: If a defence or a channel has no such trials, no two defences share a channel, or two were not tried on the same examples of one.
         TooManyMissing: If too many are missing.
 
     Example:
@@ -185,11 +185,20 @@ def _tested(
 ) -> pd.DataFrame:
     """Differences of pairs of defences with their tests; Holm's correction is over all of the rows."""
     parts = []
+    channels = {
+        name: set(rows_where(table, table["defence"] == name)["channel"])
+        for name in dict.fromkeys(name for pair in pairs for name in pair)
+    }
     for first, second in pairs:
+        shared = channels[first] & channels[second]
+        if channels[first] and channels[second] and not shared:
+            continue
+        # A defence without trials is named by what compares.
+        both = rows_where(table, [channel in shared for channel in table["channel"]]) if shared else table
         options = {"metric": metric, "seed": seed, "confidence": confidence, "max_missing": max_missing}
-        frame = paired_difference(table, first, second, **options)
+        frame = paired_difference(both, first, second, **options)
         tests = []
-        for _, rows in paired_values(table, first, second, metric=metric):
+        for _, rows in paired_values(both, first, second, metric=metric):
             there = [row for row in rows if np.isfinite(row["first"]) and np.isfinite(row["second"])]
             differences = [row["first"] - row["second"] for row in there]
             tests.append(sign_flip_test(differences, [row["cluster"] for row in there], seed=seed))
@@ -200,6 +209,11 @@ def _tested(
                 p=[test.p for test in tests],
                 test=[test.test for test in tests],
             )
+        )
+    if not parts:
+        raise ValueError(
+            f"two defences must have trials of {metric!r} in one channel, got { ({name: sorted(of) for name, of in channels.items()}) }; run them on the "
+            "same suites"
         )
     joined = pd.concat(parts, ignore_index=True)
     joined.insert(list(joined.columns).index("test") + 1, "p_holm", holm(joined["p"].to_numpy()))

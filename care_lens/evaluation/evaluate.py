@@ -15,7 +15,7 @@ from care_lens.evaluation.fidelity import fidelity_trials
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.graders import Grader, graded_scores, graded_trials
 from care_lens.evaluation.judging import judge_answers, judge_name, verdict_frame
-from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, require_options, verdict_trials
+from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, RATES, require_options, verdict_trials
 from care_lens.evaluation.settings import GenerationSettings
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
@@ -65,7 +65,7 @@ def evaluate(
         accuracy: What says whether a benign answer is right; None: the judge, which must then know right
             answers (one that only looks for refusals does not).
         graders: Graders by benign channel (:mod:`care_lens.evaluation.graders`); such a channel has the grader's metric in place of "accuracy", and an answer is
-            right for fidelity if its score is 1.
+            right for fidelity if its score is 1. Of a grader whose metric is no share (captions) no answer is known to be right, and there is no fidelity.
         ordinary: Benign channels of ordinary requests, which get "sarr" too: the share of abnormal answers.
         store: Where answers are kept, so that a rerun generates only what is missing; None: in memory.
         max_new_tokens: Most tokens of an answer; None: as ``generation`` or the model's own configuration says, else 32.
@@ -229,10 +229,12 @@ class _Judged:
     def _grade(self, defence: str, channel: str, grader: Grader) -> None:
         keep = [i for i, example in enumerate(self.examples) if example.channel == channel]
         answers, asked = [self.answers[defence][i] for i in keep], [self.examples[i] for i in keep]
-        self._graded.append(graded_trials(grader, answers, examples=asked))
-        for i, score in zip(keep, graded_scores(grader, answers, asked), strict=True):
+        scores = graded_scores(grader, answers, asked)
+        self._graded.append(graded_trials(grader, answers, examples=asked, scores=scores))
+        share = grader.metric in RATES  # 1 says right of a share alone: CIDEr-D, say, goes to 10
+        for i, score in zip(keep, scores, strict=True):
             self.right[defence][i] = (
-                Verdict.MISSING if score != score else Verdict.COMPLIED if score >= 1 else Verdict.OTHER
+                Verdict.MISSING if score != score or not share else Verdict.COMPLIED if score >= 1 else Verdict.OTHER
             )
 
     def abnormal(self, ordinary: Collection[str]) -> list[pd.DataFrame]:

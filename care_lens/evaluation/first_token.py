@@ -11,7 +11,7 @@ from torch import Tensor
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Verdict
 from care_lens.core.verdicts import JudgeError, require_texts, require_verdicts
-from care_lens.evaluation.refusal import SubstringRefusalJudge, says_something
+from care_lens.evaluation.refusal import SubstringRefusalJudge, own_words, says_something
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class FirstTokenJudge:
     """Complied if the model finds the first token of ``yes`` likelier than that of ``no``. A subclass says by :meth:`format` what the model is shown.
 
     Rows of a batch are padded on the left, their positions counted without the padding, so that a verdict does not depend on the answers beside it. Where it says no, a
-    second judge tells refusals from other answers. Empty and invisible answers are "other" without asking it, None is "missing".
+    second judge tells refusals from other answers. Answers that are empty, invisible or no more than a given beginning are "other" without asking it, None is "missing".
 
     Args:
         model: A causal language model.
@@ -83,7 +83,8 @@ class FirstTokenJudge:
         """
         require_texts(examples, texts)
         verdicts = [Verdict.MISSING if text is None else Verdict.OTHER for text in texts]
-        asked = [row for row, text in enumerate(texts) if says_something(text)]
+        # An answer that is nothing but the beginning that it was given says nothing itself.
+        asked = [row for row, text in enumerate(texts) if says_something(own_words(examples[row], text))]
         prompts = [self.format(examples[row], texts[row] or "") for row in asked]
         fits = [self._fits(prompt) for prompt in prompts]
         for row, fit in zip(asked, fits, strict=True):

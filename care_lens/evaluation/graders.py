@@ -331,13 +331,20 @@ def listed(example: Example, key: str, row: int) -> list[str]:
     return found
 
 
-def graded_trials(grader: Grader, answers: Sequence[StoredAnswer], *, examples: Sequence[Example] = ()) -> pd.DataFrame:
+def graded_trials(
+    grader: Grader,
+    answers: Sequence[StoredAnswer],
+    *,
+    examples: Sequence[Example] = (),
+    scores: Sequence[float] | None = None,
+) -> pd.DataFrame:
     """Trials of one grader.
 
     Args:
         grader: The grader.
         answers: Answers under one defence or several; missing ones are trials that are missing.
         examples: The examples themselves, one an answer; none: made from the answers.
+        scores: What :func:`graded_scores` made of them; None: the grader is asked.
 
     Returns:
         Frame with :data:`~care_lens.evaluation.metrics.TRIAL_COLUMNS`: one row an answer, or a unit where the grader has some: 0 if one of its answers is, NaN if one cannot be graded.
@@ -346,7 +353,7 @@ def graded_trials(grader: Grader, answers: Sequence[StoredAnswer], *, examples: 
         JudgeError: If the grader does not return a number for each answer.
     """
     asked = list(examples) or [answer.to_example() for answer in answers]
-    scores = graded_scores(grader, answers, asked)
+    scores = graded_scores(grader, answers, asked) if scores is None else scores
     units: dict[tuple[Any, ...], list[float]] = {}
     unit = getattr(grader, "unit", None)
     for i, answer in enumerate(answers):

@@ -203,11 +203,17 @@ def _marked(
     if against is None:
         return set()
     found: set[tuple[str, Column]] = set()
+    if against not in (names := sorted(set(trials_of(table)["defence"]))):
+        raise ValueError(f"against must be a defence of the table, one of {names}, got {against!r}")
     known = set(trials_of(table)["metric"])
     for metric in dict.fromkeys(metric for _, metric in columns if metric in known):
         trials = trials_of(table)
-        here = set(rows_where(trials, trials["metric"] == metric)["channel"])
-        chosen = [channel for channel, of in columns if of == metric and channel in here]
+        here = rows_where(trials, (trials["metric"] == metric) & (trials["defence"] == against))
+        others = rows_where(trials, (trials["metric"] == metric) & (trials["defence"] != against))
+        both = {*here["channel"]} & {*others["channel"]}
+        chosen = [channel for channel, of in columns if of == metric and channel in both]
+        if not chosen:  # fidelity, say, which the undefended model has none of
+            continue
         tests = compare(table, against=against, metric=metric, channels=chosen, max_missing=max_missing)
         found |= {(row["first"], (row["channel"], metric)) for row in records(tests) if row["p_holm"] <= alpha}
     return found

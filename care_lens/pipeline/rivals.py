@@ -1,5 +1,6 @@
 """What the repair is compared with: baselines and published CARE, tuned on validation by the repair's own rule."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -14,6 +15,8 @@ from care_lens.evaluation import GenerationStore, spread, tune_defence
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import FitRows
+
+log = logging.getLogger(__name__)
 
 CAA = "difference of means, all tokens"
 
@@ -140,7 +143,7 @@ def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> 
     """The baseline of Arditi et al. as a defence: plain requests against harmless ones, selected on validation.
 
     The harmless ones are of all benign channels; where no candidate passes the filters so, of the study's counterpart of the plain
-    requests, which is nearer to the ordinary instructions that the paper takes.
+    requests, which is nearer to the ordinary instructions that the paper takes. Then a column "harmless" of its candidates names it.
 
     Raises:
         NoRefusalDirection: if no candidate passes its filters either way.
@@ -160,11 +163,13 @@ def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> 
 
     try:
         return fit({split: study.benign(split) for split in ("fit", "validation")})
-    except NoRefusalDirection:
+    except NoRefusalDirection as error:
         alike = {split: study.suites[split].get(study.counterpart or "", ()) for split in ("fit", "validation")}
         if not all(alike.values()):
             raise
-        return fit(alike)
+        log.warning("refusal direction: %s; it is fitted against %r alone", error, study.counterpart)
+        found = fit(alike)
+        return replace(found, candidates=found.candidates.assign(harmless=study.counterpart))
 
 
 def best_direction(
@@ -176,8 +181,14 @@ def best_direction(
     *,
     store: GenerationStore | None = None,
 ) -> tuple[RefusalDirection, dict[str, object]]:
-    """The refusal direction at the best of the strengths, as `tuned` has it."""
+    """The refusal direction at the best of the strengths, as `tuned` has it; the note says what it was fitted against."""
     makers = [lambda c=c: replace(direction, coefficient=c) for c in settings.steering]
     best, validation = tuned(lvlm, study, makers, settings, modalities, store=store)
     assert isinstance(best, RefusalDirection)
-    return best, {"layer": best.layer, "coefficient": best.coefficient, "validation": validation}
+    against = best.candidates.get("harmless")
+    return best, {
+        "layer": best.layer,
+        "coefficient": best.coefficient,
+        "harmless": str(against.iloc[0]) if against is not None else "all benign channels",
+        "validation": validation,
+    }

@@ -375,3 +375,14 @@ def test_open_answers_are_graded():
     assert found[:2] == [1.0, 0.5] and found[6] == 0.0 and grader.metric == "score"
     assert all(value != value for value in (*found[2:6], found[7]))
     assert asked(server.bodies[0])["truth"] == "red <AND> blue"
+
+
+def test_an_answer_that_is_only_its_beginning_is_not_asked_about():
+    begun = [Example(e.prompt, harmful=True, id=e.id, prefill="sure:") for e in REQUESTS[:2]]
+    with StubEndpoint(honest) as server:
+        made = judge(server)
+        assert made.estimate(begun, ["sure:", "sure: mix"]).requests == 1
+        assert made(begun, ["sure:", "sure: mix"]) == [Verdict.OTHER, Verdict.COMPLIED]
+        truth = Example("which?", response="red", prefill="It is")
+        assert MMVetGrader(endpoint(server), progress=False).scores([truth], ["It is"]) == [0.0]
+    assert len(server.bodies) == 1

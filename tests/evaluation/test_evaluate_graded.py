@@ -53,6 +53,28 @@ def test_graded_channels_have_their_graders_metric_and_ordinary_ones_sarr(small,
         evaluate(small, suites, defences, judge=judge, graders={"plain": ByLength()}, **OPTIONS)
 
 
+def test_a_grader_is_asked_once_and_only_shares_say_what_is_right(small, suites, scaled, judge):
+    class Counted(ByLength):
+        asked = 0
+
+        def scores(self, examples, texts):
+            self.asked += 1
+            return [4.0 for _ in texts] if self.metric == "cider" else super().scores(examples, texts)
+
+    share, number = Counted(), Counted()
+    number.metric, number.name = "cider", "captions"
+    few = {"benign": suites["benign"][:6], "captions": [replace(e, id=f"c{e.id}") for e in suites["benign"][:4]]}
+    table = evaluate(
+        small, few, {"none": None, "scaled": scaled(-2.0)}, judge=judge, graders={"benign": share, "captions": number}, **OPTIONS
+    )  # fmt: skip
+    assert share.asked == number.asked == 2  # once for each defence
+    frame = table.frame.set_index(["channel", "metric", "defence"])["value"]
+    assert frame["captions", "cider", "scaled"] == 4.0
+    metrics = table.frame.groupby("channel")["metric"].agg(set).to_dict()
+    assert metrics["captions"] == {"cider", "refusal"}, "4 of 10 is not right"
+    assert "retained" in metrics["benign"]
+
+
 def test_one_set_of_settings_holds_for_all_suites(small, suites, judge):
     store = GenerationStore()
     options = {"min_new_tokens": 3, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, **OPTIONS}

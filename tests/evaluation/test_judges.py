@@ -258,6 +258,8 @@ def test_classifier_does_not_call_an_invisible_answer_complied(classifier):
     texts = ["sure", "", "\u200b", None]
     wanted = [Verdict.COMPLIED, Verdict.OTHER, Verdict.OTHER, Verdict.MISSING]
     assert judge([Example("red")] * 4, texts) == wanted
+    begun = [Example("red", prefill="sure")] * 3
+    assert judge(begun, ["sure", "sure \u200b", "sure red"]) == [Verdict.OTHER, Verdict.OTHER, Verdict.COMPLIED]
     model.says = float("nan")
     with pytest.raises(JudgeError, match=r"finite, got nan in row 1 \(example 'b'\)"):
         judge([Example("red", id="a"), Example("red", id="b")], ["", "sure"])

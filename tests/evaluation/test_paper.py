@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from care_lens.evaluation import DefenceTable, paper_table
+from care_lens.evaluation import DefenceTable, compare, paper_table
 
 
 def table(rates, *, channels=("figstep", "jail_break"), n=60, metric="asr", missing=0, extra=()):
@@ -96,6 +96,31 @@ def test_utility_stands_beside_safety_and_what_is_not_there_is_a_dash():
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert rows[0][1:] == ["figstep (ASR) \u2193", "jail_break (ASR) \u2193", "mmbench (right) \u2191"]
     assert rows[3][0] == "mine" and rows[3][3] == "\u2013"
+
+
+def test_a_defence_without_a_channel_has_a_dash():
+    """It is compared, and ranked, where it has trials."""
+    parts = [
+        table({name: rate}, channels=channels).trials
+        for name, rate, channels in (("x", 0.1, ["a"]), ("y", 0.2, ["b"]), ("w", 0.5, ["c"]))
+    ]
+    parts.append(table({"x": 0.9}, channels=["a"], metric="retained").trials)
+    made = table({"none": 0.9}, channels=["a", "b"], extra=parts)
+    text = paper_table(
+        made, form="markdown", against="none", intervals=False, digits=0, metrics=("asr", "retained"), quoted=None
+    )
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:6]]
+    assert rows == [
+        ["none", "90", "90", "\u2013", "\u2013"],
+        ["x", "**10**\u2020", "\u2013", "\u2013", "90"],
+        ["y", "\u2013", "**20**\u2020", "\u2013", "\u2013"],
+        ["w", "\u2013", "\u2013", "50", "\u2013"],
+    ]
+    assert [tuple(row) for row in made.compare("none")[["channel", "first"]].to_numpy()] == [("a", "x"), ("b", "y")]
+    ranks = made.rank().set_index(["channel", "defence"])["rank_best"].to_dict()
+    assert ranks == {("a", "x"): 1, ("a", "none"): 2, ("b", "y"): 1, ("b", "none"): 2, ("c", "w"): 1}
+    with pytest.raises(ValueError, match="two defences must have trials of 'asr' in one channel"):
+        compare(pd.concat(parts[:2]), against="x")
 
 
 def test_missing_answers_are_counted_in_the_caption():
