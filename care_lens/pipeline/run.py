@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from care_lens.core.files import swept
 from care_lens.core.identity import content_digest, model_fingerprint
+from care_lens.core.progress import Steps
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
 from care_lens.evaluation import GenerationStore, judge_name
@@ -135,7 +134,12 @@ def run(
     study.require()
     settings = require_feasible(study, settings)
     seconds: dict[str, float] = {}
-    bar = tqdm(total=4, desc="diagnose", disable=not progress)
+    bar = Steps(
+        total=4,
+        desc="diagnose",
+        disable=not progress,
+        resume=f"start it again with {str(out)!r} as its folder and the same settings: it goes on there",
+    )
 
     @contextmanager
     def step(name: str) -> Iterator[None]:
