@@ -38,6 +38,17 @@ def resume_from(checkpoint: Any) -> str:
     return f"make the same call with checkpoint={str(checkpoint)!r} again"
 
 
+def resume_from_store(path: Any) -> str:
+    """How a step with a store of answers goes on, for :class:`Steps`.
+
+    Args:
+        path: The store's file; None: it is in memory.
+    """
+    if path is None:
+        return "start again with store=GenerationStore('answers.jsonl'), in which finished answers are kept"
+    return f"make the same call with store=GenerationStore({str(path)!r}) again"
+
+
 class Steps(Generic[Item]):
     """A progress bar, or where there is no terminal and no notebook one line in the log at the end.
 
@@ -47,7 +58,7 @@ class Steps(Generic[Item]):
         items: What is gone through; None: :meth:`update` is called.
         total: Number of steps; None: as many as there are items.
         desc: What is being done.
-        disable: Whether to show and to log nothing.
+        disable: Whether to show nothing and to log nothing.
         initial: How many steps were done before.
         resume: How the work goes on after it was stopped, an imperative clause; empty: nothing is said.
     """
@@ -99,7 +110,7 @@ class Steps(Generic[Item]):
             return
         self._open = False
         self._bar.close()
-        if issubclass(kind, KeyboardInterrupt) and self.resume:
+        if issubclass(kind, KeyboardInterrupt) and self.resume and not self._silent:
             log.warning("%s was stopped at %s; to go on, %s", self.desc, self._far(), self.resume)
 
     def close(self) -> None:

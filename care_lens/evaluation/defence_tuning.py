@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
+from care_lens.core.progress import Steps, resume_from_store
 from care_lens.data.study import Study
 from care_lens.evaluation.answering import answer_verdicts, share, spread
 from care_lens.evaluation.splits import refuse_test
@@ -33,6 +34,7 @@ def tune_defence(
     batch_size: int = 32,
     store: GenerationStore | None = None,
     study: Study | None = None,
+    progress: bool = True,
 ) -> tuple[Repair, dict[str, float | int]]:
     """The candidate with the lowest attack success among those that keep benign accuracy.
 
@@ -51,6 +53,7 @@ def tune_defence(
         batch_size: Examples at a time.
         store: Where the candidates' answers are kept, so that a stopped search goes on; None: in memory.
         study: The study that the examples are of, whose test split is then refused.
+        progress: Whether to show a progress bar.
 
     Returns:
         The candidate, and what it reached: "asr", "benign_before", "benign_after", and the number of "candidates".
@@ -75,9 +78,10 @@ def tune_defence(
 
     before = complied(benign, None)
     tried: list[tuple[float, Repair]] = []
-    for make in candidates:
-        defence = make()
-        tried.append((complied(attacked, defence), defence))
+    with Steps(candidates, desc="trying settings", disable=not progress, resume=resume_from_store(store.path)) as steps:
+        for make in steps:
+            defence = make()
+            tried.append((complied(attacked, defence), defence))
     parts = _parts(benign, few, 2 * batch_size)
 
     def kept(defence: Repair) -> float | None:

@@ -15,7 +15,7 @@ from care_lens.core.defence import defended
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
-from care_lens.core.progress import Steps
+from care_lens.core.progress import Steps, resume_from_store
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.unopened import Looking, looking, unopened, watches
 from care_lens.lvlm.errors import GenerationOptionError
@@ -123,7 +123,10 @@ def generate_all(
         range(len(examples)) if samples else todo, key=lambda i: (*map(int.__neg__, _length(lvlm, examples[i])), i)
     )
     with Steps(
-        total=len(todo), desc=f"answers: {defence_name}", disable=not progress or not todo, resume=_resume(store)
+        total=len(todo),
+        desc=f"answers: {defence_name}",
+        disable=not progress or not todo,
+        resume=resume_from_store(store.path),
     ) as bar:
         if repair is not None and not samples and (in_force.get("num_beams") or 1) == 1:
             undefended = digest({**settings, "defence": None, "defence_fingerprint": None})
@@ -142,12 +145,6 @@ def generate_all(
                     store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
                     bar.update(len(wanted))
     return [store.get(blank.key) or blank for blank in blanks]
-
-
-def _resume(store: GenerationStore) -> str:
-    if store.path is None:
-        return "give the call a store in a file (GenerationStore(path)), in which finished answers are kept"
-    return f"make the same call with GenerationStore({str(store.path)!r}) again"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import pandas as pd
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
+from care_lens.core.progress import Steps, resume_from_store
 from care_lens.core.site import Site
 from care_lens.data.study import Study
 from care_lens.evaluation.answering import answer_verdicts, share
@@ -129,6 +130,7 @@ def tune(
     seed: int = 0,
     store: GenerationStore | None = None,
     name: str = "care_lens",
+    progress: bool = True,
 ) -> Choice:
     """Pick readers, gate and writers on the validation split.
 
@@ -156,6 +158,7 @@ def tune(
         seed: Of the cut of the calibration split.
         store: Where the candidates' answers are kept, so that a stopped choice goes on; None: in memory.
         name: Of the repair, its row of a defence table.
+        progress: Whether to show progress bars.
 
     Returns:
         The repair and the tables it was chosen in.
@@ -167,14 +170,20 @@ def tune(
     kinds = {} if classifier else {"ranks": ranks}
     _require_options(candidates, benign_loss, **kinds, epsilons=epsilons, alphas=alphas)
     placement = _placement(layers, lvlm.n_layers())
-    rows = study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size) if rows is None else rows
+    rows = (
+        study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size, progress=progress)
+        if rows is None
+        else rows
+    )
     if not 0 <= answer_tokens <= rows.tokens:
         raise ValueError(f"answer_tokens must be from 0 to {rows.tokens}, those of the rows, got {answer_tokens}")
     comparing, calibrating = halves(study.benign("calibration"), seed=seed)
     plans = reader_plans(
         placement.layers, answer_tokens=answer_tokens, ranks=ranks, epsilons=epsilons, classifier=classifier
     )
-    table = _compared(lvlm, study, rows, plans, comparing, tokens=answer_tokens, batch_size=batch_size)
+    table = _compared(
+        lvlm, study, rows, plans, comparing, tokens=answer_tokens, batch_size=batch_size, progress=progress
+    )
 
     attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
     store = GenerationStore() if store is None else store
@@ -185,8 +194,13 @@ def tune(
         )
 
     runs: list[_Candidate] = []
-    for row in table[:candidates]:
-        for site, alpha in itertools.product(residual_sites(lvlm)[row.plan.layer :], alphas):
+    tried = [
+        (row, site, alpha)
+        for row in table[:candidates]
+        for site, alpha in itertools.product(residual_sites(lvlm)[row.plan.layer :], alphas)
+    ]
+    with Steps(tried, desc="trying writers", disable=not progress, resume=resume_from_store(store.path)) as steps:
+        for row, site, alpha in steps:
             about = {"study": study.name, "plan": str(row.plan)}
             repair = assemble(
                 row.fitted, rows, row.plan, site, alpha=alpha, answers=answers, name=name, provenance=about
@@ -200,21 +214,27 @@ def tune(
     benign = study.benign("validation")
     before = share(verdicts(benign, None), Verdict.COMPLIED)
     won: _Candidate | None = None
-    for run in runs[:candidates]:
-        run.repair = recalibrated(
-            lvlm,
-            run.repair,
-            calibrating,
-            epsilon=run.of.plan.epsilon,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-        )
-        after = share(verdicts(benign, run.repair), Verdict.COMPLIED)
-        run.benign = {"benign_before": before, "benign_after": after}
-        log.info("benign %.3f -> %.3f: %s at %s", before, after, run.of.plan, run.site)
-        if after >= before - benign_loss:
-            won = run
-            break
+    with Steps(
+        runs[:candidates],
+        desc="checking benign answers",
+        disable=not progress,
+        resume=resume_from_store(store.path),
+    ) as checks:
+        for run in checks:
+            run.repair = recalibrated(
+                lvlm,
+                run.repair,
+                calibrating,
+                epsilon=run.of.plan.epsilon,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+            )
+            after = share(verdicts(benign, run.repair), Verdict.COMPLIED)
+            run.benign = {"benign_before": before, "benign_after": after}
+            log.info("benign %.3f -> %.3f: %s at %s", before, after, run.of.plan, run.site)
+            if after >= before - benign_loss:
+                won = run
+                break
     if won is None:
         best = max(run.benign.get("benign_after", 0.0) for run in runs)
         raise NoCandidateError(
@@ -242,16 +262,17 @@ def _compared(
     *,
     tokens: int,
     batch_size: int,
+    progress: bool,
 ) -> list[_Detected]:
     """Reader plans by what they detect of the seen attacks of validation, the best first."""
 
     def held(examples: Sequence[Example]) -> TokenRows:
-        return token_rows(lvlm, examples, residual_sites(lvlm), tokens=tokens, batch_size=batch_size)
+        return token_rows(lvlm, examples, residual_sites(lvlm), tokens=tokens, batch_size=batch_size, progress=progress)
 
     calibration, harmless = held(comparing), held(study.benign("validation"))
     attacks = {c: held(study.suites["validation"][c]) for m in rows.modalities for c in study.seen[m]}
     readers, table = Readers(rows), []
-    for plan in plans:
+    for plan in Steps(plans, desc="fitting readers", disable=not progress):
         try:
             fitted = readers.fit(plan, calibration)
         except (RankError, TooFewCalibrationError) as error:

@@ -50,6 +50,7 @@ def tuned(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         store=store,
+        progress=False,
     )
 
 
