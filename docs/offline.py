@@ -10,11 +10,18 @@ from pathlib import Path
 from docutils import nodes
 from latex2mathml.converter import convert
 from plotly.offline import get_plotlyjs
+from sphinx.errors import ExtensionError
 
 PLOTLY = "plotly.min.js"
 _ELSEWHERE = re.compile(r'<script\b[^>]*\bsrc="https?://[^>]*>\s*</script>')
 _MODULE = re.compile(r'<script type="module">\s*import "https?://[^<]*</script>')
 _MATHJAX = re.compile(r"<script\b[^>]*>\s*if \(window\.MathJax\b[^<]*</script>|if \(window\.MathJax\b[^\n<]*")
+
+_LOADS = re.compile(
+    r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(https?://[^"]*)'
+    r'|<link\b(?=[^>]*\brel="(?:stylesheet|preload|icon|modulepreload)")[^>]*\bhref="(https?://[^"]*)'
+    r'|\bimport "(https?://[^"]*)'
+)
 
 
 def mathml(latex: str, *, block: bool = False) -> str:
@@ -61,9 +68,23 @@ def _loading(app, pagename, templatename, context, doctree) -> None:
     ]
 
 
+def loads_from_elsewhere(html: str) -> list[str]:
+    """Addresses of other hosts that a browser would open to show the page; links that a reader may follow are none."""
+    return [next(filter(None, found)) for found in _LOADS.findall(html)]
+
+
+def _check(app, error) -> None:
+    if error is not None or app.builder.format != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        if found := loads_from_elsewhere(page.read_text(encoding="utf-8")):
+            raise ExtensionError(f"{page.name} must load nothing from elsewhere, got {found[0]}; see docs/offline.py")
+
+
 def setup(app) -> dict[str, bool]:
     """Connect the above."""
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
     app.connect("builder-inited", _keep_plotly)
+    app.connect("build-finished", _check)
     app.connect("html-page-context", _loading, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
