@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jupytext
@@ -12,6 +13,9 @@ import care_lens
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+from offline import without_loading  # noqa: E402
 
 project = "care_lens"
 author = "care_lens authors"
@@ -20,8 +24,8 @@ release = version = care_lens.__version__
 
 extensions = [
     "myst_nb",
+    "offline",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -30,6 +34,7 @@ default_role = "literal"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+nb_ipywidgets_js = {}  # no script of another host
 nb_execution_mode = "off"  # the tests execute the tutorials
 
 autodoc_default_options = {"members": True, "show-inheritance": True, "exclude-members": "__new__,__init__"}
@@ -41,6 +46,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"care_lens {release}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -61,7 +67,7 @@ def bring_in() -> None:
         notebook = script.with_suffix(".ipynb")
         target = generated / notebook.name
         if notebook.exists():
-            shutil.copy(notebook, target)
+            target.write_text(without_loading(notebook.read_text(encoding="utf-8")), encoding="utf-8")
         else:
             jupytext.write(jupytext.read(script), target)
 

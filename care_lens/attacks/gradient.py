@@ -26,7 +26,6 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.attacks.common import described, frozen, identity, on_model, require_requests, run_settings
 from care_lens.attacks.losses import TARGET_LIKELIHOOD, AttackLoss
@@ -40,6 +39,7 @@ from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.gates import gates_with_gradient
 from care_lens.core.journal import Journal
+from care_lens.core.progress import Steps
 from care_lens.lvlm.hooked import HookedLVLM
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class GradientAttack(ABC):
             seen = None
             if defence is not None and self.gates == "straight-through":
                 seen = stack.enter_context(gates_with_gradient())
-            bar = stack.enter_context(tqdm(total=total, desc=self.name, disable=not progress))
+            bar = stack.enter_context(Steps(total=total, desc=self.name, disable=not progress))
             for number, chunk in enumerate(chunks):
                 chunk = [item for item in chunk if not self._done(losses[item[0]])]
                 found = kept.get(number)

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from care_lens.attacks.common import (
     asked_for,
     described,
@@ -36,6 +34,7 @@ from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.files import packed, unpacked
 from care_lens.core.journal import Journal
+from care_lens.core.progress import Steps
 from care_lens.lvlm.hooked import HookedLVLM
 
 _TARGETS, _SCRAMBLED, _RENDERINGS = LossScore(), ScrambledWords(), Renderings()
@@ -130,7 +129,7 @@ class SearchAttack(ABC):
         kept = _Kept(checkpoint, {**settings, **identity(lvlm, examples, defence)})
         n, history = len(examples), list[dict[str, Any]]()
         states: list[dict[str, Any]] = [{} for _ in examples]
-        with on_model(defence, lvlm), tqdm(total=self.rounds + 1, desc=self.name, disable=not progress) as bar:
+        with on_model(defence, lvlm), Steps(total=self.rounds + 1, desc=self.name, disable=not progress) as bar:
             clean = kept.scores(-1, lambda: self._scored(lvlm, list(examples), defence))
             bar.update()
             best, losses, tries, names = list(examples), list(clean), [0] * n, [""] * n

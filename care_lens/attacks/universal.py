@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.attacks.common import frozen, identity, on_model, require_requests, run_settings
 from care_lens.attacks.gradient import check_round_trip, pixel_gradient
@@ -27,6 +26,7 @@ from care_lens.core.draws import example_generator
 from care_lens.core.examples import Example
 from care_lens.core.gates import gates_with_gradient
 from care_lens.core.journal import Journal
+from care_lens.core.progress import Steps
 from care_lens.lvlm.hooked import HookedLVLM
 
 _EVERY = 5
@@ -98,7 +98,7 @@ class UniversalPGD(PGD):
             stack.enter_context(on_model(defence, lvlm))
             adaptive = defence is not None and self.gates == "straight-through"
             seen = stack.enter_context(gates_with_gradient()) if adaptive else None
-            bar = stack.enter_context(tqdm(total=self.steps, initial=first, desc=self.name, disable=not progress))
+            bar = stack.enter_context(Steps(total=self.steps, initial=first, desc=self.name, disable=not progress))
             parts = []
             for start in range(0, len(examples), self.batch_size):
                 here = slice(start, start + self.batch_size)

@@ -19,13 +19,12 @@ not taken there.
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from care_lens.capture.activations import Activations
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.pooling import SELECTIONS, PooledRun
 from care_lens.capture.shards import Shards, held
 from care_lens.core import Example, Outcome, SiteLike
+from care_lens.core.progress import Steps, resume_from
 from care_lens.lvlm import HookedLVLM
 
 __all__ = ["SELECTIONS", "capture"]
@@ -86,5 +85,5 @@ def capture(
     )  # fmt: skip
     with held(checkpoint):
         shards = Shards(checkpoint, run)
-        batches = tqdm(run.batches(), desc="capturing", disable=not progress)
-        return Activations.concatenate([shards.activations(batch) for batch in batches])
+        with Steps(run.batches(), desc="capturing", disable=not progress, resume=resume_from(checkpoint)) as batches:
+            return Activations.concatenate([shards.activations(batch) for batch in batches])

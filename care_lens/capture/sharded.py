@@ -13,8 +13,6 @@ processes again.
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from care_lens.capture.activations import Activations, Key
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.pooling import PooledRun
@@ -23,6 +21,7 @@ from care_lens.capture.streaming import stream
 from care_lens.core import Example, Outcome, SiteLike
 from care_lens.core.identity import digest
 from care_lens.core.processes import WAIT, Process, done, wait_for
+from care_lens.core.progress import Steps
 from care_lens.lvlm import HookedLVLM
 from care_lens.subspace import MomentsTable
 from care_lens.subspace.memory import Keep
@@ -78,7 +77,7 @@ def capture_sharded(
     mine = batches[process.shard(len(batches))]
     with held(own):
         shards = Shards(own, run)
-        for batch in tqdm(mine, desc="capturing", disable=not (progress and process.first)):
+        for batch in Steps(mine, desc="capturing", disable=not (progress and process.first)):
             shards.activations(batch)
     done(directory, _STEP, process, of=job)
     if not process.first:

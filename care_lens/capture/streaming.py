@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from care_lens.capture.activations import Activations, Key
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.pooling import PooledRun
@@ -21,6 +19,7 @@ from care_lens.capture.shards import check_settings, held, require_same
 from care_lens.core import Example, Outcome, SiteLike
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact, sha256
+from care_lens.core.progress import Steps, resume_from
 from care_lens.lvlm import HookedLVLM
 from care_lens.subspace import MomentsTable
 from care_lens.subspace.memory import Keep, plan_memory
@@ -150,13 +149,14 @@ def stream(
         kept = _Kept(checkpoint, run, batches[0], {"labels": list(labels), **about})
         done = kept.resume(tables)
         saved = time.monotonic()
-        for number, batch in enumerate(tqdm(batches, desc="capturing", disable=not progress)):
-            if number < done:
-                continue
-            _add(tables, run.activations(batch), [labels[i] for i in batch])
-            if number + 1 == len(batches) or time.monotonic() - saved >= save_seconds:
-                kept.save(tables, number + 1)
-                saved = time.monotonic()
+        with Steps(batches, desc="capturing", disable=not progress, resume=resume_from(checkpoint)) as steps:
+            for number, batch in enumerate(steps):
+                if number < done:
+                    continue
+                _add(tables, run.activations(batch), [labels[i] for i in batch])
+                if number + 1 == len(batches) or time.monotonic() - saved >= save_seconds:
+                    kept.save(tables, number + 1)
+                    saved = time.monotonic()
     return tables
 
 

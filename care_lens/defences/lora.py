@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
+from care_lens.core.progress import Steps
 from care_lens.defences.stored import FitError, WrongModelError
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
@@ -175,7 +175,7 @@ def train(
         weights = [weight for pair in adapters.values() for weight in pair]
         optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
         steps = math.ceil(len(lessons) / batch_size)
-        with torch.enable_grad(), tqdm(total=epochs * steps, desc="safety tuning", disable=not progress) as bar:
+        with torch.enable_grad(), Steps(total=epochs * steps, desc="safety tuning", disable=not progress) as bar:
             for epoch in range(epochs):
                 total = 0.0
                 shuffled = torch.randperm(len(lessons), generator=order).tolist()

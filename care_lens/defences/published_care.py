@@ -25,9 +25,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core.examples import Example
+from care_lens.core.progress import Steps
 from care_lens.core.site import Site
 from care_lens.defences.base import Batch, HookDefence
 from care_lens.defences.care_fit import CAREFaults, VisualScore, care_columns, image_row, text_row, text_span
@@ -356,7 +356,7 @@ def _rows(
         raise FitError(f"{side} samples must have a response to teacher-force, got none for {missing[:3]}")
     rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
     starts = range(0, len(examples), batch_size)
-    for start in tqdm(starts, desc=f"published CARE: {side}", disable=not progress):
+    for start in Steps(starts, desc=f"published CARE: {side}", disable=not progress):
         inputs = lvlm.prepare(examples[start : start + batch_size], responses=True)
         with torch.no_grad():
             _, cache = lvlm.run_with_cache(inputs, sites=sites, logits_to_keep=1)

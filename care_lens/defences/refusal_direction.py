@@ -30,9 +30,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core.examples import Example
+from care_lens.core.progress import Steps
 from care_lens.core.site import Site
 from care_lens.defences.base import Batch, HookDefence
 from care_lens.defences.folding import added_vector_part
@@ -274,7 +274,7 @@ def _figures(
     plain = _log_probs(lvlm, harmless, [])
     cells = [(position, layer) for position in range(-positions, 0) for layer in range(n_layers)]
     rows = []
-    for position, layer in tqdm(cells, desc="refusal direction", disable=not progress):
+    for position, layer in Steps(cells, desc="refusal direction", disable=not progress):
         direction = directions[position, layer]
         ablate = _ablation(direction, n_layers)
         add = [(str(Site("language", layer, "hook_resid_pre")), _adder(direction))]

@@ -12,6 +12,7 @@ from math import isnan
 
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
+from care_lens.core.progress import Steps, resume_from_store
 from care_lens.data.study import Study
 from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, share, spread
 from care_lens.evaluation.splits import refuse_test
@@ -35,6 +36,7 @@ def tune_defence(
     batch_size: int = 32,
     store: GenerationStore | None = None,
     study: Study | None = None,
+    progress: bool = True,
 ) -> tuple[Repair, dict[str, float | int]]:
     """The candidate with the lowest attack success among those that keep benign accuracy.
 
@@ -55,6 +57,7 @@ def tune_defence(
         batch_size: Examples at a time.
         store: Where the candidates' answers are kept, so that a stopped search goes on; None: in memory.
         study: The study that the examples are of, whose test split is then refused.
+        progress: Whether to show a progress bar.
 
     Returns:
         The candidate, and what it reached: "asr", "benign_before", "benign_after", and the number of "candidates".
@@ -80,14 +83,14 @@ def tune_defence(
     before = share(verdicts(benign, None), Verdict.COMPLIED)
     if isnan(before):
         raise ValueError("the undefended model must have an answer with a verdict, got none; the log names the errors")
-    tried: list[
-        tuple[bool, float, Repair]
-    ] = []  # whether too many verdicts are missing; attack success, 1 where none is known
-    for make in candidates:
-        defence = make()
-        said = verdicts(attacked, defence)
-        asr = share(said, Verdict.COMPLIED)
-        tried.append((missing_share(said) > max_missing, 1.0 if isnan(asr) else asr, defence))
+    # Whether too many verdicts are missing; attack success, 1 where none is known; the candidate.
+    tried: list[tuple[bool, float, Repair]] = []
+    with Steps(candidates, desc="trying settings", disable=not progress, resume=resume_from_store(store.path)) as steps:
+        for make in steps:
+            defence = make()
+            said = verdicts(attacked, defence)
+            asr = share(said, Verdict.COMPLIED)
+            tried.append((missing_share(said) > max_missing, 1.0 if isnan(asr) else asr, defence))
     parts = _parts(benign, few, 2 * batch_size)
 
     def kept(defence: Repair) -> float | None:

@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core.defence import defended
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, ResponseLogProb
+from care_lens.core.progress import Steps
 from care_lens.core.stats import Interval, cluster_bootstrap, ratio_of_means
 from care_lens.evaluation.fidelity import next_token_kl
 from care_lens.lvlm.hooked import HookedLVLM
@@ -122,7 +122,7 @@ def response_losses(
     measure, parts = ResponseLogProb(total=True), [torch.zeros(0, 2, dtype=torch.float64)]
     starts = range(0, len(examples), batch_size)
     with defence.on(lvlm) if defence is not None else nullcontext():
-        for start in tqdm(starts, desc="perplexity", disable=not progress):
+        for start in Steps(starts, desc="perplexity", disable=not progress):
             inputs = lvlm.prepare(defended(defence, examples[start : start + batch_size]), responses=True)
             losses = -measure(lvlm(inputs), inputs).double().cpu()
             counts = (inputs.spans.response & ~inputs.spans.prefill).sum(dim=1).double().cpu()

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from tqdm.auto import tqdm
-
 from care_lens.core.identity import digest
 from care_lens.core.journal import Journal
+from care_lens.core.progress import Steps
 from care_lens.evaluation.posting import EndpointError, PassingError, post
 
 logger = logging.getLogger(__name__)
@@ -211,7 +210,7 @@ class ChatEndpoint:
         jobs = {pool.submit(self._one, prompt, parse, key): name for name, prompt in todo.items()}
         lost: dict[str, int] = {}
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"asking {self.model}", disable=not progress):
+            for job in Steps(as_completed(jobs), total=len(jobs), desc=f"asking {self.model}", disable=not progress):
                 text, why = job.result()
                 if text is None:
                     lost[why] = lost.get(why, 0) + 1

@@ -22,11 +22,11 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core.defence import defended
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
+from care_lens.core.progress import Steps
 from care_lens.evaluation.metrics import TRIAL_COLUMNS
 from care_lens.evaluation.store import StoredAnswer
 from care_lens.lvlm.hooked import HookedLVLM
@@ -64,7 +64,7 @@ def next_token_kl(
     rows = [replace(example, response=answer) for example, answer in zip(examples, answers, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(answers[i]))
     starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, desc="fidelity", disable=not progress):
+    for start in Steps(starts, desc="fidelity", disable=not progress):
         batch = [rows[i] for i in order[start : start + batch_size]]
         watched = [
             name

@@ -29,6 +29,7 @@ from care_lens.core.display import brief
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
+from care_lens.core.progress import Steps, resume_from_store
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import Site
 from care_lens.data.study import Split, Study
@@ -174,6 +175,7 @@ def search(
     batch_size: int = 32,
     store: GenerationStore | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Search:
     """Try settings of a defence on validation, and choose the least attack success within the budgets.
 
@@ -198,6 +200,7 @@ def search(
         batch_size: Examples at a time.
         store: Where answers are kept, so that a search that was stopped goes on; None: in memory.
         seed: Of the sampler.
+        progress: Whether to show a progress bar.
 
     Returns:
         The chosen defence and the frontier.
@@ -240,7 +243,13 @@ def search(
     total = int(np.prod([len(values) for values in axes.values()], dtype=object)) if axes else 1
     trials = proposals(axes, total if n_trials is None else min(n_trials, total), sampler=sampler, seed=seed)
     answer: tuple[float, float] | None = None
-    with closing(trials):
+    steps: Steps[None] = Steps(
+        total=total if n_trials is None else min(n_trials, total),
+        desc="trying settings",
+        disable=not progress,
+        resume=resume_from_store(rater.store.path),
+    )
+    with closing(trials), steps:
         while True:
             try:
                 setting = next(trials) if answer is None else trials.send(answer)
@@ -258,9 +267,11 @@ def search(
                 failed[name] = f"{type(error).__name__}: {error}"
                 log.info("left out: %s (%s)", name, failed[name])
                 answer = (1.0, 0.0)
+                steps.update()
                 continue
             tried.append(one)
             answer = (one.value("asr"), one.value("utility"))
+            steps.update()
             log.info("%s: ASR %.3f, right %.3f, refused %.3f", name, *(one.value(metric) for metric in METRICS))
     if not tried:
         raise NoSettingError(

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core.defence import defended
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
+from care_lens.core.progress import Steps, resume_from_store
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.unopened import Looking, looking, unopened, watches
 from care_lens.lvlm.errors import GenerationOptionError
@@ -122,7 +122,12 @@ def generate_all(
     order = sorted(
         range(len(examples)) if samples else todo, key=lambda i: (*map(int.__neg__, _length(lvlm, examples[i])), i)
     )
-    with tqdm(total=len(todo), desc=f"answers: {defence_name}", disable=not progress or not todo) as bar:
+    with Steps(
+        total=len(todo),
+        desc=f"answers: {defence_name}",
+        disable=not progress or not todo,
+        resume=resume_from_store(store.path),
+    ) as bar:
         if repair is not None and not samples and (in_force.get("num_beams") or 1) == 1:
             undefended = digest({**settings, "defence": None, "defence_fingerprint": None})
             for batch in _cut(order, batch_size):

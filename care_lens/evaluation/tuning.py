@@ -22,6 +22,7 @@ import pandas as pd
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
+from care_lens.core.progress import Steps, resume_from_store
 from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.data.study import Study
@@ -148,6 +149,7 @@ def tune(
     seed: int = 0,
     store: GenerationStore | None = None,
     name: str = "care_lens",
+    progress: bool = True,
 ) -> Choice:
     """Pick readers, gate and writers on the validation split.
 
@@ -178,6 +180,7 @@ def tune(
         seed: Of the cut of the calibration split.
         store: Where the candidates' answers are kept, so that a stopped choice goes on; None: in memory.
         name: Of the repair, its row of a defence table.
+        progress: Whether to show progress bars.
 
     Returns:
         The repair and the tables it was chosen in.
@@ -190,14 +193,20 @@ def tune(
     _require_options(candidates, benign_loss, **kinds, epsilons=epsilons, alphas=alphas)
     require_max_missing(max_missing)
     placement = _placement(layers, lvlm.n_layers())
-    rows = study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size) if rows is None else rows
+    rows = (
+        study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size, progress=progress)
+        if rows is None
+        else rows
+    )
     if not 0 <= answer_tokens <= rows.tokens:
         raise ValueError(f"answer_tokens must be from 0 to {rows.tokens}, those of the rows, got {answer_tokens}")
     comparing, calibrating = halves(study.benign("calibration"), seed=seed)
     plans = reader_plans(
         placement.layers, answer_tokens=answer_tokens, ranks=ranks, epsilons=epsilons, classifier=classifier
     )
-    table = _compared(lvlm, study, rows, plans, comparing, tokens=answer_tokens, batch_size=batch_size)
+    table = _compared(
+        lvlm, study, rows, plans, comparing, tokens=answer_tokens, batch_size=batch_size, progress=progress
+    )
 
     attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
     store = GenerationStore() if store is None else store
@@ -215,8 +224,13 @@ def tune(
         )
 
     runs: list[_Candidate] = []
-    for row in table[:candidates]:
-        for site, alpha in itertools.product(residual_sites(lvlm)[row.plan.layer :], alphas):
+    tried = [
+        (row, site, alpha)
+        for row in table[:candidates]
+        for site, alpha in itertools.product(residual_sites(lvlm)[row.plan.layer :], alphas)
+    ]
+    with Steps(tried, desc="trying writers", disable=not progress, resume=resume_from_store(store.path)) as steps:
+        for row, site, alpha in steps:
             about = {"study": study.name, "plan": str(row.plan)}
             repair = assemble(
                 row.fitted, rows, row.plan, site, alpha=alpha, answers=answers, name=name, provenance=about
@@ -230,6 +244,7 @@ def tune(
 
     benign = study.benign("validation")
     checked = _leading(runs, candidates)
+    resume = resume_from_store(store.path)
     for run in checked:
         run.repair = recalibrated(
             lvlm,
@@ -242,12 +257,13 @@ def tune(
     repairs = [run.repair for run in checked]
     bare = verdicts(benign, None, repairs)
     before = share(bare, Verdict.COMPLIED)
-    for run in checked:
-        run.said[False] = verdicts(benign, run.repair, repairs)
-        after = share(run.said[False], Verdict.COMPLIED)
-        most = _most_lost(benign, bare, run.said[False])
-        run.benign = {"benign_before": before, "benign_after": after, "most_lost_by_a_channel": most}
-        log.info("benign %.3f -> %.3f, a channel lost %.2f: %s at %s", before, after, most, run.of.plan, run.site)
+    with Steps(checked, desc="checking benign answers", disable=not progress, resume=resume) as checks:
+        for run in checks:
+            run.said[False] = verdicts(benign, run.repair, repairs)
+            after = share(run.said[False], Verdict.COMPLIED)
+            most = _most_lost(benign, bare, run.said[False])
+            run.benign = {"benign_before": before, "benign_after": after, "most_lost_by_a_channel": most}
+            log.info("benign %.3f -> %.3f, a channel lost %.2f: %s at %s", before, after, most, run.of.plan, run.site)
     kept = [
         run
         for run in checked
@@ -339,16 +355,17 @@ def _compared(
     *,
     tokens: int,
     batch_size: int,
+    progress: bool,
 ) -> list[_Detected]:
     """Reader plans by what they detect of the seen attacks of validation, the best first."""
 
     def held(examples: Sequence[Example]) -> TokenRows:
-        return token_rows(lvlm, examples, residual_sites(lvlm), tokens=tokens, batch_size=batch_size)
+        return token_rows(lvlm, examples, residual_sites(lvlm), tokens=tokens, batch_size=batch_size, progress=progress)
 
     calibration, harmless = held(comparing), held(study.benign("validation"))
     attacks = {c: held(study.suites["validation"][c]) for m in rows.modalities for c in study.seen[m]}
     readers, table = Readers(rows), []
-    for plan in plans:
+    for plan in Steps(plans, desc="fitting readers", disable=not progress):
         try:
             fitted = readers.fit(plan, calibration)
         except (RankError, TooFewCalibrationError) as error:

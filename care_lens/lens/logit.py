@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core import Example, Site, SiteLike, examples_digest
 from care_lens.core.details import groups_of, sampling, site_columns, tidy
 from care_lens.core.options import require_options
+from care_lens.core.progress import Steps
 from care_lens.core.require import require_examples
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lens.errors import LensError
@@ -152,7 +152,7 @@ def logit_lens(
     own = [] if targets is None else target_ids(lvlm, targets, rows)
     run = _Run(lvlm, rows, names, own, translators, top_k, keep)
     steps = len(wanted) * -(-len(rows) // batch_size)
-    with tqdm(total=steps, desc="reading words", disable=not progress) as bar:
+    with Steps(total=steps, desc="reading words", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
             run.batch(start, rows[start : start + batch_size], wanted, bar)
     groups = groups_of(rows)

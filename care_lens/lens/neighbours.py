@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core import Example, Site, SiteLike, examples_digest, package_versions
 from care_lens.core.details import groups_of, sampling, site_columns, tidy
 from care_lens.core.files import load_artifact, save_artifact, tensor_bytes, tensors_of
 from care_lens.core.options import require_options
+from care_lens.core.progress import Steps
 from care_lens.core.require import require_examples
 from care_lens.lens.errors import LensError
 from care_lens.lens.logit import KEPT, require_spans
@@ -116,7 +116,7 @@ class TextBank:
         words: list[str] = []
         contexts: list[str] = []
         answered = all(row.response is not None for row in rows)
-        for start in tqdm(range(0, len(rows), batch_size), desc="reading texts", disable=not progress):
+        for start in Steps(range(0, len(rows), batch_size), desc="reading texts", disable=not progress):
             inputs = lvlm.prepare(rows[start : start + batch_size], responses=answered)
             mask = inputs.spans.mask("text")
             for site, stream in states(lvlm, inputs, list(sites)):
@@ -272,7 +272,7 @@ def nearest_text(
     tables: dict[tuple[Site, str], np.ndarray] = {}
     details: list[dict[str, Any]] = []
     steps = len(wanted) * -(-len(rows) // batch_size)
-    with tqdm(total=steps, desc="finding neighbours", disable=not progress) as bar:
+    with Steps(total=steps, desc="finding neighbours", disable=not progress) as bar:
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             inputs = lvlm.prepare(some, responses=all(row.response is not None for row in some))

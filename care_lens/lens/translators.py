@@ -25,13 +25,13 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core import Example, Site, SiteLike, examples_digest, package_versions
 from care_lens.core.details import groups_of
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact, tensor_bytes, tensors_of
 from care_lens.core.options import require_options
+from care_lens.core.progress import Steps
 from care_lens.core.require import require_examples
 from care_lens.lens.errors import LensError
 from care_lens.lens.readout import full_log_probs
@@ -168,7 +168,7 @@ def fit_tuned_lens(
     kept: dict[Site, list[Tensor]] = {site: [] for site in wanted}
     finals: dict[Site, list[Tensor]] = {site: [] for site in wanted}
     outs: dict[Site, list[Tensor]] = {site: [] for site in wanted}
-    for start in tqdm(range(0, len(rows), batch_size), desc="reading streams", disable=not progress):
+    for start in Steps(range(0, len(rows), batch_size), desc="reading streams", disable=not progress):
         some = rows[start : start + batch_size]
         inputs = lvlm.prepare(some, responses=all(row.response is not None for row in some))
         out = torch.tensor([items[start + i] in held_out for i in range(len(some))], device=inputs.input_ids.device)
@@ -180,7 +180,7 @@ def fit_tuned_lens(
             finals[site].append(final[mask].cpu())
             outs[site].append(out[:, None].expand_as(mask)[mask].cpu())
     matrices, biases, chosen = {}, {}, {}
-    for site in tqdm(wanted, desc="fitting translators", disable=not progress):
+    for site in Steps(wanted, desc="fitting translators", disable=not progress):
         x, y, out = torch.cat(kept[site]), torch.cat(finals[site]), torch.cat(outs[site])
         if int((~out).sum()) < 2 or int(out.sum()) < 1:
             raise LensError(f"examples must have tokens of span {span!r} at {site} in both parts, got {len(x)} in all")
@@ -302,7 +302,7 @@ def fit_jacobian_lens(
     last = Site("language", lvlm.n_layers() - 1, "hook_resid_post")
     width = lvlm.width(last)
     sums = {site: torch.zeros(width, width, dtype=torch.float64) for site in wanted}
-    bar = tqdm(total=width * -(-len(rows) // batch_size), desc="Jacobians", disable=not progress)
+    bar = Steps(total=width * -(-len(rows) // batch_size), desc="Jacobians", disable=not progress)
     with bar:
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]

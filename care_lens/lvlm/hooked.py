@@ -12,6 +12,7 @@ memory. Dtypes: what a hook returns is cast to the activation's dtype, so float3
 half-precision model.
 """
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -35,6 +36,7 @@ from care_lens.lvlm.bound import BoundLVLM
 from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
+from care_lens.lvlm.footprint import LARGE, language_bytes, told
 from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
 from care_lens.lvlm.loading import load_processor, require_known, require_loadable
 from care_lens.lvlm.options import COPIES, REFUSED, copies, refuse, resolve
@@ -46,6 +48,7 @@ from care_lens.lvlm.wrapped import FwdHooks, HookFn, WrappedBridge, _checked
 __all__ = ["REFUSED", "HookedLVLM"]
 
 
+log = logging.getLogger(__name__)
 ATTACHED = "_care_lens_attached"
 """Where a plain model holds what is attached to it."""
 
@@ -309,19 +312,23 @@ class HookedLVLM(WrappedBridge):
             nothing.
 
         Raises:
-            HookError: If no sites are given.
+            HookError: If no sites are given; the message says what all of them would take.
             ValueError: If this model has no such site, or the batch has no images and a site is about them.
         """
         if sites is _NOT_GIVEN:
             raise HookError(
                 "sites must be given: the sites whose activations are kept, such as sites=['blocks.0.hook_mlp_out'], or sites=None for all "
-                f"{len(self.sites())} of them, which take memory; lvlm.sites() lists them"
+                f"{len(self.sites())} of them, which take {told(self, require_inputs(inputs), self.sites())}; lvlm.sites() lists them"
             )
         wanted = self.sites() if sites is None else [self._require(site) for site in _listed(sites)]
         if require_inputs(inputs).pixel_values is None:
             if sites is not None and (about := [str(site) for site in wanted if site.tower != "language"]):
                 raise ValueError(f"inputs must hold an image to have activations at {about}, got text alone")
             wanted = [site for site in wanted if site.tower == "language"]
+        if sites is None and language_bytes(self, inputs, wanted) >= LARGE:
+            log.warning(
+                "keeping all %d sites takes %s; name those that you need", len(wanted), told(self, inputs, wanted)
+            )
         store: dict[str, Tensor] = {}
 
         def saver(name: str) -> HookFn:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import TracebackType
-from typing import Any, ClassVar, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool
@@ -22,6 +22,7 @@ from care_lens.lvlm.doors import Doors
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import Family, family_of
 from care_lens.lvlm.inputs import LVLMInputs, require_inputs
+from care_lens.lvlm.missing import missing
 from care_lens.lvlm.plain import COPYING, KEYED, make_plain, plain, refuse_copies
 from care_lens.lvlm.seams import HonestConversion, Seams, install
 from care_lens.lvlm.sites import SiteInfo, describe, why_missing
@@ -176,6 +177,12 @@ class WrappedBridge:
 
     def _repr_html_(self) -> str:
         return as_html(*shown_model(self))
+
+    if not TYPE_CHECKING:  # a type checker would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what to write for a name of TransformerLens's that is not here (MissingNameError)."""
+            raise missing(self, name, self.__dict__.get("bridge"))
 
     def __enter__(self: Wrapped) -> Wrapped:
         return self

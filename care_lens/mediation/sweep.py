@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tqdm.auto import tqdm
-
 from care_lens.core import Example, Outcome, examples_digest
 from care_lens.core.options import require_options as require_options
+from care_lens.core.progress import Steps
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog, Probe, made_by
@@ -66,6 +65,11 @@ class Sweep:
     """
 
     def __init__(self, checkpoint: str | Path | None, *, settings: Mapping[str, Any], probe: Probe = ()) -> None:
+        self._resume = (
+            "give checkpoint='cells.jsonl' from the start: a file in which finished cells are kept"
+            if checkpoint is None
+            else f"make the same call with checkpoint={str(checkpoint)!r} again"
+        )
         self._done = CellLog(checkpoint, settings=dict(settings), probe=probe)
 
     def todo(self, cells: Iterable[str]) -> list[str]:
@@ -86,7 +90,7 @@ class Sweep:
         Returns:
             For each part its place and the values of its cells, in their order.
         """
-        with tqdm(total=total, desc=desc, disable=not progress) as bar:
+        with Steps(total=total, desc=desc, disable=not progress, resume=self._resume) as bar:
             for part in parts:
                 before = bar.n
                 if todo := self.todo(part.cells):

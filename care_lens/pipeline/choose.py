@@ -100,6 +100,7 @@ def choose(
     *,
     placement: Placement | None = None,
     store: GenerationStore | None = None,
+    progress: bool = True,
 ) -> Choice:
     """`care_lens.evaluation.tune` with the settings of a run.
 
@@ -110,6 +111,7 @@ def choose(
         settings: Of the run.
         placement: After which layers readers are tried; None: all but the last.
         store: Where the candidates' answers are kept, so that a stopped choice goes on.
+        progress: Whether to show progress bars.
 
     Raises:
         NoCandidateError: If no plan could be calibrated, or none keeps benign accuracy.
@@ -130,4 +132,5 @@ def choose(
         batch_size=settings.batch_size,
         seed=settings.seed,
         store=store,
+        progress=progress,
     )

@@ -94,7 +94,9 @@ def softened(
     sites = list(dict.fromkeys(leaf.site for leaf in both.leaves))
     tokens = max(len(lvlm.tokenizer(e.response or "")["input_ids"]) for e in examples)
     highest = float(
-        captured_scores(both, token_rows(lvlm, examples, sites, tokens=tokens, batch_size=settings.batch_size)).max()
+        captured_scores(
+            both, token_rows(lvlm, examples, sites, tokens=tokens, batch_size=settings.batch_size, progress=False)
+        ).max()
     )
     return repair.with_gate(replace(gate, width=1.2 * max(highest - gate.threshold, 1.0)))
 

@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 
-def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> FitRows:
+def capture_fit(lvlm: HookedLVLM, study: Study, settings: RunSettings, *, progress: bool = True) -> FitRows:
     """`care_lens.repair.study_rows` with the settings of a run."""
-    return study_rows(lvlm, study, tokens=settings.answer_tokens, batch_size=settings.batch_size)
+    return study_rows(lvlm, study, tokens=settings.answer_tokens, batch_size=settings.batch_size, progress=progress)
 
 
 def printed_subspaces(
@@ -43,8 +43,15 @@ def printed_subspaces(
     settings: RunSettings,
     *,
     checkpoint: Path | None = None,
+    progress: bool = True,
 ) -> dict[tuple[Modality, int], SafetySubspace]:
     """`care_lens.repair.printed_subspaces` with the settings of a run."""
     return _printed.printed_subspaces(
-        lvlm, study, layers, rank=settings.printed_rank, batch_size=settings.batch_size, checkpoint=checkpoint
+        lvlm,
+        study,
+        layers,
+        rank=settings.printed_rank,
+        batch_size=settings.batch_size,
+        checkpoint=checkpoint,
+        progress=progress,
     )

@@ -83,7 +83,12 @@ def shuffled_control(
     """The chosen plan with readers fitted on shuffled labels, its gate calibrated as the repair's."""
     comparing, calibrating = halves(study.benign("calibration"), seed=settings.seed)
     held = token_rows(
-        lvlm, comparing, residual_sites(lvlm), tokens=settings.answer_tokens, batch_size=settings.batch_size
+        lvlm,
+        comparing,
+        residual_sites(lvlm),
+        tokens=settings.answer_tokens,
+        batch_size=settings.batch_size,
+        progress=False,
     )
     shuffled = assemble(
         Readers(rows, shuffle_seed=settings.seed).fit(choice.plan, held),

@@ -53,6 +53,7 @@ def tuned(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         store=store,
+        progress=False,
     )
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from care_lens.core.files import swept
 from care_lens.core.identity import content_digest, model_fingerprint
+from care_lens.core.progress import Steps
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
 from care_lens.evaluation import GenerationStore, judge_name
@@ -118,7 +117,7 @@ def run(
         out: folder of the run; a second call with the same settings resumes there.
         model: what to call the model in the report: a hub name and revision, or "bundled".
         settings: see `RunSettings`.
-        progress: show a progress bar of the steps.
+        progress: show progress bars: of the steps, and of what learning and choosing do.
 
     Returns:
         All results; `care_lens.pipeline.write_report` makes the report of them.
@@ -135,7 +134,12 @@ def run(
     study.require()
     settings = require_feasible(study, settings)
     seconds: dict[str, float] = {}
-    bar = tqdm(total=4, desc="diagnose", disable=not progress)
+    bar = Steps(
+        total=4,
+        desc="diagnose",
+        disable=not progress,
+        resume=f"start it again with {str(out)!r} as its folder and the same settings: it goes on there",
+    )
 
     @contextmanager
     def step(name: str) -> Iterator[None]:
@@ -154,15 +158,21 @@ def run(
         with step("diagnose"):
             diagnosis = diagnose(lvlm, study, settings, stage)
         with step("learn"):
-            rows = capture_fit(lvlm, study, settings)
+            rows = capture_fit(lvlm, study, settings, progress=progress)
             kept = stage.directory / "learn"
-            printed = printed_subspaces(lvlm, study, range(lvlm.n_layers()), settings, checkpoint=kept)
+            printed = printed_subspaces(
+                lvlm, study, range(lvlm.n_layers()), settings, checkpoint=kept, progress=progress
+            )
             for subspace in printed.values():
                 subspace.save(out / "subspaces" / subspace_folder(subspace))
         with step("choose"):
             placement = reader_layers(diagnosis.places, lvlm.n_layers(), score=settings.carrier_score)
             store = GenerationStore(stage.directory / SEARCH)
-            choice = chosen(stage, out, lambda: choose(lvlm, study, rows, settings, placement=placement, store=store))
+            choice = chosen(
+                stage,
+                out,
+                lambda: choose(lvlm, study, rows, settings, placement=placement, store=store, progress=progress),
+            )
         with step("prove"):
             proof = prove(lvlm, study, choice, rows, settings, stage)
     return Run(study, settings, diagnosis, choice, proof, list(printed.values()), seconds, provenance)

@@ -41,6 +41,7 @@ def learn_repair(
     shuffle_seed: int | None = None,
     name: str = "care_lens",
     provenance: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> HybridFusion:
     """Learn the readers and writers of a plan and calibrate their gate.
 
@@ -63,6 +64,7 @@ def learn_repair(
         shuffle_seed: Deal the rows to the classes at random first: the control whose readers have nothing to find.
         name: Row of a defence table.
         provenance: What it came from, JSON-able; the plan is added.
+        progress: Whether to show progress bars.
 
     Returns:
         The repair, which knows the model it was made for.
@@ -72,7 +74,9 @@ def learn_repair(
         TooFewCalibrationError: If the calibration prompts are too few for the plan's epsilon.
     """
     if isinstance(source, Study):
-        rows = study_rows(lvlm, source, tokens=max(answer_tokens, *plan.offsets), batch_size=batch_size)
+        rows = study_rows(
+            lvlm, source, tokens=max(answer_tokens, *plan.offsets), batch_size=batch_size, progress=progress
+        )
         benign = source.benign("calibration") if calibration is None else list(calibration)
         about = {"study": source.name}
     else:
@@ -81,7 +85,7 @@ def learn_repair(
         rows, benign, about = source, list(calibration), {}
     comparing, calibrating = halves(benign, seed=seed)
     readers_at = Site("language", plan.layer, "hook_resid_post")
-    held = token_rows(lvlm, comparing, [readers_at], tokens=rows.tokens, batch_size=batch_size)
+    held = token_rows(lvlm, comparing, [readers_at], tokens=rows.tokens, batch_size=batch_size, progress=progress)
     repair = assemble(
         Readers(rows, shuffle_seed=shuffle_seed).fit(plan, held),
         rows,
@@ -93,6 +97,12 @@ def learn_repair(
         provenance={**about, "plan": str(plan), **(provenance or {})},
     )
     repair = recalibrated(
-        lvlm, repair, calibrating, epsilon=plan.epsilon, batch_size=batch_size, max_new_tokens=max_new_tokens
+        lvlm,
+        repair,
+        calibrating,
+        epsilon=plan.epsilon,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
     )
     return replace(repair, model=ModelIdentity.from_model(lvlm.hf_model))

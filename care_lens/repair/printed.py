@@ -36,6 +36,7 @@ def printed_subspaces(
     rank: int = 8,
     batch_size: int = 32,
     checkpoint: Path | None = None,
+    progress: bool = True,
 ) -> dict[tuple[Modality, int], SafetySubspace]:
     """Subspaces of CARE as printed: covariance contrast at MLP outputs, orthogonal projection.
 
@@ -49,6 +50,7 @@ def printed_subspaces(
         rank: Of each subspace; the paper has 64 to 256.
         batch_size: Examples a forward pass.
         checkpoint: A folder in which captured batches are kept.
+        progress: Whether to show progress bars.
 
     Returns:
         By modality and layer; modalities without examples are left out.
@@ -76,7 +78,7 @@ def printed_subspaces(
                 select=(span,),
                 responses=True,
                 batch_size=batch_size,
-                progress=False,
+                progress=progress,
                 checkpoint=None if checkpoint is None else checkpoint / f"{modality}.{label}",
             )
             for label, rows in (("benign", benign), ("malicious", malicious))

@@ -11,9 +11,9 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core.examples import Example
+from care_lens.core.progress import Steps
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.repair.checks import require_flag
 from care_lens.repair.positions import BatchView, includes_generated
@@ -139,7 +139,7 @@ def read_scores(
     answers = max_new_tokens > 1 and any(includes_generated(leaf.positions) for leaf in leaves)
     rows: list[Tensor] = []
     traced: list[RowTrace] = []
-    for start in tqdm(range(0, len(examples), batch_size), desc="reading", disable=not progress):
+    for start in Steps(range(0, len(examples), batch_size), desc="reading", disable=not progress):
         inputs = lvlm.prepare(examples[start : start + batch_size])
         view = BatchView(inputs)
         seen = _Tracer(view, leaves) if trace else _Recorder(view, leaves)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from care_lens.core.display import ShortRepr
 from care_lens.core.examples import Example
+from care_lens.core.progress import Steps
 from care_lens.core.require import require_examples
 from care_lens.core.site import Site
 from care_lens.data.study import Study
@@ -135,7 +136,14 @@ def residual_sites(lvlm: HookedLVLM) -> list[Site]:
 
 
 def token_rows(
-    lvlm: HookedLVLM, examples: Sequence[Example], sites: Sequence[Site], *, tokens: int = 6, batch_size: int = 32
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    sites: Sequence[Site],
+    *,
+    tokens: int = 6,
+    batch_size: int = 32,
+    progress: bool = True,
+    desc: str = "reading rows",
 ) -> TokenRows:
     """Activations at the last prompt token and the first tokens of the teacher-forced answers; one forward a batch.
 
@@ -144,7 +152,9 @@ def token_rows(
         examples: With responses.
         sites: Residual sites of the language tower.
         tokens: How many answer tokens to keep.
-        batch_size: Examples a forward pass.
+        batch_size: Examples per forward pass.
+        progress: Whether to show a progress bar.
+        desc: What the bar says.
 
     Raises:
         RepairError: If there is no example, or ``tokens`` is below 0 or ``batch_size`` below 1.
@@ -157,7 +167,7 @@ def token_rows(
         raise RepairError(f"tokens must be 0 or more and batch_size 1 or more, got {tokens} and {batch_size}")
     parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
     valid: list[Tensor] = []
-    for start in range(0, len(examples), batch_size):
+    for start in Steps(range(0, len(examples), batch_size), desc=desc, disable=not progress):
         inputs = lvlm.prepare(examples[start : start + batch_size], responses=True)
         with torch.no_grad():
             _, cache = lvlm.run_with_cache(inputs, sites=sites, logits_to_keep=1)
@@ -181,6 +191,7 @@ def fit_rows(
     sites: Sequence[Site] | None = None,
     tokens: int = 6,
     batch_size: int = 32,
+    progress: bool = True,
 ) -> FitRows:
     """Token activations of three sets of examples, all with responses.
 
@@ -191,7 +202,8 @@ def fit_rows(
         refused: Requests that the model refuses, with a refusal as response.
         sites: Where; None: the residual stream after every block of the language tower.
         tokens: How many answer tokens to keep.
-        batch_size: Examples a forward pass.
+        batch_size: Examples per forward pass.
+        progress: Whether to show progress bars.
 
     Raises:
         RepairError: If a set is empty (of ``malicious``: all), or a modality is unknown.
@@ -201,24 +213,28 @@ def fit_rows(
         raise RepairError(f"malicious must be by modalities out of {MODALITIES}, got {unknown}; name them so")
     where = residual_sites(lvlm) if sites is None else list(sites)
 
-    def rows(examples: Sequence[Example]) -> TokenRows:
-        return token_rows(lvlm, examples, where, tokens=tokens, batch_size=batch_size)
+    def rows(examples: Sequence[Example], what: str) -> TokenRows:
+        desc = f"reading {what} rows"
+        return token_rows(lvlm, examples, where, tokens=tokens, batch_size=batch_size, progress=progress, desc=desc)
 
     return FitRows(
-        benign=rows(benign),
-        malicious={m: rows(malicious[m]) for m in MODALITIES if malicious.get(m)},
-        refused=rows(refused),
+        benign=rows(benign, "benign"),
+        malicious={m: rows(malicious[m], m) for m in MODALITIES if malicious.get(m)},
+        refused=rows(refused, "refused"),
     )
 
 
-def study_rows(lvlm: HookedLVLM, study: Study, *, tokens: int = 6, batch_size: int = 32) -> FitRows:
+def study_rows(
+    lvlm: HookedLVLM, study: Study, *, tokens: int = 6, batch_size: int = 32, progress: bool = True
+) -> FitRows:
     """Token activations of a study's fit split: its benign channels, seen attack channels, and plain requests with its refusal.
 
     Args:
         lvlm: The model.
         study: Its fit split is read, and no other.
         tokens: How many answer tokens to keep.
-        batch_size: Examples a forward pass.
+        batch_size: Examples per forward pass.
+        progress: Whether to show progress bars.
 
     Raises:
         RepairError: If the split lacks one of these.
@@ -231,4 +247,5 @@ def study_rows(lvlm: HookedLVLM, study: Study, *, tokens: int = 6, batch_size: i
         refused=[replace(e, response=study.refusal) for e in study.refused("fit")],
         tokens=tokens,
         batch_size=batch_size,
+        progress=progress,
     )

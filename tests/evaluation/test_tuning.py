@@ -49,7 +49,8 @@ def chosen(bundled, study, tmp_path_factory):
     return made, path
 
 
-def test_the_pipeline_only_passes_its_settings_on(bundled, study, chosen):
+def test_the_pipeline_only_passes_its_settings_on(bundled, study, chosen, caplog):
+    caplog.set_level("INFO", logger="care_lens.core.progress")
     theirs, path = chosen
     store = GenerationStore(path)
     held = len(store)
@@ -74,6 +75,9 @@ def test_the_pipeline_only_passes_its_settings_on(bundled, study, chosen):
     assert ours.readers.equals(theirs.readers) and ours.runs.equals(theirs.runs)
     assert held and len(store) == held  # a stopped choice goes on: nothing was generated again
     assert list(ours.readers)[:3] == ["plan", "worst", "benign"]
+    told = [record.getMessage() for record in caplog.records if record.name == "care_lens.core.progress"]
+    for step in ("reading benign rows", "fitting readers", "trying writers", "checking benign answers"):
+        assert any(line.startswith(f"{step}: ") for line in told), step
 
 
 def test_the_choice_is_what_one_call_learns_of_its_plan(bundled, study, chosen):
