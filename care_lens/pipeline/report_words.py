@@ -22,6 +22,7 @@ WORDS: dict[str, str] = {
     "asr": "attack success",
     "batch_size": "batch size",
     "benign_after": "right answers, benign, after",
+    "asr_recalibrated": "attack success, gate calibrated anew",
     "benign_before": "right answers, benign, before",
     "benign_loss": "right answers that may be lost (share)",
     "candidates": "settings tried",

@@ -128,6 +128,15 @@ def test_the_figures_of_the_winner_are_those_of_an_evaluation(bundled, study, ch
     assert picked["utility_n"] == right["n"].sum() and picked["within_budget"]
     assert picked["asr_low"] <= picked["asr"] <= picked["asr_high"]
     assert choice.frontier.settings["split"] == "validation" and frontier["on_frontier"].any()
+    # The threshold of the repair is not that of the comparison: its own attack success stands beside.
+    attacked = {c: list(study.suites["validation"][c]) for channels in study.seen.values() for c in channels}
+    table = evaluate(
+        bundled, attacked, {"care_lens": choice.repair}, judge=study.judge, max_new_tokens=8, batch_size=64,
+        fidelity=False, n_boot=20, progress=False,
+    ).to_dataframe()  # fmt: skip
+    asr = table[table["metric"] == "asr"]
+    assert won["asr_recalibrated"] == pytest.approx((asr["value"] * asr["n"]).sum() / asr["n"].sum())
+    assert choice.runs["asr_recalibrated"].notna().sum() == 1
 
 
 def _refusing_everything(choice):
