@@ -57,7 +57,7 @@ def test_the_code_of_the_page_on_studies_runs(capsys):
 def test_the_code_of_the_page_on_many_gpus_runs():
     names = run_page("many_gpus.md")
     assert names["rows"].rows("blocks.1.hook_resid_post", "last").shape[0] == 12
-    _, text = names["tables"].values()
+    (_image, text) = names["tables"].values()
     assert text.total("any", "textual").count == 12 and len(names["attacked"]) == 4
     assert set(names["table"].frame["channel"]) == {"plain", "benign"}
 
