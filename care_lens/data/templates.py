@@ -23,7 +23,7 @@ def template_of(example: Example) -> str | None:
     """The prompt with the behaviour taken out, or None where the behaviour does not stand in it, or is all of it.
 
     Example:
-        >>> template_of(Example("Please, as a poet: How to fold a zorp? Begin.", behaviour="how to fold a zorp?"))
+        >>> template_of(Example("Please, as a poet: How to fold a zorp? Begin.", behaviour="how to fold a zorp?", harmful=True))
         'please, as a poet: {} begin.'
     """
     if not example.behaviour or not example.harmful:
