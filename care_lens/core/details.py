@@ -104,6 +104,6 @@ def _typed(column: pd.Series) -> pd.Series:
         return column
     if column.name in _SOMETIMES:
         return pd.Series([int(text) if text else None for text in column], dtype="Int64")
-    if column.name in _WHOLE:
+    if column.name in _WHOLE and all(text.lstrip("-").isdigit() for text in column):  # a rank may be missing
         return column.map(int).astype("int64")
     return column.map(lambda text: float(text) if text else float("nan")).astype("float64")

@@ -33,7 +33,7 @@ from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.placement import Placement, reader_layers
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated
-from care_lens.repair.errors import TooFewCalibrationError
+from care_lens.repair.errors import FlatScoresError, TooFewCalibrationError
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.learning import Answers, FittedReaders, ReaderPlan, Readers, assemble, reader_plans
 from care_lens.repair.rows import FitRows, TokenRows, residual_sites, study_rows, token_rows
@@ -368,7 +368,7 @@ def _compared(
     for plan in Steps(plans, desc="fitting readers", disable=not progress):
         try:
             fitted = readers.fit(plan, calibration)
-        except (RankError, TooFewCalibrationError) as error:
+        except (RankError, TooFewCalibrationError, FlatScoresError) as error:
             log.info("left out: %s (%s)", plan, error)
             continue
         table.append(

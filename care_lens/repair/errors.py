@@ -39,3 +39,7 @@ class BakeError(RepairError):
 
 class KindError(CareLensError, TypeError, ValueError):
     """A class cannot be registered, or a part of a repair is of a class that is not."""
+
+
+class FlatScoresError(RepairError):
+    """A reader's scores of benign examples are not finite or do not vary, as where short answers have no such token: it has no unit."""

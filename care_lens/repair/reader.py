@@ -26,7 +26,7 @@ from torch import Tensor
 from care_lens.core.display import ShortRepr
 from care_lens.core.site import Site
 from care_lens.repair.checks import require_number, require_tensor
-from care_lens.repair.errors import RepairError
+from care_lens.repair.errors import FlatScoresError, RepairError
 from care_lens.repair.kinds import register_kind
 from care_lens.repair.placed import PlacedTensors, compute_dtype
 from care_lens.repair.positions import Positions, check_positions, check_site
@@ -73,11 +73,11 @@ class Reader(ShortRepr, ABC):
             The reader whose scores on those examples have mean 0 and standard deviation 1.
 
         Raises:
-            ValueError: If the scores do not vary or are not finite.
+            FlatScoresError: If the scores do not vary or are not finite.
         """
         mean, spread = float(benign.double().mean()), float(benign.double().std())
         if not (0 < spread < float("inf") and math.isfinite(mean)):
-            raise RepairError(
+            raise FlatScoresError(
                 f"benign scores must be finite and vary, got {len(benign)} of standard deviation {spread}"
             )
         return replace(self, location=self.location + self.scale * mean, scale=self.scale * spread)

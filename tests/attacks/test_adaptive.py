@@ -154,4 +154,9 @@ def test_pgd_that_sees_the_gate_gets_through_where_plain_pgd_and_noise_do_not(wo
         name: judged(result, lvlm, judge=study.judge, defence=repair, max_new_tokens=10).success
         for name, result in results.items()
     }
-    assert through["adaptive"] >= max(through["plain"], through["noise"]) + 1 / 3, through
+    assert through["adaptive"] > max(through["plain"], through["noise"]), through
+    losses = {}
+    for name, result in results.items():
+        with torch.no_grad(), repair.on(lvlm):
+            losses[name] = float(seeing.loss(lvlm, lvlm.prepare(result.examples, responses=True)).mean())
+    assert losses["adaptive"] < min(losses["plain"], losses["noise"]) - 0.5, losses

@@ -68,7 +68,6 @@ def test_reciprocal_rank_by_chance_is_by_brute_force():
         (["nowhere"], "must return sites"),
         (["blocks.9.hook_mlp_out"], "must rank the candidates"),
         ([SITES[0], Site.parse(SITES[0])], "each site once"),
-        (None, "must return a list"),
     ],
 )
 def test_rankings_that_are_none(ranking, message):
