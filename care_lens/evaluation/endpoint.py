@@ -320,10 +320,11 @@ class ChatEndpoint:
         most = self._price(prompt.tokens, self._max_tokens)
         if most is None or not isinstance(usage, dict):
             return
-        counts = tuple(usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-        if all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts):
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        known = [count for count in counts if isinstance(count, int) and not isinstance(count, bool) and count >= 0]
+        if len(known) == 2:
             with self._lock:
-                self._spent += (self._price(*counts) or 0.0) - most
+                self._spent += (self._price(known[0], known[1]) or 0.0) - most
 
     def _price(self, prompt_tokens: int, answer_tokens: int) -> float | None:
         if self._prices is None:

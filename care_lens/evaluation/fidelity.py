@@ -66,12 +66,12 @@ def next_token_kl(
     starts = range(0, len(rows), batch_size)
     for start in Steps(starts, desc="fidelity", disable=not progress):
         batch = [rows[i] for i in order[start : start + batch_size]]
-        watched = [
-            name
+        watched = {
+            name: repair
             for name, repair in repairs.items()
             if isinstance(repair, Gated) and getattr(repair, "gated", True) and _asks(lvlm, repair, batch)
-        ]
-        base, _, touched = _answer_log_probs(lvlm, batch, None, [repairs[name] for name in watched])
+        }
+        base, _, touched = _answer_log_probs(lvlm, batch, None, list(watched.values()))
         opened = dict(zip(watched, touched, strict=True))
         for name, repair in repairs.items():
             rows_run = opened.get(name, torch.ones(len(batch), dtype=torch.bool)).nonzero()[:, 0].tolist()

@@ -176,7 +176,7 @@ class _Run:
                 torch.manual_seed(int(digest([self.seed, *(example.id for example in examples)]), 16) % 2**63)
                 inputs = self.lvlm.prepare(defended(self.repair, examples))
                 seen = watches(self.lvlm, inputs, self.watched)
-                hooks = [pair for _, watch in seen for pair in watch.hooks]
+                hooks: Any = [pair for _, watch in seen for pair in watch.hooks]
                 made = self.lvlm.generate(inputs, **self.options, **({"fwd_hooks": hooks} if hooks else {}))
         except Exception as error:
             if self.watched:  # it may have been a hook of theirs

@@ -31,7 +31,7 @@ class Looking(NamedTuple):
 
 def looking(defences: Sequence[Repair | None]) -> list[Looking]:
     """Those of the defences that can say which requests they touch, each once."""
-    made = [Looking(d, repair_fingerprint(d)) for d in defences if d is not None and _may_close(d)]
+    made = [Looking(d, repair_fingerprint(d)) for d in defences if isinstance(d, Gated) and _may_close(d)]
     return list({one.fingerprint: one for one in made}.values())
 
 

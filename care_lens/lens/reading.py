@@ -145,7 +145,7 @@ def picture_reading(
         "seed": seed,
         "versions": package_versions(),
     }
-    return PictureReading(frame, settings, image)
+    return PictureReading(pd.DataFrame(frame), settings, image)
 
 
 def _patches(result: LensMeasures, example: int, site: Site) -> pd.DataFrame:

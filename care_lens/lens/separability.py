@@ -114,8 +114,8 @@ def _held_out(
         raise ValueError(f"each class must have at least 2 groups to hold one out, got {fewest}; give more items")
     folds = StratifiedGroupKFold(min(n_folds, fewest), shuffle=True, random_state=seed)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-    scores = cross_val_predict(
-        probe, features.cpu().double().numpy(), y, groups=items, cv=folds, method="decision_function"
+    scores = np.asarray(
+        cross_val_predict(probe, features.cpu().double().numpy(), y, groups=items, cv=folds, method="decision_function")
     )
     return {"score": scores, "label": y.astype(np.float64)}, items.tolist()
 

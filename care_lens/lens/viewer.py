@@ -137,7 +137,7 @@ class _Layer:
             layer = "<NA>" if site.layer is None else site.layer
             part = self._groups.get((example, f"{site.tower}/{layer}/{site.component}"))
             if part is not None:
-                part = part[part["token_index"].isin(rows)]
+                part = pd.DataFrame(part[part["token_index"].isin(rows)])
                 at = part["token_index"].map(rows).to_numpy(dtype=int), part["rank"].to_numpy(dtype=int) - 1
                 words[at] = part["at"].to_numpy()
                 values[at] = np.round(np.clip(part["value"].to_numpy(dtype=float), 0, 1) * 255).astype("u1")
@@ -149,7 +149,7 @@ def _example(
     result: LensMeasures, number: int, layers: Sequence[_Layer], effects: DetailedResult | None
 ) -> dict[str, Any]:
     mine = result.details[result.details["example"] == number]
-    first = mine.drop_duplicates("token_index").sort_values("token_index")
+    first = pd.DataFrame(mine).drop_duplicates(subset=["token_index"]).sort_values("token_index")
     tokens = [
         [row["token"], int(row["image"]), int(row["grid"]), int(row["row"]), int(row["col"])]
         + ([round(float(row[edge]), 3) for edge in ("x0", "y0", "x1", "y1")] if row["grid"] >= 0 else [])

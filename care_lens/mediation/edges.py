@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from care_lens.core import Outcome, PairedExamples, Site, cluster_bootstrap, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
+from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution import FIRST_POINTS, Method, _check_options
 from care_lens.mediation.errors import MediationError
@@ -234,8 +235,8 @@ class _Run:
         self, lvlm: HookedLVLM, batch: PairBatch, outcome: Any, senders: Sequence[Node], receivers: Sequence[Node]
     ) -> None:
         self._lvlm, self._batch, self._receivers = lvlm, batch, receivers
-        towers = ("vision", "language") if batch.has_images else ("language",)
-        self._layers = {tower: range(lvlm.n_layers(tower)) for tower in towers}  # type: ignore[arg-type]
+        towers: tuple[Tower, ...] = ("vision", "language") if batch.has_images else ("language",)
+        self._layers: dict[Tower, range] = {tower: range(lvlm.n_layers(tower)) for tower in towers}
         self._keep = logits_needed(outcome, batch.inputs)
         self._entries = [PATCHES, WORDS] if batch.has_images and PATCHES in lvlm.sites() else [WORDS]
         self._written = list(dict.fromkeys(node.site for node in senders))
@@ -320,10 +321,10 @@ class _Run:
             if given[1] is not None:
                 yield from self._of_senders(receiver, "vision", given[1], held)
 
-    def _of_senders(self, receiver: Node, tower: str, read: Tensor, held: dict[Site, Tensor]) -> Any:
+    def _of_senders(self, receiver: Node, tower: Tower, read: Tensor, held: dict[Site, Tensor]) -> Any:
         """Scores of the senders of a tower, whose stream the receiver reads with a gradient."""
         for layer in self._layers[tower]:
-            z, attn, mlp = (Site(tower, layer, name) for name in (HEADS, ATTN, MLP))  # type: ignore[arg-type]
+            z, attn, mlp = (Site(tower, layer, name) for name in (HEADS, ATTN, MLP))
             if position_of(Node(z, 0)) < position_of(receiver):
                 (pulled,) = torch.autograd.grad(held[attn], held[z], read, retain_graph=True)
                 score = (pulled.double() * self._differences[z].double()).sum(dim=(1, 3))

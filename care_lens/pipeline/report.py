@@ -347,7 +347,7 @@ def _choice(made: _Report) -> str:
         left=2,
     )
     readers = choice.readers.head(30)
-    shares = [c for c in readers.columns if c != "plan"]
+    shares = [str(c) for c in readers.columns if c != "plan"]
     names = {"worst": "worst channel", "benign": "benign prompts opened"}
     detected = table(
         ["readers", *(names.get(c, c) for c in shares)],

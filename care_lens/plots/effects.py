@@ -129,7 +129,7 @@ def is_token(position: object) -> bool:
 
 def _told_apart(frame: pd.DataFrame, panels: list[_Panel]) -> tuple[list[_Panel], list[_Panel]]:
     """Panels in which something is exchanged, and those in which both twins have the same; all are of the first kind if none is."""
-    by_exchange = frame[frame["effect"].isin(("NIE", "TIE"))]
+    by_exchange = pd.DataFrame(frame[frame["effect"].isin(("NIE", "TIE"))])
     if by_exchange.empty:
         return panels, []
     shown, blank = [], []

@@ -124,7 +124,7 @@ def plot_mediators(result: FrameResult | pd.DataFrame, *, effect: str = "NIE", t
     figure.add_vline(x=0, line={"width": 1, "color": theme.INK})
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(title_text=with_n(effect, frame, "pairs"))
-    figure.update_layout(template=theme.TEMPLATE, height=160 + 22 * len(drawn), showlegend=len(figure.data) > 1)
+    figure.update_layout(template=theme.TEMPLATE, height=160 + 22 * len(drawn), showlegend=len(tuple(figure.data)) > 1)
     return figure
 
 

@@ -153,7 +153,7 @@ def plot_picture_reading(
                 source=shown_picture(image).convert("L").convert("RGB"), x=0, y=0, sizex=image.width, sizey=image.height,
                 sizing="stretch", layer="below", row=1, col=col, xref=f"x{col}" if col > 1 else "x", yref=f"y{col}" if col > 1 else "y",
             )  # fmt: skip
-        for patch in part[part["kind"] == "read"].to_dict("records"):
+        for patch in pd.DataFrame(part[part["kind"] == "read"]).to_dict("records"):
             figure.add_shape(
                 type="rect", x0=patch["x0"], x1=patch["x1"], y0=patch["y0"], y1=patch["y1"], line={"color": theme.COLOURS[1], "width": 2},
                 row=1, col=col,

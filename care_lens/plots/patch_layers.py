@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,7 +59,7 @@ def plot_patch_layers(
             )
         value = np.full((rows, cols), np.nan)
         value[frame["row"].to_numpy(dtype=int), frame["col"].to_numpy(dtype=int)] = frame["value"].to_numpy(dtype=float)
-        at = {"row": index // across + 1, "col": index % across + 1}
+        at: dict[str, Any] = {"row": index // across + 1, "col": index % across + 1}
         heat = go.Heatmap(
             z=value,
             x0=wide / 2,
@@ -71,7 +72,7 @@ def plot_patch_layers(
             name=name,
         )
         figure.add_trace(heat, **at)
-        drawn = figure.data[-1]
+        drawn: Any = figure.data[-1]
         if image is not None:
             add_picture(figure, image, drawn.xaxis or "x", drawn.yaxis or "y")
         figure.update_yaxes(scaleanchor=drawn.xaxis or "x", constrain="domain", autorange="reversed", **at)

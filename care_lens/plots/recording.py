@@ -102,7 +102,7 @@ def plot_recording(
     if tokens is not None:
         pictured = set(at_image.tolist())
         named = [p for p in sorted(set(frame.position)) if p not in pictured]
-        labels = [tokens[p].strip() or repr(tokens[p]) for p in named]
+        labels = [str(tokens[p]).strip() or repr(tokens[p]) for p in named]
         if pictured:
             named, labels = [*named, (min(pictured) + max(pictured)) // 2], [*labels, f"image ({len(pictured)})"]
         figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, row=1, col=1)

@@ -49,7 +49,7 @@ def plot_spectrum(subspace: SafetySubspace) -> go.Figure:
         title=where or None,
         xaxis={"title": {"text": "direction"}, "dtick": max(1, max(len(values), len(seen), len(held)) // 6)},
         yaxis={"title": {"text": "malicious / benign energy"}, **theme.log_axis([*values, *seen, *held])},
-        showlegend=len(figure.data) > 1,
+        showlegend=len(tuple(figure.data)) > 1,
     )
     return figure
 
@@ -74,7 +74,7 @@ def plot_spectra(subspaces: Mapping[str, SafetySubspace]) -> go.Figure:
         "title": {"text": "malicious / benign energy"},
         **theme.log_axis([1.0, *(value for values in spectra.values() for value in values)]),
     }
-    rule = {"line": {"dash": "dash", "color": theme.INK, "width": 1}}
+    rule: Any = {"line": {"dash": "dash", "color": theme.INK, "width": 1}}
     if max(map(len, spectra.values())) == 1:
         points = {"x": [values[0] for values in spectra.values()], "y": list(spectra), "mode": "markers"}
         figure.add_trace(

@@ -41,8 +41,8 @@ def plot_tradeoff(result: FrameResult | pd.DataFrame) -> go.Figure:
         rows = only(frame, "metric", metric)
         channels = list(dict.fromkeys(rows["channel"]))
         if metric == "asr":
-            moved = rows.groupby("channel", sort=False)["value"].max() > 0
-            channels = [channel for channel in channels if moved[channel]] or channels
+            moved = set(rows["channel"][rows["value"].astype(float) > 0])
+            channels = [channel for channel in channels if channel in moved] or channels
         shown[metric] = channels
         rows = rows.assign(value=rows["value"].astype(float))
         tables[metric] = (
