@@ -159,4 +159,4 @@ def test_pgd_that_sees_the_gate_gets_through_where_plain_pgd_and_noise_do_not(wo
     for name, result in results.items():
         with torch.no_grad(), repair.on(lvlm):
             losses[name] = float(seeing.loss(lvlm, lvlm.prepare(result.examples, responses=True)).mean())
-    assert losses["adaptive"] < min(losses["plain"], losses["noise"]) - 0.5, losses
+    assert losses["adaptive"] < 0.75 * min(losses["plain"], losses["noise"]), losses
