@@ -105,37 +105,36 @@ def verify(
 ) -> VerifiedResult:
     """Patch the units that attribution ranks highest, and as many random ones, and compare.
 
-        Args:
-            lvlm: The model.
-            pairs: The pairs that the attribution is of, or others of the same lengths.
-            attribution: What :func:`~care_lens.mediation.attribution.attribute` gave.
-            outcome: The outcome of the attribution.
-            top: Units of each kind that are patched because they rank highest.
-            random: Units of each kind that are drawn from the others.
-            batch_size: Sequences in a forward pass, at least 2.
-            n_boot: Bootstrap resamples.
-            seed: Seed of the draw and of the bootstraps.
-            progress: Whether to show a progress bar.
-            checkpoint: A file in which what is finished is kept; a stopped verification goes on from it.
+    Args:
+        lvlm: The model.
+        pairs: The pairs that the attribution is of, or others of the same lengths.
+        attribution: What :func:`~care_lens.mediation.attribution.attribute` gave.
+        outcome: The outcome of the attribution.
+        top: Units of each kind that are patched because they rank highest.
+        random: Units of each kind that are drawn from the others.
+        batch_size: Sequences in a forward pass, at least 2.
+        n_boot: Bootstrap resamples.
+        seed: Seed of the draw and of the bootstraps.
+        progress: Whether to show a progress bar.
+        checkpoint: A file in which what is finished is kept; a stopped verification goes on from it.
 
-        Returns:
-            Rank correlations and miss rates by kind, and exact effects by unit.
+    Returns:
+        Rank correlations and miss rates by kind, and exact effects by unit.
 
-        Raises:
-            MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
-            ValueError: If the outcome is another than the attribution's, a twin has several images and a site is in the vision tower, or
-                the checkpoint is of another verification.
+    Raises:
+        MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
+        ValueError: If the outcome is another than the attribution's, a twin has several images and a site is in the vision tower, or
+            the checkpoint is of another verification.
 
-        Example:
-            >>> from care_lens import organism
-            >>> from care_lens.lvlm import HookedLVLM
-            >>> from care_lens.mediation.errors import MediationError
-    from care_lens.mediation.attribution import attribute
-            >>> lvlm = HookedLVLM.from_hf(*organism.untrained(seed=0))
-            >>> pairs, outcome = organism.pairs("typographic", "fit", n=2), organism.outcome()
-            >>> guess = attribute(lvlm, pairs, outcome=outcome, sites=["blocks.0.attn.hook_z"], patches=(), progress=False)
-            >>> verify(lvlm, pairs, guess, outcome=outcome, top=2, random=1, progress=False).frame.effect.tolist()
-            ['spearman', 'spearman of random', 'miss rate']
+    Example:
+        >>> from care_lens import organism
+        >>> from care_lens.lvlm import HookedLVLM
+        >>> from care_lens.mediation.attribution import attribute
+        >>> lvlm = HookedLVLM.from_hf(*organism.untrained(seed=0))
+        >>> pairs, outcome = organism.pairs("typographic", "fit", n=2), organism.outcome()
+        >>> guess = attribute(lvlm, pairs, outcome=outcome, sites=["blocks.0.attn.hook_z"], patches=(), progress=False)
+        >>> verify(lvlm, pairs, guess, outcome=outcome, top=2, random=1, progress=False).frame.effect.tolist()
+        ['spearman', 'spearman of random', 'miss rate']
     """
     require_options(top=top, random=random, batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
     if describe_outcome(outcome) != attribution.settings["outcome"]:
