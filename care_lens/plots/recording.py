@@ -53,7 +53,7 @@ def plot_recording(
         rows=3 + len(grids),
         cols=1,
         subplot_titles=titles,
-        vertical_spacing=(0.4 if tokens is None else 0.6) / (3 + len(grids)),
+        vertical_spacing=(0.4 if tokens is None else 0.8) / (3 + len(grids)),
         row_heights=[1.0] * 3 + [1.6] * len(grids),
     )
     by_token = frame.groupby("position")

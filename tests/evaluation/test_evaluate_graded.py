@@ -72,7 +72,6 @@ def test_a_grader_is_asked_once_and_only_shares_say_what_is_right(small, suites,
     assert frame["captions", "cider", "scaled"] == 4.0
     metrics = table.frame.groupby("channel")["metric"].agg(set).to_dict()
     assert metrics["captions"] == {"cider", "refusal"}, "4 of 10 is not right"
-    assert "retained" in metrics["benign"]
 
 
 def test_one_set_of_settings_holds_for_all_suites(small, suites, judge):

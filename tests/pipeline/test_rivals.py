@@ -14,9 +14,9 @@ from care_lens.pipeline.settings import RunSettings
 
 def test_a_direction_that_is_fitted_against_the_counterpart_alone_says_so(monkeypatch, caplog, tmp_path):
     """The fit and the tuning have tests of their own: here the first fit fails, or none does."""
-    study, fails, seen = organism.study(), [True], []
+    lvlm, study, fails, seen = organism.load(), organism.study(), [True], []
 
-    def fit(lvlm, *, harmless, **options):
+    def fit(model, *, harmless, **options):
         seen.append({example.channel for example in harmless})
         if fails.pop():
             raise NoRefusalDirection("none of 8 candidates passes")
@@ -28,14 +28,14 @@ def test_a_direction_that_is_fitted_against_the_counterpart_alone_says_so(monkey
     settings = RunSettings()
     fails[:] = [False, True]
     with caplog.at_level(logging.WARNING):
-        found = rivals.refusal_direction(None, study, settings)
+        found = rivals.refusal_direction(lvlm, study, settings)
     assert seen[1] == {"benign plain"} and len(seen[0]) > 1
     assert "none of 8 candidates passes; it is fitted against 'benign plain' alone" in caplog.text
     found.save(tmp_path)
     again = load_defence(tmp_path)  # a run that goes on loads it
-    _, note = rivals.best_direction(None, study, again, settings, ["visual"])
+    _, note = rivals.best_direction(lvlm, study, again, settings, ["visual"])
     assert note["harmless"] == "benign plain"
     caplog.clear()
     fails[:] = [False]
-    _, note = rivals.best_direction(None, study, rivals.refusal_direction(None, study, settings), settings, ["visual"])
+    _, note = rivals.best_direction(lvlm, study, rivals.refusal_direction(lvlm, study, settings), settings, ["visual"])
     assert note["harmless"] == "all benign channels" and not caplog.text

@@ -1,9 +1,11 @@
 """The style of a paper: size, text, short names, dark pages, and files that are written or told why not."""
 
+import base64
 import importlib.util
 import json
 import re
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 from hypothesis import given
@@ -47,7 +49,7 @@ def test_names_height_and_numbers_are_kept(curve):
     assert made.data[0].name == "where it is" and made.layout.height == 240
     assert list(made.data[0].y) == [1, 2]
     assert paper(curve, height=12).layout.height == 12 * 96
-    for options, message in (({"columns": 3}, "columns must be 1 or 2, got 3"), ({"height": 0.1}, "half an inch")):
+    for options, message in (({"height": 0.1}, "half an inch"),):
         with pytest.raises(ValueError, match=message):
             paper(curve, **options)
 
@@ -119,7 +121,6 @@ def test_formats_are_written_in_the_papers_size(curve, tmp_path, monkeypatch):
     for options, message in (
         ({"formats": ("docx",)}, r"formats must be among pdf, svg and png, got \['.docx'\]"),
         ({"dark": True}, "dark must come with columns"),
-        ({"columns": 4}, "columns must be 1 or 2"),
     ):
         with pytest.raises(ValueError, match=message):
             save_figure(curve, tmp_path / "none.pdf", **options)
@@ -162,5 +163,8 @@ def test_effects_in_a_column_keep_their_cells():
     cell = {"tower": "language", "layer": 3, "component": "hook_mlp_out", "position": "last", "effect": "NIE"}
     frame = pd.DataFrame([{**cell, "value": 1.0, "ci_low": 0.5, "ci_high": 2.0, "n": 7}])
     made = paper(plot_effects(frame))
-    assert made.data[0].z[0][3] == 1.0 and list(made.data[0].y) == ["MLP"]
+    z = json.loads(made.to_json())["data"][0]["z"]
+    if isinstance(z, dict):
+        z = np.frombuffer(base64.b64decode(z["bdata"]), z["dtype"]).reshape([int(n) for n in z["shape"].split(",")])
+    assert z[0][3] == 1.0 and list(made.data[0].y) == ["MLP"]
     assert made.layout.xaxis.title.text == "layer (n = 7 pairs)"

@@ -149,16 +149,19 @@ def test_the_record_ends_where_a_row_s_answer_does(model, inputs):
     before = settings.eos_token_id
     with pair().on(model):
         plain = model.generate(inputs, max_new_tokens=6, min_new_tokens=6).new_tokens
+    # A token at which answers end at different places; -1 where a row has none.
+    places = {t: [row.tolist().index(t) if t in row else -1 for row in plain] for t in plain.unique().tolist()}
+    end = max(places, key=lambda t: (len(set(places[t])), max(places[t])))
     try:
         with pair().recording(model) as seen:
-            settings.eos_token_id = int(plain[0, 1])
+            settings.eos_token_id = end
             new = model.generate(inputs, max_new_tokens=6).new_tokens
             frame = seen.to_dataframe()
     finally:
         settings.eos_token_id = before
-    ends = [(row == int(plain[0, 1])).nonzero()[:, 0].tolist() for row in new]
+    ends = [(row == end).nonzero()[:, 0].tolist() for row in new]
     expected = [min(found[0] if found else len(row), len(row) - 1) for found, row in zip(ends, new, strict=True)]
-    assert expected[0] < 2 and max(expected) > 2, "answers must end apart"
+    assert len(set(expected)) > 1, "answers must end apart"
     assert [int(((frame.row == row) & (frame.span == "generated")).sum()) for row in range(len(new))] == expected
 
 
