@@ -68,7 +68,7 @@ def plot_principal_angles(subspaces: Mapping[str, SafetySubspace], *, which: Whi
         xgap=1,
         ygap=1,
         colorbar={
-            "title": {"text": f"{which} angle, degrees", "side": "right"},
+            "title": {"text": f"{which}<br>angle,<br>degrees", "side": "top"},
             "tickvals": [0, 30, 60, 90],
             "thickness": 16,
         },
@@ -76,7 +76,7 @@ def plot_principal_angles(subspaces: Mapping[str, SafetySubspace], *, which: Whi
     figure = go.Figure(heat)
     figure.update_xaxes(type="category", showgrid=False, showline=False, ticks="", tickangle=-90)
     figure.update_yaxes(type="category", showgrid=False, showline=False, ticks="", autorange="reversed")
-    figure.update_layout(template=theme.TEMPLATE, height=170 + 46 * len(names), margin={"t": 30})
+    figure.update_layout(template=theme.TEMPLATE, height=210 + 46 * len(names), margin={"t": 30})
     return figure
 
 
