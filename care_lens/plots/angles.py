@@ -68,7 +68,7 @@ def plot_principal_angles(subspaces: Mapping[str, SafetySubspace], *, which: Whi
         xgap=1,
         ygap=1,
         colorbar={
-            "title": {"text": f"{which}<br>angle,<br>degrees", "side": "top"},
+            "title": {"text": "degrees", "side": "right"},
             "tickvals": [0, 30, 60, 90],
             "thickness": 16,
         },
