@@ -53,7 +53,7 @@ def reproduce(
     start(threads)
     from care_lens.core.processes import Process
     from care_lens.pipeline.recipe import read_recipe
-    from care_lens.pipeline.reproduce import look
+    from care_lens.pipeline.recipe_look import look
     from care_lens.pipeline.reproduce import reproduce as make
 
     asked = read_recipe(recipe)
@@ -90,7 +90,7 @@ def reproduce(
 
 def _show(title: str, found: object) -> None:
     """Print what was looked at: all errors and warnings, and how many examples there are."""
-    from care_lens.pipeline.reproduce import Looked
+    from care_lens.pipeline.recipe_look import Looked
 
     assert isinstance(found, Looked)
     table = Table(title=f"files of {title}")

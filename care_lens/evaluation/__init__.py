@@ -16,7 +16,7 @@ from care_lens.evaluation.drift import language_drift
 from care_lens.evaluation.endpoint import ChatEndpoint, CostError, CostEstimate
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
-from care_lens.evaluation.frontier import Frontier, MissingVerdictsError, NoSettingError, Search, search
+from care_lens.evaluation.frontier import Frontier
 from care_lens.evaluation.functions import FunctionJudge
 from care_lens.evaluation.generate import generate_all
 from care_lens.evaluation.graders import (
@@ -42,6 +42,7 @@ from care_lens.evaluation.posting import EndpointError
 from care_lens.evaluation.refusal import NOT_REFUSALS, PUBLISHED_REFUSALS, REFUSALS, SubstringRefusalJudge
 from care_lens.evaluation.responses import AnswerNotes, AnswersError, answered_study, with_answers
 from care_lens.evaluation.sampling import MissingOptunaError
+from care_lens.evaluation.searching import MissingVerdictsError, NoSettingError, Search, search
 from care_lens.evaluation.settings import GenerationSettings
 from care_lens.evaluation.sharded import evaluate_sharded, generate_sharded
 from care_lens.evaluation.splits import TestSplitError, refuse_test

@@ -1,6 +1,6 @@
 """A published table, from public files: look through the files, learn, answer, judge, print.
 
-    found = look(recipe, "files")  # before any GPU time
+    look(recipe, "files").require()  # before any GPU time, see care_lens.pipeline.recipe_look
     result = reproduce(recipe, "files", "results/table", lvlm=lvlm, judge=judge)
     print(result.markdown)
 
@@ -15,9 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from care_lens.core.errors import ArtifactError, CareLensError
+from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
 from care_lens.core.files import load_artifact, save_artifact, write_whole
 from care_lens.core.identity import digest, examples_digest, model_fingerprint
@@ -25,9 +23,8 @@ from care_lens.core.outcome import Judge, Repair
 from care_lens.core.processes import WAIT, Process, done, is_done, wait_for
 from care_lens.core.results import package_versions
 from care_lens.data.behaviours import deal_behaviours
-from care_lens.data.benchmarks import READERS, BenchmarkError
+from care_lens.data.benchmarks import READERS
 from care_lens.data.joining import limited
-from care_lens.data.preflight import preflight
 from care_lens.defences import PublishedCARE, load_defence
 from care_lens.evaluation import (
     CaptionGrader,
@@ -43,7 +40,6 @@ from care_lens.evaluation import (
     with_answers,
 )
 from care_lens.evaluation.answering import spread
-from care_lens.evaluation.metrics import records
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.recipe import Recipe, RecipeDefence, RecipeError, RecipeJudge, Source
 
@@ -51,41 +47,6 @@ log = logging.getLogger(__name__)
 
 NONE = "none"
 _STEP = "fitted"
-
-
-class NotReadyError(CareLensError, ValueError):
-    """Files, pictures or the model of a recipe are not as they must be; the message lists all gaps."""
-
-
-@dataclass(frozen=True)
-class Looked:
-    """What :func:`look` found.
-
-    Attributes:
-        frame: A row for each check of each source: source, benchmark, check, level, count, what, do.
-        problems: Rows of the files that give no example.
-    """
-
-    frame: pd.DataFrame
-    problems: pd.DataFrame
-
-    @property
-    def ok(self) -> bool:
-        """Whether no check found an error."""
-        return not (self.frame["level"] == "error").any()
-
-    def require(self) -> None:
-        """Refuse to go on with errors.
-
-        Raises:
-            NotReadyError: It lists them. It is a ValueError.
-        """
-        bad = records(pd.DataFrame(self.frame[self.frame["level"] == "error"]))
-        if bad:
-            told = "; ".join(
-                f"{row['source']}: {row['check']} ({row['count']}): {row['what']}; {row['do']}" for row in bad
-            )
-            raise NotReadyError(f"files and model must be as the recipe needs them, got {len(bad)} errors: {told}")
 
 
 @dataclass(frozen=True)
@@ -103,83 +64,6 @@ class Reproduction:
     markdown: str
     latex: str
     folder: Path
-
-
-def look(recipe: Recipe, files: str | Path, *, pixels: bool = False, model: bool = True) -> Looked:
-    """Look through all files of a recipe, and at the configuration of its model, without loading it.
-
-    Args:
-        recipe: Which table.
-        files: The folder that the roots of its sources are in.
-        pixels: Decode every picture to its end.
-        model: Whether the model's configuration is looked at; where it is on the hub that needs the network.
-    """
-    rows: list[dict[str, Any]] = []
-    problems: list[pd.DataFrame] = []
-    for title, source in recipe.sources.items():
-        about = {"source": title, "benchmark": source.benchmark}
-        try:
-            found = preflight(Path(files) / source.root, format=source.benchmark, pixels=pixels)
-            n = len(READERS[source.benchmark](Path(files) / source.root, **source.options))
-        except BenchmarkError as error:
-            what = {
-                "check": "files",
-                "level": "error",
-                "count": 1,
-                "what": str(error),
-                "do": "get them from their authors",
-            }
-            rows.append(about | what)
-            continue
-        rows += [about | row for row in found.frame.drop(columns="benchmark").to_dict("records")]
-        problems.append(found.problems.assign(source=title))
-        if not n:
-            what = {
-                "check": "examples",
-                "level": "error",
-                "count": 0,
-                "what": "none with these options",
-                "do": "see options",
-            }
-            rows.append(about | what)
-    if model:
-        rows += [{"source": "model", "benchmark": recipe.model.name, **row} for row in _model_checks(recipe)]
-    columns = ["source", "benchmark", "check", "level", "count", "what", "do"]
-    frame = pd.DataFrame([{c: row[c] for c in columns} for row in rows], columns=pd.Index(columns))
-    return Looked(frame, pd.concat(problems, ignore_index=True) if problems else pd.DataFrame())
-
-
-def _model_checks(recipe: Recipe) -> list[dict[str, Any]]:
-    """What the configuration of the model says about the recipe's blocks and ranks."""
-    from transformers import AutoConfig
-
-    from care_lens.lvlm.loading import require_known, require_loadable
-
-    try:
-        require_loadable(recipe.model.name, recipe.model.dtype)
-        config = AutoConfig.from_pretrained(recipe.model.name, revision=recipe.model.revision)
-        require_known(config)
-    except (OSError, ValueError) as error:
-        return [{"check": "model", "level": "error", "count": 1, "what": str(error), "do": "see --model"}]
-    text = config.get_text_config()
-    rows = [
-        {
-            "check": "model",
-            "level": "ok",
-            "count": text.num_hidden_layers,
-            "what": f"{type(config).__name__}: blocks",
-            "do": "",
-        }
-    ]
-    for name, defence in recipe.defences.items():
-        ranks = defence.rank if isinstance(defence.rank, tuple) else (defence.rank,)
-        beyond = [layer for layer in defence.layers if not 0 <= layer < text.num_hidden_layers]
-        if beyond or max(ranks) > text.hidden_size:
-            what = f"{name}: blocks {list(defence.layers)} and rank {max(ranks)} of {text.num_hidden_layers} blocks of width {text.hidden_size}"
-            rows.append(
-                {"check": "settings", "level": "error", "count": 1, "what": what, "do": "change layers or rank"}
-            )
-    return rows
 
 
 @dataclass(frozen=True)

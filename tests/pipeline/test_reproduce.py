@@ -14,7 +14,8 @@ from zoo.tiny import make_llava
 from care_lens.data.behaviours import behaviour_key
 from care_lens.defences import CAREFaults, PublishedCARE, load_defence
 from care_lens.pipeline.recipe import RecipeError, read_recipe, recipes
-from care_lens.pipeline.reproduce import NotReadyError, look, read_parts
+from care_lens.pipeline.recipe_look import NotReadyError, look
+from care_lens.pipeline.reproduce import read_parts
 
 RECIPE = {
     "name": "a table",
