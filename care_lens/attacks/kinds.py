@@ -56,12 +56,12 @@ def registered_attacks() -> tuple[str, ...]:
     return tuple(sorted(_KINDS))
 
 
-def attack(name: str, **options: Any) -> Any:
+def attack(name: str, /, **options: Any) -> Any:
     """An attack by the name of its class, in any case.
 
     Args:
         name: Such as "pgd" or "typographic".
-        **options: Its fields.
+        **options: Its fields, ``name`` (that of a row in tables) among them.
 
     Raises:
         AttackKindError: If there is none of that name, or it has no such option.

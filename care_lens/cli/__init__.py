@@ -1,12 +1,12 @@
-"""Command line: `care-lens run`, `diagnose`, `fit`, `evaluate`, `study`, `reproduce`, `info`, `preflight`.
+"""Command line: `care-lens run`, `diagnose`, `fit`, `evaluate`, `attack`, `study`, `reproduce`, `info`, `preflight`.
 
 A command is a function in a module of its subject; :mod:`care_lens.cli.options` has the options that several share.
 """
 
-from care_lens.cli import looking, reproducing, running, studying
+from care_lens.cli import attacking, looking, reproducing, running, studying
 from care_lens.cli.base import TRACEBACK, app
 
-__all__ = ["TRACEBACK", "app", "looking", "main", "reproducing", "running", "studying"]
+__all__ = ["TRACEBACK", "app", "attacking", "looking", "main", "reproducing", "running", "studying"]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ are not compared between arguments here: the functions do that, in their own wor
 import functools
 import inspect
 import os
+import types
 from collections.abc import Callable, Iterable
 from typing import Any, get_type_hints
 
@@ -85,21 +86,29 @@ def _checking(call: Callable[..., Any], shown: str) -> Callable[..., Any]:
         except TypeError:
             return call(*args, **kwargs)  # Python's own words are best
         known = hints()
-        with jaxtyped("context"):  # sizes that a caller's own checks hold are not these
-            for name, value in given.items():
-                kind = signature.parameters[name].kind
-                if name in known and kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                    _require(shown, name, value, known[name])
+        for name, value in given.items():
+            kind = signature.parameters[name].kind
+            if name in known and kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                _require(shown, name, value, known[name])
         return call(*args, **kwargs)
 
     checking.__care_lens_checked__ = True  # type: ignore[attr-defined]
     return checking
 
 
+def _plainly(value: Any, hint: Any) -> bool:
+    """Whether an ordinary class, or one of a union, is met at once; most arguments are, and beartype costs ten times as much."""
+    if isinstance(hint, types.UnionType):
+        return any(_plainly(value, one) for one in hint.__args__)
+    return type(hint) is type and isinstance(value, hint)
+
+
 def _require(call: str, name: str, value: Any, hint: Any) -> None:
+    if _plainly(value, hint):
+        return
     probe = value.tolist() if type(value).__module__.startswith("pandas") and hasattr(value, "tolist") else value
     try:
-        with jaxtyped("context"):
+        with jaxtyped("context"):  # sizes that a caller's own checks hold are not these
             fits = is_bearable(value, hint, conf=_CONF) or (probe is not value and is_bearable(probe, hint, conf=_CONF))
     except BeartypeException:  # an annotation that cannot be checked
         return

@@ -219,6 +219,12 @@ def _draw_shapes(draw: ImageDraw.ImageDraw, picture: Picture, rng: random.Random
 
 def draw(picture: Picture) -> Image.Image:
     """The picture as an RGB image of 64 x 64 pixels; equal descriptions give equal pixels."""
+    return _drawn(picture).copy()
+
+
+# A study draws some 7,000 pictures and is often made anew in one process: 12 kB each are kept, copies handed out.
+@functools.lru_cache(maxsize=8192)
+def _drawn(picture: Picture) -> Image.Image:
     return draw_with_boxes(picture)[0]
 
 

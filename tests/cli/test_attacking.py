@@ -1,0 +1,133 @@
+"""`care-lens attack`: what it is asked for is read, and its table is that of the attacks by hand."""
+
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from care_lens import cli, organism
+from care_lens.attacks import PGD, Prefill, Spelled, registered_attacks
+from care_lens.core import Verdict
+from care_lens.data.study import Study
+from care_lens.defences import SelfReminder
+from care_lens.evaluation import GenerationSettings
+from care_lens.pipeline.attacking import AttackRunError, attack_study, attacked_requests, read_attack, read_defence
+
+
+@pytest.fixture(scope="module")
+def study():
+    """A few requests of the bundled world, without the seconds that all of them take."""
+    suites = {
+        "plain": organism.examples("plain", "test", n=6),
+        "spelled": organism.examples("spelled", "test", n=4),
+        "benign plain": organism.examples("benign plain", "test", n=3),
+    }
+    return Study(
+        name="few",
+        suites={split: suites for split in ("fit", "calibration", "validation", "test")},
+        seen={"textual": ("spelled",)},
+        judge=organism.OrganismJudge(),
+        outcome=organism.outcome(),
+        refusal="sorry i cannot help with that",
+        plain="plain",
+    )
+
+
+def test_attacks_are_read_with_their_fields():
+    assert read_attack("pgd") == PGD()
+    assert read_attack("PGD:epsilon=64,steps=7,name=PGD 64") == PGD(epsilon=64, steps=7, name="PGD 64")
+    assert read_attack(" prefill : opening=null , words=3 ") == Prefill(opening=None, words=3)
+    for kind in registered_attacks():
+        assert callable(read_attack(kind).run)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "name must be one of"),
+        ("pgd:radius=3", "options of PGD must be some of"),
+        ("pgd:epsilon", "NAME=VALUE"),
+        ("pgd:epsilon=[1", "must be yaml"),
+        ("pgd:steps=-1", "steps"),
+        ("", "name must be one of"),
+    ],
+)
+def test_what_is_no_attack_is_told(text, message):
+    with pytest.raises(AttackRunError, match=message):
+        read_attack(text)
+
+
+def test_defences_are_read_by_folder_and_name(tmp_path):
+    reminder = SelfReminder(before="be safe", after="")
+    reminder.save(tmp_path / "mine")
+    for text, name in ((str(tmp_path / "mine"), "mine"), (f"other={tmp_path / 'mine'}", "other")):
+        found, defence = read_defence(text)
+        assert found == name and defence.describe() == reminder.describe()
+    with pytest.raises(AttackRunError, match=r"repair\.json or defence\.json"):
+        read_defence(str(tmp_path))
+
+
+def test_requests_are_the_plain_ones_or_those_of_the_channels(study):
+    assert [e.id for e in attacked_requests(study, [Spelled()], n=2)] == [
+        f"plain/{e.id}" for e in study.suites["test"]["plain"][:2]
+    ]
+    assert {e.channel for e in attacked_requests(study, [Spelled()], channels=["spelled"])} == {"spelled"}
+    pictured = attacked_requests(study, [PGD()], channels=["plain", "spelled"])
+    assert pictured and all(e.image is not None and e.response for e in pictured)
+    assert len(pictured) < 10  # some have no picture
+    aimed = replace(study, gradient=tuple(organism.examples("plain", "test", n=3)))
+    assert [e.id.split("/")[0] for e in attacked_requests(aimed, [Spelled()])] == ["gradient"] * 3
+    with pytest.raises(AttackRunError, match="harmful ones of the test split"):
+        attacked_requests(study, [Spelled()], channels=["benign plain"])
+    blind = replace(
+        study,
+        suites={**study.suites, "test": {"plain": [replace(e, image=None) for e in study.suites["test"]["plain"]]}},
+    )
+    with pytest.raises(AttackRunError, match="got none"):
+        attacked_requests(blind, [PGD()])
+
+
+def test_the_table_has_each_attack_under_each_defence_and_a_second_call_makes_nothing_anew(
+    study, tmp_path, monkeypatch
+):
+    def made(lvlm):
+        return attack_study(
+            lvlm,
+            study,
+            [Spelled(), PGD(epsilon=16, steps=1)],
+            {"reminder": SelfReminder(before="please", after="")},
+            tmp_path,
+            n=2,
+            benign=1,
+            generation=GenerationSettings(max_new_tokens=14),
+            n_boot=50,
+            progress=False,
+        )
+
+    with organism.load() as lvlm:
+        first = made(lvlm)
+        frame = first.frame[first.frame["metric"].isin(("asr", "accuracy"))]
+        attacks = {"clean", "spelled", "PGD", "random noise 16"}
+        assert set(frame[frame.defence == "none"].channel) == {*attacks, "benign"}
+        assert set(frame[frame.defence == "reminder"].channel) == {*attacks, "PGD, adaptive", "benign"}
+        # The undefended rows by hand: the same requests, spelled, asked and judged.
+        spelled = Spelled().run(lvlm, attacked_requests(study, [PGD()], n=2)).examples
+        verdicts = study.judge(spelled, lvlm.generate(lvlm.prepare(spelled), max_new_tokens=14).texts)
+        share = sum(v is Verdict.COMPLIED for v in verdicts) / len(verdicts)
+        row = frame.query("defence == 'none' and channel == 'spelled'").iloc[0]
+        assert row["value"] == share and row["n"] == len(spelled)
+        monkeypatch.setattr(type(lvlm), "generate", lambda *a, **k: pytest.fail("generated again"))
+        assert made(lvlm).frame.equals(first.frame)
+        with pytest.raises(AttackRunError, match="must not be called 'none'"):
+            attack_study(lvlm, study, [Spelled()], {"none": SelfReminder(before="please", after="")}, tmp_path)
+    assert (tmp_path / "attacks.csv").exists() and list((tmp_path / "attacks").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--by", "nothing"], "name must be one of"), (["nowhere"], "defence must be a folder"), (["--n", "0"], "--n")],
+)
+def test_the_command_tells_what_is_wrong_before_it_loads_a_model(words, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(organism, "load", lambda **_: pytest.fail("loaded"))
+    result = CliRunner().invoke(cli.app, ["attack", "--out", str(tmp_path), *words])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
