@@ -45,7 +45,7 @@ types: $(READY)
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright care_lens
 
 pytest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 # A tutorial is a pair: NAME.py (jupytext percent) is what is edited; this executes it and writes NAME.ipynb, which the
 # documentation shows. The tests execute it too, and check that the pair agrees.

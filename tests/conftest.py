@@ -20,6 +20,28 @@ from zoo.tiny import make_llava, make_tokenizer  # noqa: E402, F401
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+#: Modules that take longest; they begin first, so that no worker is left alone with one at the end.
+LONG = (
+    "tutorials/test_tutorials",
+    "pipeline/test_run",
+    "pipeline/test_killed_run",
+    "mediation/test_replay",
+    "lvlm/test_every_family",
+    "docs/test_readme",
+    "evaluation/test_tuning",
+    "docs/test_add_attack_and_judge",
+    "pipeline/test_benchmark_study",
+    "docs/test_howto",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        return next((i for i, name in enumerate(LONG) if f"{name}.py" in item.nodeid), len(LONG))
+
+    items.sort(key=rank)  # stable: the order within a module stays
+
+
 @pytest.fixture(autouse=True)
 def threads():
     """A test that sets the number of threads (the command line does) does not set it for others: it changes the last bits."""

@@ -38,7 +38,7 @@ def bundled():
 
 @pytest.fixture(scope="module")
 def study():
-    return organism.study().limited(6)
+    return organism.study().limited(3)
 
 
 @pytest.fixture(scope="module")

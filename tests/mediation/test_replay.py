@@ -37,7 +37,7 @@ def both_ways(model, pairs, outcome, **options):
     ]
 
 
-@pytest.mark.parametrize("batch_size", [2, 7, 32])
+@pytest.mark.parametrize("batch_size", [7, 32])
 def test_every_site_and_position_as_whole_passes(model, pairs, margin, batch_size):
     replayed, whole = both_ways(
         model,
@@ -67,8 +67,13 @@ def test_every_family(name, picture):
     def last_logit(logits, inputs):
         return logits[:, -1, 5]
 
-    sites = [site for site in language_sites(model) if model.site_info(site).editable]
-    positions = ("each", "last", "all")
+    editable = [site for site in language_sites(model) if model.site_info(site).editable]
+    # One block a component, the blocks in turn: what replay must know of a family is in its components, "each" of all sites is above.
+    by_component: dict = {}
+    for site in editable:
+        by_component.setdefault(site.component, []).append(site)
+    sites = [there[i % len(there)] for i, there in enumerate(by_component.values())]
+    positions = ("3", "last", "all")
     lengths = [(~model.prepare(list(pair)).spans.padding).sum(1).tolist() for pair in pairs]
     if any(first != second for first, second in lengths):
         positions = ("image", "last")

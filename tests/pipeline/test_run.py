@@ -17,7 +17,7 @@ from care_lens.repair import HybridFusion
 
 SETTINGS = replace(
     RunSettings().short(),
-    limit=10,
+    limit=5,
     reader_ranks=(0,),
     candidates=1,
     epsilons=(0.02,),
