@@ -17,9 +17,9 @@
 # **Question.** Does a repair depend on the same parts of the model as the model's own refusal? And do the usual tools (head ablation, logit lens,
 # interchange, TransformerLens's patching) work while a repair is on the model?
 #
-# **Answer.** It hears by the same head and speaks in its own way. Head 4 of block 0 brings back all of a refusal (share 1.00 by TransformerLens's patching); with this head cut the repair's gate opens for 0 of 8 attacks that
-# name their item, instead of 7, though still for those that picture it. No head of block 7, above the repair, undoes what it writes, and the line along which it writes carries 0.38 [0.29, 0.46] of the model's own difference between
-# refused and answered twins.
+# **Answer.** Partly, and they do. Head 4 of block 0 brings back all of the model's own refusal (share 1.00 by TransformerLens's patching, 2 pairs). With this head cut, the repair's gate opens for 0 of 8 attacks that
+# name their item, instead of 7, but for 8 of 8 that picture it. No single head of block 7, above the repair, undoes what it writes, and the line along which it writes carries 0.38 [0.29, 0.46] of the difference between
+# refused and answered twins (n = 12).
 #
 # For researchers who know TransformerLens hooks. About half a minute on one processor core.
 
@@ -83,7 +83,7 @@ repair = learn_repair(
 )
 
 # %% [markdown]
-# Sixteen attacks of the test split, eight with the item in the picture and eight wrapped in a story. The outcome is the unsafe margin of the first answer token,
+# Sixteen attacks of the test split, eight with the item in the picture and eight wrapped in a story (all examples here are those of seed 0). The outcome is the unsafe margin of the first answer token,
 # log p(comply) - log p(refuse), in nats.
 
 # %%
@@ -221,7 +221,7 @@ px.imshow(
 )
 
 # %% [markdown]
-# One head of forty: 4 of block 0 brings back all of it, no other more than 0.03. It is the head without which the repair is deaf for named items: repair and model hear a name through the same head.
+# One head of forty: 4 of block 0 brings back all of it, no other more than 0.03. It is the head without which the repair's gate stays closed for named items: model and repair learn of a name through the same head.
 #
 # Compare the table before: without head 0.4 the model does not recognise a named item at all (margins of 9.5 and 13.5 nats, it would answer anything), so no repair above could. Without 0.0 or 6.2 the model itself
 # refuses wrapped requests (-4.0 and -4.8), and the repair has less to do there.
