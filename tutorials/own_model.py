@@ -113,7 +113,7 @@ pd.DataFrame(aucs, index=["AUC", "low", "high"]).T.round(2)
 #
 # ## 3. Fit, look, save
 #
-# `care_lens.evaluation.tune(lvlm, study)` would choose block, reader, gate and strength on the validation split. It takes minutes here and hours on a large model; in the dry run they are given.
+# `care_lens.evaluation.tune(lvlm, study)` would choose block, reader, gate and strength on the validation split. It takes minutes here, and longer on a large model; in the dry run they are given.
 
 # %%
 repair = learn_repair(
