@@ -179,7 +179,7 @@ pd.DataFrame(shares).round(2)
 # %% [markdown]
 # Centred by class, as published, the eight directions hold no more of the shift than eight random ones would (0.04 and 0.01); about the benign mean they hold three times as much as those (0.17 and 0.15).
 #
-# **A ridge of 1e-6 instead of shrinkage.** With fewer benign rows than dimensions there are directions in which no benign row varies, and there the ratio of energies is limited by the ridge alone. Eigenvalue of the fit beside the same
+# **A ridge of 1e-6 instead of shrinkage.** With fewer benign rows than dimensions there are directions in which no benign row varies, and there the ratio of energies is limited by the ridge alone. A shrinkage of weight 1e-8 stands for the ridge here (the published code puts it on the benign covariance alone). Eigenvalue of the fit beside the same
 # ratio on rows that the fit did not see (attacks of the validation split over benign requests of the calibration split):
 
 # %%

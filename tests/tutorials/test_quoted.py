@@ -21,3 +21,13 @@ def test_the_table_of_all_plants_is_the_measured_one():
         pytest.fail("the table must end in a row that counts the plants found first")
     counted = [int(value) for value in re.findall(r"\d+", first.group(1))]
     assert counted == [int((measured[column] == 1).sum()) for column in columns]
+
+
+def test_what_is_quoted_of_published_care_is_on_the_results_page():
+    page = (ROOT / "docs/results/defences.md").read_text(encoding="utf-8")
+    text = (ROOT / "tutorials/subspace_geometry.py").read_text(encoding="utf-8").replace("\n#", "")
+    seen = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in page.splitlines() if row.startswith("| ")}
+    rows = ("published CARE", "published CARE without foreign_site", "CARE, sound", "undefended")
+    sentence = text[text.index("Does the fault help?") : text.index("(quoted from")]
+    quoted = re.findall(r"(\d+) % (\[\d+, \d+\])", sentence)
+    assert [f"{value} {interval}" for value, interval in quoted] == [seen[row] for row in rows]
