@@ -286,8 +286,8 @@ for method in held:
 # print(corrected_rates(both, elsewhere)[columns].round(2))
 # ```
 #
-# For the undefended model itself 0.65, its truth. For the steered one 0.00 [0.00, 0.61], where the truth is 0.46: worse than the uncorrected 0.69. On the undefended model `form` passes 0.29 of the unsuccessful answers, and the steered model's refusals are easier to tell. The interval
-# does not save the estimate, although it reaches past the truth. Label answers of the model that you report on.
+# For the undefended model itself 0.65, its truth. For the steered one 0.00 [0.00, 0.61], where the truth is 0.46: worse than the uncorrected 0.69. `form` recognises 29 % of the undefended model's unsuccessful answers, and more of the steered model's, since more of those are refusals. The interval
+# still holds the truth, and the estimate is of no use. Label answers of the model that you report on.
 #
 # </details>
 
