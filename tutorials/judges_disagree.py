@@ -225,13 +225,13 @@ for method in held:
     print(f"{method:13} holds the truth in {held[method]} of 20 draws; mean error {errors[method]:.2f}")
 
 # %% [markdown]
-# Both corrections hold the truth in 20 of 20 draws (exact 95 % interval of that share: 0.83 to 1.00), with mean errors of 0.06 and 0.07. The uncorrected rate is wrong by 0.28, and its narrow interval does not hold the truth. A correction
+# Both corrections hold the truth in 20 of 20 draws (exact 95 % interval of that share: 0.83 to 1.00), with mean errors of 0.06 and 0.07. The uncorrected rate is wrong by 0.27, and its narrow interval does not hold the truth. A correction
 # does not make a judge's figure precise. It makes it honest.
 #
 # ## What this does not show
 #
 # - Labels by people have errors of their own, and people disagree. Here the labels are the truth, and no interval holds the labellers' error.
-# - The size of the disagreement is that of this model, these attacks and this temperature. At temperature 0 the judges agree more closely here: most answers are then either right or refusals.
+# - The size of the disagreement is that of this model, these attacks and this temperature. Fewer broken answers, as at temperature 0, leave less to disagree about; that was not run here.
 # - The labelled answers are also among those whose rate is sought, and the truth of 120 answers is known without sampling error, while the intervals are for the rate of further answers of this kind. So they hold it more often than 95 % here.
 #   A simulation of the coverage is on the page "Intervals corrected for a judge's errors".
 # - `keyword` and `form` were written for this notebook. They are no measure of any published classifier.
