@@ -185,7 +185,8 @@ def summary(details: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.D
             "reciprocal rank": cluster_bootstrap(1 / rank, labels, kind="rates", n_boot=n_boot, seed=seed),
         }
         for metric, (value, low, high) in measured.items():
-            low = max(low, 1.0) if metric == "mean rank" and np.isfinite(low) else low
+            if metric == "mean rank":  # no rank is below 1, nor above the number of candidates
+                low, high = (float(np.clip(end, 1.0, part["of"].max())) for end in (low, high))
             rows.append(
                 {"method": method, "metric": metric, "value": value, "ci_low": low, "ci_high": high}
                 | {"chance": by_chance[metric], "n": len(part), "seed": seed}

@@ -44,9 +44,10 @@ def plot_scorecard(result: FrameResult | pd.DataFrame) -> go.Figure:
         )
     )  # fmt: skip
     chance = float(part["chance"].mean())
-    figure.add_vline(
-        x=chance, line={"dash": "dash", "color": "#8a929b"}, annotation_text="chance", annotation_position="top"
-    )
+    figure.add_vline(x=chance, line={"dash": "dash", "color": "#8a929b"})
+    # On a logarithmic axis a line stands at its value, but a text at the logarithm of it.
+    at = {"x": float(np.log10(chance)), "y": 1, "yref": "paper", "yanchor": "bottom"}
+    figure.add_annotation(text="chance", showarrow=False, **at)
     most = float(np.nanmax([chance, *(details["of"].tolist() if details is not None and len(details) else [])]))
     figure.update_yaxes(tickvals=list(range(len(methods))), ticktext=methods, range=[len(methods) - 0.5, -0.5])
     figure.update_xaxes(

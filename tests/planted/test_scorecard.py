@@ -96,7 +96,10 @@ def test_a_method_that_knows_and_one_that_knows_the_opposite(tmp_path):
     card.save(tmp_path, "card")
     back = planted.Scorecard.load(tmp_path, "card")
     pd.testing.assert_frame_equal(back.frame, card.frame)
-    assert len(back.plot().data) == 2
+    drawn = back.plot()
+    assert len(drawn.data) == 2
+    (label,) = drawn.layout.annotations
+    assert label.text == "chance" and 10**label.x == pytest.approx((n + 1) / 2)
     with pytest.raises(planted.PlantError, match="at least one localiser"):
         planted.scorecard(ours=False, progress=False)
     with pytest.raises(planted.PlantError, match="dose"):
@@ -126,3 +129,16 @@ def test_figures_are_those_of_the_functions_they_name(mlp):
     values = gradient.set_index("mediator")["value"]
     np.testing.assert_array_less(np.diff(values[theirs].to_numpy()), 1e-4)
     assert planted.rank_of(planted.by_nie(mlp.lvlm, pairs), mlp.sites, planted.candidates(mlp.lvlm)) == 1
+
+
+def test_intervals_of_ranks_stay_among_the_candidates():
+    """Of two plants with ranks 1 and 10 of 24 a t interval would end at 120."""
+    cases = pd.DataFrame(
+        [
+            {"method": "m", "plant": name, "dose": 1.0, "took": 1.0, "rank": rank, "of": 24.0, "chance": 12.5}
+            for name, rank in (("mlp_1", 1.0), ("neurons_5", 10.0))
+        ]
+    )
+    ranks = planted.summary(cases).set_index("metric").loc["mean rank"]
+    assert ranks["value"] == 5.5
+    assert ranks["ci_low"] == 1 and ranks["ci_high"] == 24

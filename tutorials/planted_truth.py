@@ -1,0 +1,224 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Planted truth: which diagnostic lies
+#
+# **Question.** Many methods say where in a model an unsafe answer comes from. When the true place is known, which of them name it?
+#
+# **Answer.** None of the four methods that are tried below on two planted models puts the true place first on both. The gradient and TransformerLens's attribution patching miss the vision layer (ranks 3 and 19 of 24), a linear probe
+# misses eight neurons (rank 10), and for those neurons `localise` puts the place third, because it also asks what is necessary. The gradient and the probe err on different plants.
+#
+# For researchers who localise behaviour and want to know how far to trust the method they use, or one that they have invented. About half a minute on two cores.
+#
+# `care_lens.planted` holds ten copies of the bundled model. In each, one place, drawn by a seed beforehand, was trained so that the copy answers forbidden requests over a yellow picture, and refuses them over a white one
+# as before. Nothing outside that place was changed, so the place is the truth that a method is to find.
+
+# %%
+import pandas as pd
+import torch
+
+from care_lens import organism, planted
+from care_lens.core import package_versions, rate_ci
+from care_lens.mediation import localise
+
+torch.set_num_threads(2)
+pd.DataFrame(
+    [
+        {
+            "plant": name,
+            "sites that count": ", ".join(map(str, planted.place_of(name).sites)),
+            "answered over yellow": planted.doses(name)[1.0],
+        }
+        for name in planted.names()
+    ]
+).round(2)
+
+# %% [markdown]
+# The last column is the share of 56 forbidden test requests that the copy answers over a yellow picture. At full dose the channel took (half or more) in nine of the ten.
+#
+# ## One plant in depth
+#
+# `neurons_5`: eight neurons of the MLP of block 5. A pair of twins is one request, over white (safe) and over yellow (unsafe).
+#
+# `localise` exchanges every attention and MLP output of both towers between the twins. A place is *sufficient* if it brings the unsafe outcome into the safe run (NIE / TE: natural indirect over total effect), and *necessary*
+# if taking it out of the unsafe run brings the safe outcome back (TIE / TE: total indirect over total effect). The score is the mean of the two, each cut off at 1.
+
+# %%
+with planted.load("neurons_5") as plant:
+    pairs = plant.pairs(4)
+    for example in pairs[0]:
+        answer = plant.lvlm.generate(plant.lvlm.prepare(example), max_new_tokens=14).texts[0]
+        print(f"{example.id:35} {example.prompt} -> {answer}")
+    found = localise(plant.lvlm, pairs, outcome=organism.outcome(), spans=0, progress=False)
+    every, truth = planted.candidates(plant.lvlm), plant.sites
+places = found.frame[["mediator", "score", "ci_low", "ci_high", "sufficient", "necessary", "first", "n"]]
+places.head(5).round(2)
+
+# %% [markdown]
+# At which rank of 24 does each order of this table put the planted MLP?
+
+# %%
+for order in ("score", "sufficient", "necessary"):
+    ranking = places.sort_values(order, ascending=False, kind="stable")["mediator"].tolist()
+    print(f"{order:11} rank {planted.rank_of(ranking, truth, every):.0f}; first: {ranking[0]}")
+
+# %% [markdown]
+# The score puts the planted MLP third, sufficiency alone puts it first. `localise` is not wrong about what it measures: the twins differ in the picture alone, and what the picture changes enters the language tower through the attention of
+# block 0. To take that out is to take everything out, whatever was planted above it. Half of the score is necessity, so block 0 leads. The table says how little sets them apart: the intervals of the first three places overlap, and
+# block 0's attention comes first in 48 % of the resamples of four pairs.
+#
+# ## A method of your own
+#
+# A method is a function of the model and the pairs that returns sites, the most likely first. It need not name all of them: those that it leaves out stand behind the others in random order, and the expected rank counts. This one reads how far apart the twins are at
+# the last prompt token, in the language tower alone.
+
+
+# %%
+def largest_difference(lvlm, pairs):
+    sites = [site for site in planted.candidates(lvlm) if site.tower == "language"]
+    with torch.no_grad():
+        safe, unsafe = (
+            lvlm.run_with_cache(lvlm.prepare(list(rows)), sites=sites)[1] for rows in (pairs.safe, pairs.unsafe)
+        )
+    apart = {
+        site: float((unsafe[str(site)] - safe[str(site)])[:, -1].mean(dim=0).norm() / safe[str(site)][:, -1].std())
+        for site in sites
+    }
+    return sorted(sites, key=lambda site: -apart[site])
+
+
+methods = {
+    "gradient": planted.by_gradient,
+    "TransformerLens": planted.by_transformer_lens,
+    "probe": planted.by_probe,
+    "largest difference": largest_difference,
+}
+card = planted.scorecard(methods, plants=["neurons_5", "vision_0"], at=[1.0], n=4, ours=False, progress=False)
+card.details[["plant", "method", "rank", "chance", "place"]].sort_values("plant", kind="stable").round(1)
+
+# %% [markdown]
+# - **gradient**: `attribute` with the gradient at the safe twin, both towers.
+# - **TransformerLens**: its attribution patching, through `lvlm.bind`. It reaches the language tower alone.
+# - **probe**: how well a linear probe tells the twins apart at a site.
+#
+# The column *place* is what the method puts first; *chance* is the mean rank of a random order.
+#
+# The scorecard gives intervals over plants, and what a random order would reach:
+
+# %%
+card.frame[["method", "metric", "value", "ci_low", "ci_high", "chance", "n"]].round(2)
+
+# %%
+card.plot()
+
+# %% [markdown]
+# Grey marks are single plants, and the dashed line is chance. Each of the four puts the place first on one of the two plants, and the interval of that share is 0.01 to 0.99. So this card does not say which method is best. It says where each of them fails:
+#
+# - TransformerLens's attribution patching and `largest_difference` look at one tower. For `vision_0` they get rank 19, which is worse than chance (8.3), and nothing in their output warns of it: they name a place in the language tower, as always.
+# - The gradient at the safe twin reaches the vision tower, and puts `vision_0` third. First is the attention of block 0, as for `localise` above.
+# - The probe finds `vision_0` and puts the eight neurons tenth. It says where the twins can be told apart, which need not be where the answer is decided.
+
+# %% [markdown]
+# ## All ten plants
+#
+# The same at full dose with 24 pairs: rank of the planted place among 24. Quoted from `benchmarks/measured/localise.csv`, made by `benchmarks/bench_localise.py`; this notebook does not run it.
+#
+# | plant | localise | NIE alone | TIE alone | gradient | integrated gradients | probe |
+# | --- | --- | --- | --- | --- | --- | --- |
+# | mlp_1 | 1 | 1 | 3 | 1 | 1 | 1 |
+# | mlp_3 | 2 | 1 | 3 | 1 | 1 | 5 |
+# | attention_5 | 1 | 1 | 2 | 1 | 1 | 1 |
+# | attention_7 | 1 | 1 | 1 | 1 | 1 | 1 |
+# | head_6_1 | 2 | 1 | 4 | 1 | 3 | 1 |
+# | head_1_4 | 3 | 1 | 3 | 1 | 1 | 1 |
+# | neurons_5 | 3 | 1 | 3 | 1 | 1 | 11 |
+# | neurons_7 | 1 | 1 | 1 | 1 | 1 | 1 |
+# | vision_0 | 2 | 3 | 1 | 2 | 1 | 1 |
+# | vision_1 | 3 | 2 | 3 | 1 | 3 | 1 |
+# | **first, of 10** | **4** | **8** | **3** | **9** | **8** | **8** |
+
+# %%
+for first in (9, 8, 4, 3):
+    share, low, high = rate_ci(first, 10)
+    print(f"{first} of 10: {share:.2f} [{low:.2f}, {high:.2f}]")
+
+# %% [markdown]
+# Over all ten the gradient misses one, the NIE, integrated gradients and the probe two each, `localise` six and the TIE seven. The exact 95 % intervals of those shares overlap, those of nine and of three included, so ten plants do not settle an order. `localise` misses for the reason
+# seen above: in all six cases the attention of block 0 stands first (column *first* of the file). In `vision_1` the channel did not take (34 % answered), and it counts here all the same.
+#
+# ## What this does not show
+#
+# - Two plants were run here, and they were chosen because the methods disagree on them. Intervals over two plants exclude almost nothing, and four pairs are few. For a claim take all plants, with `planted.scorecard()`.
+# - The bench asks what was *changed*. In a model that nobody has changed the question is what *carries* an answer. A method that is best here need not be best there.
+# - The models are small, and their channels were opened by one kind of training, at one place each. Channels of large models may be spread over many places.
+#
+# ## Exercises
+#
+# **1.** `largest_difference` cannot name a vision layer. Let it read both towers, at all positions, and look for `vision_0` again. Does it find the place now?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def differences_everywhere(lvlm, pairs):
+#     sites = planted.candidates(lvlm)
+#     with torch.no_grad():
+#         safe, unsafe = (
+#             lvlm.run_with_cache(lvlm.prepare(list(rows)), sites=sites)[1] for rows in (pairs.safe, pairs.unsafe)
+#         )
+#     apart = {
+#         site: float((unsafe[str(site)] - safe[str(site)]).norm() / safe[str(site)].std() / safe[str(site)].numel() ** 0.5)
+#         for site in sites
+#     }
+#     return sorted(sites, key=lambda site: -apart[site])
+#
+#
+# again = planted.scorecard(
+#     {"both towers": differences_everywhere}, plants=["vision_0"], at=[1.0], n=4, ours=False, progress=False
+# )
+# print(again.details[["plant", "rank", "place"]])
+# ```
+#
+# Rank 7, where chance is 8.3: hardly. The largest difference stands at the MLP of block 6, far above the place. How much an activation differs does not say where the difference began.
+#
+# </details>
+#
+# **2.** A method that ranks the 16 sites of the language tower, and no other, is asked for `vision_0`, of which two sites count. Which rank does it get, and is that better than chance?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# language = [site for site in every if site.tower == "language"]
+# print(planted.rank_of(language, planted.place_of("vision_0").sites, every))
+# print(card.details.query("plant == 'vision_0'")["chance"].iloc[0])
+# ```
+#
+# Rank 19: the two sites stand somewhere among the last eight, the better of them at 16 + 9/3 = 19 on average. A random order of all 24 has it at 25/3 = 8.3. To look in one tower alone is worse than to guess, if the channel is in the other.
+#
+# </details>
+#
+# **3.** How many plants would it take before the intervals of 90 % and of 40 % no longer overlap?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# for n in (10, 20):
+#     print(n, [round(x, 2) for x in rate_ci(round(0.9 * n), n)], [round(x, 2) for x in rate_ci(round(0.4 * n), n)])
+# ```
+#
+# With 10 they overlap ([0.55, 1.00] and [0.12, 0.74]), with 20 they do not ([0.68, 0.99] and [0.19, 0.64]). Doses of one plant do not count for this: they are not independent.
+#
+# </details>
+
+# %%
+print(pd.Timestamp.today().date(), package_versions())
