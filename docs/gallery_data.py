@@ -18,9 +18,24 @@ import torch
 from care_lens import organism
 from care_lens.capture import capture
 from care_lens.evaluation import search
-from care_lens.mediation import attribute, heads, knockout, mediate, neurons, patch_map, path_effects, verify
+from care_lens.lens import logit_lens
+from care_lens.mediation import (
+    Region,
+    attribute,
+    circuit_faithfulness,
+    edge_attribution,
+    heads,
+    knockout,
+    mediate,
+    neurons,
+    patch_map,
+    path_effects,
+    verify,
+    verify_edges,
+)
 from care_lens.mediation.separability import separability
 from care_lens.mediation.writing import writes_towards
+from care_lens.planted.scorecard import summary
 from care_lens.plots import training_frame
 from care_lens.repair import HybridFusion, read_scores
 from care_lens.subspace import SafetySubspace
@@ -29,6 +44,8 @@ from care_lens.subspace.uncertainty import measure_uncertainty
 log = logging.getLogger("gallery")
 HERE = Path(__file__).parent / "gallery"
 QUIET = {"progress": False}
+#: Where the word is in picture.png, in pixels.
+WORD = Region.box(14, 46, 52, 60, name="word")
 
 
 def keep(name: str, frame: pd.DataFrame, drop: tuple[str, ...] = ("seed", "p_value", "metric_unit")) -> None:
@@ -170,6 +187,41 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
     keep("frontier", found.frontier.frame)
 
 
+def of_lenses(lvlm, study) -> None:
+    """Frames of lenses, regions and edges; about a minute on one core."""
+    pictured = study.pairs["picture"][:8]
+    names = [example.group for example in pictured.unsafe]
+    words = logit_lens(lvlm, pictured.unsafe, targets=names, spans=("image",), n_boot=300, **QUIET)
+    keep("lens", pd.DataFrame(words.frame[words.frame["metric"].isin(["target hit", "entropy"])]))
+    options = {"outcome": study.pair_outcomes["picture"], "n_boot": 300, **QUIET}
+    sites = ["blocks.0.hook_resid_pre"]
+    found = mediate(lvlm, pictured[:1], sites=sites, positions=(WORD, WORD.outside()), **options)
+    keep("regions", found.frame.query("effect == 'NIE'"))
+    pairs, options = study.pairs["typographic"][:4], {**options, "outcome": study.outcome}
+    edges = edge_attribution(lvlm, pairs, points=4, **options)
+    keep("edges", edges.frame.head(20))
+    keep("edges.verified", verify_edges(lvlm, pairs, edges, top=10, random=10, **options).details)
+    circuit = circuit_faithfulness(lvlm, pairs, edges, sizes=(0, 5, 20, 50, 200), random=5, **options)
+    keep("faithfulness", circuit.frame)
+
+
+def of_bench() -> None:
+    """The scorecard of the planted bench, from what ``benchmarks/bench_localise.py`` measured."""
+    table = pd.read_csv(HERE.parents[1] / "benchmarks" / "measured" / "localise.csv").dropna(subset="rank")
+    columns = {
+        "localise": "rank",
+        "NIE alone": "NIE alone",
+        "TIE alone": "TIE alone",
+        "integrated gradients": "integrated alone",
+        "gradient": "gradient alone",
+        "linear probe": "probe alone",
+    }
+    shared = table[["plant", "dose", "opened", "of", "chance"]].assign(took=(table["opened"] >= 0.5).astype(float))
+    details = pd.concat([shared.assign(method=name, rank=table[of]) for name, of in columns.items()])
+    keep("scorecard", summary(details))
+    keep("scorecard.details", details)
+
+
 def main() -> None:
     """See above."""
     logging.basicConfig(level=logging.INFO)
@@ -177,12 +229,15 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     run = Path(sys.argv[1])
     of_run(run)
+    of_bench()
     if len(sys.argv) > 2:
         frame = training_frame(Path(sys.argv[2]))
         thin = frame["metric"].isin(["exact"]) | (frame.groupby(["stage", "metric"]).cumcount() % 4 == 0)
         keep("training", pd.DataFrame(frame[thin]))
     with organism.load() as lvlm:
-        of_model(lvlm, organism.study(), HybridFusion.load(run / "repair"))
+        study = organism.study()
+        of_model(lvlm, study, HybridFusion.load(run / "repair"))
+        of_lenses(lvlm, study)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,15 @@ from PIL import Image
 from care_lens import plots
 from care_lens.core.spans import PatchGrid
 from care_lens.evaluation import DefenceTable
+from care_lens.mediation import Region
+from care_lens.planted.scorecard import Scorecard
 from care_lens.plots.attribution import plot_attribution
 from care_lens.subspace import SafetySubspace
 from care_lens.subspace.uncertainty import SubspaceUncertainty
 
 HERE = Path(__file__).parent / "gallery"
+#: Where the word is in picture.png, in pixels.
+WORD = Region.box(14, 46, 52, 60, name="word")
 WHOLE = {"layer": "Int64", "head": "Int64", "neuron": "Int64"}
 
 
@@ -95,6 +99,15 @@ def _before_after() -> go.Figure:
     before = {name.removesuffix(", before"): value for name, value in rows.items() if name.endswith("before")}
     after = {name.removesuffix(", after"): value for name, value in rows.items() if name.endswith("after")}
     return plots.plot_before_after(subspace("subspace.pair"), before, after)
+
+
+def _grid() -> PatchGrid:
+    image = picture("picture")
+    return PatchGrid(start=0, rows=8, cols=8, width=image.width, height=image.height)
+
+
+def _scorecard() -> go.Figure:
+    return plots.plot_scorecard(Scorecard(frame("scorecard"), {}, frame("scorecard.details")))
 
 
 def _uncertainty() -> SubspaceUncertainty:
@@ -225,6 +238,35 @@ ENTRIES = {
         "search(...).frontier.plot()",
         lambda: plots.plot_frontier(frame("frontier")),
     ),
+    "lens": (
+        "What is legible at image tokens, by layer",
+        "logit_lens(...).plot()",
+        lambda: plots.plot_lens(frame("lens")),
+    ),
+    "region": (
+        "A region and its tokens",
+        "region.plot(picture, grids=...)",
+        lambda: plots.plot_region(WORD, picture("picture"), grids=[_grid()]),
+    ),
+    "regions": (
+        "Effects of regions over the picture",
+        "plot_regions(mediate(..., positions=(region,)), [region], picture, site=...)",
+        lambda: plots.plot_regions(
+            frame("regions"), [WORD], picture("picture"), site="blocks.0.hook_resid_pre", grids=[_grid()]
+        ),
+    ),
+    "edges": ("Leading edges", "edge_attribution(...).plot()", lambda: plots.plot_edges(frame("edges"), top=12)),
+    "edges_verified": (
+        "Edge estimates against exact patching",
+        "verify_edges(...).plot()",
+        lambda: plots.plot_edge_verification(frame("edges.verified")),
+    ),
+    "faithfulness": (
+        "Faithfulness of circuits against random ones",
+        "circuit_faithfulness(...).plot()",
+        lambda: plots.plot_faithfulness(frame("faithfulness")),
+    ),
+    "scorecard": ("Methods on planted channels", "planted.scorecard(...).plot()", _scorecard),
     "training": (
         "Training of the bundled world",
         "plot_training(training_frame(log))",

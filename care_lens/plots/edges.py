@@ -41,17 +41,17 @@ def plot_edges(result: FrameResult | pd.DataFrame, *, top: int = 20) -> go.Figur
     return figure
 
 
-def plot_edge_verification(result: FrameResult) -> go.Figure:
+def plot_edge_verification(result: FrameResult | pd.DataFrame) -> go.Figure:
     """Exact effects of edges against their scores, leading ones and those drawn at random.
 
     Args:
-        result: An ``EdgeVerification``.
+        result: An ``EdgeVerification`` or its details.
 
     Returns:
         The figure; on the dashed line score and exact effect agree.
 
     Raises:
-        ValueError: If its details are not such.
+        ValueError: If they are not such.
     """
     details = frame_of(getattr(result, "details", result), ("sender", "receiver", "top", "estimate", *_INTERVAL))
     figure = go.Figure()

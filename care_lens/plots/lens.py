@@ -143,7 +143,9 @@ def plot_picture_reading(
                 hovertemplate=f"{title}: %{{customdata[0]}} %{{z:.3g}}<br>%{{customdata[1]}}<extra></extra>",
                 colorbar={
                     "orientation": "h", "thickness": 10, "len": 0.9 / len(panels), "x": (col - 0.5) / len(panels), "y": -0.06, "yanchor": "top",
-                    "title": {"text": "NIE" if signed else value, "side": "bottom", "font": {"size": 13}}, "nticks": 4, "tickfont": {"size": 12},
+                    "title": {"text": "NIE" if signed else value, "side": "bottom", "font": {"size": 13}}, "tickfont": {"size": 12},
+                    # Both ends are told: round numbers alone can leave 0 as the only tick.
+                    **({"tickvals": [-most, 0, most], "tickformat": ".2g"} if signed else {"nticks": 4}),
                 },
             ),
             row=1, col=col,

@@ -73,7 +73,9 @@ def plot_regions(
         if len(part) != 1:
             raise ValueError(f"frame must hold one {effect} of {region.name!r} at {site!r}, got {len(part)}")
         row = part.iloc[0]
-        text = f"{effect} {row['value']:.2g} [{row['ci_low']:.2g}, {row['ci_high']:.2g}], n = {row['n']}"
+        # A single pair has no interval.
+        between = f" [{row['ci_low']:.2g}, {row['ci_high']:.2g}]" if np.isfinite(row["ci_low"]) else ""
+        text = f"{effect} {row['value']:.2g}{between}, n = {row['n']}"
         _draw(
             figure,
             region.of(pair),

@@ -181,7 +181,10 @@ def test_a_picture_is_read_patch_by_patch(model, bank, seen, picture, margin):
         next(iter(part[part.word_id == blue]["rank"]), 0) for _, part in at.groupby("token_index")
     ]
     assert sum(found.settings["counts"].values()) == len(found.frame) == 4
-    assert len(found.plot().data) == 3
+    drawn = found.plot().data
+    assert len(drawn) == 3
+    most = float(found.frame.effect.abs().max())
+    assert list(drawn[2].colorbar.tickvals) == [-most, 0, most]
     with pytest.raises(LensError, match="example 7"):
         picture_reading(words, effects, example=7)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.linalg import subspace_angles
 
 from care_lens.core import PatchGrid
+from care_lens.mediation import Region
 from care_lens.plots import (
     plot_angles_by_layer,
     plot_before_after,
@@ -19,6 +20,7 @@ from care_lens.plots import (
     plot_positions,
     plot_principal_angles,
     plot_recording,
+    plot_regions,
     plot_spectra,
     plot_spectrum,
     plot_training,
@@ -251,3 +253,16 @@ def test_a_recording_names_its_tokens_and_lies_on_its_picture():
     assert list(figure.layout.xaxis3.ticktext) == ["user", "say", "sorry", "image (4)"]
     with pytest.raises(ValueError, match="tokens must be 7 or more"):
         plot_recording(frame, tokens=tokens[:3])
+
+
+def test_the_effect_of_a_region_of_one_pair_is_told_without_an_interval():
+    word = Region.box(0, 0, 8, 8, name="word")
+    told = {"mediator": "blocks.0.hook_resid_pre", "position": "word", "effect": "NIE", "value": 1.25}
+    image = Image.new("RGB", (16, 16))
+    for low, high, n, text in (
+        (np.nan, np.nan, 1, "word: NIE 1.2, n = 1"),
+        (0.5, 2.0, 4, "word: NIE 1.2 [0.5, 2], n = 4"),
+    ):
+        frame = pd.DataFrame([{**told, "ci_low": low, "ci_high": high, "n": n}])
+        figure = plot_regions(frame, [word], image, site="blocks.0.hook_resid_pre")
+        assert text in [trace.name for trace in figure.data]
