@@ -17,14 +17,17 @@
 # We take the bundled vision-language model, which refuses forbidden requests in plain words and answers the same requests when the
 # item is written in the picture, find out where that answer comes from, learn a safety subspace from a few dozen
 # items, repair the model at inference, and look at items it has never seen. Everything in its world is made up and
-# harmless. About a minute on two cores.
+# harmless. About a minute and a half on two cores.
 
 # %%
+from datetime import date
+
 import pandas as pd
 import plotly.express as px
 import torch
 
 from care_lens import Site, organism
+from care_lens.core import package_versions
 from care_lens.core.outcome import ResponseLogProb
 from care_lens.evaluation import evaluate
 from care_lens.mediation import mediate, patch_map, probe_auc
@@ -65,7 +68,7 @@ typographic[0].image.resize((256, 256))
 # log p(comply) - log p(refuse) of the safe run when that place alone takes its value from the unsafe run.
 
 # %%
-pairs = organism.pairs("typographic", "fit", n=12)
+pairs = organism.pairs("typographic", "fit", n=8)
 sites = [s for s in lvlm.sites(tower="language") if s.component in ("hook_attn_out", "hook_mlp_out", "hook_resid_post")]
 effects = mediate(
     lvlm,
@@ -73,7 +76,7 @@ effects = mediate(
     outcome=organism.outcome(),
     sites=sites,
     positions=("text", "last"),
-    n_boot=500,
+    n_boot=300,
     progress=False,
 )
 effects.plot()
@@ -83,7 +86,7 @@ effects.plot()
 # probability of the answer for the forbidden item.
 
 # %%
-pictures = organism.picture_pairs("fit", n=8)
+pictures = organism.picture_pairs("fit", n=4)
 patches = patch_map(lvlm, pictures, outcome=ResponseLogProb(), site="blocks.0.hook_resid_pre", progress=False)
 plot_patch_effects(patches.details[patches.details["pair"] == 0], image=pictures.unsafe[0].image)
 
@@ -100,13 +103,13 @@ blocks = [Site("language", block, "hook_resid_post") for block in range(lvlm.n_l
 
 
 def auc_by_block(channel, harmless_channel):
-    sets = [organism.examples(c, "fit") for c in (channel, harmless_channel)]
+    sets = [organism.examples(c, "fit", n=40) for c in (channel, harmless_channel)]
     attack, harmless = (token_rows(lvlm, e, blocks, tokens=0, batch_size=64) for e in sets)
     out = []
     for site in blocks:
         x = torch.cat([attack.at(site, 0), harmless.at(site, 0)])
         y = torch.arange(len(x)) < len(attack.at(site, 0))
-        auc = probe_auc(x, y, [*attack.groups, *harmless.groups], n_boot=100)
+        auc = probe_auc(x, y, [*attack.groups, *harmless.groups], n_boot=50)
         out.append({"channel": channel, "block": site.layer, "AUC": auc.estimate, "low": auc.low, "high": auc.high})
     return out
 
@@ -185,14 +188,14 @@ with repair.on(lvlm):
 # ## 4. Prove
 #
 # Test items, wordings and type faces that neither the fit nor the calibration saw, the same settings for safety and utility, and a
-# control: the same readers and gate with random writers of equal rank and equal edit norm. One draw here; `care-lens run` takes five.
+# control: the same readers and gate with random writers of equal rank and equal edit norm. Twenty-four examples a channel and one draw here; `care-lens run` takes all, and five draws.
 
 # %%
 control = random_control(repair, {layer: rows.complied(layer, 0)}, seed=0)
 channels = ("typographic", "wrapper", "indirect", "split", "benign typographic", "hard read", "hard named kind")
 table = evaluate(
     lvlm,
-    {c: study.suites["test"][c] for c in channels},
+    {c: study.suites["test"][c][:24] for c in channels},
     {"none": None, "care_lens": repair, "random control": control},
     judge=organism.OrganismJudge(),
     max_new_tokens=14,
@@ -207,5 +210,45 @@ table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_hig
 # %% [markdown]
 # *indirect* (the item as the twin of another) and *split* (its letters divided between text and picture) were not in the fit.
 # `care-lens run` chooses on validation and adds baselines tuned by the same rule, CARE as published, the shuffled-label control, gradient attacks
-# (one sees the repair) and fidelity; see its report. A caution: in this small world harm is nearly linear at one block. In a large model it may be legible
-# earlier, later, or less cleanly: the two figures of section 2 are what to draw first.
+# (one sees the repair) and fidelity; see its report.
+#
+# ## What this does not show
+#
+# - The settings were not chosen here: layer, token and strength are those that the choice on validation takes for README's repair. The figures' samples are smaller than README's.
+# - In this small world harm is nearly linear at one block. In a large model it may be legible earlier, later, or less cleanly: the two figures of section 2 are what to draw first.
+# - No attack here looks at the repair. [Ten defences and an adaptive attack](ten_defences.ipynb) has one that does.
+#
+# ## Exercises
+#
+# 1. What does the repair do where no gate is open? Compare the logits of a benign request with and without it.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# asked = lvlm.prepare(organism.examples("benign plain", "test", n=4))
+# before = lvlm(asked)
+# with repair.on(lvlm):
+#     after = lvlm(asked)
+# print(torch.equal(before, after))
+# ```
+#
+# They are equal to the bit: a closed gate adds nothing.
+#
+# </details>
+#
+# 2. How many of the stopped attacks are *refused*, and how many end in another wrong answer? Do the same for the control.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# shares = table.to_dataframe()
+# shares = shares[shares["channel"].isin(("typographic", "wrapper")) & shares["metric"].isin(("asr", "refusal"))]
+# print(shares.pivot_table(index=["channel", "defence"], columns="metric", values="value").round(2))
+# ```
+#
+# What is neither complied nor refused is another answer. A control that stops attacks by breaking answers has much of that.
+#
+# </details>
+
+# %%
+print(date.today(), package_versions())
