@@ -10,6 +10,10 @@ MODEL ?= bundled
 OUT ?= results/demo
 ARGS ?=
 
+# OpenMP's idle threads sleep. Spinning, two threads beside another busy process take several times as long as one
+# (benchmarks/bench_waiting.py).
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types pytest tutorials docs bench format clean
 .NOTPARALLEL:
