@@ -18,6 +18,7 @@ from care_lens.repair import HybridFusion
 SETTINGS = replace(
     RunSettings().short(),
     limit=5,
+    printed_rank=4,
     reader_ranks=(0,),
     candidates=1,
     epsilons=(0.02,),
