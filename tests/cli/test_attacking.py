@@ -17,14 +17,15 @@ from care_lens.pipeline.attacking import AttackRunError, attack_study, attacked_
 @pytest.fixture(scope="module")
 def study():
     """A few requests of the bundled world, without the seconds that all of them take."""
-    suites = {
-        "plain": organism.examples("plain", "test", n=6),
-        "spelled": organism.examples("spelled", "test", n=4),
-        "benign plain": organism.examples("benign plain", "test", n=3),
-    }
+    counts = {"plain": 6, "spelled": 4, "benign plain": 3}
+
+    def few(split):
+        kept = counts if split != "calibration" else {"benign plain": 3}
+        return {channel: tuple(organism.examples(channel, split, n=n)) for channel, n in kept.items()}
+
     return Study(
         name="few",
-        suites={split: suites for split in ("fit", "calibration", "validation", "test")},
+        suites={split: few(split) for split in ("fit", "calibration", "validation", "test")},
         seen={"textual": ("spelled",)},
         judge=organism.OrganismJudge(),
         outcome=organism.outcome(),
@@ -81,7 +82,10 @@ def test_requests_are_the_plain_ones_or_those_of_the_channels(study):
         attacked_requests(study, [Spelled()], channels=["benign plain"])
     blind = replace(
         study,
-        suites={**study.suites, "test": {"plain": [replace(e, image=None) for e in study.suites["test"]["plain"]]}},
+        suites={
+            **study.suites,
+            "test": {"plain": tuple(replace(e, image=None) for e in study.suites["test"]["plain"])},
+        },
     )
     with pytest.raises(AttackRunError, match="got none"):
         attacked_requests(blind, [PGD()])
