@@ -3,7 +3,7 @@
 RUN is the folder of a finished `make demo`. The bundled world's judge knows whether an answer does what was asked, so that the true
 attack success of the stored answers is known. Judge under test: the refusal phrases of Zou et al. 2023, which take every answer that is no
 refusal for compliance. The items of a defence's answers are the population; each sample draws as many items with replacement as
-half of them, labels some of these by the exact judge, and asks `corrected_rates` for the rate of compliance. Counted is how many nominal 95 %
+half of them, labels some of these by the exact judge, and asks `ppi_rate` and `rogan_gladen` (what `corrected_rates` calls) for the rate of compliance. Counted is how many nominal 95 %
 intervals hold the rate of the whole population, corrected and not.
 
 Rogan and Gladen's labels are of the undefended model's answers in one setting ("labels of the undefended") and of the

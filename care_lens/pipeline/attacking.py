@@ -73,7 +73,9 @@ def read_defence(text: str) -> tuple[str, Repair]:
         AttackRunError: If the folder holds none.
     """
     name, equals, path = text.partition("=")
-    folder = Path(path if equals else text)
+    if not equals or Path(text).is_dir():  # the path itself may hold a "="
+        name, path = Path(text).name, text
+    folder = Path(path)
     if (folder / "repair.json").is_file():
         found: Any = HybridFusion.load(folder)
     elif (folder / "defence.json").is_file():
@@ -82,7 +84,7 @@ def read_defence(text: str) -> tuple[str, Repair]:
         raise AttackRunError(
             f"a defence must be a folder with repair.json or defence.json, as `care-lens fit` and .save() write them, got {folder}"
         )
-    return (name if equals else folder.name), found
+    return name, found
 
 
 def attacked_requests(

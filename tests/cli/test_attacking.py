@@ -64,6 +64,9 @@ def test_defences_are_read_by_folder_and_name(tmp_path):
     for text, name in ((str(tmp_path / "mine"), "mine"), (f"other={tmp_path / 'mine'}", "other")):
         found, defence = read_defence(text)
         assert found == name and defence.describe() == reminder.describe()
+    reminder.save(tmp_path / "alpha=1")
+    assert read_defence(str(tmp_path / "alpha=1"))[0] == "alpha=1"
+    assert read_defence(f"strong={tmp_path / 'alpha=1'}")[0] == "strong"
     with pytest.raises(AttackRunError, match=r"repair\.json or defence\.json"):
         read_defence(str(tmp_path))
 

@@ -155,3 +155,11 @@ def test_opening_follows_the_tone_and_the_wrapper():
     noun = world().nouns[0]
     assert tasks.steps_answer(noun, tone="dark").split()[0] == tasks.OPENINGS["dark"]
     assert tasks.steps_answer(noun, tone="dark", context="wrapper").split()[0] == tasks.WRAPPED_OPENING
+
+
+def test_a_picture_that_is_drawn_twice_is_two_pictures():
+    """Drawn pictures are kept in the process; what a caller does to one is not in the next."""
+    picture = render.Picture("word", "white", 3, word="miiz", face="DejaVuSans-Bold")
+    first, pixels = render.draw(picture), np.asarray(render.draw_with_boxes(picture)[0])
+    first.paste((0, 0, 0), (0, 0, render.SIZE, render.SIZE))
+    assert (np.asarray(render.draw(picture)) == pixels).all() and pixels.any()
