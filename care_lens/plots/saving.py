@@ -1,6 +1,7 @@
 """Figures as files: an interactive page, its data, and PDF, SVG and PNG for papers."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from care_lens.core.errors import CareLensError
+from care_lens.core.errors import ArtifactError, CareLensError
 from care_lens.core.files import write_whole
 from care_lens.plots.paper import paper
 
@@ -50,6 +51,21 @@ def _write_script(path: Path) -> None:
         write_whole(path, script)
 
 
+def _require_own(path: Path) -> None:
+    """Refuse to write a figure's data over anything but a figure's data, such as the manifest of a saved result."""
+    if not path.exists():
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        held = None
+    if not (isinstance(held, dict) and {"data", "layout"} <= {*held}):
+        raise ArtifactError(
+            f"{path} must be a figure's data or not be there, got another file, which is left as it is; give the figure another name "
+            "or folder (a saved result has files of its own name)"
+        )
+
+
 def save_figure(
     figure: go.Figure,
     path: str | Path,
@@ -78,6 +94,7 @@ def save_figure(
 
     Raises:
         ValueError: If the suffix or a format is another one, ``columns`` is not 1 or 2, or ``dark`` is asked for without ``columns``.
+        ArtifactError: If the ``.json`` is there and is no figure's data (a result that was saved under the same name); nothing is written.
         ExportError: If the static picture cannot be made; the page and the data are there all the same.
 
     Example:
@@ -97,6 +114,7 @@ def save_figure(
     still = go.Figure(figure) if columns is None else paper(figure, columns=columns, dark=dark)
     still.update_layout(updatemenus=[], overwrite=True)
     page, data = path.with_suffix(".html"), path.with_suffix(".json")
+    _require_own(data)
     _write_script(path.with_name("plotly.min.js"))
     write_whole(page, figure_html(figure, include_plotlyjs="directory"))
     write_whole(data, str(figure.to_json()))

@@ -7,10 +7,11 @@ from typer.testing import CliRunner
 
 from care_lens import cli, organism
 from care_lens.attacks import PGD, Prefill, Spelled, registered_attacks
+from care_lens.cli.asked import Asked
 from care_lens.core import Verdict
 from care_lens.data.study import Study
 from care_lens.defences import SelfReminder
-from care_lens.evaluation import GenerationSettings
+from care_lens.evaluation import DefenceTable, GenerationSettings
 from care_lens.pipeline.attacking import AttackRunError, attack_study, attacked_requests, read_attack, read_defence
 
 
@@ -128,6 +129,18 @@ def test_the_table_has_each_attack_under_each_defence_and_a_second_call_makes_no
         with pytest.raises(AttackRunError, match="must not be called 'none'"):
             attack_study(lvlm, study, [Spelled()], {"none": SelfReminder(before="please", after="")}, tmp_path)
     assert (tmp_path / "attacks.csv").exists() and list((tmp_path / "attacks").rglob("*.png"))
+
+
+def test_the_command_writes_a_table_that_loads_and_can_be_called_again(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(Asked, "load", lambda _: (organism.load(), study))
+    words = ["attack", "--by", "spelled", "--n", "1", "--benign", "0", "--threads", "1", "--out", str(tmp_path)]
+    for _ in range(2):
+        result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        frame = DefenceTable.load(tmp_path, "attacks").frame
+        assert {"clean", "spelled"} == {*frame["channel"]}
+    assert (tmp_path / "figures" / "attacks.html").exists()
+    assert "| none |" in (tmp_path / "attacks.md").read_text()
 
 
 @pytest.mark.parametrize(
