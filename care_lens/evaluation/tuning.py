@@ -35,7 +35,8 @@ from care_lens.mediation.placement import Placement, reader_layers
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated
 from care_lens.repair.errors import FlatScoresError, TooFewCalibrationError
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.learning import Answers, FittedReaders, ReaderPlan, Readers, assemble, reader_plans
+from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans
+from care_lens.repair.refusing import Answers
 from care_lens.repair.rows import FitRows, TokenRows, residual_sites, study_rows, token_rows
 from care_lens.subspace import ModelIdentity, RankError, SafetySubspace
 

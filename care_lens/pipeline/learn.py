@@ -10,8 +10,9 @@ from care_lens.data.study import Modality, Study
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import printed as _printed
-from care_lens.repair.learning import fit_reader_subspace, reader_of, refusal_writer
+from care_lens.repair.learning import fit_reader_subspace, reader_of
 from care_lens.repair.printed import SPAN, printed_form
+from care_lens.repair.refusing import refusal_writer
 from care_lens.repair.rows import MODALITIES, FitRows, TokenRows, residual_sites, study_rows, token_rows
 from care_lens.subspace import SafetySubspace
 

@@ -36,8 +36,6 @@ from care_lens.repair.learning import (
     fit_reader_subspace,
     reader_of,
     reader_plans,
-    refusal_reader,
-    refusal_writer,
     writer_rows,
 )
 from care_lens.repair.linear import LinearPart, linear_part
@@ -49,6 +47,7 @@ from care_lens.repair.printed import printed_form, printed_subspaces
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
 from care_lens.repair.reading import read_scores
 from care_lens.repair.recording import Recording
+from care_lens.repair.refusing import refusal_reader, refusal_writer
 from care_lens.repair.rows import FitRows, TokenRows, fit_rows, residual_sites, study_rows, token_rows
 from care_lens.repair.schedule import ConstantSchedule, ExponentialDecay, FirstTokens, LinearDecay, Schedule
 from care_lens.repair.store import load_repair, save_repair

@@ -13,10 +13,9 @@ C_m u = lambda C_b u is that of `SafetySubspace.fit`; readers and writers apart,
 """
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +30,9 @@ from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.gate import ConformalGate
 from care_lens.repair.positions import Positions, includes_generated
 from care_lens.repair.reader import EnergyReader, LinearReader, MaxReader, Reader, SiteReader
+from care_lens.repair.refusing import Answers, refusal_reader, refusal_writer, require_answers
 from care_lens.repair.rows import FitRows, TokenRows
-from care_lens.repair.writer import Writer
 from care_lens.subspace import Modality, SafetySubspace, classifier_direction, subspace_along
-
-Answers: TypeAlias = Literal["rearmed", "held"]
-"""How a learned repair acts on the answer: see :func:`assemble`."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ def fit_reader_subspace(
         RepairError: If the rows have no such site, modality or offset.
         ValueError: If there are too few rows for the rank (RankError).
     """
-    _require_part(rows, site, modality, offset)
+    rows.require(site, modality=modality, offset=offset)
     benign = rows.harmless(site, offset)
     malicious = rows.malicious[modality].at(site, offset)
     if shuffle_seed is not None:
@@ -203,90 +199,6 @@ def reader_of(subspace: SafetySubspace, *, offset: int, rank: int) -> SiteReader
     return kind.from_subspace(subspace, positions="generated" if offset else "last")
 
 
-def refusal_writer(rows: FitRows, site: Site, *, offset: int, alpha: float = 1.0, answers: Answers = "held") -> Writer:
-    """Moves a token to where the model stands before a refusal, along the line from where it stands when it complies.
-
-    Args:
-        rows: What to learn from; the complied mean is that of all attacks, so that one writer serves both modalities and the
-            fusion has to say only how they share it.
-        site: Where to write; one of the rows' sites.
-        offset: 0: written at the last prompt token; else at a generated one, from the malicious mean at that offset.
-        alpha: Strength; beyond 1 it goes past the refusal mean, without a warning here.
-        answers: "rearmed": offset 0 is written at the last token that the model is given, of the prompt or of a begun answer; another
-            offset along the lines from the malicious means at all answer tokens of the rows, since it may have to write at any of them.
-
-    Raises:
-        RepairError: If the rows have no such site or offset, or the two means are the same.
-    """
-    _require_part(rows, site, None, offset)
-    _require_answers(answers)
-    rearmed = answers == "rearmed"
-    source = _answer_means(rows, site) if rearmed and offset else rows.complied(site, offset).mean(0)
-    prompt = "context_end" if rearmed else "last"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a strength beyond 1 is tried on validation, and reported
-        return Writer.towards(
-            site,
-            target=rows.refused.at(site, 0).mean(0),
-            source=source,
-            alpha=alpha,
-            scope="generated" if offset else prompt,
-        )
-
-
-def refusal_reader(rows: FitRows, site: Site) -> LinearReader | None:
-    """Tells the tokens of a refusal from all other tokens of answers: above 0 by itself means that a refusal is under way.
-
-    It is a linear classifier of refusal tokens against those of benign answers and of complied attacks. 0 lies halfway between what 99 % of the
-    one are above and 99 % of the other below; where these overlap, at the latter, since to write into a refusal costs less than to spare
-    an answer that complies.
-
-    Args:
-        rows: What to learn from.
-        site: One of the rows' sites.
-
-    Returns:
-        The reader, for :attr:`Correction.unless <care_lens.repair.Correction>`; None if the rows hold no tokens of refusals or answers.
-
-    Raises:
-        RepairError: If the rows have no such site.
-    """
-    _require_part(rows, site, None, 0)
-    kept: dict[Site, LinearReader | None] = rows.__dict__.setdefault("_refusing", {})
-    if site not in kept:
-        kept[site] = _fitted_refusal_reader(rows, site)
-    return kept[site]
-
-
-def _fitted_refusal_reader(rows: FitRows, site: Site) -> LinearReader | None:
-    refusals = _answer_tokens(rows.refused, site)
-    others = torch.cat([_answer_tokens(held, site) for held in (rows.benign, *rows.malicious.values())])
-    if len(refusals) < 2 or len(others) < 2:
-        return None
-    reader = LinearReader(
-        site=site,
-        direction=classifier_direction(others, refusals).to(others.dtype),
-        centre=others.mean(0),
-        positions="generated",
-    )
-    below, above = (reader.tokens(tokens[None])[0].double() for tokens in (others, refusals))
-    most, least = float(below.quantile(0.99)), float(above.quantile(0.01))
-    unit = float(above.mean() - below.mean()) / 2
-    if not unit > 0:
-        return None
-    return replace(reader, location=max(most, (most + least) / 2), scale=unit)
-
-
-def _answer_tokens(held: TokenRows, site: Site) -> Tensor:
-    return held.rows[site][:, 1:][held.valid[:, 1:]]
-
-
-def _answer_means(rows: FitRows, site: Site) -> Tensor:
-    """[token, d] the malicious mean at every answer token that was captured."""
-    held = (rows.complied(site, k) for k in range(1, rows.tokens + 1))
-    return torch.stack([tokens.mean(0) for tokens in held if len(tokens)])
-
-
 def writer_rows(repair: HybridFusion, rows: FitRows) -> dict[SiteLike | tuple[SiteLike, Positions], Tensor]:
     """Activations at the tokens that each writer of a learned repair edits, for :func:`~care_lens.repair.random_control`.
 
@@ -302,9 +214,9 @@ def writer_rows(repair: HybridFusion, rows: FitRows) -> dict[SiteLike | tuple[Si
     """
     made: dict[SiteLike | tuple[SiteLike, Positions], Tensor] = {}
     for writer in (c.writer for c in repair.corrections):
-        _require_part(rows, writer.site, None, 0)
+        rows.require(writer.site)
         if includes_generated(writer.scope):
-            sides = [_answer_tokens(held, writer.site) for held in rows.malicious.values()]
+            sides = [held.answers(writer.site) for held in rows.malicious.values()]
             made[writer.site, writer.scope] = torch.cat(sides)
         else:
             made[writer.site, writer.scope] = rows.complied(writer.site, 0)
@@ -394,7 +306,7 @@ def assemble(
     Raises:
         RepairError: If the rows lack what the plan asks for, or ``answers`` is not known.
     """
-    _require_answers(answers)
+    require_answers(answers)
     read_at = Site("language", plan.layer, "hook_resid_post")
     site = read_at if site is None else site
     rearmed = answers == "rearmed"
@@ -434,19 +346,3 @@ def assemble(
         name=name,
         provenance=dict(provenance or {}),
     )
-
-
-def _require_answers(answers: Any) -> None:
-    if answers not in get_args(Answers):
-        raise RepairError(f"answers must be one of {list(get_args(Answers))}, got {answers!r}")
-
-
-def _require_part(rows: FitRows, site: Site, modality: Modality | None, offset: int) -> None:
-    if modality is not None and modality not in rows.malicious:
-        raise RepairError(f"modality must be one of {list(rows.modalities)}, got {modality!r}; give such attacks")
-    if site not in rows.benign.rows:
-        raise RepairError(f"site must be one of the rows', got {site}; capture it: fit_rows(..., sites=[...])")
-    if not 0 <= offset <= rows.tokens:
-        raise RepairError(
-            f"offset must be from 0 to {rows.tokens}, the answer tokens captured, got {offset}; capture more tokens"
-        )

@@ -20,7 +20,8 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.repair.calibrating import halves, recalibrated
 from care_lens.repair.errors import RepairError
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.learning import Answers, ReaderPlan, Readers, assemble
+from care_lens.repair.learning import ReaderPlan, Readers, assemble
+from care_lens.repair.refusing import Answers
 from care_lens.repair.rows import FitRows, study_rows, token_rows
 from care_lens.subspace import ModelIdentity
 

@@ -12,8 +12,8 @@ float32 a site, on the CPU.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -61,6 +61,14 @@ class TokenRows(ShortRepr):
         """
         return self.rows[site][:, offset][self.valid[:, offset]]
 
+    def answers(self, site: Site) -> Float[Tensor, "m d"]:
+        """Rows at all tokens of the answers.
+
+        Args:
+            site: One of those captured.
+        """
+        return self.rows[site][:, 1:][self.valid[:, 1:]]
+
     def everything(self, site: Site) -> Float[Tensor, "m d"]:
         """Rows at all tokens.
 
@@ -86,6 +94,8 @@ class FitRows(ShortRepr):
     benign: TokenRows
     malicious: Mapping[Modality, TokenRows]
     refused: TokenRows
+    fitted: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What has been fitted on these rows and is asked for again, by what it is; :func:`~care_lens.repair.refusal_reader` keeps its readers here."""
 
     def __post_init__(self) -> None:
         if not self.modalities:
@@ -102,6 +112,21 @@ class FitRows(ShortRepr):
     def tokens(self) -> int:
         """How many tokens of an answer were kept."""
         return self.benign.tokens
+
+    def require(self, site: Site, *, modality: Modality | None = None, offset: int = 0) -> None:
+        """Refuse a part that these rows do not hold.
+
+        Raises:
+            RepairError: If there is no such modality, site or offset; the message says what to capture.
+        """
+        if modality is not None and modality not in self.malicious:
+            raise RepairError(f"modality must be one of {list(self.modalities)}, got {modality!r}; give such attacks")
+        if site not in self.benign.rows:
+            raise RepairError(f"site must be one of the rows', got {site}; capture it: fit_rows(..., sites=[...])")
+        if not 0 <= offset <= self.tokens:
+            raise RepairError(
+                f"offset must be from 0 to {self.tokens}, the answer tokens captured, got {offset}; capture more tokens"
+            )
 
     def harmless(self, site: Site, offset: int) -> Float[Tensor, "m d"]:
         """What a reader at an offset must not react to: last prompt tokens of benign requests (offset 0); for generated
