@@ -10,7 +10,7 @@ MODEL ?= bundled
 OUT ?= results/demo
 ARGS ?=
 
-# OpenMP's idle threads sleep. Spinning, two threads beside another busy process take several times as long as one
+# OpenMP's idle threads sleep. Spinning, two threads take twice as long as one beside one busy process, and four times beside several
 # (benchmarks/bench_waiting.py).
 export OMP_WAIT_POLICY ?= PASSIVE
 

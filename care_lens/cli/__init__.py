@@ -5,8 +5,8 @@ A command is a function in a module of its subject; :mod:`care_lens.cli.options`
 
 import os
 
-# OpenMP's idle threads spin by default: beside another busy process two threads then take ten times as long as one
-# (benchmarks/bench_waiting.py). It is read when torch is loaded, which the imports below do.
+# OpenMP's idle threads spin by default: beside one busy process two threads then take twice as long as one, beside several four
+# times (benchmarks/bench_waiting.py). It is read when torch is loaded, which the imports below do.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from care_lens.cli import attacking, looking, reproducing, running, studying
