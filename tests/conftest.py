@@ -51,6 +51,22 @@ def threads():
         torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def registries():
+    """What a test or a page of the docs registers (attacks, kinds, families) is forgotten after it: others list all that is known."""
+    from care_lens.attacks import kinds as attacks
+    from care_lens.lvlm.families import registry as families
+    from care_lens.repair import kinds as parts
+
+    tables = (attacks._KINDS, parts._KINDS, families._FAMILIES)
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        if table != kept:
+            table.clear()
+            table.update(kept)
+
+
 @pytest.fixture(scope="session")
 def llava_maker() -> Callable:
     """``make(vision, ...) -> (model, processor)``: plain Hugging Face, always the same weights."""
