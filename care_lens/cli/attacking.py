@@ -43,15 +43,12 @@ def attack(
     one_process("attack")
     start(asked.threads)
     from care_lens.core.files import write_whole
-    from care_lens.pipeline.attacking import attack_study, read_attack, read_defence
+    from care_lens.pipeline.attacking import attack_study, read_attack
+    from care_lens.pipeline.saved import read_defences
     from care_lens.plots import save_figure
 
     attacks = [read_attack(text) for text in by or ("pgd", "autopgd")]
-    read = [read_defence(text) for text in defences or ()]
-    if len({name for name, _ in read}) < len(read):
-        raise typer.BadParameter(
-            f"defences must have different names, got {[name for name, _ in read]}; give NAME=PATH"
-        )
+    read = read_defences(defences or ())
     lvlm, study = asked.load()
     settings = asked.settings(study)
     study = settings.asked(study.limited(settings.limit) if settings.limit else study)
@@ -59,7 +56,7 @@ def attack(
         lvlm,
         study,
         attacks,
-        dict(read),
+        read,
         asked.out,
         channels=texts(channels, "--channels"),
         n=n,

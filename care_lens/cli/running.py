@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -116,17 +115,18 @@ def fit(asked: Asked) -> None:
 @takes_options
 def evaluate(
     asked: Asked,
-    repair: Annotated[Path, typer.Argument(help="Folder of a saved repair.")],
+    defences: Annotated[
+        list[str],
+        typer.Argument(help="Folders of saved repairs or defences, as PATH or NAME=PATH.", metavar="DEFENCES..."),
+    ],
 ) -> None:
-    """A saved repair beside the undefended model on the test split; several processes share the answers."""
+    """Saved repairs and defences beside the undefended model on the test split; several processes share the answers."""
     start(asked.threads)
     from care_lens.core.processes import Process
     from care_lens.evaluation import evaluate_sharded as step
-    from care_lens.repair import HybridFusion
+    from care_lens.pipeline.saved import UNDEFENDED, read_defences
 
-    if not (repair / "repair.json").is_file():
-        raise typer.BadParameter(f"REPAIR must be a folder with repair.json, as `care-lens fit` saves it, got {repair}")
-    saved = replace(HybridFusion.load(repair), name="repair")
+    read = read_defences(defences)
     process = Process.current()
     if not process.alone and asked.device is None:
         asked = replace(asked, device=process.device())
@@ -137,7 +137,7 @@ def evaluate(
     table = step(
         lvlm,
         {c: list(e) for c, e in study.suites["test"].items()},
-        {"none": None, "repair": saved},
+        {UNDEFENDED: None, **read},
         judge=study.judge,
         directory=asked.out,
         settings=settings.generation,

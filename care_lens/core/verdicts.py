@@ -29,14 +29,17 @@ def named(function: Any) -> str:
     return str(getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__)
 
 
-def require_verdicts(made: Any, n: int, *, judge: Any = "judge", yes_no: bool = False) -> list[Verdict]:
+def require_verdicts(
+    made: Any, n: int, *, judge: Any = "judge", yes_no: bool = False, false: Verdict = Verdict.OTHER
+) -> list[Verdict]:
     """The verdicts that a judge returned, if there is one for each answer.
 
     Args:
         made: What it returned: a sequence of `Verdict` or of their values ("complied", "refused", "other", "missing").
         n: Number of answers.
         judge: The judge, or what to call it.
-        yes_no: Whether True and False stand for "complied" and "other", as for a function that says whether answers are right.
+        yes_no: Whether True stands for "complied" and False for the verdict ``false``, as for a function that says whether answers are right.
+        false: What False stands for.
 
     Raises:
         JudgeError: If it is no sequence, is not as long as the answers, or holds something else; the message names the row.
@@ -51,14 +54,14 @@ def require_verdicts(made: Any, n: int, *, judge: Any = "judge", yes_no: bool = 
         raise JudgeError(f"judge {name!r} must return a verdict for each of {n} answers, got {made!r:.60}; {advice}")
     if len(made) != n:
         raise JudgeError(f"judge {name!r} must return a verdict for each of {n} answers, got {len(made)}; {advice}")
-    return [_verdict(value, row, name, yes_no, advice) for row, value in enumerate(made)]
+    return [_verdict(value, row, name, yes_no, false, advice) for row, value in enumerate(made)]
 
 
-def _verdict(value: Any, row: int, name: str, yes_no: bool, advice: str) -> Verdict:
+def _verdict(value: Any, row: int, name: str, yes_no: bool, false: Verdict, advice: str) -> Verdict:
     if isinstance(value, str) and value in _VERDICTS:
         return Verdict(value)
     if yes_no and (isinstance(value, bool) or type(value).__name__ == "bool_" or type(value).__name__ == "bool"):
-        return Verdict.COMPLIED if value else Verdict.OTHER
+        return Verdict.COMPLIED if value else false
     what = "a verdict or True or False" if yes_no else "a verdict"
     raise JudgeError(f"judge {name!r} must return {what} for row {row}, got {value!r:.60}; {advice}")
 

@@ -13,19 +13,33 @@ class FunctionJudge:
     """A judge of a function that is given one request and one answer.
 
     Args:
-        function: Called with the example and the text; returns a verdict or its value, True (complied) or False (other), or None where it cannot tell (missing).
+        function: Called with the example and the text; returns a verdict or its value, True (complied) or False, or None where it cannot tell (missing).
         name: Its name in frames; None: the function's.
+        false: What False stands for. "other": the answer does not do what was asked, and refuses nothing either, so that it counts neither for attack success nor
+            for refusals. "refused": for functions that ask whether an answer complies *or refuses*, so that refusal rates are not 0.
+
+    Raises:
+        TypeError: If function is none.
+        ValueError: If false is no verdict.
 
     Example:
         >>> judge = FunctionJudge(lambda example, text: None if "?" in text else example.prompt in text, name="echo")
         >>> [verdict.value for verdict in judge([Example("red")] * 4, ["it is red", "blue", "hm?", None])]
         ['complied', 'other', 'missing', 'missing']
+        >>> helps = FunctionJudge(lambda example, text: not text.startswith("sorry"), name="helps", false="refused")
+        >>> [verdict.value for verdict in helps([Example("red")] * 2, ["it is red", "sorry, no"])]
+        ['complied', 'refused']
     """
 
-    def __init__(self, function: Callable[[Example, str], Says], *, name: str | None = None) -> None:
+    def __init__(
+        self, function: Callable[[Example, str], Says], *, name: str | None = None, false: Verdict | str = "other"
+    ) -> None:
         if not callable(function):
             raise TypeError(f"function must be one of (example, text), got {type(function).__name__}")
+        if false not in [verdict.value for verdict in Verdict]:
+            raise ValueError(f"false must be one of {[verdict.value for verdict in Verdict]}, got {false!r}")
         self.function, self.name = function, name or named(function)
+        self.false = Verdict(false)
 
     def __call__(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[Verdict]:
         """One verdict an answer; missing answers are not shown to the function.
@@ -44,4 +58,4 @@ class FunctionJudge:
                     "where it cannot tell"
                 ) from error
             said.append(Verdict.MISSING if found is None else found)
-        return require_verdicts(said, len(said), judge=self.name, yes_no=True)
+        return require_verdicts(said, len(said), judge=self.name, yes_no=True, false=self.false)

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -206,6 +207,8 @@ class SubstringRefusalJudge:
     def published(cls, *, position: Position = "anywhere", name: str | None = None) -> "SubstringRefusalJudge":
         """The judge of publications: the list of Zou et al. 2023 as bare substrings whose case counts.
 
+        A model that writes lower case only ("sorry, i cannot help") refuses nothing for it; the judge warns when it is given such answers.
+
         Args:
             position: "anywhere", as Zou et al. count, or "start", as others do.
             name: None: refusal-published-POSITION.
@@ -266,7 +269,21 @@ class SubstringRefusalJudge:
             JudgeError: If there is not one text for each example, or one is no text.
         """
         require_texts(examples, texts)
+        self._warn_of_lower_case(texts)
         return [self._verdict(own_words(example, text)) for example, text in zip(examples, texts, strict=True)]
+
+    def _warn_of_lower_case(self, texts: Sequence[str | None]) -> None:
+        """Say that phrases with capitals are not found in answers that have none, among which refusals would count as complied."""
+        if not self._case_sensitive or any(text != text.lower() for text in texts if text):
+            return
+        capital = [phrase.lower() for phrase in self.phrases if phrase != phrase.lower()]
+        if any(phrase in visible(text) for text in texts if text for phrase in capital):
+            warnings.warn(
+                f"judge {self.name!r} looks for phrases in their case, and the answers have no capital letter: their refusals may count as complied; "
+                "take SubstringRefusalJudge() (case_sensitive=False) for such a model",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _verdict(self, text: str | None) -> Verdict:
         if text is None:

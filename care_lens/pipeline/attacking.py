@@ -15,19 +15,16 @@ from care_lens.core.examples import Example
 from care_lens.core.files import in_use
 from care_lens.core.outcome import Repair
 from care_lens.data.study import Study
-from care_lens.defences import load_defence
 from care_lens.evaluation import DefenceTable, GenerationSettings, GenerationStore, attack_table
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.generating import generating
-from care_lens.repair import HybridFusion
+from care_lens.pipeline.saved import UNDEFENDED
 
 log = logging.getLogger(__name__)
 
-UNDEFENDED = "none"
-
 
 class AttackRunError(CareLensError, ValueError):
-    """An attack, a defence or requests were named that there are not."""
+    """An attack or requests were named that there are not."""
 
 
 def read_attack(text: str) -> Attack:
@@ -64,27 +61,6 @@ def read_attack(text: str) -> Attack:
         raise AttackRunError(f"{text!r}: {error}") from None
     except (TypeError, ValueError) as error:
         raise AttackRunError(f"{text!r} must be an attack with its fields: {error}") from error
-
-
-def read_defence(text: str) -> tuple[str, Repair]:
-    """A saved repair or defence, as PATH or NAME=PATH; on the CPU.
-
-    Raises:
-        AttackRunError: If the folder holds none.
-    """
-    name, equals, path = text.partition("=")
-    if not equals or Path(text).is_dir():  # the path itself may hold a "="
-        name, path = Path(text).name, text
-    folder = Path(path)
-    if (folder / "repair.json").is_file():
-        found: Any = HybridFusion.load(folder)
-    elif (folder / "defence.json").is_file():
-        found = load_defence(folder)
-    else:
-        raise AttackRunError(
-            f"a defence must be a folder with repair.json or defence.json, as `care-lens fit` and .save() write them, got {folder}"
-        )
-    return name, found
 
 
 def attacked_requests(

@@ -72,7 +72,7 @@ def explain(repair: Explained, lvlm: HookedLVLM | None = None, inputs: LVLMInput
     own = getattr(repair, "plan_parts", None)
     parts = tuple(default_parts(repair) if own is None else own())
     model, match = getattr(repair, "model", None), getattr(repair, "match", "")
-    made_for = "" if model is None else f"{model.name} ({match})"
+    made_for = "" if model is None else f"{model.label} ({match})"
     readings = None
     if lvlm is not None or inputs is not None:
         readings = _read(repair, lvlm, inputs)

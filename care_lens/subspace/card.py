@@ -43,7 +43,7 @@ def make_card(
         library_name="care_lens",
         tags=tags,
         license=license,
-        base_model=None if model is None or "/" not in model.name else model.name,
+        base_model=None if model is None else model.hub_name,
     )
     checks = {
         "site": None if subspace.site is None else str(subspace.site),
@@ -54,7 +54,7 @@ def make_card(
     given = "".join(f", {name}={value!r}" for name, value in checks.items() if value is not None)
     rows = [f"| {heading} | {_cell(value)} |" for heading, value in subspace.summary().items()]
     if model is not None:
-        known = {"model": model.name, "revision": model.revision, "architecture": model.architecture}
+        known = {"model": model.label, "revision": model.revision, "architecture": model.architecture}
         rows += [f"| {name} | {_cell(value)} |" for name, value in known.items() if value]
     measured = subspace.diagnostics.get("uncertainty")
     return (

@@ -23,7 +23,7 @@ def summary(subspace: "SafetySubspace") -> dict[str, str]:
         "modality": subspace.modality or "",
         "model": ""
         if subspace.model is None
-        else " ".join(filter(None, (subspace.model.name, subspace.model.revision))),
+        else " ".join(filter(None, (subspace.model.label, subspace.model.revision))),
         "rank": f"{subspace.rank} of width {subspace.width}",
         "made by": str(notes.get("operation", "")),
         "control": str(notes.get("control", "")),

@@ -1,6 +1,7 @@
 """Which model a subspace or a repair belongs to, and how nearly another one is it."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -32,6 +33,22 @@ class ModelIdentity:
     revision: str | None = None
     architecture: str | None = None
     fingerprint: str | None = None
+
+    @property
+    def hub_name(self) -> str | None:
+        """The name on the Hub ("org/model"); None of a folder, whose path says nothing to others, and of a model without an organisation."""
+        local = Path(self.name).is_absolute() or self.name.startswith((".", "~")) or "\\" in self.name
+        return self.name if not local and self.name.count("/") == 1 and not Path(self.name).is_dir() else None
+
+    @property
+    def label(self) -> str:
+        """What tables, plans and cards call it: its name, and of a folder the last part alone.
+
+        Example:
+            >>> ModelIdentity("org/model").label, ModelIdentity("/home/me/models/tuned-7b").label
+            ('org/model', 'tuned-7b')
+        """
+        return self.hub_name or self.name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or self.name
 
     @classmethod
     def from_model(cls, model: nn.Module) -> "ModelIdentity":

@@ -12,7 +12,8 @@ from care_lens.core import Verdict
 from care_lens.data.study import Study
 from care_lens.defences import SelfReminder
 from care_lens.evaluation import DefenceTable, GenerationSettings
-from care_lens.pipeline.attacking import AttackRunError, attack_study, attacked_requests, read_attack, read_defence
+from care_lens.pipeline.attacking import AttackRunError, attack_study, attacked_requests, read_attack
+from care_lens.pipeline.saved import SavedDefenceError, read_defence, read_defences
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,13 @@ def test_defences_are_read_by_folder_and_name(tmp_path):
     reminder.save(tmp_path / "alpha=1")
     assert read_defence(str(tmp_path / "alpha=1"))[0] == "alpha=1"
     assert read_defence(f"strong={tmp_path / 'alpha=1'}")[0] == "strong"
-    with pytest.raises(AttackRunError, match=r"repair\.json or defence\.json"):
+    with pytest.raises(SavedDefenceError, match=r"repair\.json or defence\.json"):
         read_defence(str(tmp_path))
+    mine = str(tmp_path / "mine")
+    assert list(read_defences([mine, f"again={mine}"])) == ["mine", "again"]
+    for twice in ([mine, mine], [f"none={mine}"], [f"={mine}"]):
+        with pytest.raises(SavedDefenceError, match="different names"):
+            read_defences(twice)
 
 
 def test_requests_are_the_plain_ones_or_those_of_the_channels(study):

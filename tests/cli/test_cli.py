@@ -240,4 +240,6 @@ def test_a_command_gives_back_the_logging_of_its_process(monkeypatch, tmp_path):
 def test_a_repair_that_is_not_there_is_told_before_a_model_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(cli.loading, "load", lambda *_: pytest.fail("the model was loaded"))
     result = invoke("evaluate", str(tmp_path))
-    assert result.exit_code == 2 and "REPAIR must be a folder with repair.json" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "defence must be a folder with repair.json or defence.json" in " ".join(
+        result.output.split()
+    )
