@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from care_lens.lvlm import options
 from care_lens.lvlm.errors import HookError
-from care_lens.lvlm.raw import inferred_mask, raw_inputs
+from care_lens.lvlm.marker import Marker, answer_marker
+from care_lens.lvlm.raw import RawInputs, inferred_mask, raw_inputs
 
 if TYPE_CHECKING:
     from care_lens.lvlm.wrapped import WrappedBridge
@@ -69,7 +70,7 @@ class Doors:
             given = _named(original, args, kwargs) if makers else {}
             made = self._made_before(given, makers) if makers else []
             if made is None:
-                inputs = raw_inputs(given, config=self._lvlm.hf_model.config, family=self._lvlm.family)
+                inputs = self._read(given)
                 made = [pair for make in makers for pair in make(inputs)]
             with self._blocks.run(), self._lvlm.hooks(made):
                 self._refuse_checkpointing()
@@ -135,8 +136,15 @@ class Doors:
                 "repair cannot tell apart; leave it out"
             )
         copies = options.copies(in_force, stateful=True)
-        model = self._lvlm.hf_model
-        return raw_inputs({**given, "input_ids": ids}, config=model.config, family=self._lvlm.family, copies=copies)
+        return self._read({**given, "input_ids": ids}, generating=True, copies=copies)
+
+    def _read(self, given: Mapping[str, Any], **how: Any) -> RawInputs:
+        lvlm = self._lvlm
+        return raw_inputs(given, config=lvlm.hf_model.config, family=lvlm.family, marker=self._marker, **how)
+
+    @functools.cached_property
+    def _marker(self) -> Marker:
+        return answer_marker(self._lvlm.processor, self._lvlm.family)
 
     def _at_first_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._blocks.running:

@@ -11,6 +11,7 @@ from care_lens.core.spans import TokenSpans
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import Family
 from care_lens.lvlm.inputs import LVLMInputs
+from care_lens.lvlm.marker import Marker, begun_answers
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,26 @@ class RawInputs(LVLMInputs):
         )
 
 
-def raw_inputs(given: Mapping[str, Any], *, config: Any, family: Family, copies: int = 1) -> RawInputs:
+def raw_inputs(
+    given: Mapping[str, Any],
+    *,
+    config: Any,
+    family: Family,
+    marker: Marker = (),
+    generating: bool = False,
+    copies: int = 1,
+) -> RawInputs:
     """The batch that a call of the Hugging Face model is about.
 
-    Everything that is not padding counts as prompt, except where ``labels`` mark the end of a row as the response (-100 before
-    it, as in training).
+    The response is what ``labels`` mark at the end of a row (-100 before it, as in training); without labels, what stands behind the
+    last marker with which the chat template ends a request: an answer that was begun. Everything else that is not padding is prompt.
 
     Args:
         given: The call's keyword arguments.
         config: The model's config.
         family: The model's family.
+        marker: What :func:`~care_lens.lvlm.marker.answer_marker` gives; empty: answers are told by labels alone.
+        generating: Whether the model goes on with the rows, so that an answer in them is its given beginning (a prefill).
         copies: How many times each row stands in the batch, one after the other.
 
     Raises:
@@ -63,13 +74,19 @@ def raw_inputs(given: Mapping[str, Any], *, config: Any, family: Family, copies:
         # From the first labelled position to the row's end; a row that is labelled from its start has no prompt to tell apart.
         answered = (told.cumsum(1) > 0) & real
         response = answered & (answered != real).any(1, keepdim=True)
+    else:
+        response = begun_answers(ids, real, marker)
     names = [name for name in family.extra_inputs if isinstance(given.get(name), Tensor)]
     batch = RawInputs(
         ids,
         real.long(),
         given.get("pixel_values"),
         TokenSpans.from_masks(
-            image=(ids == config.image_token_id) & real, padding=~real, response=response, grids=[()] * len(ids)
+            image=(ids == config.image_token_id) & real,
+            padding=~real,
+            response=response,
+            grids=[()] * len(ids),
+            prefill=response if generating else None,
         ),
         extra={name: given[name] for name in names},
         own_positions=family.own_positions,

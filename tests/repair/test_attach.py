@@ -16,11 +16,14 @@ from torch import nn
 from care_lens.core import Example, Site
 from care_lens.core.errors import CareLensError
 from care_lens.core.identity import held_fingerprint
+from care_lens.core.spans import TokenSpans
 from care_lens.defences import CoCA, HookDefence, SelfReminder
 from care_lens.lvlm import HookedLVLM
 from care_lens.lvlm.attached import acquire, release
 from care_lens.lvlm.errors import GenerationOptionError, HookError, ThreadError
 from care_lens.lvlm.families import LLAVA, register_family
+from care_lens.lvlm.marker import answer_marker
+from care_lens.lvlm.raw import raw_inputs
 from care_lens.repair import (
     AlwaysOpen,
     AttachError,
@@ -79,6 +82,19 @@ def rows(picture):
     ]
 
 
+def begun_rows(picture):
+    return [
+        replace(example, prefill=begin, response=f"{begin or ''} blue".strip())
+        for example, begin in zip(rows(picture), ("sure red", "how to make", None), strict=True)
+    ]
+
+
+def as_one_prompt(spans):
+    return TokenSpans.from_masks(
+        image=spans.image, padding=spans.padding, response=torch.zeros_like(spans.response), grids=spans.grids
+    )
+
+
 def hooks_on(model):
     """What there is on a model that another one of its kind has not: torch hooks and attributes of its own."""
     return {
@@ -93,6 +109,9 @@ def both(request, picture):
     model, processor = SPECIMENS[request.param].make()
     lvlm = acquire(model, processor)
     batches = [lvlm.prepare(rows(picture), padding_side=side) for side in ("left", "right")]
+    begun = lvlm.prepare(begun_rows(picture))
+    answered = lvlm.prepare(begun_rows(picture), responses=True, padding_side="right")
+    marker = answer_marker(processor, lvlm.family)
     sites = [site for site in lvlm.sites() if lvlm.site_info(site).editable]
     width = lvlm.width("blocks.0.hook_resid_post")
     repairs = {
@@ -106,7 +125,8 @@ def both(request, picture):
     @torch.no_grad()
     def runs():
         forward = [model(**inputs.model_kwargs()).logits for inputs in batches]
-        return [*forward, model.generate(**batches[0].generate_kwargs(), **options)]
+        forward.append(model.generate(**batches[0].generate_kwargs(), **options))
+        return [*forward, model(**answered.model_kwargs()).logits, model.generate(**begun.generate_kwargs(), **options)]
 
     plain = runs()
     before = hooks_on(model)
@@ -137,6 +157,29 @@ def test_attached_is_token_for_token_what_the_bridge_gives(both):
         assert torch.equal(ours[real], theirs[real])
         assert float((ours - plain)[real].abs().max()) > 1e-2
     assert torch.equal(both.found["open"][2], tokens)
+
+
+@torch.no_grad()
+def test_answers_that_are_begun_or_given_are_told_by_the_chat_template(both):
+    """The processor's ids alone, without labels: prefills and responses are what ``prepare`` says they are."""
+    if not both.marker:
+        assert both.bridge.family.prompt is not None  # no chat template, so that everything is prompt
+        return
+    with both.repairs["open"].on(both.bridge):
+        logits = both.bridge(both.answered)
+        tokens = both.bridge.generate(both.begun, max_new_tokens=NEW).sequences
+    real = both.answered.attention_mask.bool()
+    assert torch.equal(both.found["open"][3][real], logits[real])
+    assert torch.equal(both.found["open"][4], tokens)
+    told = raw_inputs(
+        both.begun.generate_kwargs(), config=both.bridge.hf_model.config, family=both.bridge.family,
+        marker=both.marker, generating=True,
+    ).spans  # fmt: skip
+    assert torch.equal(told.prefill, both.begun.spans.prefill) and bool(told.prefill.any(1)[:2].all())
+    # It matters: read as prompt, the same tokens have other logits.
+    with both.repairs["open"].on(both.bridge):
+        as_prompt = both.bridge(replace(both.answered, spans=as_one_prompt(both.answered.spans)))
+    assert float((as_prompt - logits)[real].abs().max()) > 1e-3
 
 
 def test_what_does_nothing_changes_no_bit(both):
