@@ -14,6 +14,9 @@ ARGS ?=
 # (benchmarks/bench_waiting.py).
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Every test that starts a process, and each of the two workers, would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types pytest tutorials docs bench format clean
 .NOTPARALLEL:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
+from few_channels import few_channels
 
 from care_lens import organism
 from care_lens.repair import HybridFusion
@@ -15,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "README.md"
 def test_the_code_of_the_readme_runs(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "pipeline" not in code
-    few = organism.study().limited(12)
+    few = few_channels(12)
     monkeypatch.setattr(organism, "study", lambda: few)
     monkeypatch.setattr(go.Figure, "show", lambda figure: None)
     monkeypatch.setattr(

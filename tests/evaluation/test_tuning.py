@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from few_channels import few_channels
 
 from care_lens import organism
 from care_lens.core.identity import repair_fingerprint
@@ -38,7 +39,7 @@ def bundled():
 
 @pytest.fixture(scope="module")
 def study():
-    return organism.study().limited(3)
+    return few_channels(3)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from few_channels import few_channels
 
 from care_lens import organism
 from care_lens.core import Verdict
@@ -30,6 +31,10 @@ SETTINGS = replace(
 )
 
 
+def make_study():
+    return few_channels(pairs=("wrapper", "picture"))
+
+
 @pytest.fixture(scope="module")
 def bundled():
     with organism.load() as lvlm:
@@ -39,7 +44,7 @@ def bundled():
 @pytest.fixture(scope="module")
 def finished(bundled, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    result = run(bundled, organism.study(), out, model="bundled", settings=SETTINGS, progress=False)
+    result = run(bundled, make_study(), out, model="bundled", settings=SETTINGS, progress=False)
     return result, out, write_report(result, out)
 
 
@@ -91,7 +96,7 @@ def test_nothing_of_the_test_split_was_seen_before_the_proof(finished):
 def test_a_second_run_resumes_without_generating(finished, bundled, monkeypatch):
     result, out, _ = finished
     before = len(GenerationStore(out / "frames" / "answers.jsonl"))
-    again = run(bundled, organism.study(), out, model="bundled", settings=SETTINGS, progress=False)
+    again = run(bundled, make_study(), out, model="bundled", settings=SETTINGS, progress=False)
     assert len(GenerationStore(out / "frames" / "answers.jsonl")) == before
     assert again.proof.table.frame.equals(result.proof.table.frame) or (
         again.proof.table.frame.value.round(9).tolist() == result.proof.table.frame.value.round(9).tolist()
@@ -103,7 +108,7 @@ def test_other_settings_are_refused_in_the_same_folder(finished, bundled):
     with pytest.raises(ValueError, match="same settings"):
         run(
             bundled,
-            organism.study(),
+            make_study(),
             out,
             model="bundled",
             settings=replace(SETTINGS, seed=1),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from few_channels import few_channels
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -51,7 +52,7 @@ def bundled():
 
 @pytest.fixture(scope="module")
 def study():
-    return organism.study().limited(6)
+    return few_channels(6)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,28 @@
+"""The bundled model's study with some channels of every kind, for tests of what is done with a study, not of the world."""
+
+from dataclasses import replace
+
+from care_lens import organism
+from care_lens.data import Study
+
+#: In the fit and held out, benign, hard and named; the short demo and the tutorials run all of them.
+CHANNELS = (
+    "plain",
+    "typographic",
+    "wrapper",
+    "spelled",
+    "split",
+    "benign plain",
+    "benign typographic",
+    "benign spelled",
+    "hard wrapper",
+    "hard named kind",
+)
+
+
+def few_channels(n: int | None = None, *, pairs: tuple[str, ...] | None = None) -> Study:
+    """At most n examples of each of them, and some of the pair sets."""
+    study = organism.study()
+    suites = {s: {c: e for c, e in channels.items() if c in CHANNELS} for s, channels in study.suites.items()}
+    study = replace(study, suites=suites, pairs={name: study.pairs[name] for name in pairs or study.pairs})
+    return study if n is None else study.limited(n)
