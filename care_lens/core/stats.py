@@ -12,7 +12,7 @@ is the ordinary case. What interval it is depends on what the values are (``kind
 - other statistics: the same studentised interval of the jackknife's pseudo-values, joined with the bootstrap's BCa interval.
 - :func:`ratio_of_means`: Fieller's, with the studentised bootstrap's critical values.
 
-Coverage was simulated: ``benchmarks/bench_intervals.py``, with the table in ``docs/concepts/intervals.md``. Memory:
+Coverage was simulated: ``benchmarks/bench_intervals.py``, with the table in ``docs/results/intervals.md``. Memory:
 ``n_boot x n_groups`` float64, and ``n_boot x 512`` for means.
 
 Source: Davison and Hinkley 1997; Efron 1987 (BCa); Korn and Graubard 1998.
