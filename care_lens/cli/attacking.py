@@ -70,5 +70,5 @@ def attack(
     text = table.to_markdown(metrics=("asr", "accuracy"))
     write_whole(asked.out / "attacks.md", text + "\n")
     save_figure(table.plot(), asked.out / "figures" / "attacks.html")
-    base.console.print(text, markup=False)
+    base.console.print(text, markup=False, soft_wrap=True)
     base.console.print(f"tables, figure and attacked pictures: {asked.out}")

@@ -122,6 +122,7 @@ def evaluate(
 ) -> None:
     """Saved repairs and defences beside the undefended model on the test split; several processes share the answers."""
     start(asked.threads)
+    from care_lens.core.files import write_whole
     from care_lens.core.processes import Process
     from care_lens.evaluation import evaluate_sharded as step
     from care_lens.pipeline.saved import UNDEFENDED, read_defences
@@ -149,5 +150,6 @@ def evaluate(
         base.console.print(f"process {process.name}: its share of the answers is in {asked.out}")
         return
     table.save(asked.out, "evaluate")
-    base.console.print(table.to_markdown(metrics=("asr",)))
-    base.console.print(table.to_markdown(metrics=("accuracy",)))
+    text = "\n".join(table.to_markdown(metrics=(metric,)) for metric in ("asr", "accuracy"))
+    write_whole(asked.out / "evaluate.md", text)
+    base.console.print(text, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ are not compared between arguments here: the functions do that, in their own wor
 import functools
 import inspect
 import os
+import re
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, get_type_hints
@@ -84,6 +85,10 @@ def _checking(call: Callable[..., Any], shown: str) -> Callable[..., Any]:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
+            given = None
+        if given is None:
+            if elsewhere := [name for name in _ELSEWHERE if name in kwargs and name not in signature.parameters]:
+                raise ArgumentError(f"{shown} has no argument {elsewhere[0]}; {_ELSEWHERE[elsewhere[0]]}")
             return call(*args, **kwargs)  # Python's own words are best
         known = hints()
         for name, value in given.items():
@@ -103,6 +108,24 @@ def _plainly(value: Any, hint: Any) -> bool:
     return type(hint) is type and isinstance(value, hint)
 
 
+#: What to write instead of arguments that TransformerLens's functions have.
+_ELSEWHERE = {
+    "names_filter": "name the sites: sites=['blocks.3.hook_resid_post']",
+    "prepend_bos": "the processor decides that",
+}
+#: What to do about a value of another type, by a class in the annotation.
+_ADVICE = {
+    "Example": "write Example(prompt, image=picture)",
+    "LVLMInputs": "make the batch with lvlm.prepare(examples)",
+    "Region": "write positions as texts ('5', 'image', 'last')",
+}
+
+
+def _advice(wanted: str, value: Any) -> str:
+    named = {name for part in re.findall(r"[\w.]+", wanted) for name in [part.rpartition(".")[2]]}
+    return next((f"; {advice}" for name, advice in _ADVICE.items() if name in named), "")
+
+
 def _require(call: str, name: str, value: Any, hint: Any) -> None:
     if _plainly(value, hint):
         return
@@ -116,5 +139,5 @@ def _require(call: str, name: str, value: Any, hint: Any) -> None:
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
         wanted = wanted.replace("collections.abc.", "").replace("typing.", "").replace("care_lens.", "")
         raise ArgumentError(
-            f"{name} of {call} must be {wanted}, got {type(value).__name__} {cut(one_line(repr(value)), 60)}"
+            f"{name} of {call} must be {wanted}, got {type(value).__name__} {cut(one_line(repr(value)), 60)}{_advice(wanted, value)}"
         )

@@ -6,6 +6,7 @@ class Held(ShortRepr):
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -46,6 +47,14 @@ def as_html(title: str, rows: Mapping[str, str]) -> str:
 def cut(text: str, widest: int = WIDEST) -> str:
     """The text, or its beginning where it is longer."""
     return text if len(text) <= widest else text[: widest - 3] + "..."
+
+
+def broken(line: str, widest: int = 140) -> list[str]:
+    """A line as lines of at most that width, broken between words; those after the first are set in."""
+    if len(line) <= widest:
+        return [line]
+    inset = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, widest, subsequent_indent=inset, break_on_hyphens=False)
 
 
 def one_line(text: str) -> str:

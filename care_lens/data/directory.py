@@ -248,6 +248,11 @@ def outcome_of(tokenizer: Any, comply: Sequence[str], refuse: Sequence[str]) -> 
     """
     sides = [{text: _first_token(tokenizer, text) for text in texts} for texts in (comply, refuse)]
     both = [(a, b) for a, i in sides[0].items() for b, j in sides[1].items() if i == j]
+    if both and sides[0][both[0][0]] == getattr(tokenizer, "unk_token_id", None):
+        raise DataFileError(
+            f"comply and refuse must begin with words that the model's tokenizer knows, got {both[0][0]!r} and {both[0][1]!r}, which it does not; "
+            "give openings of the model's own answers (--comply and --refuse of `care-lens study`)"
+        )
     if both:
         raise DataFileError(
             f"study.json: comply and refuse must begin with different tokens of the model, got {both[0][0]!r} and {both[0][1]!r}, "

@@ -187,7 +187,7 @@ def _checks(rows: Benchmark, damaged: Sequence[Problem]) -> Iterator[tuple[str, 
         "examples",
         "ok" if len(rows) else "error",
         len(rows),
-        "can be run",
+        "can be read",
         "" if len(rows) else "see the other checks",
     )
     kinds: dict[str, list[Problem]] = defaultdict(list)

@@ -138,6 +138,10 @@ def load_defence(directory: str | Path) -> Any:
         ArtifactError: If it is damaged, holds what makes no defence, or is of a class that is not known; the message says which
             module to import.
     """
+    if not (Path(directory) / f"{_NAME}.json").exists() and (Path(directory) / "repair.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} must hold {_NAME}.json, got repair.json, a repair; load it with HybridFusion.load(folder)"
+        )
     data, content = files.load_artifact(directory, _NAME, kind="Defence", schema=_SCHEMA)
     path = Path(directory) / f"{_NAME}.json"
     tensors = files.tensors_of(data, where=path.with_suffix(".safetensors"))

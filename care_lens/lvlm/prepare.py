@@ -18,6 +18,7 @@ from care_lens.core.spans import PatchGrid, TokenSpans
 from care_lens.lvlm.chat import format_prompt, require_no_markers
 from care_lens.lvlm.families import Family, ImageLayout, Pictured
 from care_lens.lvlm.inputs import LVLMInputs
+from care_lens.lvlm.unknown import warn_of_unknown
 
 Encoded = TypeVar("Encoded")
 
@@ -73,6 +74,9 @@ def prepare_batch(
         ids + (_response_ids(processor.tokenizer, example, _named(i, example)) if responses else [])
         for i, (ids, example) in enumerate(zip(begun, examples, strict=True))
     ]
+    warn_of_unknown(
+        processor.tokenizer, [[*r.ids, *a] for r, a in zip(rows, answers, strict=True)], examples, responses=responses
+    )
     abouts = [
         Pictured(config, processor, [image.size for image in example.images], row.images)
         for row, example in zip(rows, examples, strict=True)

@@ -60,6 +60,11 @@ def raw_inputs(
         raise HookError(
             "a repair is on, and videos are not known to it; give pictures (pixel_values), or take the repair off"
         )
+    if given.get("pixel_values") is None and bool((ids == config.image_token_id).any()):
+        raise HookError(
+            "a repair is on, and the batch has places of pictures without the pictures, which the model would read as words; give "
+            "pixel_values too, as the processor makes them"
+        )
     mask = torch.ones_like(ids) if mask is None else mask
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         raise HookError(

@@ -38,13 +38,23 @@ names and, of the language tower, the bridge's other names; each hook point it a
 Wrapped = TypeVar("Wrapped", bound="WrappedBridge")
 
 
+#: Points of TransformerLens through which nothing flows in a bridge.
+_UNUSED = (".attn.hook_hidden_states",)
+
+
 def _owned(fn: HookFn, block: Block) -> HookFn:
     """A hook that acts in its block's threads alone, and whose returns are checked where the hook point does not do so itself."""
 
     def hook_of_its_thread(activation: Any, hook: Any) -> Any:
         if not block.acts:
             return None
+        before = _version(activation, hook)
         returned = fn(activation, hook=hook)
+        if before is not None and activation._version != before:
+            raise HookError(
+                f"a hook at {hook.name}, one of TransformerLens's own points, must not write into the activation, which would do nothing or "
+                "change more than this point; write activation = activation.clone() first, and return it"
+            )
         if returned is None or isinstance(hook.hook_conversion, HonestConversion) or not isinstance(activation, Tensor):
             return returned
         if not isinstance(returned, Tensor):
@@ -58,6 +68,13 @@ def _owned(fn: HookFn, block: Block) -> HookFn:
         return returned
 
     return wraps(fn)(hook_of_its_thread) if hasattr(fn, "__name__") else hook_of_its_thread
+
+
+def _version(activation: Any, hook: Any) -> int | None:
+    """How often an activation was written into; None where writing is no matter (a site hands out a copy) or is not counted."""
+    if isinstance(hook.hook_conversion, HonestConversion) or not isinstance(activation, Tensor):
+        return None
+    return None if activation.is_inference() else activation._version
 
 
 def _checked(fwd_hooks: Any) -> list[tuple[Any, HookFn]]:
@@ -533,10 +550,10 @@ class WrappedBridge:
         except ValueError as error:
             if place not in self.bridge.hook_dict:
                 raise ValueError(f"there is no hook point {place!r}: {error}") from None
-            if place.startswith(self._native):
+            if place.startswith(self._native) or place.endswith(_UNUSED):
                 warnings.warn(
                     f"{place!r} is TransformerLens's own hook point, at which an edit may do nothing; use the sites' names "
-                    "(lvlm.sites(tower='vision'))",
+                    "(lvlm.sites())",
                     stacklevel=5,
                 )
             return [place]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from care_lens.core.errors import CareLensError
-from care_lens.data.study import Study
+from care_lens.data.study import Study, StudyError
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import halves
 
@@ -37,6 +37,27 @@ def needed_for(epsilon: float) -> int:
         (49, 99)
     """
     return math.ceil(1 / epsilon - 1 - 1e-9)
+
+
+def require_ready(study: Study, settings: RunSettings) -> RunSettings:
+    """Refuse a study that lacks what the steps need or is too small for the settings, all gaps at once.
+
+    Returns:
+        As :func:`require_feasible`.
+
+    Raises:
+        StudyError: If something is lacking; where the study is too small besides, that is in the message too.
+        NeedsError: If it is too small alone.
+    """
+    try:
+        study.require()
+    except StudyError as lacking:
+        try:
+            require_feasible(study, settings)
+        except NeedsError as small:
+            raise StudyError(f"{lacking}; and {small}") from None
+        raise
+    return require_feasible(study, settings)
 
 
 def require_feasible(study: Study, settings: RunSettings) -> RunSettings:

@@ -22,7 +22,7 @@ from care_lens.pipeline.chosen import chosen, subspace_folder
 from care_lens.pipeline.diagnose import Diagnosis, diagnose
 from care_lens.pipeline.generating import generating
 from care_lens.pipeline.learn import capture_fit, printed_subspaces
-from care_lens.pipeline.needs import require_feasible
+from care_lens.pipeline.needs import require_ready
 from care_lens.pipeline.place import reader_layers
 from care_lens.pipeline.prove import SEARCH, Proof, prove
 from care_lens.pipeline.resume import Stage
@@ -131,8 +131,7 @@ def run(
     """
     out, settings = Path(out), settings or RunSettings()
     study = settings.asked(study.limited(settings.limit) if settings.limit else study)
-    study.require()
-    settings = require_feasible(study, settings)
+    settings = require_ready(study, settings)
     seconds: dict[str, float] = {}
     bar = Steps(
         total=4,

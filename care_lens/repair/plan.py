@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from care_lens.core.display import as_html, cut, listed, one_line
+from care_lens.core.display import as_html, broken, listed, one_line
 from care_lens.core.site import Site
 from care_lens.repair.positions import Positions, includes_generated
 
@@ -154,7 +154,7 @@ class RepairPlan:
             opened = self.readings.groupby("part", sort=False)["gate"].agg(lambda gate: int((gate > 0).sum()))
             rows = self.readings["row"].nunique()
             lines.append("  on this batch open: " + listed([f"{part} in {n} of {rows}" for part, n in opened.items()]))
-        return "\n".join(cut(line, 140) for line in lines[:_MOST_LINES])
+        return "\n".join(part for line in lines[:_MOST_LINES] for part in broken(line))
 
     __repr__ = __str__
 

@@ -105,6 +105,10 @@ def load_repair(kind: type[Loaded], directory: str | Path) -> Loaded:
         UserWarning: If they are of schema 1, which had no checksums.
     """
     path = Path(directory) / f"{_NAME}.json"
+    if not path.exists() and path.with_name("defence.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} must hold {path.name}, got defence.json, another defence; load it with care_lens.defences.load_defence(folder)"
+        )
     try:
         manifest = files.read_object(path, kind="repair")
         if manifest.get("schema") == 1 and {*manifest} == {"schema", "versions", "repair"}:

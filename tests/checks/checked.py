@@ -15,7 +15,7 @@ from functools import partial, wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import cache_from_source
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -28,6 +28,8 @@ VERSION = "checked1"
 """In the names of cached bytecode, so that no process without the hook reads it; to be raised when the transformer changes."""
 
 _FUNCTION, _CLASS = "__checked_function__", "__checked_class__"
+_STATE: Any = ModuleType("checked_state")
+_STATE.made = {}  # of a module: digests of code look at what a function's globals hold, and stop at modules
 _alone = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
@@ -35,19 +37,21 @@ def checked_function(function: Made) -> Made:
     """A function that checks its arguments and what it returns; the check is made when it is first called."""
     if not function.__annotations__ or getattr(function, "__no_type_check__", False):
         return function
-    checking: Callable[..., Any] | None = None
 
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        nonlocal checking
         if jaxtyping.config.jaxtyping_disable:  # by tests of what care_lens itself says to a wrong argument
             return function(*args, **kwargs)
-        if checking is None:
-            told = _resolved(function)
-            checking = (_with_shapes if speaks_of_arrays(told) else _alone)(_told(function, told))
-        return checking(*args, **kwargs)
+        return (_STATE.made.get(function) or _checking(function))(*args, **kwargs)
 
     return called  # type: ignore[return-value]
+
+
+def _checking(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Kept here and not by the function, which looks the same before it is called and after: digests of code see what it holds.
+    told = _resolved(function)
+    _STATE.made[function] = (_with_shapes if speaks_of_arrays(told) else _alone)(_told(function, told))
+    return _STATE.made[function]
 
 
 def _with_shapes(function: Made) -> Made:

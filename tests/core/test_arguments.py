@@ -11,6 +11,7 @@ from beartype.door import is_bearable
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core import Example
 from care_lens.core.arguments import _CONF, ArgumentError, checked
 
 HINTS = (
@@ -42,3 +43,21 @@ def test_what_is_refused_is_what_the_annotation_refuses(hint, monkeypatch):
             with pytest.raises(ArgumentError, match="value of call must be"):
                 room["call"](value)
     assert taken
+
+
+def test_the_refusal_says_what_to_write(monkeypatch):
+    monkeypatch.delenv("CARE_LENS_UNCHECKED", raising=False)
+
+    def prepare(examples: Sequence[Example] | Example, *, sites: Sequence[str] = ()):
+        raise TypeError("its own")
+
+    prepare.__module__ = "room"
+    room = {"__name__": "room", "prepare": prepare}
+    checked(room, ["prepare"])
+    with pytest.raises(ArgumentError, match=r"got str 'tell me'; write Example\(prompt, image=picture\)$"):
+        room["prepare"]("tell me")
+    with pytest.raises(ArgumentError, match=r"prepare has no argument names_filter; name the sites: sites=\["):
+        room["prepare"](Example("a"), names_filter=["blocks.1.hook_mlp_out"])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'") as caught:
+        room["prepare"](Example("a"), other=1)
+    assert caught.value.__context__ is None  # no traceback of the check's own above it

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from few_channels import few_channels
 from transformers import AutoModelForImageTextToText
 
 from care_lens import Verdict, organism
@@ -61,7 +60,7 @@ def test_the_code_of_the_page_on_judges_runs(capsys):
 
 @pytest.fixture
 def few(monkeypatch, tmp_path):
-    study = few_channels(12)
+    study = organism.study().limited(12)
     monkeypatch.setattr(organism, "study", lambda: study)
     monkeypatch.chdir(tmp_path)
 

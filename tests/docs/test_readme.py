@@ -5,7 +5,6 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
-from few_channels import few_channels
 
 from care_lens import organism
 from care_lens.repair import HybridFusion
@@ -13,10 +12,11 @@ from care_lens.repair import HybridFusion
 PAGE = Path(__file__).parents[2] / "README.md"
 
 
-def test_the_code_of_the_readme_runs(monkeypatch, capsys):
+def test_the_code_of_the_readme_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "pipeline" not in code
-    few = few_channels(12)
+    few = organism.study().limited(12)
     monkeypatch.setattr(organism, "study", lambda: few)
     monkeypatch.setattr(go.Figure, "show", lambda figure: None)
     monkeypatch.setattr(
@@ -27,4 +27,5 @@ def test_the_code_of_the_readme_runs(monkeypatch, capsys):
     assert isinstance(names["choice"].repair, HybridFusion)
     without, repaired = capsys.readouterr().out.strip().splitlines()[-2:]
     assert without != repaired
+    assert HybridFusion.load("my_repair").describe() == names["choice"].repair.describe()
     names["lvlm"].close()

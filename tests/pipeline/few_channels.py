@@ -21,8 +21,14 @@ CHANNELS = (
 
 
 def few_channels(n: int | None = None, *, pairs: tuple[str, ...] | None = None) -> Study:
-    """At most n examples of each of them, and some of the pair sets."""
+    """At most n examples of each of them in validation and test, of every channel in fit and calibration, and some of the pair sets.
+
+    A gate needs benign prompts of many channels; answers are generated in validation and test.
+    """
     study = organism.study()
-    suites = {s: {c: e for c, e in channels.items() if c in CHANNELS} for s, channels in study.suites.items()}
+    suites = {
+        split: {c: e for c, e in channels.items() if c in CHANNELS or split in ("fit", "calibration")}
+        for split, channels in study.suites.items()
+    }
     study = replace(study, suites=suites, pairs={name: study.pairs[name] for name in pairs or study.pairs})
     return study if n is None else study.limited(n)

@@ -389,6 +389,7 @@ def test_what_a_repair_cannot_know_is_refused(plain, batch):
             ({"cache_implementation": "paged"}, HookError, "paged"),
             ({"past_key_values": cached}, HookError, "past_key_values must be empty"),
             ({"attention_mask": right}, HookError, "padding_side = 'left'"),
+            ({"pixel_values": None}, HookError, "places of pictures without the pictures"),
         ):
             with pytest.raises(error, match=match):
                 model.generate(**{**batch, **OPTIONS, **options})

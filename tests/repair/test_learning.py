@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from few_channels import few_channels
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -52,7 +51,7 @@ def bundled():
 
 @pytest.fixture(scope="module")
 def study():
-    return few_channels(6)
+    return organism.study().limited(6)
 
 
 @pytest.fixture(scope="module")

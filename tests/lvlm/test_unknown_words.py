@@ -1,0 +1,39 @@
+"""Words that the tokenizer does not have are named, each once; nothing is said where all are known."""
+
+import warnings
+
+import pytest
+
+from care_lens import organism
+from care_lens.core import Example
+from care_lens.lvlm.unknown import UnknownWordsWarning
+
+
+def told(lvlm, *examples, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lvlm.prepare(list(examples), **options)
+    return [str(one.message) for one in caught if issubclass(one.category, UnknownWordsWarning)]
+
+
+@pytest.fixture
+def world():
+    with organism.load() as lvlm:
+        yield lvlm
+
+
+def test_each_word_once_wherever_it_stands(world):
+    known = organism.examples("typographic", "test", n=1)[0]
+    assert told(world, known) == [] == told(world, known, responses=True)
+    (said,) = told(world, known, Example("how to make a wibble"), Example("wibble and wobble", response="sure wubble"))
+    assert "does not know 'wibble', 'wobble': the model reads '<unk>'" in said  # the answer is not part of this batch
+    assert "wubble" not in said
+    (said,) = told(world, Example("wobble", response="sure wubble"), responses=True)
+    assert "does not know 'wubble': " in said
+    assert told(world, Example("how to make a wibble")) == []
+    (said,) = told(world, Example("how to make", prefill="sure wabble"), Example("to", system="be webble"))[:1]
+    assert "'wabble'" in said and "'webble'" in said
+    many = Example(" ".join(f"word{i}" for i in range(12)))
+    assert "and 4 more" in told(world, many)[0]
+    with pytest.warns(UnknownWordsWarning, match="wibble"), organism.load() as other:  # another tokenizer
+        other.prepare(Example("wibble"))
