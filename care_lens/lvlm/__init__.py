@@ -6,8 +6,19 @@ from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.hooked import HookedLVLM
 from care_lens.lvlm.inputs import Generation, LVLMInputs
 from care_lens.lvlm.sites import SiteInfo
+from care_lens.lvlm.unknown import UnknownWordsWarning
 from care_lens.lvlm.wrapped import FwdHooks, HookFn
 
-__all__ = ["BoundLVLM", "FwdHooks", "Generation", "HookFn", "HookedLVLM", "LVLMCache", "LVLMInputs", "SiteInfo"]
+__all__ = [
+    "BoundLVLM",
+    "FwdHooks",
+    "Generation",
+    "HookFn",
+    "HookedLVLM",
+    "LVLMCache",
+    "LVLMInputs",
+    "SiteInfo",
+    "UnknownWordsWarning",
+]
 
 checked(globals(), __all__)

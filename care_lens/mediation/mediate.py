@@ -205,6 +205,7 @@ def mediate(
     settings |= {"positions": list(positions), "n_permutations": n_permutations}
     settings |= {"text_only": text_only, "of_pictures": pictures}
     settings["resolution"] = spacing(lvlm)
+    _tell_reversed(untouched)
     return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings)
 
 
@@ -269,6 +270,17 @@ def _cells(
 def _needs_image(cell: Cell, regions: Mapping[str, Region]) -> bool:
     mediator, position = cell
     return mediator.towers != {"language"} or position == "image" or position in regions
+
+
+def _tell_reversed(untouched: np.ndarray) -> None:
+    """Say that the outcome is larger for the safe twins, which is most often an outcome that was made for other pairs."""
+    safe, unsafe = untouched
+    if np.isfinite(untouched).all() and len(safe) > 1 and bool((unsafe < safe).all()):
+        log.warning(
+            "the outcome is larger for the safe twin in all %d pairs, so that the total effect is negative: outcomes must be larger where the model is less "
+            "safe; for a study's pairs take study.pair_outcomes.get(name, study.outcome), or exchange the twins",
+            len(safe),
+        )
 
 
 def _twins(values: Sequence[float]) -> np.ndarray:

@@ -85,16 +85,13 @@ def attacked_requests(
         if odd := [channel for channel in channels if channel not in test]:
             raise AttackRunError(f"channels must be harmful ones of the test split, {[*test]}, got {odd}")
         chosen = {channel: test[channel] for channel in channels}
-    found = [replace(e, id=f"{channel}/{e.id}") for channel, examples in chosen.items() for e in examples[:n]]
     if any(isinstance(one, GradientAttack) for one in attacks):
-        fit = [e for e in found if e.image is not None and e.response]
-        if len(fit) < len(found):
-            log.info(
-                "%d of %d requests have no picture or no answer to aim at, and are left out",
-                len(found) - len(fit),
-                len(found),
-            )
-        found = fit
+        fit = {c: [e for e in examples if e.image is not None and e.response] for c, examples in chosen.items()}
+        asked, left = sum(map(len, chosen.values())), sum(map(len, fit.values()))
+        if left < asked:
+            log.info("%d of %d requests have no picture or no answer to aim at, and are left out", asked - left, asked)
+        chosen = fit
+    found = [replace(e, id=f"{channel}/{e.id}") for channel, examples in chosen.items() for e in examples[:n]]
     if not found:
         raise AttackRunError(
             "requests must be one or more, with a picture and an answer to aim at for gradient attacks, got none; "

@@ -86,6 +86,8 @@ def test_requests_are_the_plain_ones_or_those_of_the_channels(study):
     pictured = attacked_requests(study, [PGD()], channels=["plain", "spelled"])
     assert pictured and all(e.image is not None and e.response for e in pictured)
     assert len(pictured) < 10  # some have no picture
+    two = attacked_requests(study, [PGD()], channels=["plain"], n=2)
+    assert len(two) == 2 and all(e.image is not None for e in two)  # n of those that can be attacked
     aimed = replace(study, gradient=tuple(organism.examples("plain", "test", n=3)))
     assert [e.id.split("/")[0] for e in attacked_requests(aimed, [Spelled()])] == ["gradient"] * 3
     with pytest.raises(AttackRunError, match="harmful ones of the test split"):

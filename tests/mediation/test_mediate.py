@@ -412,3 +412,19 @@ def test_refusal_by_generation(model, pictured, read):
     assert [rows.unsafe_patched.tolist(), rows.safe_patched.tolist()] == expected
     assert "FirstWord" in result.settings["outcome"]
     json.dumps(result.settings)
+
+
+def test_an_outcome_that_is_the_wrong_way_round_is_told(model, pairs, margin, caplog):
+    """Twins that are exchanged have the opposite effect in every pair; one of the two directions is told, and only where all pairs agree."""
+
+    def told(given):
+        caplog.clear()
+        made = mediate(model, given, outcome=margin, sites=["blocks.1.hook_mlp_out"], n_boot=10, progress=False)
+        effects = made.details.groupby("pair")[["safe", "unsafe"]].first()
+        return bool((effects["unsafe"] < effects["safe"]).all()), "larger for the safe twin" in caplog.text
+
+    agree = [told(pairs), told(PairedExamples(pairs.unsafe, pairs.safe))]
+    assert all(expected == said for expected, said in agree)
+    few = pairs[:1]
+    one = PairedExamples(tuple(few.unsafe) * 2, tuple(few.safe) * 2)
+    assert {told(PairedExamples(one.unsafe, one.safe)), told(one)} == {(True, True), (False, False)}
