@@ -38,6 +38,8 @@ class FunctionJudge:
             raise TypeError(f"function must be one of (example, text), got {type(function).__name__}")
         if false not in [verdict.value for verdict in Verdict]:
             raise ValueError(f"false must be one of {[verdict.value for verdict in Verdict]}, got {false!r}")
+        if Verdict(false) is Verdict.COMPLIED:
+            raise ValueError("false must be another verdict than True's, got 'complied'; take 'refused' or 'other'")
         self.function, self.name = function, name or named(function)
         self.false = Verdict(false)
 

@@ -30,20 +30,21 @@ def raw_inputs(
     *,
     config: Any,
     family: Family,
-    marker: Marker = (),
+    marker: Marker | None = None,
     generating: bool = False,
     copies: int = 1,
 ) -> RawInputs:
     """The batch that a call of the Hugging Face model is about.
 
-    The response is what ``labels`` mark at the end of a row (-100 before it, as in training); without labels, what stands behind the
-    last marker with which the chat template ends a request: an answer that was begun. Everything else that is not padding is prompt.
+    The response is what ``labels`` mark at the end of a row (-100 before it, as in training); without labels, or with such as mark all
+    of a row or nothing of it, what stands behind the last marker with which the chat template ends a request: an answer that was begun.
+    Everything else that is not padding is prompt.
 
     Args:
         given: The call's keyword arguments.
         config: The model's config.
         family: The model's family.
-        marker: What :func:`~care_lens.lvlm.marker.answer_marker` gives; empty: answers are told by labels alone.
+        marker: What :func:`~care_lens.lvlm.marker.answer_marker` gives; None: answers are told by labels alone.
         generating: Whether the model goes on with the rows, so that an answer in them is its given beginning (a prefill).
         copies: How many times each row stands in the batch, one after the other.
 
@@ -79,8 +80,9 @@ def raw_inputs(
         # From the first labelled position to the row's end; a row that is labelled from its start has no prompt to tell apart.
         answered = (told.cumsum(1) > 0) & real
         response = answered & (answered != real).any(1, keepdim=True)
-    else:
-        response = begun_answers(ids, real, marker)
+    # Labels of whole rows, as for a perplexity, tell no answer apart.
+    begun = begun_answers(ids, real, marker or Marker(), never=(config.image_token_id,))
+    response = torch.where(response.any(1, keepdim=True), response, begun)
     names = [name for name in family.extra_inputs if isinstance(given.get(name), Tensor)]
     batch = RawInputs(
         ids,

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from care_lens.core.examples import Example
 
 _MOST = 8
-_TOLD: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
+_LOOKED_AT: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
 
 
 class UnknownWordsWarning(UserWarning):
@@ -32,12 +32,16 @@ def warn_of_unknown(
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or not any(unknown in ids for ids in rows):
         return
-    told = _TOLD.setdefault(tokenizer, set())
+    try:
+        looked_at = _LOOKED_AT.setdefault(tokenizer, set())
+    except TypeError:  # one that cannot be kept weakly, or not be a key
+        looked_at = set()
     words = dict.fromkeys(word for example in examples for text in _texts(example, responses) for word in text.split())
-    new = [w for w in words if w not in told and unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
+    fresh = [word for word in words if word not in looked_at]
+    looked_at.update(fresh)
+    new = [word for word in fresh if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
     if not new:
         return
-    told.update(new)
     more = f" and {len(new) - _MOST} more" if len(new) > _MOST else ""
     warnings.warn(
         f"the model's tokenizer does not know {', '.join(map(repr, new[:_MOST]))}{more}: the model reads {tokenizer.unk_token!r} in their place, the "

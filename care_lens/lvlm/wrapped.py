@@ -48,15 +48,16 @@ def _owned(fn: HookFn, block: Block) -> HookFn:
     def hook_of_its_thread(activation: Any, hook: Any) -> Any:
         if not block.acts:
             return None
-        before = _version(activation, hook)
-        returned = fn(activation, hook=hook)
-        if before is not None and activation._version != before:
-            raise HookError(
-                f"a hook at {hook.name}, one of TransformerLens's own points, must not write into the activation, which would do nothing or "
-                "change more than this point; write activation = activation.clone() first, and return it"
-            )
-        if returned is None or isinstance(hook.hook_conversion, HonestConversion) or not isinstance(activation, Tensor):
-            return returned
+        if isinstance(hook.hook_conversion, HonestConversion) or not isinstance(activation, Tensor):
+            return fn(activation, hook=hook)
+        # At TransformerLens's own points what is written into an activation would be lost, or would change what others read of it (the
+        # batch itself among them): the hook has a copy, which stands in for the activation once it was written into.
+        given = activation.clone()
+        before = None if given.is_inference() else given._version
+        returned = fn(given, hook=hook)
+        if returned is None:
+            written = not torch.equal(given, activation) if before is None else given._version != before
+            return given if written or given.requires_grad else None
         if not isinstance(returned, Tensor):
             raise HookError(f"a hook at {hook.name} must return a tensor or None, got {type(returned).__name__}")
         kinds = [(value.shape, value.device, value.is_floating_point()) for value in (returned, activation)]
@@ -68,13 +69,6 @@ def _owned(fn: HookFn, block: Block) -> HookFn:
         return returned
 
     return wraps(fn)(hook_of_its_thread) if hasattr(fn, "__name__") else hook_of_its_thread
-
-
-def _version(activation: Any, hook: Any) -> int | None:
-    """How often an activation was written into; None where writing is no matter (a site hands out a copy) or is not counted."""
-    if isinstance(hook.hook_conversion, HonestConversion) or not isinstance(activation, Tensor):
-        return None
-    return None if activation.is_inference() else activation._version
 
 
 def _checked(fwd_hooks: Any) -> list[tuple[Any, HookFn]]:

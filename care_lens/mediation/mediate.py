@@ -181,6 +181,8 @@ def mediate(
     def probe() -> list[float]:
         for batch in batches:
             untouched[:, list(batch.index)] = _twins(_plain_outcomes(lvlm, batch, single))
+        if not isinstance(outcome, PrefixMargin):
+            _tell_reversed(untouched)
         return untouched.ravel().tolist()
 
     sweep = Sweep(checkpoint, settings=settings, probe=probe)
@@ -199,13 +201,13 @@ def mediate(
     if isinstance(outcome, PrefixMargin):
         n = len(outcome.prefixes)
         untouched = outcome.combine(untouched.reshape(2, len(pairs), n))
+        _tell_reversed(untouched)
         patched = outcome.combine(patched.reshape(2, len(pairs), n, len(cells)).swapaxes(2, 3))
     text_only = [i for i, pair in enumerate(pairs) if not any(example.images for example in pair)]
     pictures = [mediator.name for mediator in wanted if not mediator.in_language]
     settings |= {"positions": list(positions), "n_permutations": n_permutations}
     settings |= {"text_only": text_only, "of_pictures": pictures}
     settings["resolution"] = spacing(lvlm)
-    _tell_reversed(untouched)
     return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings)
 
 

@@ -1,5 +1,6 @@
 """Which model a subspace or a repair belongs to, and how nearly another one is it."""
 
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -8,6 +9,9 @@ from torch import nn
 
 from care_lens.core.identity import model_fingerprint
 from care_lens.subspace.errors import SubspaceError, SubspaceMismatchError
+
+#: Where the Hub's cache keeps a model.
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 
 Match = Literal["exact", "architecture", "width"]
 """How much of a model must agree: the weights, by name and revision or by their digest; the architecture; the width alone."""
@@ -37,6 +41,8 @@ class ModelIdentity:
     @property
     def hub_name(self) -> str | None:
         """The name on the Hub ("org/model"); None of a folder, whose path says nothing to others, and of a model without an organisation."""
+        if kept := _SNAPSHOT.search(self.name.replace("\\", "/")):
+            return f"{kept[1]}/{kept[2]}"
         local = Path(self.name).is_absolute() or self.name.startswith((".", "~")) or "\\" in self.name
         return self.name if not local and self.name.count("/") == 1 and not Path(self.name).is_dir() else None
 
@@ -47,6 +53,8 @@ class ModelIdentity:
         Example:
             >>> ModelIdentity("org/model").label, ModelIdentity("/home/me/models/tuned-7b").label
             ('org/model', 'tuned-7b')
+            >>> ModelIdentity("/home/me/.cache/hub/models--org--model/snapshots/0123abcd").label
+            'org/model'
         """
         return self.hub_name or self.name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or self.name
 

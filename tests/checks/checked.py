@@ -1,8 +1,8 @@
 """Types and shapes of care_lens's functions, methods and dataclasses are checked where the tests call them.
 
 Every function of a module and of its classes is checked by beartype, and those whose signature speaks of arrays by jaxtyping too: what
-``jaxtyping.install_import_hook`` does, but for two things that cost half of the suite's time. Functions inside of functions, which are made
-anew for every batch, are left as they are; and signatures without an array are not given a scope for shapes.
+``jaxtyping.install_import_hook`` does, but for two things that cost half of the suite's time. Functions and classes inside of functions, which
+are made anew for every batch, are left as they are; and signatures without an array are not given a scope for shapes.
 """
 
 import ast
@@ -111,10 +111,13 @@ class _Loader(SourceFileLoader):
         tree = _Decorated().visit(ast.parse(data, filename=path))
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True, optimize=_optimize)
 
+    def get_code(self, fullname: str) -> Any:
+        with patch("importlib._bootstrap_external.cache_from_source", partial(cache_from_source, optimization=VERSION)):
+            return super().get_code(fullname)
+
     def exec_module(self, module: Any) -> None:
         module.__dict__.update({_FUNCTION: checked_function, _CLASS: checked_class})
-        with patch("importlib._bootstrap_external.cache_from_source", partial(cache_from_source, optimization=VERSION)):
-            super().exec_module(module)
+        super().exec_module(module)
 
 
 class _Finder(MetaPathFinder):

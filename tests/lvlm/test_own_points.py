@@ -1,11 +1,18 @@
-"""Hooks at TransformerLens's own points: writing into the activation is refused where it would do nothing or too much, a returned copy acts."""
+"""Hooks at TransformerLens's own points: writing into the activation is the same as returning an edited one, and touches nothing else."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from care_lens.lvlm.errors import HookError
-
-POINTS = ("blocks.1.ln1.hook_normalized", "ln_final.hook_normalized", "blocks.1.attn.q.hook_in")
+POINTS = (
+    "blocks.1.ln1.hook_normalized",
+    "ln_final.hook_normalized",
+    "blocks.1.attn.q.hook_in",
+    "blocks.1.attn.hook_q",
+    "blocks.1.mlp.hook_in",
+    "blocks.1.ln2.hook_in",
+)
 SITES = ("blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "vision.blocks.0.hook_mlp_out")
 
 
@@ -18,19 +25,47 @@ def written(activation, hook):
     return activation
 
 
-@torch.no_grad()
-def test_writing_is_refused_where_it_would_lie_and_nothing_stays(lvlm, examples):
+def written_and_kept_silent(activation, hook):
+    activation[...] = 0
+
+
+def read(activation, hook):
+    assert activation.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_writing_is_returning_and_the_batch_stays(lvlm, examples, mode):
     inputs = lvlm.prepare(examples)
-    plain = lvlm(inputs)
-    for point in POINTS:
-        assert (lvlm.run_with_hooks(inputs, fwd_hooks=[(point, zeroed)]) - plain).abs().max() > 1e-4, point
-        with pytest.raises(HookError, match=rf"a hook at {point}.* must not write into the activation"):
-            lvlm.run_with_hooks(inputs, fwd_hooks=[(point, written)])
+    ids, pixels = inputs.input_ids.clone(), inputs.pixel_values.clone()
+    with mode():
+        plain = lvlm(inputs)
+        for point in (*POINTS, *SITES):
+            wanted = lvlm.run_with_hooks(inputs, fwd_hooks=[(point, zeroed)])
+            assert (wanted - plain).abs().max() > 1e-5, point
+            assert lvlm.run_with_hooks(inputs, fwd_hooks=[(point, written)]).equal(wanted), point
+            if point in POINTS:
+                assert lvlm.run_with_hooks(inputs, fwd_hooks=[(point, written_and_kept_silent)]).equal(wanted), point
+                torch.testing.assert_close(
+                    lvlm.run_with_hooks(inputs, fwd_hooks=[(point, read)]), plain, atol=1e-5, rtol=1e-5
+                )
+        lvlm.run_with_hooks(inputs, fwd_hooks=[("embed.hook_in", written_and_kept_silent)])
         assert lvlm(inputs).equal(plain)
-    for site in SITES:
-        assert lvlm.run_with_hooks(inputs, fwd_hooks=[(site, written)]).equal(
-            lvlm.run_with_hooks(inputs, fwd_hooks=[(site, zeroed)])
-        ), site
+    assert inputs.input_ids.equal(ids) and inputs.pixel_values.equal(pixels)
+
+
+def test_reading_without_gradients_changes_no_bit(lvlm, examples):
+    inputs = lvlm.prepare(examples)
+    with torch.no_grad():
+        plain = lvlm(inputs)
+        assert lvlm.run_with_hooks(inputs, fwd_hooks=[(point, read) for point in POINTS]).equal(plain)
+
+
+def test_an_activation_that_a_hook_keeps_has_a_gradient(lvlm, examples):
+    inputs, kept = lvlm.prepare(examples), {}
+    points = ("blocks.1.attn.q.hook_out", "blocks.1.ln1.hook_in", "blocks.1.mlp.hook_in")
+    logits = lvlm.run_with_hooks(inputs, fwd_hooks=[(p, lambda a, hook: kept.update({hook.name: a})) for p in points])
+    for name, gradient in zip(kept, torch.autograd.grad(logits[:, -1, 5].sum(), list(kept.values())), strict=True):
+        assert gradient.abs().max() > 0, name
 
 
 def test_a_point_through_which_nothing_flows_warns(lvlm, examples):
