@@ -225,7 +225,12 @@ def test_labels_tell_the_response_and_a_missing_mask_is_made_as_hugging_face_mak
     labels = torch.where(inputs.spans.response, inputs.input_ids, -100)
     with repair.on(lvlm):
         assert torch.equal(lvlm.hf_model(**inputs.model_kwargs(), labels=labels).logits, lvlm(inputs))
-        assert not torch.equal(lvlm.hf_model(**inputs.model_kwargs()).logits, lvlm(inputs))
+        assert torch.equal(
+            lvlm.hf_model(**inputs.model_kwargs()).logits, lvlm(inputs)
+        )  # the chat template tells it too
+        less = labels.clone()
+        less[:, :-1] = -100  # labels go before it: only the last token is the response
+        assert not torch.equal(lvlm.hf_model(**inputs.model_kwargs(), labels=less).logits, lvlm(inputs))
     prompts = lvlm.prepare(rows)
     raw = {name: value for name, value in prompts.generate_kwargs().items() if name != "attention_mask"}
     pad = lvlm.tokenizer.pad_token_id

@@ -292,7 +292,7 @@ def test_representations_say_what_it_is(subspace):
         ):
             assert word in text
     assert len(repr(subspace)) < 700 and len(repr(subspace).splitlines()) <= 8
-    named = dataclasses.replace(subspace, model=ModelIdentity("<b>theirs</b>" * 40, revision="main"))
+    named = dataclasses.replace(subspace, model=ModelIdentity("<b>theirs<b>" * 40, revision="main"))
     assert max(map(len, repr(named).splitlines())) <= 160 and "<b>theirs" not in named._repr_html_()
     assert "&lt;b&gt;theirs" in named._repr_html_() and "tensor(" not in repr(named)
     assert subspace._repr_html_().startswith("<table>")
