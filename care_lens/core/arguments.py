@@ -121,8 +121,8 @@ _ADVICE = {
 }
 
 
-def _advice(wanted: str, value: Any) -> str:
-    named = {name for part in re.findall(r"[\w.]+", wanted) for name in [part.rpartition(".")[2]]}
+def _advice(wanted: str) -> str:
+    named = re.findall(r"\w+", wanted)
     return next((f"; {advice}" for name, advice in _ADVICE.items() if name in named), "")
 
 
@@ -139,5 +139,5 @@ def _require(call: str, name: str, value: Any, hint: Any) -> None:
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
         wanted = wanted.replace("collections.abc.", "").replace("typing.", "").replace("care_lens.", "")
         raise ArgumentError(
-            f"{name} of {call} must be {wanted}, got {type(value).__name__} {cut(one_line(repr(value)), 60)}{_advice(wanted, value)}"
+            f"{name} of {call} must be {wanted}, got {type(value).__name__} {cut(one_line(repr(value)), 60)}{_advice(wanted)}"
         )

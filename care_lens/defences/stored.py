@@ -25,7 +25,8 @@ from care_lens.core.examples import Example
 from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.lvlm import HookedLVLM
-from care_lens.repair import Attachment, attach
+from care_lens.repair import Attachment, attach, load_repair
+from care_lens.repair.base import HookRepair
 from care_lens.repair.errors import KindError
 from care_lens.repair.explaining import Explainable
 from care_lens.repair.kinds import RESERVED, declare_kind, kind_of, name_of
@@ -128,10 +129,10 @@ class StoredDefence(Explainable, StoredPart):
 
 
 def load_defence(directory: str | Path) -> Any:
-    """Read a defence of any registered class; on the CPU.
+    """Read a defence of any registered class, or a repair; on the CPU.
 
     Args:
-        directory: What :meth:`StoredDefence.save` wrote.
+        directory: What :meth:`StoredDefence.save` or ``repair.save`` wrote.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -139,9 +140,7 @@ def load_defence(directory: str | Path) -> Any:
             module to import.
     """
     if not (Path(directory) / f"{_NAME}.json").exists() and (Path(directory) / "repair.json").is_file():
-        raise FileNotFoundError(
-            f"{directory} must hold {_NAME}.json, got repair.json, a repair; load it with HybridFusion.load(folder)"
-        )
+        return load_repair(HookRepair, directory)
     data, content = files.load_artifact(directory, _NAME, kind="Defence", schema=_SCHEMA)
     path = Path(directory) / f"{_NAME}.json"
     tensors = files.tensors_of(data, where=path.with_suffix(".safetensors"))

@@ -26,12 +26,13 @@ from care_lens.pipeline.rivals import (
     published_care,
     refusal_direction,
 )
+from care_lens.pipeline.saved import UNDEFENDED
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import ConformalGate, HybridFusion, random_control, read_scores, writer_rows
 
 log = logging.getLogger(__name__)
 
-NONE = "none"
+
 #: Where answers of candidates are kept, on validation; those of the test split are apart.
 SEARCH = "search.jsonl"
 RANDOM, SHUFFLED = "control: random writer", "control: shuffled labels"
@@ -195,7 +196,7 @@ def prove(
 
     def everything() -> DefenceTable:
         left_out: dict[str, str] = {}
-        defences: dict[str, Repair | None] = {NONE: None}
+        defences: dict[str, Repair | None] = {UNDEFENDED: None}
         tuned: list[tuple[Repair, dict[str, object]]] = []
         direction = kept_direction(lvlm, study, settings, stage)
         if isinstance(direction, str):
@@ -237,7 +238,7 @@ def prove(
 
     def attack_repair() -> DefenceTable:
         found = adaptive_suite(lvlm, study, choice.repair, settings, directory=stage.directory, store=searched)
-        return table({ADAPTIVE: found}, {NONE: None, choice.repair.name: choice.repair}, fidelity=False)
+        return table({ADAPTIVE: found}, {UNDEFENDED: None, choice.repair.name: choice.repair}, fidelity=False)
 
     return Proof(
         table=stage.result(DefenceTable, f"defences.{key}", everything),

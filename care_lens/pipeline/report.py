@@ -22,7 +22,6 @@ from care_lens.core.files import write_whole
 from care_lens.core.pictures import shown_picture
 from care_lens.evaluation import GenerationStore
 from care_lens.pipeline.gradient import ADAPTIVE, ANSWER, CLEAN, NOISE, OPENING
-from care_lens.pipeline.prove import NONE
 from care_lens.pipeline.report_page import page, shown_figure
 from care_lens.pipeline.report_words import (
     DEFENCES,
@@ -39,6 +38,7 @@ from care_lens.pipeline.report_words import (
     words,
 )
 from care_lens.pipeline.run import Run
+from care_lens.pipeline.saved import UNDEFENDED
 from care_lens.repair import ConformalGate
 
 #: Pictures shown with their patch effects.
@@ -75,7 +75,7 @@ def summary(run: Run) -> dict[str, float]:
     attacks += [OPENING, ANSWER]
     benign = list(run.study.channels("test", harmful=False))
     out: dict[str, float] = {}
-    for label, defence in (("before", NONE), ("after", run.choice.repair.name)):
+    for label, defence in (("before", UNDEFENDED), ("after", run.choice.repair.name)):
         out[f"worst seen ASR {label}"] = float(rates(run, defence, "asr", seen)["value"].max())
         held = list(rates(run, defence, "asr", attacks)["value"])
         if run.proof.adaptive is not None:
@@ -155,7 +155,7 @@ class _Report:
     ) -> str:
         """A table of channels by defences."""
         kept = pd.DataFrame(frame[frame["metric"] == metric])
-        names = sorted(dict.fromkeys(kept["defence"]), key=lambda name: (name != NONE, name != self.repair))
+        names = sorted(dict.fromkeys(kept["defence"]), key=lambda name: (name != UNDEFENDED, name != self.repair))
         cells = {(row["defence"], row["channel"]): row for row in kept.to_dict("records")}
         rows = []
         for channel in channels:
@@ -225,14 +225,14 @@ def _card(made: _Report, channel: str, example: Example | None) -> str:
     told: list[tuple[str, str]] = []
     ids = [example.id] if example is not None else sorted({i for _, c, i in made.answers if c == channel})[:1]
     for id_ in ids:
-        found = {name: made.answers.get((name, channel, id_)) for name in (NONE, made.repair)}
+        found = {name: made.answers.get((name, channel, id_)) for name in (UNDEFENDED, made.repair)}
         prompt = (
             example.prompt if example is not None else next((a.prompt for a in found.values() if a is not None), "")
         )
         turns = [f"{turn.role}: {turn.text}" for turn in example.turns] if example is not None else []
         told.append(("prompt", "\n".join([*turns, prompt])))
         for name, answer in found.items():
-            label = "answer, undefended" if name == NONE else "answer, repaired"
+            label = "answer, undefended" if name == UNDEFENDED else "answer, repaired"
             if answer is not None:
                 told.append(
                     (label, answer.response if answer.response is not None else f"none could be had ({answer.missing})")

@@ -42,10 +42,11 @@ from care_lens.evaluation import (
 from care_lens.evaluation.answering import spread
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.recipe import Recipe, RecipeDefence, RecipeError, RecipeJudge, Source
+from care_lens.pipeline.saved import UNDEFENDED
 
 log = logging.getLogger(__name__)
 
-NONE = "none"
+
 _STEP = "fitted"
 
 
@@ -263,7 +264,7 @@ def reproduce(
     table = evaluate_sharded(
         lvlm,
         parts.tested,
-        {NONE: None, **defences},
+        {UNDEFENDED: None, **defences},
         judge=judge or SubstringRefusalJudge(),  # judging is the first process's work
         directory=out / "answers",
         settings=recipe.generation,
@@ -384,7 +385,7 @@ def _printed(recipe: Recipe, table: DefenceTable, form: Any, notes: Sequence[str
             form=form,
             metrics=("asr",),
             channels=[*recipe.columns],
-            against=NONE,
+            against=UNDEFENDED,
             quoted={"": recipe.quoted} if recipe.quoted else None,
             label="tab:asr",
         )
@@ -394,10 +395,14 @@ def _printed(recipe: Recipe, table: DefenceTable, form: Any, notes: Sequence[str
     right = [title for title in recipe.utility if title not in wanted]
     if right:
         metrics = tuple(sorted(graded))
-        parts.append(paper_table(table, form=form, metrics=metrics, channels=right, against=NONE, label="tab:utility"))
+        parts.append(
+            paper_table(table, form=form, metrics=metrics, channels=right, against=UNDEFENDED, label="tab:utility")
+        )
     if wanted:
         parts.append(
-            paper_table(table, form=form, metrics=("refusal",), channels=[*wanted], against=NONE, label="tab:refusal")
+            paper_table(
+                table, form=form, metrics=("refusal",), channels=[*wanted], against=UNDEFENDED, label="tab:refusal"
+            )
         )
     said = [*notes]
     if recipe.quoted:

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.outcome import Repair
 from care_lens.defences import load_defence
-from care_lens.repair import HybridFusion
 
 UNDEFENDED = "none"
 
@@ -31,16 +29,12 @@ def read_defence(text: str) -> tuple[str, Repair]:
     name, equals, path = text.partition("=")
     if not equals or Path(text).is_dir():  # the path itself may hold a "="
         name, path = Path(text).resolve().name, text
-    folder = Path(path)
-    if (folder / "repair.json").is_file():
-        found: Any = HybridFusion.load(folder)
-    elif (folder / "defence.json").is_file():
-        found = load_defence(folder)
-    else:
+    try:
+        return name.strip(), load_defence(path)
+    except FileNotFoundError:
         raise SavedDefenceError(
-            f"a defence must be a folder with repair.json or defence.json, as `care-lens fit` and .save() write them, got {folder}"
-        )
-    return name.strip(), found
+            f"a defence must be a folder with repair.json or defence.json, as `care-lens fit` and .save() write them, got {path}"
+        ) from None
 
 
 def read_defences(texts: Sequence[str]) -> dict[str, Repair]:

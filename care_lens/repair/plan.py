@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from care_lens.core.display import as_html, broken, listed, one_line
+from care_lens.core.display import as_html, broken, cut, listed, one_line
 from care_lens.core.site import Site
 from care_lens.repair.positions import Positions, includes_generated
 
 _PROMPT = frozenset({"all", "image", "text", "prompt", "last", "context_end"})
-_MOST_GROUPS, _MOST_LINES = 6, 25
+_MOST_GROUPS, _MOST_LINES, _WIDEST = 6, 25, 560
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class RepairPlan:
             opened = self.readings.groupby("part", sort=False)["gate"].agg(lambda gate: int((gate > 0).sum()))
             rows = self.readings["row"].nunique()
             lines.append("  on this batch open: " + listed([f"{part} in {n} of {rows}" for part, n in opened.items()]))
-        return "\n".join(part for line in lines[:_MOST_LINES] for part in broken(line))
+        return "\n".join(part for line in lines[:_MOST_LINES] for part in broken(cut(line, _WIDEST)))
 
     __repr__ = __str__
 

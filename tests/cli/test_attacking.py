@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from care_lens import cli, organism
@@ -10,10 +11,11 @@ from care_lens.attacks import PGD, Prefill, Spelled, registered_attacks
 from care_lens.cli.asked import Asked
 from care_lens.core import Verdict
 from care_lens.data.study import Study
-from care_lens.defences import SelfReminder
+from care_lens.defences import SelfReminder, load_defence
 from care_lens.evaluation import DefenceTable, GenerationSettings
 from care_lens.pipeline.attacking import AttackRunError, attack_study, attacked_requests, read_attack
 from care_lens.pipeline.saved import SavedDefenceError, read_defence, read_defences
+from care_lens.repair import Correction, HybridFusion, Writer
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,14 @@ def test_defences_are_read_by_folder_and_name(tmp_path):
     assert read_defence(f"strong={tmp_path / 'alpha=1'}")[0] == "strong"
     with pytest.raises(SavedDefenceError, match=r"repair\.json or defence\.json"):
         read_defence(str(tmp_path))
+    writer = Writer.towards("blocks.1.hook_mlp_out", target=torch.ones(4), source=torch.zeros(4))
+    repair = HybridFusion(textual=(Correction(writer=writer),), name="of its own")
+    repair.save(tmp_path / "fusion")
+    name, found = read_defence(str(tmp_path / "fusion"))
+    assert name == "fusion" and isinstance(found, HybridFusion) and found.describe() == repair.describe()
+    assert load_defence(tmp_path / "fusion").describe() == repair.describe()
+    with pytest.raises(FileNotFoundError, match="load_defence"):
+        HybridFusion.load(tmp_path / "mine")
     mine = str(tmp_path / "mine")
     assert list(read_defences([mine, f"again={mine}"])) == ["mine", "again"]
     for twice in ([mine, mine], [f"none={mine}"], [f"={mine}"]):

@@ -15,8 +15,16 @@ from typer.testing import CliRunner
 from care_lens import cli, organism
 from care_lens.core import Example
 from care_lens.data import write_examples
+from care_lens.data.study import StudyError
 from care_lens.pipeline import RunSettings
-from care_lens.pipeline.needs import NeedsError, needed_for, require_diagnosable, require_feasible, shortened
+from care_lens.pipeline.needs import (
+    NeedsError,
+    needed_for,
+    require_diagnosable,
+    require_feasible,
+    require_ready,
+    shortened,
+)
 from care_lens.pipeline.report import share_text
 
 
@@ -154,6 +162,20 @@ def test_calibration_needs_are_the_conformal_bound(study, epsilon):
     ConformalGate.calibrate(torch.arange(float(n)), epsilon=epsilon)
     with pytest.raises(TooFewCalibration):
         ConformalGate.calibrate(torch.arange(float(n - 1)), epsilon=epsilon)
+
+
+def test_what_a_study_lacks_and_what_it_is_too_small_for_come_together(study):
+    settings = RunSettings()
+    assert require_ready(study, settings) == require_feasible(study, settings)
+    little = smaller(study, 40, 12)
+    validation = {c: e for c, e in study.suites["validation"].items() if c != "plain"}
+    with pytest.raises(StudyError, match=r"no examples of 'plain'.*; and .* needs 49 benign prompts"):
+        require_ready(replace(little, suites={**little.suites, "validation": validation}), settings)
+    with pytest.raises(StudyError, match="no examples of 'plain'") as alone:
+        require_ready(replace(study, suites={**study.suites, "validation": validation}), settings)
+    assert "benign prompts in each half" not in str(alone.value)
+    with pytest.raises(NeedsError, match="needs 49 benign prompts"):
+        require_ready(little, settings)
 
 
 def test_needs_are_told_in_numbers_all_at_once(study):

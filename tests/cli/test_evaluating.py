@@ -52,6 +52,8 @@ def test_each_defence_is_a_row_and_one_that_is_added_costs_its_own_answers(study
     assert set(frame["defence"]) == {"none", "first"}
     more, second = called(str(tmp_path / "first"), f"other={tmp_path / 'second'}")
     assert list(dict.fromkeys(more["defence"])) == ["none", "first", "other"] and 0 < second < first
+    written = (tmp_path / "out" / "evaluate.md").read_text()
+    assert all(f"| {name} |" in written for name in ("none", "first", "other"))
     with organism.load() as lvlm:
         for name, reminder in {"none": None, "first": reminders["first"], "other": reminders["second"]}.items():
             plain = list(study.suites["test"]["plain"])

@@ -115,6 +115,7 @@ def read(directory, settings):
         ({"refuse": []}, "refuse must be a list of texts"),
         ({"comply": ["sure", 1]}, "comply must be a list"),
         ({"comply": ["sorry", "sure"]}, "must begin with different tokens of the model, got 'sorry' and 'sorry'"),
+        ({"comply": ["wibble"], "refuse": ["wobble"]}, "tokenizer knows, got 'wibble' and 'wobble', which it does not"),
         ({"name": ""}, "name must be a text that is not empty"),
         ({"about": 3}, "about must be a text"),
         ({"refusal": None}, "refusal must be a text"),

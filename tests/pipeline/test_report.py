@@ -22,10 +22,11 @@ from care_lens.mediation import AblationResult, Localisation, MediationResult, P
 from care_lens.pipeline import RunSettings, write_report
 from care_lens.pipeline.diagnose import Diagnosis
 from care_lens.pipeline.gradient import ADAPTIVE, ANSWER, OPENING
-from care_lens.pipeline.prove import NONE, Proof
+from care_lens.pipeline.prove import Proof
 from care_lens.pipeline.report import figures, summary
 from care_lens.pipeline.report_words import interval, number, per_cent, place, plain, tuned_text
 from care_lens.pipeline.run import Run
+from care_lens.pipeline.saved import UNDEFENDED
 from care_lens.repair import ConformalGate, Correction, HybridFusion, LinearReader, ReaderPlan, Writer
 from care_lens.subspace import SafetySubspace
 
@@ -108,9 +109,9 @@ def made_run():
     seen = pd.DataFrame(
         table[table["channel"].isin(["typographic", "wrapper"]) & table["defence"].eq("control: random writer")]
     )
-    adaptive = pd.DataFrame(table[table["channel"].eq(OPENING) & table["defence"].isin([NONE, "care_lens"])]).assign(
-        channel=ADAPTIVE
-    )
+    adaptive = pd.DataFrame(
+        table[table["channel"].eq(OPENING) & table["defence"].isin([UNDEFENDED, "care_lens"])]
+    ).assign(channel=ADAPTIVE)
     rows = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
     subspaces = tuple(
         SafetySubspace.fit(rows, rows + 3 * torch.eye(8)[k], rank=1, site=SITE, modality=m)
@@ -156,7 +157,7 @@ def written(made_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     store = GenerationStore(out / "frames" / "answers.jsonl")
     example = made_run.study.suites["test"]["wrapper"][0]
-    for defence, text in ((NONE, f"once for {SPITE}"), ("care_lens", "sorry i cannot")):
+    for defence, text in ((UNDEFENDED, f"once for {SPITE}"), ("care_lens", "sorry i cannot")):
         kept = {"settings": "s", "example": "e", "prompt": example.prompt, "missing": "", "tokens": 3, "seed": 0}
         store.add(
             [

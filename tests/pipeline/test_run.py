@@ -12,8 +12,8 @@ from care_lens.evaluation import GenerationStore
 from care_lens.mediation import Localisation
 from care_lens.pipeline import RunSettings, run, write_report
 from care_lens.pipeline.place import reader_layers
-from care_lens.pipeline.prove import NONE
 from care_lens.pipeline.report import summary
+from care_lens.pipeline.saved import UNDEFENDED
 from care_lens.repair import HybridFusion
 
 SETTINGS = replace(
@@ -76,7 +76,7 @@ def test_table_holds_every_defence_and_channel_with_controls(finished):
     result, *_ = finished
     frame = result.proof.table.to_dataframe()
     assert {
-        NONE,
+        UNDEFENDED,
         "published CARE",
         "care_lens",
         "control: random writer",
