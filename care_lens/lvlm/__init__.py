@@ -4,10 +4,10 @@ from care_lens.core.arguments import checked
 from care_lens.lvlm.bound import BoundLVLM
 from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.hooked import HookedLVLM
+from care_lens.lvlm.hooks import FwdHooks, HookFn
 from care_lens.lvlm.inputs import Generation, LVLMInputs
 from care_lens.lvlm.sites import SiteInfo
 from care_lens.lvlm.unknown import UnknownWordsWarning
-from care_lens.lvlm.wrapped import FwdHooks, HookFn
 
 __all__ = [
     "BoundLVLM",

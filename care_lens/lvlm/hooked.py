@@ -37,13 +37,14 @@ from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.footprint import LARGE, language_bytes, told
+from care_lens.lvlm.hooks import FwdHooks, HookFn, hook_pairs
 from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
 from care_lens.lvlm.loading import load_processor, require_known, require_loadable
 from care_lens.lvlm.options import COPIES, REFUSED, copies, refuse, resolve
 from care_lens.lvlm.plain import remember_attention
 from care_lens.lvlm.prepare import prepare_batch
 from care_lens.lvlm.recorder import Recorder
-from care_lens.lvlm.wrapped import FwdHooks, HookFn, WrappedBridge, _checked
+from care_lens.lvlm.wrapped import WrappedBridge
 
 __all__ = ["REFUSED", "HookedLVLM"]
 
@@ -282,7 +283,7 @@ class HookedLVLM(WrappedBridge):
         Warns:
             UserWarning: If hooks are at the vision tower or the projector and the batch has no image, so that they do not run.
         """
-        if require_inputs(inputs).pixel_values is None and (unseen := self._outside(_checked(fwd_hooks))):
+        if require_inputs(inputs).pixel_values is None and (unseen := self._outside(hook_pairs(fwd_hooks))):
             warnings.warn(f"hooks at {unseen} do not run: the batch holds no image", stacklevel=2)
         logits_to_keep = _count(logits_to_keep, inputs)
         with self.batch_hooks(inputs), self.hooks(fwd_hooks):
