@@ -1,12 +1,14 @@
 """Answers in rows of token ids are found behind the template's end of a request, and only there."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from care_lens.core import Example
 from care_lens.core.conversation import Turn
+from care_lens.lvlm.families import LLAVA
 from care_lens.lvlm.marker import Marker, answer_marker, begun_answers
 from care_lens.lvlm.raw import raw_inputs
 
@@ -46,6 +48,11 @@ def test_what_the_template_writes_is_found_and_rows_are_told_by_it(lvlm):
         inputs.generate_kwargs(), config=lvlm.hf_model.config, family=lvlm.family, marker=marker, generating=True
     ).spans
     assert told.prefill.equal(inputs.spans.prefill) and told.response.equal(inputs.spans.response)
+    # A picture behind the end of a request: no answer.
+    ids = inputs.generate_kwargs()["input_ids"].clone()
+    ids[0, -1] = lvlm.hf_model.config.image_token_id
+    given = {**inputs.generate_kwargs(), "input_ids": ids, "pixel_values": torch.zeros(1, 3, 16, 16)}
+    assert not raw_inputs(given, config=lvlm.hf_model.config, family=lvlm.family, marker=marker).spans.response.any()
     # Labels of whole rows, or of nothing, tell no answer apart.
     for labels in (inputs.input_ids, torch.full_like(inputs.input_ids, -100)):
         given = {**inputs.generate_kwargs(), "labels": labels}
@@ -53,12 +60,26 @@ def test_what_the_template_writes_is_found_and_rows_are_told_by_it(lvlm):
         assert again.response.equal(inputs.spans.response)
 
 
-def test_a_template_that_ends_requests_with_nothing_to_see_tells_nothing(llava_maker):
-    _, processor = llava_maker("clip")
-    from care_lens.lvlm.families import LLAVA
+class Letters:
+    """A tokenizer of letters."""
 
-    processor.chat_template = (
-        "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %} {% endfor %}"
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def processor_of(end):
+    def written(conversation, **options):
+        return "".join(part["text"] for message in conversation for part in message["content"]) + end
+
+    return SimpleNamespace(
+        chat_template="its own", image_token="<image>", apply_chat_template=written, tokenizer=Letters()
     )
-    assert answer_marker(processor, LLAVA) == Marker()
-    assert answer_marker(processor, replace(LLAVA, prompt=lambda *_: "red")) == Marker()
+
+
+def test_a_template_that_ends_requests_with_nothing_to_see_tells_nothing():
+    assert answer_marker(processor_of("[/]"), LLAVA).end == tuple(map(ord, "[/]"))
+    assert answer_marker(processor_of("\n "), LLAVA) == Marker() == answer_marker(processor_of(""), LLAVA)
+    assert answer_marker(processor_of("[/]"), replace(LLAVA, prompt=lambda *_: "red")) == Marker()

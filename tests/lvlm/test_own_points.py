@@ -57,7 +57,9 @@ def test_writing_is_returning_and_the_batch_stays(lvlm, examples, mode):
 def test_reading_without_gradients_changes_no_bit(lvlm, examples):
     inputs = lvlm.prepare(examples)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")  # TransformerLens warns where a norm is computed in another way because something was returned
+        warnings.simplefilter(
+            "error"
+        )  # TransformerLens warns where a norm is computed in another way because something was returned
         plain = lvlm(inputs)
         assert lvlm.run_with_hooks(inputs, fwd_hooks=[(point, read) for point in POINTS]).equal(plain)
 

@@ -6,7 +6,7 @@ import pytest
 
 from care_lens import organism
 from care_lens.core import Example
-from care_lens.lvlm.unknown import UnknownWordsWarning
+from care_lens.lvlm.unknown import UnknownWordsWarning, warn_of_unknown
 
 
 def told(lvlm, *examples, **options):
@@ -37,3 +37,16 @@ def test_each_word_once_wherever_it_stands(world):
     assert "and 4 more" in told(world, many)[0]
     with pytest.warns(UnknownWordsWarning, match="wibble"), organism.load() as other:  # another tokenizer
         other.prepare(Example("wibble"))
+
+
+def test_a_tokenizer_that_cannot_be_remembered_is_no_obstacle():
+    class Odd:
+        unk_token_id, unk_token = 0, "<?>"
+        __hash__ = None
+
+        def __call__(self, text, **options):
+            return {"input_ids": [int(word == "known") for word in text.split()]}
+
+    for _ in range(2):  # told each time, since nothing is kept
+        with pytest.warns(UnknownWordsWarning, match="does not know 'strange': the model reads '<\\?>'"):
+            warn_of_unknown(Odd(), [[1, 0]], [Example("known strange")], responses=False)

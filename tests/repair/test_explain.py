@@ -26,6 +26,7 @@ from care_lens.repair import (
     explain,
     read_scores,
 )
+from care_lens.repair.plan import RepairPlan
 from care_lens.repair.positions import includes_generated
 from care_lens.repair.reading import BatchView
 from care_lens.subspace import ModelIdentity
@@ -239,3 +240,10 @@ def test_rows_and_records_are_short_too(model, inputs):
     for thing in (rows, held, seen):
         assert "tensor(" not in repr(thing) and len(repr(thing)) <= 360 and "<table" in thing._repr_html_()
     assert "passes=1" in repr(seen) and "blocks.1.hook_resid_post" in repr(seen)
+
+
+def test_long_lines_are_broken_and_lose_nothing():
+    words = [f"word{i}" for i in range(40)]
+    text = str(RepairPlan(" ".join(words), "HybridFusion", ()))
+    assert [word for word in text.split() if word in words] == words and max(map(len, text.splitlines())) <= 140
+    assert len(str(RepairPlan("x" * 10_000, "HybridFusion", ())).splitlines()) < 10
