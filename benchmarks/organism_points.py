@@ -235,7 +235,11 @@ def more_attacks(lvlm: HookedLVLM, *, tries: int = 16) -> list[Row]:
     out: list[Row] = []
     for prefix in ("sure", "sure for the", "okay for the"):
         inputs = lvlm.prepare(rows)
-        told = torch.tensor(lvlm.tokenizer(prefix, add_special_tokens=False).input_ids)[None].expand(len(rows), -1)
+        told = (
+            torch.tensor(lvlm.tokenizer(prefix, add_special_tokens=False).input_ids)[None]
+            .expand(len(rows), -1)
+            .to(lvlm.device)
+        )
         options = inputs.generate_kwargs()
         options["input_ids"] = torch.cat([inputs.input_ids, told], 1)
         options["attention_mask"] = torch.cat([inputs.attention_mask, torch.ones_like(told)], 1)

@@ -429,8 +429,29 @@ def _is_library(value: Any) -> bool:
         return False
     if top in sys.stdlib_module_names and top != "__main__":
         return True
-    file = getattr(sys.modules.get(top), "__file__", None) or ""
-    return "site-packages" in file or "dist-packages" in file
+    return _is_installed(top)
+
+
+@functools.cache
+def _is_installed(top: str) -> bool:
+    """Whether a package lies where an installer has put it: in site-packages, or beside the list of its files (``pip install --target``).
+
+    A package that is installed for development lies elsewhere than that list.
+    """
+    module = sys.modules.get(top)
+    file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    if file is None:
+        return False
+    if "site-packages" in file or "dist-packages" in file:
+        return True
+    root = Path(file).parent.parent if Path(file).name == "__init__.py" else Path(file).parent
+    names = {top, f"{top}.py"}
+    return any(
+        part.parts[0] in names or (len(part.parts) == 1 and part.name.partition(".")[0] == top)
+        for found in metadata.distributions(path=[str(root)])
+        if found.read_text("RECORD") is not None
+        for part in found.files or ()
+    )
 
 
 @functools.cache

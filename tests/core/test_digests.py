@@ -1,5 +1,6 @@
 """Digests change with whatever changes a number, and with nothing else."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -252,3 +253,23 @@ def test_a_circle_through_a_mapping_ends():
         loop["me"] = loop
     for digest in (content_digest, held_digest):
         assert digest(loops[0]) == digest(loops[1]) != digest(loops[2])
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_a_package_installed_beside_its_list_of_files_is_a_library_and_one_under_development_is_not(
+    editable, tmp_path, monkeypatch
+):
+    """``pip install --target`` puts packages anywhere; walking through one such as transformers took minutes."""
+    name = f"laid_{'here' if editable else 'there'}"
+    package, info = tmp_path / name, tmp_path / f"{name}-1.5.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").write_text("def score(text):\n    return len(text)\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+    (info / "RECORD").write_text(f"__editable__.{name}.pth,,\n" if editable else f"{name}/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module(name)
+
+    before = content_digest(module.score)
+    module.score.__code__ = (lambda text: 2 * len(text)).__code__
+    assert (content_digest(module.score) != before) is editable
