@@ -19,7 +19,6 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types pytest tutorials docs bench format clean
-.NOTPARALLEL:
 
 help:
 	@echo "make demo      diagnose, learn, repair and evaluate the bundled model; report in $(OUT)/report.html"
@@ -32,17 +31,21 @@ help:
 
 install: $(READY)
 
+# Without --no-compile pip compiles every module of torch and the rest, most of which nothing ever imports: 247 s, without it 160.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or later is needed, $$($(PYTHON) --version) found; say make PYTHON=python3.x"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	@touch $@
 
 demo: $(READY)
 	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) $(ARGS)
 
-test: lint types pytest docs
+# Types and documentation take a thread each, the tests two.
+test: lint
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target types docs
+	@$(MAKE) --no-print-directory pytest
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

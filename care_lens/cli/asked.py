@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from care_lens.cli import loading
+from care_lens.cli.early import require_defences
 from care_lens.cli.options import (
     Batch,
     Config,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 
 _GENERATION = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "system")
+_MODEL = ("device", "dtype", "revision", "quantization")
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,14 @@ class Asked:
         """What the model is called in the report."""
         return self.model if self.revision is None else f"{self.model} at {self.revision}"
 
+    def refuse(self) -> None:
+        """Tell what is wrong in the options before torch and the rest are imported."""
+        loading.checked_numbers(self.epsilons, self.ranks)
+        where = {name: getattr(self, name) for name in _MODEL}
+        loading.refuse(self.model, data=self.data, judge=self.judge, out=self.out, **where)
+
     def load(self) -> "tuple[HookedLVLM, Study]":
         """The model and the study, after what is wrong in the settings has been refused."""
-        loading.checked_numbers(self.epsilons, self.ranks)
         loading.generation(**{name: getattr(self, name) for name in _GENERATION})
         return loading.load(
             self.model,
@@ -105,7 +112,10 @@ class Asked:
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose first argument is :class:`Asked`, with each of its fields as an option."""
+    """A command whose first argument is :class:`Asked`, with each of its fields as an option.
+
+    What is wrong in them, and in the command's ``defences`` if it takes such, is told before the command begins.
+    """
     first, *own = inspect.signature(command).parameters.values()
     options = [
         inspect.Parameter(part.name, inspect.Parameter.KEYWORD_ONLY, default=part.default, annotation=part.type)
@@ -115,10 +125,10 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wide(**given: Any) -> None:
-        command(
-            Asked(**{name: value for name, value in given.items() if name in names}),
-            **{name: value for name, value in given.items() if name not in names},
-        )
+        asked = Asked(**{name: value for name, value in given.items() if name in names})
+        asked.refuse()
+        require_defences(given.get("defences") or ())
+        command(asked, **{name: value for name, value in given.items() if name not in names})
 
     wide.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
     wide.__annotations__ = {part.name: part.annotation for part in (*own, *options)}

@@ -14,8 +14,6 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from care_lens.core.errors import CareLensError
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -55,16 +53,24 @@ def told(command: Command) -> Command:
         try:
             with _own_logging():
                 command(*args, **kwargs)
-        except (CareLensError, OSError, ValueError, NotImplementedError) as error:
-            if os.environ.get(TRACEBACK):
+        except Exception as error:
+            if os.environ.get(TRACEBACK) or not _is_told(error):
                 raise
             _fail(str(error) or type(error).__name__)
-        except RuntimeError as error:
-            if os.environ.get(TRACEBACK) or not type(error).__module__.startswith("care_lens."):
-                raise
-            _fail(str(error))
 
     return tidy  # type: ignore[return-value]
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether an error is of what the user asked for or of files, and not a fault of the code.
+
+    CareLensError is known by its name: with its module torch and the rest would be imported.
+    """
+    if isinstance(error, (OSError, ValueError, NotImplementedError)):
+        return True
+    kinds = {f"{base.__module__}.{base.__name__}" for base in type(error).__mro__}
+    ours = type(error).__module__.startswith("care_lens.")
+    return "care_lens.core.errors.CareLensError" in kinds or (isinstance(error, RuntimeError) and ours)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Models, studies, judges and settings as the command line names them."""
 
 import importlib
-import importlib.util
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from care_lens.cli.base import require_out
+from care_lens.cli.early import (
+    require_bundled_alone,
+    require_device,
+    require_dtype,
+    require_quantization,
+    require_study,
+)
 from care_lens.cli.options import numbers
 
 if TYPE_CHECKING:
@@ -17,21 +23,6 @@ if TYPE_CHECKING:
     from care_lens.data import Study
     from care_lens.lvlm import HookedLVLM
     from care_lens.pipeline import RunSettings
-
-
-def require_device(device: str | None) -> None:
-    """Refuse a device that this machine has not."""
-    import torch
-
-    if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise typer.BadParameter(f"--device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}") from None
-    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise typer.BadParameter(f"--device {device} needs a GPU of that number, this machine has {there}; take cpu")
 
 
 def load_judge(name: str | None) -> "Judge":
@@ -57,6 +48,29 @@ def load_judge(name: str | None) -> "Judge":
     return cast("Judge", found)
 
 
+def refuse_model(
+    model: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    quantization: str | None = None,
+) -> None:
+    """Refuse a model that cannot be loaded as asked, before anything heavy is imported; last, since that needs torch, a device."""
+    require_dtype(dtype)
+    require_quantization(quantization)
+    require_bundled_alone(model, revision=revision, quantization=quantization)
+    require_device(device)
+
+
+def refuse(model: str, *, data: Path | None, judge: str | None, out: Path | None, **options: str | None) -> None:
+    """Refuse a model, a study and a folder of results that do not go together or are not there; see :func:`refuse_model`."""
+    require_study(model, data, judge)
+    if out is not None:
+        require_out(out)
+    refuse_model(model, **options)
+
+
 def load(
     model: str,
     data: Path | None,
@@ -69,24 +83,14 @@ def load(
     quantization: str | None = None,
 ) -> "tuple[HookedLVLM, Study]":
     """The model and the study, after everything that can be refused without loading the model."""
-    require_device(device)
-    if out is not None:
-        require_out(out)
-    quantized(quantization)
+    refuse(
+        model, data=data, device=device, dtype=dtype, judge=judge, out=out, revision=revision, quantization=quantization
+    )
     if model == "bundled":
-        if data is not None or judge is not None:
-            raise typer.BadParameter("--data and --judge go with a model of your own; the bundled one brings both")
-        if revision is not None or quantization is not None:
-            raise typer.BadParameter("--revision and --quantization go with a model of your own, not the bundled one")
         from care_lens import organism
 
         return load_model(model, device, dtype, revision, quantization), organism.study(seed=seed)
-    if data is None:
-        raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
-    if not (data / "study.json").is_file() or not (data / "examples.jsonl").is_file():
-        raise typer.BadParameter(
-            f"--data must be a folder with examples.jsonl and study.json, got {data}, which is not"
-        )
+    assert data is not None
     found = load_judge(judge)
     from care_lens.data import read_study
 
@@ -96,23 +100,19 @@ def load(
 
 def kind_of(dtype: str | None) -> Any:
     """The dtype of a name, or None."""
-    import torch
-
+    require_dtype(dtype)
     if dtype is None:
         return None
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    import torch
+
     return getattr(torch, dtype)
 
 
 def quantized(quantization: str | None) -> Any:
     """The configuration of bitsandbytes for a name, or None."""
+    require_quantization(quantization)
     if quantization is None:
         return None
-    if quantization not in ("4bit", "8bit"):
-        raise typer.BadParameter(f"--quantization must be 4bit or 8bit, got {quantization!r}")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise typer.BadParameter("--quantization needs bitsandbytes, which is not installed: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit")
@@ -127,9 +127,8 @@ def load_model(
 ) -> "HookedLVLM":
     """The bundled model, or one from the hub or a directory."""
     config = quantized(quantization)
+    require_bundled_alone(model, revision=revision, quantization=quantization)
     if model == "bundled":
-        if revision is not None or config is not None:
-            raise typer.BadParameter("--revision and --quantization go with a model of your own, not the bundled one")
         from care_lens import organism
 
         return organism.load(device_map=device, dtype=kind_of(dtype))

@@ -22,9 +22,9 @@ def info(
     quantization: Quantization = None,
 ) -> None:
     """What a model offers: towers, layers, sites."""
+    loading.refuse_model(model, device=device, dtype=dtype, revision=revision, quantization=quantization)
     from care_lens.core.results import package_versions
 
-    loading.require_device(device)
     lvlm = loading.load_model(model, device, dtype, revision, quantization)
     table = Table(title=f"{model}: {type(lvlm.hf_model).__name__}")
     for column in ("site", "width", "axes", "editable"):

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from care_lens.cli import base, loading
 from care_lens.cli.base import app, require_out, start, told
+from care_lens.cli.early import require_device, require_recipe
 from care_lens.cli.options import Config, Quantization, Threads
 
 log = logging.getLogger("care_lens")
@@ -50,6 +51,8 @@ def reproduce(
 ) -> None:
     """A published table from public files, the published figures beside it; several processes share the answers."""
     del config
+    require_recipe(recipe)
+    loading.refuse_model(model or "", device=device, dtype=dtype, quantization=quantization)
     start(threads)
     from care_lens.core.processes import Process
     from care_lens.pipeline.recipe import read_recipe
@@ -76,7 +79,7 @@ def reproduce(
     ):
         found.require()
     where = asked.model.device if process.alone or device is not None else process.device()
-    loading.require_device(None if where is None or where == "auto" else where)
+    require_device(None if where is None or where == "auto" else where)
     require_out(out)
     ours = loading.load_judge(judge) if judge is not None else None
     lvlm = loading.load_model(asked.model.name, where, asked.model.dtype, asked.model.revision, quantization)

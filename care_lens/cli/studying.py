@@ -96,11 +96,6 @@ def study(
 ) -> None:
     """Join benchmarks to a study: splits, plain twins, pairs, answers; several processes share the answers."""
     del config
-    start(threads)
-    from care_lens.core.processes import Process
-    from care_lens.evaluation import GenerationSettings
-    from care_lens.pipeline.studying import COMPLY, REFUSE, make_study, read_source
-
     for option, value, known in (
         ("--harmful", harmful, ("cycled", "target", "model")),
         ("--benign", benign, ("model", "reference")),
@@ -108,10 +103,15 @@ def study(
         if value not in known:
             raise typer.BadParameter(f"{option} must be one of {known}, got {value!r}")
     require_out(out)
-    loading.require_device(device)
+    loading.refuse_model(model, device=device, dtype=dtype, revision=revision, quantization=quantization)
     lists: dict[str, Any] = {
         what: lines(path, f"--{what}") for what, path in (("refusals", refusals), ("compliances", compliances)) if path
     }
+    start(threads)
+    from care_lens.core.processes import Process
+    from care_lens.evaluation import GenerationSettings
+    from care_lens.pipeline.studying import COMPLY, REFUSE, make_study, read_source
+
     bundled = model == "bundled"
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens or (14 if bundled else 128),

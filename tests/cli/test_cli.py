@@ -141,7 +141,7 @@ def test_a_bundled_study_needs_nothing_more(study):
     settings = RunSettings()
     assert require_feasible(study, settings) == settings
     short = shortened(study, settings)
-    assert short == settings.short() and require_feasible(study.limited(12), short) == short
+    assert short == settings.short() and require_feasible(study.limited(short.limit), short) == short
 
 
 def smaller(study, calibration, fit):
@@ -225,7 +225,7 @@ def test_a_quick_look_fits_any_study_and_says_how(study, calibration, fit, caplo
     assert "not to be quoted" in caplog.text
     assert (f"published CARE of rank {short.printed_rank}" in caplog.text) == (short.printed_rank < 8)
     assert (f"epsilon {short.epsilons[0]:g}" in caplog.text) == (short.epsilons != (0.02,))
-    half = min(calibration, 12) // 2
+    half = min(calibration, short.limit) // 2
     assert short.epsilons[0] <= 1 / (half + 1) + 0.01
 
 

@@ -1,4 +1,4 @@
-"""The command line lets idle threads sleep, unless its user says otherwise."""
+"""The command line lets idle threads sleep, unless its user says otherwise, and says what is wrong before it loads torch."""
 
 import os
 import subprocess
@@ -7,18 +7,51 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_the_policy_of_waiting_is_set_before_torch_is_loaded(given, found):
-    """`care_lens` alone loads no torch, so that the command's first line comes before it."""
-    code = (
-        "import sys, os, care_lens; assert 'torch' not in sys.modules and 'OMP_WAIT_POLICY' not in os.environ or %r; "
-        "import care_lens.cli; assert 'torch' in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
-        % (given is not None)
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+def ran(code, **environment):
+    kept = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, cwd=os.getcwd()
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [found]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_the_policy_of_waiting_is_set_before_torch_is_loaded(given, found):
+    code = "import sys, os, care_lens.cli; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    assert ran(code, **given).split() == [found]
+
+
+#: What can be known to be wrong without a look at the model, and a word of what is said.
+WRONG = {
+    "run --dtype int8": "--dtype must be",
+    "run --quantization 3bit": "--quantization must be",
+    "run --data x": "the bundled one brings both",
+    "run --revision main": "--revision",
+    "run --model other": "--data must be given",
+    "run --model other --data gone": "--data must be a folder",
+    "run --ranks a": "--ranks must be numbers",
+    "fit --epsilons 2": "--epsilons must be above 0",
+    "evaluate gone": "a defence must be a folder",
+    "attack one=gone": "a defence must be a folder",
+    "study gone --harmful other": "--harmful must be one of",
+    "study gone --refusals nofile": "--refusals must be a file",
+    "info --dtype int8": "--dtype must be",
+    "reproduce gone.yaml": "recipe must be one of",
+}
+
+
+def test_mistakes_are_told_before_torch_is_loaded(tmp_path):
+    """Importing torch, transformers and TransformerLens takes some ten seconds."""
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from care_lens import cli
+for words, told in {WRONG!r}.items():
+    result = CliRunner().invoke(cli.app, words.split(), env={{"COLUMNS": "400"}})
+    assert result.exit_code == 2 and told in result.output, (words, result.output, result.exception)
+    assert "torch" not in sys.modules, words
+for words in ("--help", "run --help", "--version"):
+    assert CliRunner().invoke(cli.app, words.split()).exit_code == 0 and "torch" not in sys.modules, words
+"""
+    ran(f"import os; os.chdir({str(tmp_path)!r})\n{code}", PYTHONPATH=os.getcwd())

@@ -7,6 +7,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "tutorials"
@@ -33,20 +34,29 @@ def test_the_notebook_has_the_cells_of_its_script_and_their_outputs(script):
     assert all(cell.execution_count for cell in code), "run `make tutorials`"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_the_tutorial_runs_and_so_do_the_solutions_of_its_exercises(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("PLOTLY_RENDERER", "json")
-    # The kernel starts in an empty folder: it must import this checkout, whichever one is installed.
+@pytest.fixture(scope="module")
+def kernel():
+    """One kernel for all notebooks: importing torch and the rest takes longer than some of them run."""
+    manager = KernelManager(kernel_name="python3")
+    # It starts elsewhere: it must import this checkout, whichever one is installed.
     path = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    manager.start_kernel(env={**os.environ, "PLOTLY_RENDERER": "json", "PYTHONPATH": os.pathsep.join(path)})
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_tutorial_runs_and_so_do_the_solutions_of_its_exercises(script, tmp_path, kernel):
     notebook = jupytext.read(script)
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
+    # As in a new kernel: no name is left of the last notebook, and the folder is an empty one.
+    fresh = f"%reset -f\nimport gc, os\ngc.collect()\nos.chdir({str(tmp_path)!r})\ndel gc, os"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(fresh))
     # Beside other workers on the same cores, threads of a kernel wait for each other longer than they work.
     threads = f"set_num_threads({os.environ.get('OMP_NUM_THREADS', 2)})"
     for cell in notebook.cells:
         cell.source = cell.source.replace("set_num_threads(2)", threads)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=500, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, km=kernel, timeout=500).execute()
 
 
 def test_there_is_a_tutorial():

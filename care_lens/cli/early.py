@@ -1,0 +1,85 @@
+"""What a command refuses before torch and the rest are imported, which takes some ten seconds: mistakes are told at once."""
+
+import importlib.util
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import typer
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
+#: Where a model may lie: placements of accelerate, and the devices that need no look at this machine.
+_PLACES = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "meta")
+
+
+def require_dtype(dtype: str | None) -> None:
+    """Refuse another dtype than those of weights."""
+    if dtype not in (None, *DTYPES):
+        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+
+
+def require_quantization(quantization: str | None) -> None:
+    """Refuse another quantisation than those of bitsandbytes, and either where that is not installed."""
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise typer.BadParameter(f"--quantization must be 4bit or 8bit, got {quantization!r}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise typer.BadParameter("--quantization needs bitsandbytes, which is not installed: pip install bitsandbytes")
+
+
+def require_device(device: str | None) -> None:
+    """Refuse a device that this machine has not."""
+    if device is None or device in _PLACES:
+        return
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise typer.BadParameter(f"--device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}") from None
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise typer.BadParameter(f"--device {device} needs a GPU of that number, this machine has {there}; take cpu")
+
+
+def require_bundled_alone(model: str, **others: Any) -> None:
+    """Refuse options that go with a model of one's own, by their names, beside the bundled one."""
+    if model == "bundled" and any(value is not None for value in others.values()):
+        names = " and ".join(f"--{name}" for name in others)
+        raise typer.BadParameter(f"{names} go with a model of your own, not the bundled one")
+
+
+def require_study(model: str, data: Path | None, judge: str | None) -> None:
+    """Refuse a study beside the bundled model, which brings its own, and none or an incomplete one beside another."""
+    if model == "bundled":
+        if data is not None or judge is not None:
+            raise typer.BadParameter("--data and --judge go with a model of your own; the bundled one brings both")
+        return
+    if data is None:
+        raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
+    if not (data / "study.json").is_file() or not (data / "examples.jsonl").is_file():
+        raise typer.BadParameter(
+            f"--data must be a folder with examples.jsonl and study.json, got {data}, which is not"
+        )
+
+
+def require_defences(texts: Sequence[str]) -> None:
+    """Refuse folders, each as PATH or NAME=PATH, that hold no saved defence; what they hold is read later."""
+    for text in texts:
+        _, equals, path = text.partition("=")
+        folder = Path(path) if equals and not Path(text).is_dir() else Path(text)
+        if not any((folder / name).is_file() for name in ("repair.json", "defence.json")):
+            raise typer.BadParameter(
+                f"a defence must be a folder with repair.json or defence.json, as `care-lens fit` and .save() write them, got {folder}"
+            )
+
+
+def require_recipe(recipe: str) -> None:
+    """Refuse what is neither a recipe of the package nor a file."""
+    here = files("care_lens") / "pipeline" / "recipes"
+    known = sorted(Path(path.name).stem for path in here.iterdir() if path.name.endswith(".yaml"))
+    if recipe not in known and not Path(recipe).is_file():
+        raise typer.BadParameter(f"recipe must be one of {known} or a yaml file, got {recipe!r}, which is neither")
