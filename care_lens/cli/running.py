@@ -22,7 +22,8 @@ def run(asked: Asked) -> None:
     one_process("run")
     start(asked.threads)
     from care_lens.core.errors import ArtifactError
-    from care_lens.pipeline import report, run, write_report
+    from care_lens.pipeline import run, write_report
+    from care_lens.pipeline.headline import headlines
     from care_lens.pipeline.stopped import STOPS, write_stopped_report
 
     lvlm, study = asked.load()
@@ -39,10 +40,9 @@ def run(asked: Asked) -> None:
     page = write_report(result, asked.out)
     table = Table(title=f"{study.name}: before and after (test split)")
     for column in ("", "before", "after"):
-        table.add_column(column)
-    key = report.summary(result)
-    for name in ("worst seen ASR", "worst held-out ASR", "benign accuracy", "lowest benign accuracy"):
-        table.add_row(name, *(report.share_text(key[f"{name} {when}"]) for when in ("before", "after")))
+        table.add_column(column, overflow="fold")
+    for name, both in headlines(result).items():
+        table.add_row(name, *map(str, both))
     base.console.print(table)
     base.console.print(f"report: {page}   ({sum(result.seconds.values()):.0f} s)")
 

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -28,6 +28,9 @@ from care_lens.cli.options import (
     TopP,
     texts,
 )
+
+if TYPE_CHECKING:
+    from care_lens.data import Study
 
 log = logging.getLogger("care_lens")
 
@@ -163,7 +166,25 @@ def study(
         table.add_row(channel, *counts, roles.get(channel, "benign"))
     base.console.print(table)
     base.console.print(str(made.notes))
-    base.console.print(f"next: care-lens run --model {model} --study {out}")
+    base.console.print(_next(made.study, f"care-lens run --model {model} --study {out}"), markup=False, soft_wrap=True)
+
+
+def _next(study: "Study", command: str) -> str:
+    """What can be done with a study: a whole run, a quick look, or what it lacks for either."""
+    from care_lens.data.study import StudyError
+    from care_lens.pipeline import RunSettings
+    from care_lens.pipeline.needs import NeedsError, require_ready, shortened
+
+    try:
+        require_ready(study, RunSettings())
+    except (StudyError, NeedsError) as lacking:
+        try:
+            short = shortened(study, RunSettings())
+            require_ready(study.limited(short.limit) if short.limit else study, short)
+        except (StudyError, NeedsError):
+            return f"next: nothing yet that `care-lens run` could do: {lacking}"
+        return f"next: {command} --short, a quick look; not without --short: {lacking}"
+    return f"next: {command}"
 
 
 def lines(path: Path, option: str) -> list[str]:

@@ -11,6 +11,7 @@ from care_lens.core import Verdict
 from care_lens.evaluation import GenerationStore
 from care_lens.mediation import Localisation
 from care_lens.pipeline import RunSettings, run, write_report
+from care_lens.pipeline.headline import headlines
 from care_lens.pipeline.place import reader_layers
 from care_lens.pipeline.report import summary
 from care_lens.pipeline.saved import UNDEFENDED
@@ -58,6 +59,21 @@ def test_everything_is_written(finished):
     assert json.loads((out / "summary.json").read_text()) == summary(result)
     saved = HybridFusion.load(out / "repair")
     assert saved.describe() == result.choice.repair.describe()
+
+
+def test_headlines_are_the_figures_of_the_summary_with_intervals(finished):
+    result, *_ = finished
+    figures, table = summary(result), result.proof.table.to_dataframe()
+    for name, both in headlines(result).items():
+        for when, one in zip(("before", "after"), both, strict=True):
+            assert one.share.estimate == pytest.approx(figures[f"{name} {when}"])
+            assert 0 <= one.share.low <= one.share.estimate <= one.share.high <= 1
+            assert one.share.high - one.share.low > 0.01 and f"n {one.n})" in str(one)
+    before, after = headlines(result)["worst seen ASR"]
+    cell = table[(table.defence == UNDEFENDED) & (table.metric == "asr") & (table.channel == before.channel)].iloc[0]
+    assert (before.share.low, before.share.high, before.n) == (cell.ci_low, cell.ci_high, cell.n)
+    benign = table[(table.defence == result.choice.repair.name) & (table.metric == "accuracy")]
+    assert headlines(result)["benign accuracy"][1].n == benign.n.sum() and after.channel
 
 
 def test_readers_were_tried_only_where_the_diagnosis_said(finished):
