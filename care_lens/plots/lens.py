@@ -1,5 +1,7 @@
 """What a lens reads, by layer and over a picture."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -135,7 +137,7 @@ def plot_picture_reading(
 
     kinds = spread(part["kind"], "")
     for number, (title, word, value) in enumerate(panels):
-        place = {"row": number + 1, "col": 1} if stacked else {"row": 1, "col": number + 1}
+        place: dict[str, Any] = {"row": number + 1, "col": 1} if stacked else {"row": 1, "col": number + 1}
         signed = value == "effect"
         words = spread(part[word], "") if word else np.full((rows, cols), "", dtype=object)
         length = max((len(str(text)) for text in words.flat), default=1)
@@ -152,7 +154,7 @@ def plot_picture_reading(
             ),
             **place,
         )  # fmt: skip
-        drawn = figure.data[-1]
+        drawn: Any = figure.data[-1]
         axes = drawn.xaxis or "x", drawn.yaxis or "y"
         (_, right), (low, up) = (figure.layout[f"{name[0]}axis{name[1:]}"].domain for name in axes)
         drawn.colorbar = {

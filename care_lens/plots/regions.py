@@ -108,8 +108,9 @@ def plot_tiles(
     """
     frame = frame_of(result, ("grid", "row", "col", "value", "ci_low", "ci_high", "n"))
     numbers = sorted(set(frame["grid"]))
-    below = [None] * len(numbers) if image is None else [image] * len(numbers)
-    if image is not None and not isinstance(image, Image.Image):
+    if image is None or isinstance(image, Image.Image):
+        below: list[Image.Image | None] = [image] * len(numbers)
+    else:
         below = list(image)
     if len(below) != len(numbers):
         raise ValueError(f"image must be one picture, or one for each of {len(numbers)} grids, got {len(below)}")
@@ -143,7 +144,7 @@ def plot_tiles(
                 z=value, x0=left + wide / 2, dx=wide, y0=top + high / 2, dy=high, text=text, texttemplate="%{text}", textfont={"size": 9},
                 coloraxis="coloraxis", opacity=1.0 if under is None else 0.6,
                 xgap=int(under is None), ygap=int(under is None),
-                customdata=np.stack(np.indices(shape), axis=-1),
+                customdata=np.moveaxis(np.indices(shape), 0, -1),
                 hovertemplate=f"grid {number + 1}, row %{{customdata[0]}}, column %{{customdata[1]}}: %{{z:.3g}}<extra></extra>",
             ),
             row=row, col=col,
