@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from care_lens import organism
+from care_lens import Example, PairedExamples, organism
 from care_lens.capture import capture
+from care_lens.core import ResponseLogProb
 from care_lens.evaluation import search
-from care_lens.lens import logit_lens
+from care_lens.lens import TextBank, logit_lens, nearest_text, picture_reading
 from care_lens.mediation import (
     Region,
     attribute,
@@ -205,6 +206,33 @@ def of_lenses(lvlm, study) -> None:
     keep("faithfulness", circuit.frame)
 
 
+def of_pictures(lvlm) -> None:
+    """Frames of what the patches of one picture hold and do, and of a request with two pictures; about a minute on one core."""
+    place, outcome = "blocks.0.hook_resid_pre", ResponseLogProb()
+    pairs = organism.picture_pairs("test", n=2)
+    seen = pairs.unsafe
+    nouns = organism.world().select(split="test")
+    bank = TextBank.of(lvlm, [Example(f"tell me how to make the {noun.name}") for noun in nouns], progress=False)
+    words = logit_lens(
+        lvlm, seen, sites=[place], targets=[e.meta["item"] for e in seen], spans=("image",), n_boot=2, **QUIET
+    )
+    near = nearest_text(lvlm, seen, bank, sites=[place], n_boot=2, **QUIET)
+    effects = patch_map(lvlm, pairs, outcome=outcome, site=place, n_boot=300, **QUIET)
+    keep("reading", picture_reading(words, effects, example=1, site=place, neighbours=near, n_boot=2).frame)
+    seen[1].image.convert("L").save(HERE / "reading.png", optimize=True)
+
+    def both(one: Example, other: Example) -> Example:
+        """The first request, with the second one's picture behind its own."""
+        return replace(one, more_images=(other.image,))
+
+    pair = PairedExamples((both(*pairs.safe[1::-1]),), (both(*pairs.unsafe[1::-1]),))
+    # One pair, so that its pictures are the ones below; its effects have no intervals.
+    found = patch_map(lvlm, pair, outcome=outcome, site=place, n_boot=300, **QUIET)
+    keep("tiles", found.frame.merge(found.details[["grid", "row", "col", "x0", "y0", "x1", "y1"]]))
+    for at, image in enumerate(pair.unsafe[0].images):
+        image.convert("L").save(HERE / f"tiles.{at}.png", optimize=True)
+
+
 def of_bench() -> None:
     """The scorecard of the planted bench, from what ``benchmarks/bench_localise.py`` measured."""
     table = pd.read_csv(HERE.parents[1] / "benchmarks" / "measured" / "localise.csv").dropna(subset="rank")
@@ -238,6 +266,7 @@ def main() -> None:
         study = organism.study()
         of_model(lvlm, study, HybridFusion.load(run / "repair"))
         of_lenses(lvlm, study)
+        of_pictures(lvlm)
 
 
 if __name__ == "__main__":

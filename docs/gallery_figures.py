@@ -106,6 +106,11 @@ def _grid() -> PatchGrid:
     return PatchGrid(start=0, rows=8, cols=8, width=image.width, height=image.height)
 
 
+def _reading() -> go.Figure:
+    """Without the neighbours, whose panel one column has no room for."""
+    return plots.plot_picture_reading(frame("reading").assign(neighbour=""), image=picture("reading"), stacked=True)
+
+
 def _scorecard() -> go.Figure:
     return plots.plot_scorecard(Scorecard(frame("scorecard"), {}, frame("scorecard.details")))
 
@@ -242,6 +247,16 @@ ENTRIES = {
         "What is legible at image tokens, by layer",
         "logit_lens(...).plot()",
         lambda: plots.plot_lens(frame("lens")),
+    ),
+    "reading": (
+        "What is legible at the patches of a picture, and what they do",
+        "plot_picture_reading(picture_reading(...), image=picture, stacked=True)",
+        _reading,
+    ),
+    "tiles": (
+        "Effects of patches of several grids: tiles, or here two pictures",
+        "plot_tiles(patch_map(...), image=[first, second])",
+        lambda: plots.plot_tiles(frame("tiles"), image=[picture("tiles.0"), picture("tiles.1")]),
     ),
     "region": (
         "A region and its tokens",

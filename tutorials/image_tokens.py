@@ -256,7 +256,7 @@ for question, found in maps.items():
 # print(ignored.settings["counts"], ignored.frame["effect"].abs().max())
 # ```
 #
-# It calls 13 patches *read*. "Acts" is measured against the largest effect of the same map, and here the largest is 0.008 nats of an answer that the picture does not change. Look at the size of the effects, and at the total effect with its interval, before you look at the map.
+# It calls 13 patches *read*. "Acts" is measured against the largest effect of the same map, and here the largest is 0.008 nats of an answer that the picture does not change. With `min_effect=0.01` no patch acts, and the same patches are *merely legible*. Look at the size of the effects, and at the total effect with its interval, before you look at the map.
 #
 # </details>
 #

@@ -4,6 +4,10 @@ A word that a lens reads at a patch is in the patch's state; it need not be what
 the patch (``care_lens.mediation.patch_map``) says what its state changes of the outcome. Side by side they tell three things apart:
 patches that are legible and act (read), that are legible and do not act (merely legible), and that act without being legible.
 
+By default a patch acts where its effect is at least a tenth of the largest effect of the same map. Such a share is always reached by some
+patch, also in a picture that does nothing. ``min_effect`` (an absolute size, in the outcome's unit) and ``significant`` (the interval of the patch's
+mean effect over the pairs must exclude 0) demand more.
+
     words = logit_lens(lvlm, pairs.unsafe, targets=[...], spans=("image",))
     near = nearest_text(lvlm, pairs.unsafe, bank)
     effects = patch_map(lvlm, pairs, outcome=outcome)
@@ -47,7 +51,8 @@ class PictureReading(FrameResult):
             similarity (the nearest word), effect (NIE, in the outcome's unit), legible, acts, kind ("read", "merely legible",
             "acts, not legible", "neither").
         settings: Example, site, where effects were measured, the rank correlation of the target's legibility with the effect over
-            patches with its interval ("correlation"), numbers of patches by kind.
+            patches with its interval ("correlation"), numbers of patches by kind, what was demanded of a patch that acts (acts, min_effect,
+            significant), and the largest effect in size ("largest").
         image: The picture; None: not given. It is not saved.
     """
 
@@ -68,7 +73,9 @@ def picture_reading(
     site: SiteLike = "blocks.0.hook_resid_pre",
     neighbours: LensMeasures | None = None,
     image: Image.Image | None = None,
-    acts: float = _SHARE,
+    acts: float | int = _SHARE,
+    min_effect: float | int = 0.0,
+    significant: bool = False,
     n_boot: int = 1000,
     seed: int = 0,
 ) -> PictureReading:
@@ -81,7 +88,12 @@ def picture_reading(
         site: The site whose words and neighbours are taken.
         neighbours: What :func:`~care_lens.lens.nearest_text` gave of the same examples; None: the column is empty.
         image: The picture, for the figure.
-        acts: A patch acts where its effect is at least this share of the largest, in size.
+        acts: A patch acts where its effect is at least this share of the largest effect of this picture, in size. In a picture without any
+            effect the largest is small too, so that some patch is always above the share.
+        min_effect: Besides, its effect must have at least this size, in the outcome's unit (nats for log probabilities). 0: no such demand.
+        significant: Besides, the interval of the patch's mean effect over all pairs of ``effects`` must exclude 0, and that mean must have the
+            sign of the effect in this picture. It is a statement about a place that all pairs share, not about this picture alone: use it
+            where what differs between the twins is at the same place in every pair.
         n_boot: Resamples of the patches for the correlation's interval.
         seed: Their seed.
 
@@ -90,8 +102,11 @@ def picture_reading(
         where the first word's probability is above that of the median patch's.
 
     Raises:
-        LensError: If the results do not hold that example and site, or their patches differ.
+        LensError: If the results do not hold that example and site, or their patches differ; if ``acts`` is no share, ``min_effect`` is below 0,
+            or ``significant`` is asked for and ``effects`` has no intervals.
     """
+    if not (0 <= acts <= 1 and 0 <= min_effect < np.inf):
+        raise LensError(f"acts must be from 0 to 1 and min_effect 0 or more, got {acts} and {min_effect}")
     place = Site.parse(site)
     lens = _patches(words, example, place)
     first = lens[lens["rank"] == 1].set_index(["grid", "row", "col"])
@@ -114,7 +129,9 @@ def picture_reading(
     probability = first["value"].to_numpy(dtype=float)
     legible = ranks > 0 if own else probability > np.median(probability)
     most = float(np.nanmax(np.abs(effect), initial=0.0))
-    acting = (np.abs(effect) >= acts * most) & (most > 0)
+    acting = (np.abs(effect) >= max(acts * most, min_effect)) & (np.abs(effect) > 0)
+    if significant:
+        acting &= _significant(effects, first.index) == np.sign(effect)
     kind = np.select([legible & acting, legible, acting], [READ, MERELY, UNREAD], NEITHER)
     frame = pd.DataFrame(
         {
@@ -139,6 +156,9 @@ def picture_reading(
         "effects_at": effects.settings.get("site", ""),
         "targets": sorted(own),
         "acts": acts,
+        "min_effect": float(min_effect),
+        "significant": significant,
+        "largest": most,
         "correlation": _correlation(strength, effect, n_boot, seed),
         "counts": {name: int((kind == name).sum()) for name in (READ, MERELY, UNREAD, NEITHER)},
         "n": len(frame),
@@ -170,6 +190,19 @@ def _nearest(neighbours: LensMeasures | None, example: int, site: Site, index: p
     if near["word"].isna().any():
         raise LensError(f"neighbours must hold the same patches of example {example} at {site}; run nearest_text there")
     return near
+
+
+def _significant(effects: DetailedResult, index: pd.Index) -> np.ndarray:
+    """The sign of the mean effect over pairs where its interval excludes 0, else 0."""
+    mean = effects.frame.assign(grid=effects.frame["grid"] if "grid" in effects.frame.columns else 0)
+    low, high = (mean.set_index(["grid", "row", "col"])[name].reindex(index) for name in ("ci_low", "ci_high"))
+    low, high = low.to_numpy(dtype=float), high.to_numpy(dtype=float)
+    if not np.isfinite(low).any():
+        raise LensError(
+            f"effects must have intervals for significant=True, got none for {len(low)} patches; measure patch_map on pairs "
+            "about two items or more, or give min_effect"
+        )
+    return np.where(low > 0, 1, np.where(high < 0, -1, 0))
 
 
 def _correlation(strength: np.ndarray, effect: np.ndarray, n_boot: int, seed: int) -> dict[str, float | None]:

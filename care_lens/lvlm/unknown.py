@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from care_lens.core.conversation import PICTURE
 from care_lens.core.examples import Example
 
 _MOST = 8
@@ -36,7 +37,12 @@ def warn_of_unknown(
         looked_at = _LOOKED_AT.setdefault(tokenizer, set())
     except TypeError:  # one that cannot be kept weakly, or not be a key
         looked_at = set()
-    words = dict.fromkeys(word for example in examples for text in _texts(example, responses) for word in text.split())
+    words = dict.fromkeys(
+        word
+        for example in examples
+        for text in _texts(example, responses)
+        for word in text.replace(PICTURE, " ").split()
+    )
     fresh = [word for word in words if word not in looked_at]
     looked_at.update(fresh)
     new = [word for word in fresh if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]

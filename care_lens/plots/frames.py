@@ -92,6 +92,7 @@ def n_text(frame: pd.DataFrame, what: str = "") -> str:
     if n.empty:
         return ""
     counted = str(n.min()) if n.min() == n.max() else f"{n.min()} to {n.max()}"
+    what = what.removesuffix("s") if counted == "1" else what
     return f"n = {counted}{' ' + what if what else ''}"
 
 

@@ -1,5 +1,7 @@
 """What a lens reads, by layer and over a picture."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -87,7 +89,7 @@ def plot_lens(result: FrameResult | pd.DataFrame) -> go.Figure:
 
 
 def plot_picture_reading(
-    result: FrameResult | pd.DataFrame, *, image: Image.Image | None = None, grid: int = 0
+    result: FrameResult | pd.DataFrame, *, image: Image.Image | None = None, grid: int = 0, stacked: bool = False
 ) -> go.Figure:
     """A picture three times: the lens's word at each patch, the word it is most like, and what the patch does to the outcome.
 
@@ -95,9 +97,11 @@ def plot_picture_reading(
         result: A ``PictureReading`` or its frame.
         image: The picture, drawn in grey below.
         grid: Which grid of a picture that is cut in tiles.
+        stacked: Whether the panels stand below each other, as one column of a paper needs them, where words are to be written into patches.
 
     Returns:
-        The figure; words are written where patches are few, and shown on hover always. A frame marks patches that are read.
+        The figure; words are written where patches are few, and shown on hover always. A frame marks patches that are read. Without
+        neighbours there are two panels.
 
     Raises:
         ValueError: If the frame is not such, or there is no such grid.
@@ -106,14 +110,19 @@ def plot_picture_reading(
     part = pd.DataFrame(frame[frame["grid"] == grid])
     if part.empty:
         raise ValueError(f"grid must be one of {sorted(set(frame['grid']))}, got {grid}")
-    near = bool((part["neighbour"] != "").any())
+    near = bool((part["neighbour"].fillna("") != "").any())
     panels = [
         ("lens word", "word", "probability"),
         *([("nearest word", "neighbour", "similarity")] if near else []),
         ("NIE", "", "effect"),
     ]
+    down, across = (len(panels), 1) if stacked else (1, len(panels))
     figure = make_subplots(
-        rows=1, cols=len(panels), subplot_titles=[title for title, _, _ in panels], horizontal_spacing=0.05
+        rows=down,
+        cols=across,
+        subplot_titles=[title for title, _, _ in panels],
+        horizontal_spacing=0.09 if near else 0.14,
+        vertical_spacing=0.16 / down,
     )
     rows, cols = int(part["row"].max()) + 1, int(part["col"].max()) + 1
     left, top = float(part["x0"].min()), float(part["y0"].min())
@@ -127,7 +136,8 @@ def plot_picture_reading(
         return out
 
     kinds = spread(part["kind"], "")
-    for col, (title, word, value) in enumerate(panels, start=1):
+    for number, (title, word, value) in enumerate(panels):
+        place: dict[str, Any] = {"row": number + 1, "col": 1} if stacked else {"row": 1, "col": number + 1}
         signed = value == "effect"
         words = spread(part[word], "") if word else np.full((rows, cols), "", dtype=object)
         length = max((len(str(text)) for text in words.flat), default=1)
@@ -135,31 +145,35 @@ def plot_picture_reading(
         figure.add_trace(
             go.Heatmap(
                 z=spread(part[value], np.nan).astype(float), x0=left + wide / 2, dx=wide, y0=top + high / 2, dy=high,
-                colorscale=theme.DIVERGING if signed else [[0, "rgba(255,255,255,1)"], [1, theme.COLOURS[0]]],
+                colorscale=theme.DIVERGING if signed else [[0, theme.PAPER], [1, theme.COLOURS[0]]],
                 zmin=-most if signed else 0, zmax=most if signed else 1, opacity=0.6 if image is not None else 1.0,
                 text=words, texttemplate="%{text}" if written else None,
                 textfont={"size": max(7, min(13, int(540 / max(1, length * cols)))), "color": theme.INK},
                 customdata=np.stack([words, kinds], axis=-1),
                 hovertemplate=f"{title}: %{{customdata[0]}} %{{z:.3g}}<br>%{{customdata[1]}}<extra></extra>",
-                colorbar={
-                    "orientation": "h", "thickness": 10, "len": 0.9 / len(panels), "x": (col - 0.5) / len(panels), "y": -0.06, "yanchor": "top",
-                    "title": {"text": "NIE" if signed else value, "side": "bottom", "font": {"size": 13}}, "tickfont": {"size": 12},
-                    # Both ends are told: round numbers alone can leave 0 as the only tick.
-                    **({"tickvals": [-most, 0, most], "tickformat": ".2g"} if signed else {"nticks": 4}),
-                },
             ),
-            row=1, col=col,
+            **place,
         )  # fmt: skip
+        drawn: Any = figure.data[-1]
+        axes = drawn.xaxis or "x", drawn.yaxis or "y"
+        (_, right), (low, up) = (figure.layout[f"{name[0]}axis{name[1:]}"].domain for name in axes)
+        drawn.colorbar = {
+            "thickness": 10, "x": right, "y": (low + up) / 2, "len": 0.9 * (up - low),
+            "title": {"text": "" if signed else value, "side": "right", "font": {"size": 13}}, "tickfont": {"size": 12},
+            # Both ends are told: round numbers alone can leave 0 as the only tick.
+            **({"tickvals": [-most, 0, most], "tickformat": ".2g"} if signed else {"nticks": 4}),
+        }  # fmt: skip
         if image is not None:
             figure.add_layout_image(
                 source=shown_picture(image).convert("L").convert("RGB"), x=0, y=0, sizex=image.width, sizey=image.height,
-                sizing="stretch", layer="below", row=1, col=col, xref=f"x{col}" if col > 1 else "x", yref=f"y{col}" if col > 1 else "y",
+                sizing="stretch", layer="below", xref=axes[0], yref=axes[1],
             )  # fmt: skip
         for patch in pd.DataFrame(part[part["kind"] == "read"]).to_dict("records"):
             figure.add_shape(
                 type="rect", x0=patch["x0"], x1=patch["x1"], y0=patch["y0"], y1=patch["y1"], line={"color": theme.COLOURS[1], "width": 2},
-                row=1, col=col,
+                **place,
             )  # fmt: skip
+        figure.update_yaxes(scaleanchor=axes[0], **place)
     bare = {
         "showgrid": False,
         "zeroline": False,
@@ -170,11 +184,15 @@ def plot_picture_reading(
     }
     figure.update_xaxes(**bare)
     figure.update_yaxes(**bare, autorange="reversed")
-    for col in range(1, len(panels) + 1):
-        figure.update_yaxes(scaleanchor=f"x{col}" if col > 1 else "x", row=1, col=col)
+    if "read" in set(part["kind"]):
+        frame_mark = {"symbol": "square-open", "size": 12, "color": theme.COLOURS[1], "line": {"width": 2}}
+        figure.add_trace(
+            go.Scatter(x=[None], y=[None], mode="markers", marker=frame_mark, name="read: legible, and acts"), row=1, col=1
+        )  # fmt: skip
     figure.update_layout(
-        template=theme.TEMPLATE, width=110 + 360 * len(panels), height=500, margin={"l": 10, "r": 10, "t": 40, "b": 80}
-    )
+        template=theme.TEMPLATE, width=100 + 370 * across, height=100 + 380 * down, showlegend=True,
+        margin={"l": 10, "r": 10, "t": 80, "b": 10}, legend={"y": 1 + 40 / (380 * down), "font": {"size": 13}},
+    )  # fmt: skip
     return figure
 
 

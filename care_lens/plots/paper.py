@@ -23,6 +23,10 @@ _SHRINK = 0.62
 _CHARACTER = 0.5 * FONT
 _LINE = FONT * 1.5
 _ITEM = 30
+_BESIDE = 50
+"""Pixels of a colour bar with its labels."""
+_EMS = dict.fromkeys("fijlrtI.,:;'|!() ", 0.3) | dict.fromkeys("mwMW@%", 0.85)
+"""Widths of the letters that are far from the usual 0.56 em in Arial."""
 _LABEL, _NAME, _TITLE = {1: 30, 2: 44}, {1: 24, 2: 34}, {1: 48, 2: 110}
 _LABELS = ("x", "y", "name", "ticktext", "categoryarray")
 _SITE = re.compile(r"(?P<vision>vision\.)?blocks\.(?P<layer>\d+(?:-\d+)?)\.(?P<component>(?:attn\.|mlp\.)?hook_\w+)")
@@ -69,7 +73,8 @@ def paper(
     """A copy of a figure as a paper prints it.
 
     Text is 7.5 points at the printed size, names of sites are short, long labels are broken into lines, the legend stands above the
-    panels, colour bars stand beside them, and menus are left out (what they show first stays).
+    panels, colour bars stand beside them, and menus are left out (what they show first stays). Words in the cells of a heat map that
+    a cell has no room for are cut, with an ellipsis, or left out.
 
     Args:
         figure: Any of the figures of this package; others work as far as they leave fonts and margins to the template.
@@ -108,7 +113,7 @@ def paper(
     tallest = round((height or TALLEST) * PIXELS_PER_INCH)
     layout |= {
         "width": width,
-        "height": tallest if height else min(_height(figure, layout) + round(top), tallest),
+        "height": tallest if height else min(_height(figure, layout, width) + round(top), tallest),
         "margin": {"l": 6, "r": 8, "t": round(top), "b": 6, "pad": 0},
         "font": {"size": FONT},
         "autosize": False,
@@ -138,16 +143,20 @@ def paper(
             _axis(part)
         elif re.fullmatch(r"coloraxis\d*", name):
             _bar(part.setdefault("colorbar", {}))
+    for trace in data:
+        if trace["type"] == "heatmap" and trace.get("texttemplate"):
+            _fit_words(trace, layout)
     if dark:
         data, layout = theme.in_dark(data), theme.in_dark(layout)
     return go.Figure(data, {**layout, "template": theme.DARK_TEMPLATE if dark else theme.TEMPLATE})
 
 
-def _height(figure: go.Figure, layout: dict[str, Any]) -> int:
-    """The figure's own height, shrunk as its text is; of a picture with a square scale, as its width is."""
+def _height(figure: go.Figure, layout: dict[str, Any], width: int) -> int:
+    """The figure's own height, shrunk as its text is; of pictures with a square scale as its width is, in two columns up to a square of one column."""
     own: Any = figure.layout
     if any(part.get("scaleanchor") for name, part in layout.items() if name.startswith("yaxis")) and own.width:
-        return round((own.height or 420) / own.width * WIDTHS[1] * PIXELS_PER_INCH)
+        flat, column = (own.height or 420) / own.width, WIDTHS[1] * PIXELS_PER_INCH
+        return round(min(flat * width, max(flat, 1) * column))
     return round((own.height or 420) * _SHRINK)
 
 
@@ -215,6 +224,29 @@ def _bar(bar: dict[str, Any]) -> None:
         "nticks": 5,
     }
     bar["title"] = {**title, "font": {"size": FONT}, "side": side}
+
+
+def _fit_words(trace: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Words in the cells of a heat map cut to what a cell holds, or left out; numbers and marks stay."""
+    text = np.asarray(trace.get("text"), dtype=object)
+    if text.ndim != 2 or not any(re.search("[^\\W\\d]", str(word)) for word in text.flat):
+        return
+    x, y = (layout.get(f"{name}axis{trace.get(f'{name}axis', name)[1:]}", {}) for name in "xy")
+    (left, right), (low, up) = (axis.get("domain") or (0, 1) for axis in (x, y))
+    margin = layout["margin"]
+    side = (layout["width"] - margin["l"] - margin["r"] - _BESIDE) * (right - left) / text.shape[1]
+    if y.get("scaleanchor"):
+        side = min(side, (layout["height"] - margin["t"] - margin["b"]) * (up - low) / text.shape[0])
+    trace["text"] = [[_cut(str(word), (side - 1) / FONT) for word in row] for row in text]
+
+
+def _cut(word: str, room: float) -> str:
+    """A word cut to a width in ems; nothing where less than two of its characters and the ellipsis, one em wide, would be left."""
+    ends = np.cumsum([_EMS.get(letter, 0.56) for letter in word])
+    if not len(ends) or ends[-1] <= room:
+        return word
+    kept = int((ends + 1 <= room).sum())
+    return f"{word[:kept]}\N{HORIZONTAL ELLIPSIS}" if kept > 1 else ""
 
 
 def _small(part: Any, key: str = "") -> Any:

@@ -13,7 +13,9 @@ from care_lens.core.pictures import shown_picture
 from care_lens.core.results import FrameResult
 from care_lens.core.spans import PatchGrid
 from care_lens.plots import theme
-from care_lens.plots.frames import excludes_zero, frame_of
+from care_lens.plots.effects import MARK
+from care_lens.plots.frames import frame_of, largest_of, marked, n_text
+from care_lens.plots.patches import add_picture
 
 if TYPE_CHECKING:
     from care_lens.mediation.regions import Region
@@ -88,47 +90,70 @@ def plot_regions(
     return figure
 
 
-def plot_tiles(result: FrameResult | pd.DataFrame, *, image: Image.Image | None = None) -> go.Figure:
-    """Patch effects of a picture in tiles: one panel a grid, one colour scale for all.
+def plot_tiles(
+    result: FrameResult | pd.DataFrame, *, image: Image.Image | Sequence[Image.Image] | None = None
+) -> go.Figure:
+    """Patch effects of a picture in tiles, or of several pictures: one panel a grid, one colour scale for all.
 
     Args:
-        result: A ``PatchMapResult`` or its frame.
-        image: Drawn in grey below every panel where the details say where patches are; needs the result, not its frame.
+        result: A ``PatchMapResult`` or its frame: columns grid, row, col, value, ci_low, ci_high and n.
+        image: The picture of which the grids are parts, or one picture for each grid, drawn in grey below. It needs to be known which
+            rectangle of it a patch covers: from the result's details (those of its first pair), or from columns x0, y0, x1, y1 of the frame.
 
     Returns:
-        The figure. A dot marks patches whose interval excludes 0.
+        The figure. A dot marks patches whose interval excludes 0, and whose effect is at least 5 % of the largest.
+
+    Raises:
+        ValueError: If the frame is not such, pictures are not as many as grids, or a picture is given and rectangles are not known.
     """
     frame = frame_of(result, ("grid", "row", "col", "value", "ci_low", "ci_high", "n"))
     numbers = sorted(set(frame["grid"]))
+    if image is None or isinstance(image, Image.Image):
+        below: list[Image.Image | None] = [image] * len(numbers)
+    else:
+        below = list(image)
+    if len(below) != len(numbers):
+        raise ValueError(f"image must be one picture, or one for each of {len(numbers)} grids, got {len(below)}")
+    places = None if image is None else _rectangles(result, frame)
     across = min(len(numbers), 4)
     down = -(-len(numbers) // across)
     figure = make_subplots(
         rows=down,
         cols=across,
         subplot_titles=[f"grid {number + 1}" for number in numbers],
-        horizontal_spacing=0.04,
-        vertical_spacing=0.14,
+        horizontal_spacing=0.02,
+        vertical_spacing=0.2 / down,
     )
-    most = float(np.nanmax(np.abs(frame["value"].to_numpy(dtype=float)), initial=0.0)) or 1.0
-    for at, number in enumerate(numbers):
+    most = largest_of(frame["value"]) or 1.0
+    for at, (number, under) in enumerate(zip(numbers, below, strict=True)):
         part = pd.DataFrame(frame[frame["grid"] == number])
         shape = int(part["row"].max()) + 1, int(part["col"].max()) + 1
         cell = part["row"].to_numpy(dtype=int), part["col"].to_numpy(dtype=int)
         value, text = np.full(shape, np.nan), np.full(shape, "", dtype=object)
-        value[cell], text[cell] = (
-            part["value"].to_numpy(dtype=float),
-            np.where(excludes_zero(part), "\N{BLACK CIRCLE}", ""),
-        )
+        value[cell] = part["value"].to_numpy(dtype=float)
+        text[cell] = np.where(marked(part, most), MARK, "")
+        left, top, wide, high = 0.0, 0.0, 1.0, 1.0
+        if places is not None:
+            mine = places[places["grid"] == number]
+            left, top = float(mine["x0"].min()), float(mine["y0"].min())
+            wide, high = (float((mine[f"{c}1"] - mine[f"{c}0"]).mean()) for c in "xy")
+            left, top = left - wide * int(mine["col"].min()), top - high * int(mine["row"].min())
         row, col = at // across + 1, at % across + 1
         figure.add_trace(
             go.Heatmap(
-                z=value, text=text, texttemplate="%{text}", coloraxis="coloraxis", xgap=1, ygap=1,
-                hovertemplate=f"grid {number + 1}, row %{{y}}, column %{{x}}: %{{z:.3g}}<extra></extra>",
+                z=value, x0=left + wide / 2, dx=wide, y0=top + high / 2, dy=high, text=text, texttemplate="%{text}", textfont={"size": 9},
+                coloraxis="coloraxis", opacity=1.0 if under is None else 0.6,
+                xgap=int(under is None), ygap=int(under is None),
+                customdata=np.moveaxis(np.indices(shape), 0, -1),
+                hovertemplate=f"grid {number + 1}, row %{{customdata[0]}}, column %{{customdata[1]}}: %{{z:.3g}}<extra></extra>",
             ),
             row=row, col=col,
         )  # fmt: skip
-        axis = "" if at == 0 else str(at + 1)
-        figure.update_yaxes(autorange="reversed", scaleanchor=f"x{axis}", row=row, col=col)
+        drawn: Any = figure.data[-1]
+        if under is not None:
+            add_picture(figure, under, drawn.xaxis or "x", drawn.yaxis or "y")
+        figure.update_xaxes(range=[left, left + wide * shape[1]], row=row, col=col)
+        figure.update_yaxes(range=[top + high * shape[0], top], scaleanchor=drawn.xaxis or "x", row=row, col=col)
     bare = {
         "showgrid": False,
         "zeroline": False,
@@ -139,16 +164,33 @@ def plot_tiles(result: FrameResult | pd.DataFrame, *, image: Image.Image | None 
     }
     figure.update_xaxes(**bare)
     figure.update_yaxes(**bare)
+    figure.update_xaxes(title_text=n_text(frame, "pairs"), row=down, col=1)
     effect = str(frame["effect"].iloc[0]) if "effect" in frame.columns else "effect"
     scale = {
         "colorscale": theme.DIVERGING,
         "cmin": -most,
         "cmid": 0,
         "cmax": most,
-        "colorbar": {"title": {"text": effect}, "thickness": 16},
+        "colorbar": {"title": {"text": effect, "side": "top"}, "thickness": 16, "tickformat": ".3~g"},
     }
-    figure.update_layout(template=theme.TEMPLATE, coloraxis=scale, width=140 + 200 * across, height=90 + 210 * down)
+    figure.update_layout(
+        template=theme.TEMPLATE, coloraxis=scale, width=140 + 200 * across, height=110 + 220 * down,
+        margin={"l": 20, "r": 20, "t": 40, "b": 40},
+    )  # fmt: skip
     return figure
+
+
+def _rectangles(result: FrameResult | pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """Grid, row, col and rectangle of each patch in its picture's pixels."""
+    columns = ["grid", "row", "col", "x0", "y0", "x1", "y1"]
+    details = getattr(result, "details", None)
+    if details is not None and set(columns) <= set(details.columns):
+        return pd.DataFrame(details.loc[details["pair"] == details["pair"].min(), columns])
+    if set(columns) <= set(frame.columns):
+        return pd.DataFrame(frame[columns])
+    raise ValueError(
+        "result must say which rectangle of the picture a patch covers; give the PatchMapResult, or leave image out"
+    )
 
 
 def _over(image: Image.Image) -> go.Figure:

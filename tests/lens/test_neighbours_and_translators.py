@@ -181,12 +181,48 @@ def test_a_picture_is_read_patch_by_patch(model, bank, seen, picture, margin):
         next(iter(part[part.word_id == blue]["rank"]), 0) for _, part in at.groupby("token_index")
     ]
     assert sum(found.settings["counts"].values()) == len(found.frame) == 4
+    assert [trace.type for trace in found.plot().data][:3] == ["heatmap"] * 3
     drawn = found.plot().data
-    assert len(drawn) == 3
     most = float(found.frame.effect.abs().max())
     assert list(drawn[2].colorbar.tickvals) == [-most, 0, most]
     with pytest.raises(LensError, match="example 7"):
         picture_reading(words, effects, example=7)
+
+
+def test_a_map_without_an_effect_has_patches_that_act_unless_more_is_demanded(model, seen, picture, margin):
+    pairs = PairedExamples.from_pairs([(replace(row, image=picture(5 + i)), row) for i, row in enumerate(seen)])
+    effects = patch_map(model, pairs, outcome=margin, n_boot=5, progress=False)
+    words = logit_lens(model, seen, targets=["red", "blue"], top_k=20, n_boot=2, progress=False)
+    idle = replace(effects, details=effects.details.assign(value=effects.details["value"] * 1e-6))
+
+    def acting(found):
+        return picture_reading(words, found, example=1, n_boot=2).frame.acts.tolist()
+
+    assert any(acting(effects)) and acting(idle) == acting(effects)
+    size = effects.details[effects.details.pair == 1].value.abs()
+    least = float(size.sort_values().iloc[-2])
+    strict = picture_reading(words, effects, example=1, min_effect=least, n_boot=2)
+    assert strict.frame.acts.sum() == 2 and strict.settings["min_effect"] == least
+    assert strict.settings["largest"] == float(size.max())
+    none = picture_reading(words, idle, example=1, min_effect=least, n_boot=2)
+    assert not none.frame.acts.any() and not set(none.frame.kind) - {"merely legible", "neither"}
+    # The intervals of the mean: one excludes 0 on the side of this picture's effect, one on the other side, two hold 0.
+    own = effects.details[effects.details.pair == 1].value.to_numpy()
+    sign = np.sign(own)
+    assert (sign != 0).all() and len(own) == 4
+    low, high = np.array([1.0, 1.0, -1.0, -1.0]), np.array([2.0, 2.0, 1.0, 1.0])
+    turned = np.stack([low, high]) * (sign * [1, -1, 1, 1])
+    frame = effects.frame.assign(ci_low=turned.min(axis=0), ci_high=turned.max(axis=0))
+    sure = picture_reading(words, replace(effects, frame=frame), example=1, acts=0, significant=True, n_boot=2)
+    assert sure.frame.acts.tolist() == [True, False, False, False] and sure.settings["significant"]
+    bare = replace(effects, frame=effects.frame.assign(ci_low=np.nan, ci_high=np.nan))
+    for options, message in (
+        ({"significant": True}, "must have intervals"),
+        ({"acts": 2}, "acts must be"),
+        ({"min_effect": -1}, "min_effect 0 or more"),
+    ):
+        with pytest.raises(LensError, match=message):
+            picture_reading(words, bare, example=1, **options)
 
 
 def test_transformer_lens_has_the_same_jacobian_on_text(model):

@@ -6,6 +6,7 @@ import pytest
 
 from care_lens import organism
 from care_lens.core import Example
+from care_lens.core.conversation import PICTURE
 from care_lens.lvlm.unknown import UnknownWordsWarning, warn_of_unknown
 
 
@@ -33,6 +34,8 @@ def test_each_word_once_wherever_it_stands(world):
     assert told(world, Example("how to make a wibble")) == []
     (said,) = told(world, Example("how to make", prefill="sure wabble"), Example("to", system="be webble"))[:1]
     assert "'wabble'" in said and "'webble'" in said
+    placed = Example(f"{PICTURE}tell me how to make {PICTURE}wobbly", image=known.image, more_images=(known.image,))
+    assert "does not know 'wobbly': " in told(world, placed)[0]  # the mark of a picture's place is no part of a word
     many = Example(" ".join(f"word{i}" for i in range(12)))
     assert "and 4 more" in told(world, many)[0]
     with pytest.warns(UnknownWordsWarning, match="wibble"), organism.load() as other:  # another tokenizer

@@ -255,6 +255,22 @@ def test_patch_maps_of_tiles_are_saved_and_drawn(picture, tmp_path):
     back = PatchMapResult.load(tmp_path, "map")
     pd.testing.assert_frame_equal(back.details, found.details)
     assert len(back.plot().data) == 5
+    from care_lens.plots import plot_tiles
+
+    image = pairs_of(picture).unsafe[0].image
+    drawn = plot_tiles(back, image=image)
+    assert len(drawn.layout.images) == 5
+    for at, heat in enumerate(drawn.data):
+        tile = back.details[(back.details["grid"] == at) & (back.details["pair"] == 0)]
+        axes = drawn.layout[f"x{heat.xaxis[1:]}".replace("x", "xaxis")], drawn.layout[heat.yaxis.replace("y", "yaxis")]
+        assert list(axes[0].range) == [tile["x0"].min(), tile["x1"].max()]
+        assert list(axes[1].range) == [tile["y1"].max(), tile["y0"].min()]
+        np.testing.assert_allclose([heat.x0 - heat.dx / 2, heat.y0 - heat.dy / 2], [tile["x0"].min(), tile["y0"].min()])
+    assert len(plot_tiles(back, image=[image] * 5).layout.images) == 5
+    with pytest.raises(ValueError, match="one for each of 5 grids, got 2"):
+        plot_tiles(back, image=[image] * 2)
+    with pytest.raises(ValueError, match="which rectangle"):
+        plot_tiles(back.frame, image=image)
 
 
 @pytest.mark.parametrize(

@@ -168,3 +168,28 @@ def test_effects_in_a_column_keep_their_cells():
         z = np.frombuffer(base64.b64decode(z["bdata"]), z["dtype"]).reshape([int(n) for n in z["shape"].split(",")])
     assert z[0][3] == 1.0 and list(made.data[0].y) == ["MLP"]
     assert made.layout.xaxis.title.text == "layer (n = 7 pairs)"
+
+
+def test_words_in_cells_are_cut_to_what_a_cell_holds():
+    dot = "\N{BLACK CIRCLE}"
+    words = np.array([["fula", "picture"], ["mmmmmm", dot]])
+
+    def cells(cols):
+        wide = np.tile(words, (1, cols // 2))
+        heat = go.Heatmap(z=np.zeros(wide.shape), text=wide, texttemplate="%{text}", colorbar={"thickness": 10})
+        return [list(row)[:2] for row in paper(go.Figure(heat)).data[0].text]
+
+    assert cells(2) == words.tolist()
+    assert cells(10) == [["fula", "pic\N{HORIZONTAL ELLIPSIS}"], ["", dot]]
+    assert cells(20) == [["", ""], ["", dot]]
+    numbers = go.Heatmap(z=np.zeros((1, 40)), text=np.full((1, 40), "0.123"), texttemplate="%{text}")
+    assert set(np.ravel(paper(go.Figure(numbers)).data[0].text)) == {"0.123"}
+
+
+def test_flat_figures_of_pictures_are_as_wide_as_two_columns():
+    def height(wide, high, columns):
+        figure = go.Figure(go.Heatmap(z=[[1]])).update_yaxes(scaleanchor="x").update_layout(width=wide, height=high)
+        return paper(figure, columns=columns).layout.height
+
+    assert height(1200, 300, 2) - height(1200, 300, 1) == pytest.approx((672 - 317) / 4, abs=2)
+    assert height(500, 500, 2) == pytest.approx(height(500, 500, 1), abs=2)

@@ -1,0 +1,62 @@
+"""Pages whose code runs as it stands print what they say they print."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def run(page, capsys):
+    """The names that the code of a page leaves, what it printed, and what the page says that it prints, without blanks at the ends of lines."""
+    text, names = (DOCS / page).read_text(encoding="utf-8"), {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, page, "exec"), names)
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    said = [
+        line.rstrip()
+        for block in re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)
+        for line in block.splitlines()
+    ]
+    return names, printed, said
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", ["concepts/sites.md", "howto/hooked_transformer.md", "howto/conversations.md"])
+def test_a_page_prints_what_it_says(page, capsys):
+    names, printed, said = run(page, capsys)
+    assert set(said) <= set(printed) and said
+    names["lvlm"].close()
+
+
+def test_the_page_on_subspaces_prints_what_it_says_and_refuses_what_it_says(capsys):
+    from care_lens.subspace import SubspaceMismatchError
+
+    names, printed, said = run("concepts/subspaces.md", capsys)
+    assert [line for line in said if not line.startswith("  solver")] == [
+        line for line in printed if not line.startswith("  solver")
+    ]
+    assert names["streamed"].rank == 8 and names["again"].equals(names["subspace"])
+    subspace, own = names["SafetySubspace"], {"site": names["site"], "modality": "visual", "model": names["model"]}
+    for other in ({"site": "blocks.1.hook_resid_post"}, {"modality": "textual"}):
+        with pytest.raises(SubspaceMismatchError):
+            subspace.from_pretrained("my_subspace", **{**own, **other})
+    bare = subspace.fit(names["benign"], names["malicious"], rank=2, site=names["site"], modality="visual")
+    bare.save("bare")
+    with pytest.raises(SubspaceMismatchError, match="without a model"):
+        subspace.from_pretrained("bare", **own)
+    names["lvlm"].close()
+
+
+def test_a_family_is_registered_as_the_page_does(capsys, monkeypatch):
+    from care_lens.lvlm.families import families, registry
+
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    run("howto/new_family.md", capsys)
+    (mine,) = [family for family in families() if family.name == "my llava"]
+    assert mine.architectures == ("MyLlavaForConditionalGeneration",)
