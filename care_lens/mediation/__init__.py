@@ -3,8 +3,9 @@
 from care_lens.core.arguments import checked
 from care_lens.mediation.ablation import MODES, AblationResult, ablate
 from care_lens.mediation.attribution import AttributionResult, attribute
-from care_lens.mediation.circuits import EdgeVerification, FaithfulnessResult, circuit_faithfulness, verify_edges
+from care_lens.mediation.circuits import FaithfulnessResult, circuit_faithfulness
 from care_lens.mediation.counterfactuals import neutralise, remove_noise, swap_drawn_text, swap_text
+from care_lens.mediation.edge_verification import EdgeVerification, verify_edges
 from care_lens.mediation.edges import EdgeResult, edge_attribution
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
 from care_lens.mediation.judged import JudgedCompliance

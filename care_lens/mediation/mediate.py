@@ -21,9 +21,8 @@ Memory: the activations of one layer's sites (of a group's sites) for one batch,
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,21 +35,13 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
 from care_lens.mediation.errors import MediationError
 from care_lens.mediation.frames import DetailedResult, metric_name, sampling, tidy
+from care_lens.mediation.mediation_cells import Cell, cells_of, each_token, editable, regions_of_run
+from care_lens.mediation.mediation_runs import MediationRuns, plain_outcomes
 from care_lens.mediation.mediators import Mediator
-from care_lens.mediation.pairs import (
-    PairBatch,
-    bound,
-    is_index,
-    logits_needed,
-    pair_batches,
-    require_shared,
-    require_whole_pictures,
-)
-from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
-from care_lens.mediation.regions import Place, Region, region_settings, split_regions
-from care_lens.mediation.replay import Replay
+from care_lens.mediation.pairs import pair_batches, require_shared, require_whole_pictures
+from care_lens.mediation.regions import Place, region_settings, split_regions
 from care_lens.mediation.resolution import resolved, spacing
-from care_lens.mediation.sweep import EACH, Part, Sweep, require_options, require_positions, sweep_settings
+from care_lens.mediation.sweep import Part, Sweep, require_options, require_positions, sweep_settings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -63,7 +54,6 @@ POSITIONS: tuple[str, ...] = ("image", "text", "last", "all")
 _PLACE = ("tower", "layer", "component", "head", "neuron", "mediator", "position")
 COLUMNS = (*_PLACE, "metric", "effect", "value", "ci_low", "ci_high", "p_value", "n", "seed")
 PAIR_COLUMNS = (*_PLACE, "pair", "group", "safe", "unsafe", "safe_patched", "unsafe_patched")
-Cell = tuple[Mediator, str]
 
 
 @dataclass(frozen=True)
@@ -161,36 +151,36 @@ def mediate(
     )
     named, regions = split_regions(positions)
     require_positions([name for name in named if name not in regions], each=True)
-    wanted = _editable(lvlm, default_sites(lvlm) if sites is None else sites)
+    wanted = editable(lvlm, default_sites(lvlm) if sites is None else sites)
     if not named and any(mediator.in_language for mediator in wanted):
         raise MediationError(f"positions must name one or more for the language tower, got none; give {POSITIONS}")
     if isinstance(outcome, PrefixMargin):
         run, single = _with_prefixes(pairs, outcome), outcome.single
     else:
         run, single = pairs, outcome
-    of_pairs = _of_run(regions, len(run) // max(1, len(pairs)))
+    of_pairs = regions_of_run(regions, len(run) // max(1, len(pairs)))
     batches = pair_batches(lvlm, run, outcome=single, batch_size=batch_size, regions=of_pairs)
-    positions = _each(named, batches)
+    positions = each_token(named, batches)
     require_shared(batches, positions)
     require_whole_pictures(batches, [site for mediator in wanted for site in mediator.sites])
-    cells = _cells(wanted, positions, regions, any(batch.has_images for batch in batches))
+    cells = cells_of(wanted, positions, regions, any(batch.has_images for batch in batches))
     settings = sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size)
     settings |= region_settings(regions)
     untouched = np.full((2, len(run)), np.nan)
 
     def probe() -> list[float]:
         for batch in batches:
-            untouched[:, list(batch.index)] = _twins(_plain_outcomes(lvlm, batch, single))
+            untouched[:, list(batch.index)] = _twins(plain_outcomes(lvlm, batch, single))
         if not isinstance(outcome, PrefixMargin):
             _tell_reversed(untouched)
         return untouched.ravel().tolist()
 
     sweep = Sweep(checkpoint, settings=settings, probe=probe)
 
-    def parts() -> Iterator[Part[tuple[_Batch, list[Cell]]]]:
+    def parts() -> Iterator[Part[tuple[MediationRuns, list[Cell]]]]:
         for batch in batches:
             before = torch.from_numpy(untouched[:, list(batch.index)].ravel())
-            yield from _Batch(lvlm, batch, single, before, batch_size, replay).parts(cells)
+            yield from MediationRuns(lvlm, batch, single, before, batch_size, replay).parts(cells)
 
     patched = np.full((2, len(run), len(cells)), np.nan)
     where = {cell: i for i, cell in enumerate(cells)}
@@ -211,19 +201,6 @@ def mediate(
     return _result(pairs, cells, untouched, patched, outcome, n_boot, seed, settings)
 
 
-def _editable(lvlm: HookedLVLM, sites: Sequence[SiteLike | Mediator]) -> list[Mediator]:
-    wanted = list(dict.fromkeys(Mediator.of(site) for site in sites))
-    for site in {site for mediator in wanted for site in mediator.sites}:
-        info = lvlm.site_info(site)
-        if not info.editable or site.component == "attn.hook_pattern":
-            raise ValueError(
-                f"sites must be editable and have positions, got {site} with axes {info.axes}; {info.note}"
-            )
-    if not wanted:
-        raise ValueError("sites must hold at least one site, got none")
-    return sorted(wanted, key=lambda mediator: (mediator.sites, mediator.units or ()))
-
-
 def _with_prefixes(pairs: PairedExamples, outcome: PrefixMargin) -> PairedExamples:
     """Each pair once for each prefix, with it as both twins' response."""
 
@@ -231,47 +208,6 @@ def _with_prefixes(pairs: PairedExamples, outcome: PrefixMargin) -> PairedExampl
         return tuple(one for example in examples for one in outcome.responses_for(example))
 
     return PairedExamples(spread(pairs.safe), spread(pairs.unsafe))
-
-
-def _each(positions: Sequence[str], batches: Sequence[PairBatch]) -> tuple[str, ...]:
-    """Positions with every token's index in place of "each"."""
-    longest = max(batch.length for batch in batches)
-    indices = tuple(map(str, range(longest)))
-    found = tuple(dict.fromkeys(name for given in positions for name in (indices if given == EACH else (given,))))
-    if beyond := [name for name in found if is_index(name) and int(name) >= longest]:
-        raise ValueError(f"positions must be below the longest row's {longest} tokens, got {beyond}")
-    return found
-
-
-def _of_run(regions: dict[str, Region], times: int) -> dict[str, Region]:
-    """Regions for pairs that each stand so many times in a run, one after the other (once for each prefix)."""
-    return {
-        name: replace(region, members=tuple(one for one in region.members for _ in range(times)))
-        for name, region in regions.items()
-    }
-
-
-def _cells(
-    mediators: Sequence[Mediator], positions: Sequence[str], regions: dict[str, Region], has_images: bool
-) -> list[Cell]:
-    # Outside the language tower only "all" and regions are positions.
-    elsewhere = [*(["all"] if not regions or set(positions) - set(regions) else []), *regions]
-    cells = [
-        (mediator, position)
-        for mediator in mediators
-        for position in (positions if mediator.in_language else elsewhere)
-    ]
-    kept = [cell for cell in cells if has_images or not _needs_image(cell, regions)]
-    if not kept:
-        raise ValueError("pairs must have images for these sites and positions, got text alone")
-    if len(kept) < len(cells):
-        log.warning("no pair has an image in both twins: %d cells about images are left out", len(cells) - len(kept))
-    return kept
-
-
-def _needs_image(cell: Cell, regions: Mapping[str, Region]) -> bool:
-    mediator, position = cell
-    return mediator.towers != {"language"} or position == "image" or position in regions
 
 
 def _tell_reversed(untouched: np.ndarray) -> None:
@@ -288,118 +224,6 @@ def _tell_reversed(untouched: np.ndarray) -> None:
 def _twins(values: Sequence[float]) -> np.ndarray:
     """[2, n] of the safe and the unsafe twins."""
     return np.asarray(values, dtype=np.float64).reshape(2, -1)
-
-
-def _plain_outcomes(lvlm: HookedLVLM, batch: PairBatch, outcome: Outcome) -> list[float]:
-    if (generated := getattr(bound(outcome, batch, None), "generated", None)) is not None:
-        return generated(lvlm, batch.inputs, list(range(2 * batch.n)), []).tolist()
-    with torch.no_grad():
-        logits = lvlm(batch.inputs, logits_to_keep=logits_needed(outcome, batch.inputs))
-        return read_outcome(bound(outcome, batch, logits), logits, batch.inputs).tolist()
-
-
-class _Batch:
-    """The cells of one batch; what replay and outcome need is run when the first cell is that is not done yet."""
-
-    def __init__(
-        self,
-        lvlm: HookedLVLM,
-        batch: PairBatch,
-        outcome: Outcome,
-        untouched: torch.Tensor,
-        batch_size: int,
-        replay: bool,
-    ) -> None:
-        self._lvlm, self._batch, self._outcome, self._untouched = lvlm, batch, outcome, untouched
-        self._batch_size, self._may_replay, self.index = batch_size, replay, batch.index
-        self._keep = logits_needed(outcome, batch.inputs)
-        self._replay: Replay | None = None
-        self._ready = False
-        self._pictures: dict[Site, torch.Tensor] = {}
-
-    def parts(self, cells: Sequence[Cell]) -> Iterator[Part[tuple["_Batch", list[Cell]]]]:
-        """Every cell that the batch can have, those of mediators in the same layers together; values are outcomes [2n]."""
-        mine = [cell for cell in cells if self._batch.has_images or not _needs_image(cell, self._batch.regions)]
-        for places, layer in groupby(mine, key=lambda cell: {(site.tower, site.layer) for site in cell[0].sites}):
-            here = {self._key(cell): cell for cell in layer}
-            language = any(place[0] == "language" for place in places)
-
-            def run(
-                todo: Sequence[str], bar: Any, here: dict[str, Cell] = here, language: bool = language
-            ) -> Iterator[dict[str, list[float]]]:
-                self._prepare(language)
-                return self._filled([here[key] for key in todo])
-
-            steps = len({mediator for mediator, _ in here.values()})
-            yield Part((self, [*here.values()]), [*here], run, steps)
-
-    def _key(self, cell: Cell) -> str:
-        return f"{cell[0].key} {cell[1]} from {self._batch.index[0]}"
-
-    def _prepare(self, language: bool) -> None:
-        if not self._ready:
-            generates = hasattr(self._outcome, "generated")
-            logits = None
-            if hasattr(self._outcome, "with_reference"):
-                with torch.no_grad():
-                    logits = self._lvlm(self._batch.inputs, logits_to_keep=self._keep)
-            self._outcome = bound(self._outcome, self._batch, logits)
-            self._may_replay, self._ready = self._may_replay and not generates, True
-        if language and self._may_replay:
-            self._replay, _ = Replay.of(self._lvlm, self._batch.inputs, logits_to_keep=self._keep)
-            self._may_replay = False
-
-    def _filled(self, todo: Sequence[Cell]) -> Iterator[dict[str, list[float]]]:
-        """Run cells whose mediators are in the same layers, one mediator after the other."""
-        own = self._activations(list(dict.fromkeys(site for mediator, _ in todo for site in mediator.sites)))
-        for mediator, some in groupby(todo, key=lambda cell: cell[0]):
-            mine = list(some)
-            held = {site: own[site] for site in mediator.sites}
-            values = patched_outcomes(
-                self._lvlm,
-                self._batch.inputs,
-                patches=[self._patch(mediator, position, held) for _, position in mine],
-                own=held,
-                donor={site: activation[self._batch.twins] for site, activation in held.items()},
-                untouched=self._untouched,
-                outcome=self._outcome,
-                batch_size=self._batch_size,
-                logits_to_keep=self._keep,
-                replay=self._replay,
-            )
-            yield {self._key(cell): row for cell, row in zip(mine, values.tolist(), strict=True)}
-
-    def _activations(self, sites: Sequence[Site]) -> dict[Site, torch.Tensor]:
-        def look(site: Site) -> Any:
-            def looking(activation: torch.Tensor, hook: Any) -> None:
-                self._pictures[site] = self._lvlm.patch_mask(site, activation).cpu()
-
-            return looking
-
-        with torch.no_grad():
-            if self._replay is not None and self._replay.can(sites):
-                return self._replay.read(sites)
-            seen = [(site, look(site)) for site in sites if site.tower != "language" and self._batch.regions]
-            cache = self._lvlm.run_with_cache(self._batch.inputs, sites=sites, fwd_hooks=seen, logits_to_keep=1)[1]
-        return {site: cache[str(site)] for site in sites}
-
-    def _patch(self, mediator: Mediator, position: str, own: dict[Site, torch.Tensor]) -> Patch:
-        def swap(site: Site, activation: torch.Tensor) -> Swap:
-            if site.tower == "language":
-                return self._batch.swap(position, mediator.units)
-            if position not in self._batch.regions:
-                return Swap.everything(*activation.shape[:2], units=mediator.units)
-            mask = self._batch.patches(position, self._pictures[site])
-            return Swap(mask, torch.arange(mask.shape[1]).repeat(len(mask), 1), mediator.units)
-
-        return {site: swap(site, activation) for site, activation in own.items()}
-
-    def present(self, cell: Cell, values: Sequence[float]) -> list[float]:
-        """Outcomes [2n] of a cell; those of rows without the position are missing."""
-        if not cell[0].in_language and cell[1] not in self._batch.regions:
-            return list(values)
-        has = self._batch.mask(cell[1]).any(dim=1).tolist()
-        return [value if there else float("nan") for value, there in zip(values, has, strict=True)]
 
 
 def _result(

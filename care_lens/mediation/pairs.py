@@ -280,6 +280,20 @@ def bound(outcome: Any, batch: PairBatch, logits: Tensor | None) -> Any:
     return outcome
 
 
+def bound_to_rows(outcome: Any, batch: PairBatch, logits: Tensor, rows: Sequence[int]) -> Any:
+    """The outcome for some rows of a batch, told the safe twins' untouched logits if it reads differences from them.
+
+    Args:
+        outcome: The outcome; told by its ``with_reference``, and for rows by its ``for_rows``, if it has them.
+        batch: The batch.
+        logits: [2n, kept, vocab] of the untouched batch.
+        rows: The rows.
+    """
+    if hasattr(outcome, "with_reference"):
+        outcome = outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
+    return outcome.for_rows(list(rows)) if hasattr(outcome, "for_rows") else outcome
+
+
 def logits_needed(outcome: Outcome, inputs: LVLMInputs) -> int:
     """How many last positions' logits an outcome needs; 0 stands for all of them.
 

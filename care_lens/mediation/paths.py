@@ -23,7 +23,7 @@ patching".
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -32,23 +32,19 @@ import torch
 from torch import Tensor
 
 from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
-from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.frames import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.mediation.mediators import HEADS, Mediator
-from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_shared, require_whole_pictures
-from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+from care_lens.mediation.pairs import PairBatch, bound_to_rows, pair_batches, require_shared
+from care_lens.mediation.patching import read_outcome
+from care_lens.mediation.path_places import Path, paths_between
+from care_lens.mediation.path_runs import PathRuns
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, require_positions, sweep_settings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-END = "end"
-"""The tower's final residual stream, as a receiver."""
-
-ATTN, MLP = "hook_attn_out", "hook_mlp_out"
-WRITERS = (ATTN, MLP)
 Component = Literal["q", "k", "v"]
 _SENDER = ("tower", "layer", "component", "head")
 COLUMNS = (
@@ -87,17 +83,6 @@ class PathResult(DetailedResult):
         from care_lens.plots.attribution import plot_paths
 
         return plot_paths(self)
-
-
-@dataclass(frozen=True)
-class _Path:
-    sender: Mediator
-    receiver: str
-    position: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.sender.name} -> {self.receiver}"
 
 
 def path_effects(
@@ -158,11 +143,11 @@ def path_effects(
     _require_logits(outcome)
     require_options(batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
     positions = require_positions(positions)
-    paths = _paths(lvlm, senders, receivers, positions)
+    paths = paths_between(lvlm, senders, receivers, positions)
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
     spans = tuple(dict.fromkeys(path.position for path in paths if path.sender.in_language))
     require_shared(batches, spans)
-    if not any(batch.has_images for batch in batches) and any(_needs_image(path) for path in paths):
+    if not any(batch.has_images for batch in batches) and any(path.needs_image for path in paths):
         raise ValueError("pairs must have images for senders of the vision tower and image positions, got text alone")
     sweep = Sweep(checkpoint, settings=_made(lvlm, pairs, outcome, batch_size))
     safe, values = np.full(len(pairs), np.nan), np.full((len(pairs), len(paths)), np.nan)
@@ -170,11 +155,11 @@ def path_effects(
     def parts() -> Iterator[Part[tuple[list[int], list[int] | None]]]:
         """Of each batch the outcomes of the safe rows, then those with each sender's paths."""
         for batch in batches:
-            index, run = list(batch.index), _Batch(lvlm, batch, outcome, batch_size)
+            index, run = list(batch.index), PathRuns(lvlm, batch, outcome, batch_size)
             yield Part((index, None), [f"untouched from {index[0]}"], one_cell(run.untouched), 0)
             for sender, position in dict.fromkeys((path.sender, path.position) for path in paths):
                 mine = [i for i, path in enumerate(paths) if (path.sender, path.position) == (sender, position)]
-                if not batch.has_images and _needs_image(paths[mine[0]]):
+                if not batch.has_images and paths[mine[0]].needs_image:
                     yield Part((index, []), [], one_cell(list), len(mine))
                     continue
                 ends = [paths[i].receiver for i in mine]
@@ -241,7 +226,7 @@ def head_paths(
         raise ValueError(f"layer must be in [0, {depth - 1}) and head in [0, {dims.heads}), got {layer} and {head}")
     sender = Mediator((Site("language", layer, HEADS),), (head,))
     later = [(m, h) for m in range(layer + 1, depth) for h in range(dims.heads)]
-    paths = [_Path(sender, f"blocks.{m}.attn.{component}[{h}]", "all") for m, h in later]
+    paths = [Path(sender, f"blocks.{m}.attn.{component}[{h}]", "all") for m, h in later]
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
     require_shared(batches, ("all",))
     place = {"layer": layer, "head": head, "component": component}
@@ -267,7 +252,7 @@ def _to_heads(
     inputs = batch.inputs.rows(range(batch.n))
     with torch.no_grad():
         logits, cache = lvlm.run_with_cache(batch.inputs, sites=sender.sites)
-        own = _part(_with_reference(outcome, logits, batch), batch.n)
+        own = bound_to_rows(outcome, batch, logits, range(batch.n))
         safe = read_outcome(own, logits[: batch.n], inputs)
         seen: list[np.ndarray] = []
 
@@ -303,161 +288,9 @@ def _require_logits(outcome: Any) -> None:
         )
 
 
-def _needs_image(path: _Path) -> bool:
-    return not path.sender.in_language or path.position == "image"
-
-
-def _paths(
-    lvlm: HookedLVLM,
-    senders: Sequence[SiteLike | Mediator],
-    receivers: Sequence[SiteLike] | None,
-    positions: Sequence[str],
-) -> list[_Path]:
-    sources = list(dict.fromkeys(Mediator.of(sender) for sender in senders))
-    for sender in sources:
-        if len(sender.sites) != 1 or sender.sites[0].component not in (*WRITERS, HEADS):
-            raise ValueError(
-                f"senders must be one site of {(*WRITERS, HEADS)} each, or heads of one, got {sender.name}; take one layer "
-                "at a time"
-            )
-        _require_editable(lvlm, sender.sites[0])
-    if receivers is None:
-        able = [site for site in lvlm.sites() if site.component in WRITERS and lvlm.site_info(site).editable]
-        ends: list[Site | str] = [*able, END]
-    else:
-        ends = [END if name == END else Site.parse(name) for name in receivers]
-    for end in ends:
-        if isinstance(end, Site):
-            if end.component not in WRITERS:
-                raise ValueError(f"receivers must be named by their output, one of {WRITERS}, or {END!r}, got {end}")
-            _require_editable(lvlm, end)
-    found = [
-        _Path(sender, str(end), position)
-        for sender in sources
-        for position in (positions if sender.in_language else ("all",))
-        for end in ends
-        if end == END or (isinstance(end, Site) and end.tower == sender.sites[0].tower and end in _after(lvlm, sender))
-    ]
-    if not found:
-        raise ValueError("receivers must come after a sender, in its tower, got none that does")
-    return found
-
-
-def _require_editable(lvlm: HookedLVLM, site: Site) -> None:
-    info = lvlm.site_info(site)
-    if not info.editable:
-        raise ValueError(f"senders and receivers must be editable, got {site}: {info.note}")
-
-
-def _after(lvlm: HookedLVLM, sender: Mediator) -> list[Site]:
-    """Attention and MLP outputs that come after what the sender writes; a head writes by its own layer's attention."""
-    place = sender.sites[0]
-    tower: Tower = place.tower
-    own = Site(tower, place.layer, ATTN) if place.component == HEADS else place
-    return [site for site in lvlm.sites(tower=tower) if site.component in WRITERS and site > own]
-
-
-def _with_reference(outcome: Any, logits: Tensor, batch: PairBatch) -> Any:
-    if hasattr(outcome, "with_reference"):
-        return outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
-    return outcome
-
-
-def _part(outcome: Any, n: int) -> Any:
-    """The outcome for the safe rows alone."""
-    return outcome.for_rows(list(range(n))) if hasattr(outcome, "for_rows") else outcome
-
-
-class _Batch:
-    """The safe rows of one batch, with what their components write, and the unsafe twins' activations."""
-
-    def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: Any, batch_size: int) -> None:
-        self._lvlm, self._batch, self._batch_size = lvlm, batch, batch_size
-        self._keep = logits_needed(outcome, batch.inputs)
-        self._inputs = batch.inputs.rows(range(batch.n))
-        self._held: dict[Tower, dict[Site, Tensor]] = {}
-        self._given = outcome
-
-    @cached_property
-    def _read(self) -> tuple[Any, Tensor]:
-        """The outcome for the safe rows, and what it is of them untouched; run when it is first needed."""
-        with torch.no_grad():
-            logits = self._lvlm(self._batch.inputs, logits_to_keep=self._keep)
-        outcome = _part(_with_reference(self._given, logits, self._batch), self._batch.n)
-        return outcome, read_outcome(outcome, logits[: self._batch.n], self._inputs)
-
-    def untouched(self) -> list[float]:
-        """[n] outcomes of the safe rows."""
-        return self._read[1].tolist()
-
-    def sent(self, sender: Mediator, position: str, receivers: Sequence[str]) -> list[list[float]]:
-        """[n, receiver] outcomes of the safe rows with one path each."""
-        place, n = sender.sites[0], self._batch.n
-        frozen = {site: self._activations(site)[:n] for site in _after(self._lvlm, sender)}
-        require_whole_pictures([self._batch], [place])
-        both = self._activations(place)
-        swap = self._swap(place, position, both.shape[1], sender.units)
-        written: dict[Site, Tensor] = {}
-
-        def send(activation: Tensor, hook: Any) -> Tensor:
-            return swap.apply(activation, both[n:].to(activation.device, activation.dtype))
-
-        def freeze(site: Site):
-            def keep_what_was(activation: Tensor, hook: Any) -> Tensor:
-                written[site] = activation.detach().clone()
-                return frozen[site].to(activation.device, activation.dtype)
-
-            return keep_what_was
-
-        hooks = [(place, send), *((site, freeze(site)) for site in frozen)]
-        with torch.no_grad():
-            logits = self._lvlm.run_with_hooks(self._inputs, fwd_hooks=hooks, logits_to_keep=self._keep)
-        out = [
-            read_outcome(self._read[0], logits, self._inputs)
-            if receiver == END
-            else self._received(Site.parse(receiver), frozen, written)
-            for receiver in receivers
-        ]
-        values = torch.stack(out, dim=1)
-        if place.tower == "language":
-            values[~swap.mask.any(dim=1)] = torch.nan
-        return values.tolist()
-
-    def _received(self, site: Site, frozen: dict[Site, Tensor], written: dict[Site, Tensor]) -> Tensor:
-        """[n] outcomes of the safe run with what one receiver writes."""
-        own = frozen[site]
-        return patched_outcomes(
-            self._lvlm,
-            self._inputs,
-            patches=[{site: Swap.everything(*own.shape[:2])}],
-            own={site: own},
-            donor={site: written[site]},
-            untouched=self._read[1],
-            outcome=self._read[0],
-            batch_size=self._batch_size,
-            logits_to_keep=self._keep,
-        )[0]
-
-    def _swap(self, site: Site, position: str, length: int, units: tuple[int, ...] | None) -> Swap:
-        n = self._batch.n
-        if site.tower != "language":
-            return Swap.everything(n, length, units=units)
-        both = self._batch.swap(position, units)
-        return Swap(both.mask[:n], both.source[:n], units)
-
-    def _activations(self, site: Site) -> Tensor:
-        """[2n, ...] activations of both twins; those of one tower are read together."""
-        if site.tower not in self._held:
-            sites = [one for one in self._lvlm.sites(tower=site.tower) if one.component in (*WRITERS, HEADS)]
-            with torch.no_grad():
-                cache = self._lvlm.run_with_cache(self._batch.inputs, sites=sites, logits_to_keep=1)[1]
-            self._held[site.tower] = {one: cache[str(one)] for one in sites}
-        return self._held[site.tower][site]
-
-
 def _result(
     pairs: PairedExamples,
-    paths: Sequence[_Path],
+    paths: Sequence[Path],
     safe: np.ndarray,
     values: np.ndarray,
     outcome: Outcome,

@@ -2,13 +2,8 @@
 
 For each kind of unit (heads, neurons, sites or patches of one component and tower) the ``top`` units by the size of their
 attribution, and ``random`` of the others, are patched exactly, one at a time: NIE = Y(x with M := M(x*)) - Y(x).
-
-- "spearman": rank correlation of attribution and exact effect over all units that were patched.
-- "spearman of random": the same over those drawn at random, which the choice of the top ones does not flatter.
-- "miss rate": of the units whose exact effect is large, the share that attribution did not rank among the top ones. Large
-  is at least the median size among the top ones. With L large ones among the top, and a share p of the N - top others
-  estimated from those drawn, it is (N - top) p / ((N - top) p + L). Its interval is that of p (Clopper-Pearson) put through the
-  same formula; it knows nothing of the sampling of pairs.
+What is told of each kind is the rank correlation of attribution and exact effect, and the share of large effects that attribution
+missed (``care_lens.mediation.rank_measures``).
 
 Intervals of rank correlations are over units, for these pairs. Exact effects that cannot be told from rounding are 0
 (``care_lens.mediation.resolution``).
@@ -26,24 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 
-from care_lens.core import (
-    Interval,
-    Outcome,
-    PairedExamples,
-    Site,
-    cluster_bootstrap,
-    content_digest,
-    examples_digest,
-    rate_ci,
-)
+from care_lens.core import Outcome, PairedExamples, Site, content_digest, examples_digest
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution import AttributionResult, patch_places
 from care_lens.mediation.errors import MediationError
 from care_lens.mediation.frames import DetailedResult, describe_outcome, sampling, tidy
-from care_lens.mediation.pairs import PairBatch, logits_needed, pair_batches, require_whole_pictures
+from care_lens.mediation.pairs import PairBatch, bound_to_rows, logits_needed, pair_batches, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
+from care_lens.mediation.rank_measures import rank_measures
 from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
@@ -184,7 +170,7 @@ def verify(
     for kind, size in sizes.items():
         part = details.iloc[[i for i, other in enumerate(kinds) if other == kind]]
         place = dict(zip(("tower", "component", "kind", "position"), kind, strict=True))
-        for effect, interval, n in _measures(part, size, n_boot, seed):
+        for effect, interval, n in rank_measures(part, size, n_boot, seed):
             value, low, high = interval
             rows.append(
                 {**place, "metric": attribution.frame["metric"].iloc[0], "effect": effect, "value": value}
@@ -238,9 +224,7 @@ class _Run:
         outcome, batch = self._given, self._batch
         with torch.no_grad():
             logits = self._lvlm(batch.inputs, logits_to_keep=self._keep)
-            if hasattr(outcome, "with_reference"):
-                outcome = outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
-            own = outcome.for_rows(list(range(batch.n))) if hasattr(outcome, "for_rows") else outcome
+            own = bound_to_rows(outcome, batch, logits, range(batch.n))
             untouched = read_outcome(own, logits[: batch.n], self._inputs)
             return own, untouched, Replay.of(self._lvlm, self._inputs, logits_to_keep=self._keep)[0]
 
@@ -305,55 +289,3 @@ def _details(
             | {"estimate": unit["value"], "value": value, "ci_low": low, "ci_high": high, "n": float(len(kept))}
         )
     return tidy(rows, UNIT_COLUMNS)
-
-
-def _measures(part: pd.DataFrame, size: int, n_boot: int, seed: int) -> list[tuple[str, Interval, int]]:
-    """Each measure of one kind of unit, with its interval and the number of units behind it."""
-    estimate, exact = part["estimate"].to_numpy(dtype=float), part["value"].to_numpy(dtype=float)
-    is_top = part["top"].to_numpy(dtype=float) == 1.0
-    return [
-        ("spearman", _spearman(estimate, exact, n_boot, seed), len(part)),
-        ("spearman of random", _spearman(estimate[~is_top], exact[~is_top], n_boot, seed), int((~is_top).sum())),
-        ("miss rate", miss_rate(exact[is_top], exact[~is_top], size=size), len(part)),
-    ]
-
-
-def miss_rate(top: np.ndarray, others: np.ndarray, *, size: int) -> Interval:
-    """Share of the large effects that are not among the top ones.
-
-    Args:
-        top: [k] exact effects of the units that attribution ranks highest.
-        others: [m] exact effects of units drawn at random from the rest.
-        size: Number of units in all.
-
-    Returns:
-        The share in [0, 1] and its interval; missing where no effect is other than 0. With nothing left out of the top
-        ones it is 0.
-    """
-    threshold = float(np.median(np.abs(top)))
-    if threshold == 0:
-        return Interval(np.nan, np.nan, np.nan)
-    found = int((np.abs(top) >= threshold).sum())
-    if size <= len(top):
-        return Interval(0.0, 0.0, 0.0)
-    large = int((np.abs(others) >= threshold).sum())
-    rest = size - len(top)
-    if len(others) == rest:
-        exact = large / (large + found)
-        return Interval(exact, exact, exact)
-    return Interval(*(rest * share / (rest * share + found) for share in rate_ci(large, len(others))))
-
-
-def _spearman(estimate: np.ndarray, exact: np.ndarray, n_boot: int, seed: int) -> Interval:
-    if len(exact) < 3 or np.ptp(exact) == 0 or np.ptp(estimate) == 0:
-        return Interval(np.nan, np.nan, np.nan)
-    both = {"x": estimate, "y": exact}
-    return cluster_bootstrap(both, statistic=_rank_correlation, bounds=(-1, 1), n_boot=n_boot, seed=seed)
-
-
-def _rank_correlation(values: Mapping[str, np.ndarray]) -> float:
-    """Spearman's; not a number where all are equal. As scipy's, without its warnings in constant resamples."""
-    x, y = (rankdata(values[name]) for name in ("x", "y"))
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else float("nan")

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from care_lens.plots import theme
-from care_lens.plots.effects import MARK
+from care_lens.plots.frames import MARK
 from care_lens.subspace import SafetySubspace
 from care_lens.subspace.comparison import compare_bases
 

@@ -11,9 +11,11 @@ from plotly.subplots import make_subplots
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
 from care_lens.plots.frames import (
+    MARK,
     component_label,
     frame_of,
     in_order,
+    is_token,
     largest_of,
     marked,
     only,
@@ -21,9 +23,7 @@ from care_lens.plots.frames import (
     where,
     with_n,
 )
-
-MARK = "\N{BLACK CIRCLE}"
-"""Drawn in a cell whose interval excludes 0, unless it is next to nothing beside the largest."""
+from care_lens.plots.positions import plot_positions
 
 _COLUMNS = ("tower", "layer", "component", "position", "effect", "value", "ci_low", "ci_high", "n")
 _CELL, _GAP, _MARGINS = 34, 58, 170
@@ -68,8 +68,6 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
     if single.any():
         spans = pd.DataFrame(frame[~single])
         if not (spans["tower"] == "language").any():
-            from care_lens.plots.positions import plot_positions
-
             return plot_positions(pd.DataFrame(frame[single]), effect=effect)
         frame = spans
     effects = list(dict.fromkeys(frame["effect"]))
@@ -120,11 +118,6 @@ def _panels(frame: pd.DataFrame) -> list[_Panel]:
             layers = 1 if pd.isna(here["layer"]).all() else int(here["layer"].max()) + 1
             panels.append(_Panel(tower, position, in_order(here["component"]), layers))
     return panels
-
-
-def is_token(position: object) -> bool:
-    """Whether a position is that of one token: an index, not the name of a span."""
-    return isinstance(position, str) and position.lstrip("-").isdigit()
 
 
 def _told_apart(frame: pd.DataFrame, panels: list[_Panel]) -> tuple[list[_Panel], list[_Panel]]:

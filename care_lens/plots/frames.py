@@ -69,6 +69,9 @@ def excludes_zero(frame: pd.DataFrame) -> pd.Series:
     return (frame["ci_low"].astype(float) > 0) | (frame["ci_high"].astype(float) < 0)
 
 
+MARK = "\N{BLACK CIRCLE}"
+"""Drawn in a cell whose interval excludes 0, unless it is next to nothing beside the largest."""
+
 NEGLIGIBLE = 0.05
 """Cells below this share of the largest one are not marked, whatever their interval: next to nothing, surely not 0, is next to nothing."""
 
@@ -81,6 +84,11 @@ def marked(frame: pd.DataFrame, largest: float) -> pd.Series:
 def largest_of(values: object) -> float:
     """The largest size of some values, 0 where there are none."""
     return float(np.nanmax(np.abs(np.asarray(values, dtype=float)), initial=0.0))
+
+
+def is_token(position: object) -> bool:
+    """Whether a position is that of one token: an index, not the name of a span."""
+    return isinstance(position, str) and position.lstrip("-").isdigit()
 
 
 def n_text(frame: pd.DataFrame, what: str = "") -> str:

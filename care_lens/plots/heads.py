@@ -8,8 +8,8 @@ from plotly.subplots import make_subplots
 from care_lens.core.results import FrameResult
 from care_lens.core.site import Site
 from care_lens.plots import theme
-from care_lens.plots.effects import MARK, plot_effects
-from care_lens.plots.frames import frame_of, half_widths, largest_of, marked, only, towers_in_order, where, with_n
+from care_lens.plots.effects import plot_effects
+from care_lens.plots.frames import MARK, frame_of, half_widths, largest_of, marked, only, towers_in_order, where, with_n
 
 _COLUMNS = ("tower", "layer", "head", "position", "effect", "value", "ci_low", "ci_high")
 _CELL, _GAP, _MARGINS = 26, 70, 160

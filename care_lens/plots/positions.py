@@ -9,8 +9,17 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.effects import MARK, is_token
-from care_lens.plots.frames import component_label, frame_of, in_order, largest_of, marked, only, with_n
+from care_lens.plots.frames import (
+    MARK,
+    component_label,
+    frame_of,
+    in_order,
+    is_token,
+    largest_of,
+    marked,
+    only,
+    with_n,
+)
 
 _COLUMNS = ("layer", "component", "position", "effect", "value", "ci_low", "ci_high")
 _ROW, _LEAST, _GAP, _MARGINS, _SHOWN = 22, 90, 64, 190, 60

@@ -1,89 +1,27 @@
-"""From rows, or their moments, to the tensors of a safety subspace. Everything here is float64 on the CPU."""
+"""From the moments of two classes to the tensors of a safety subspace of a given rank. Everything here is float64 on the CPU."""
 
 import logging
 import warnings
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from care_lens.subspace.auto_rank import RankChoice, choose_rank
-from care_lens.subspace.contrast import Contrast, Metric, check_classes, class_moments, pencil
+from care_lens.subspace.contrast import Contrast, Metric, check_classes, pencil
 from care_lens.subspace.errors import IdenticalClassesWarning, SubspaceError
 from care_lens.subspace.memory import plan_fit
 from care_lens.subspace.moments import Moments
-from care_lens.subspace.rank_rule import RankRule, evidence_of, rule_of
 from care_lens.subspace.shrinkage import Shrinkage, ShrunkCovariance, Target
-from care_lens.subspace.solvers import PencilSolution, Solver, _ritz, solve_pencil
-from care_lens.subspace.solvers.pencil import signed
+from care_lens.subspace.solvers import PencilSolution, Solver, solve_pencil
 
 Projection = Literal["orthogonal", "oblique"]
-Groups = tuple[Sequence[str], Sequence[str]]
 
-_LARGEST_AUTO_RANK = 64
 _MOST_LOST = 1e-4
 _MOST_OFF = 1e-5
 """Benign standard deviations by which the rounding of a mean may shift coordinates."""
 _SAME = 1e-9
 
 logger = logging.getLogger(__name__)
-
-
-def fit_tensors(
-    benign: Tensor,
-    malicious: Tensor,
-    *,
-    rank: int | Literal["auto"] | RankRule,
-    contrast: Contrast,
-    shrinkage: Shrinkage,
-    projection: Projection,
-    solver: Solver,
-    metric: Metric,
-    groups: Groups | None,
-    seed: int,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a subspace and the diagnostics of its fit; see ``SafetySubspace.fit``."""
-    if projection not in get_args(Projection):
-        raise SubspaceError(f"projection must be one of {get_args(Projection)}, got {projection!r}")
-    rule = rule_of(rank)
-    if rule is not None and evidence_of(rule) != "heldout":
-        raise SubspaceError(f"rank must be a number or decided on held-out rows here, got {rank!r}")
-    moments = class_moments(benign, malicious, contrast, metric)
-
-    def directions(held_in: Tensor, against: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        of = class_moments(held_in, against, contrast, metric)
-        most = min(_LARGEST_AUTO_RANK, of[0].width)
-        centre = of[1].mean if contrast == "covariance" else of[0].mean
-        both = pencil(*of, contrast=contrast, metric=metric, shrinkage=shrinkage)
-        if solver == "auto" and _ritz.serves(*both, most):
-            # Exact eigenvectors would cost O(d^3) in each of 80 fits, and which rank is chosen does not hang on their digits.
-            return signed(_ritz.leading(*both, most)), of[0].mean, centre
-        return solve_pencil(*both, rank=most, solver=solver, clip=True).vectors, of[0].mean, centre
-
-    counts = [of.count for of in moments]
-    if groups is None:
-        groups = ([f"benign {i}" for i in range(counts[0])], [f"malicious {i}" for i in range(counts[1])])
-    elif [len(items) for items in groups] != counts:
-        raise SubspaceError(
-            f"groups must be as long as the rows {tuple(counts)}, got {tuple(map(len, groups))}; "
-            "give the item of each benign and of each malicious row"
-        )
-    choice: RankChoice | None = None
-    number = rank if isinstance(rank, int) else 1
-    if rule is not None and contrast != "mean":
-        choice = _auto_rank(moments, directions, groups, seed, rule)
-        number = max(choice.rank, 1)
-    tensors, diagnostics = fit_moments(
-        *moments,
-        rank=number,
-        contrast=contrast,
-        shrinkage=shrinkage,
-        projection=projection,
-        solver=solver,
-        metric=metric,
-    )
-    return tensors, {**diagnostics, "auto_rank": None if choice is None else choice.to_dict(), "seed": seed}
 
 
 def fit_moments(
@@ -170,21 +108,6 @@ def floor_of(malicious: ShrunkCovariance, benign: ShrunkCovariance) -> float | N
     if benign.ridge <= 0 or malicious.diagonal is not None or benign.diagonal is not None:
         return None
     return malicious.ridge / benign.ridge
-
-
-def _auto_rank(
-    moments: tuple[Moments, Moments], directions: Any, groups: Groups, seed: int, rule: RankRule
-) -> RankChoice:
-    rows = [of.centred + of.mean for of in moments]
-    choice = choose_rank(rows[0], rows[1], directions, groups=groups, seed=seed, rule=rule)
-    if choice.rank == 0 and choice.ratios:
-        warnings.warn(
-            f"rank={choice.rule!r} found no direction: held-out malicious/benign energy {choice.ratios[0]:.3g} of the "
-            f"first is not above {choice.threshold:.3g}, which benign against benign reaches; rank 1 is "
-            "kept, expect nothing of it",
-            stacklevel=4,
-        )
-    return choice
 
 
 def subspace_tensors(

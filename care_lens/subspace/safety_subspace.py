@@ -1,7 +1,6 @@
 """The safety subspace: what a fit on benign and malicious activations gives, typed by where it belongs."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,21 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.core.site import Site, SiteLike
-from care_lens.subspace import display, hub, set_operations, storage
-from care_lens.subspace.affine import along, working_dtype
+from care_lens.subspace import applying, belonging, display, hub, set_operations, storage
 from care_lens.subspace.calibration import ConformalScores
-from care_lens.subspace.centring import centred, split
 from care_lens.subspace.comparison import SubspaceComparison, compare_bases
 from care_lens.subspace.contrast import Contrast, Metric
-from care_lens.subspace.errors import NonFiniteError, RankError, SubspaceError, SubspaceMismatchError
-from care_lens.subspace.fitting import Projection, fit_moments, fit_tensors
+from care_lens.subspace.errors import SubspaceError
+from care_lens.subspace.fitting import Projection
 from care_lens.subspace.linear_map import LinearMap
 from care_lens.subspace.model_identity import Match, ModelIdentity
 from care_lens.subspace.moments import Moments
 from care_lens.subspace.overlap import DirectionOverlap, overlap_with_directions
-from care_lens.subspace.rank_rule import RankRule, evidence_of, rule_of
-from care_lens.subspace.rank_rules import SpectrumRank, rank_by_floor, rank_of_rule
-from care_lens.subspace.recipe import Recipe
+from care_lens.subspace.rank_rule import RankRule
+from care_lens.subspace.ranked_fit import RankName, fit_rows, fit_streamed
 from care_lens.subspace.shrinkage import Shrinkage, Target
 from care_lens.subspace.solvers import Solver
 
@@ -37,10 +33,6 @@ if TYPE_CHECKING:
 
 Modality = Literal["visual", "textual"]
 Score = Literal["energy", "mahalanobis"]
-RankName = Literal["auto", "energy", "permutation"]
-
-_TENSORS = ("basis", "read", "write", "left", "eigenvalues", "mean_benign", "mean_malicious")
-_BY_COLUMN = ("basis", "read", "write", "left")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -174,19 +166,10 @@ class SafetySubspace:
             >>> bool(subspace.energy(repaired).max() < 1e-6)
             True
         """
-        rule, chosen = rule_of(rank), {}
-        number = rank if rule is None else rule
-        if rule is not None and evidence_of(rule) != "heldout":
-            number = 1
-            if contrast != "mean":
-                recipe = Recipe(contrast, metric, shrinkage, solver)
-                choice = rank_of_rule(benign, malicious, rule=rule, recipe=recipe, groups=groups, seed=seed)
-                number, chosen = max(choice.rank, 1), {"rank_rule": choice.to_dict()}
-                _warn_if_none(choice)
-        tensors, diagnostics = fit_tensors(
+        tensors, diagnostics = fit_rows(
             benign,
             malicious,
-            rank=number,  # pyright: ignore[reportArgumentType]  # rule_of has refused what is neither number nor rule
+            rank=rank,
             contrast=contrast,
             shrinkage=shrinkage,
             projection=projection,
@@ -203,7 +186,7 @@ class SafetySubspace:
             site=None if site is None else Site.parse(site),
             modality=modality,
             model=model,
-            diagnostics={**diagnostics, **chosen},
+            diagnostics=diagnostics,
             provenance=dict(provenance or {}),
         )
 
@@ -261,24 +244,10 @@ class SafetySubspace:
             >>> SafetySubspace.from_moments(*streamed, rank=2).equals(SafetySubspace.fit(*rows, rank=2))
             True
         """
-        rule, chosen = rule_of(rank), {}
-        number: Any = rank if rule is None else None
-        if rule is not None and evidence_of(rule) == "floor":
-            number = 1
-            if contrast != "mean":
-                recipe = Recipe(contrast, metric, shrinkage, solver, target)
-                choice = rank_by_floor(benign, malicious, rule=rule, recipe=recipe)
-                number, chosen = max(choice.rank, 1), {"rank_rule": choice.to_dict()}
-                _warn_if_none(choice)
-        if number is None:
-            raise SubspaceError(
-                f"rank must be a number, 'energy' or an EnergyRank (or a rule with evidence 'floor') for moments, got {rank!r}; other rules look at rows: use "
-                "SafetySubspace.fit"
-            )
-        tensors, diagnostics = fit_moments(
+        tensors, diagnostics = fit_streamed(
             benign,
             malicious,
-            rank=number,
+            rank=rank,
             contrast=contrast,
             shrinkage=shrinkage,
             projection=projection,
@@ -291,7 +260,7 @@ class SafetySubspace:
             site=None if site is None else Site.parse(site),
             modality=modality,
             model=model,
-            diagnostics={**diagnostics, **chosen},
+            diagnostics=diagnostics,
             provenance=dict(provenance or {}),
         )
 
@@ -328,11 +297,7 @@ class SafetySubspace:
         self, *, alpha: float = 1.0, beta: float = 1.0, target: Float[Tensor, "d"] | None = None
     ) -> LinearMap:
         """What :meth:`apply` does, as a map about its target; arguments, errors and warnings are those of it."""
-        self._check_strengths(alpha, beta)
-        if target is not None:
-            self.check(width=target.shape[-1])
-        aim = beta * self.mean_benign if target is None else _finite_target(target).to(self.mean_benign)
-        return dataclasses.replace(self.removal(alpha), centre=aim)
+        return applying.correction(self, alpha=alpha, beta=beta, target=target)
 
     def project(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """P h, without forming P: O(d k) a row.
@@ -346,8 +311,7 @@ class SafetySubspace:
         Raises:
             SubspaceMismatchError: If h is of another width.
         """
-        moved = along(self._wide(h), write=self.write, left=self.left)
-        return moved.to(torch.promote_types(h.dtype, torch.float32))
+        return applying.project(self, h)
 
     def coordinates(self, h: Float[Tensor, "*batch d"], *, centre: bool = True) -> Float[Tensor, "*batch k"]:
         """``read^T (h - mean_benign)``: how many benign standard deviations along each direction; malicious
@@ -363,9 +327,7 @@ class SafetySubspace:
         Raises:
             SubspaceMismatchError: If h is of another width.
         """
-        wide = self._wide(h)
-        found = (centred(wide, self.mean_benign) if centre else wide) @ self.read.to(wide)
-        return found.to(torch.promote_types(h.dtype, torch.float32))
+        return applying.coordinates(self, h, centre=centre)
 
     def energy(self, h: Float[Tensor, "*batch d"], *, centre: bool = True) -> Float[Tensor, "*batch"]:
         """``||read^T (h - mean_benign)||^2``, k on average over the benign distribution of the fit (as
@@ -458,15 +420,7 @@ class SafetySubspace:
             At alpha = 1 this is the paper's ``P_safe h + beta (I - P_safe) mean_benign`` with
             ``P_safe = I - P``.
         """
-        wide = self._wide(h)
-        self._check_strengths(alpha, beta)
-        if target is not None:
-            self.check(width=target.shape[-1])
-        if alpha == 0:
-            return h
-        aim = beta * self.mean_benign if target is None else _finite_target(target)
-        moved = along(wide, write=self.write, left=self.left, centre=split(aim, wide))
-        return (wide - alpha * moved).to(h.dtype)
+        return applying.apply(self, h, alpha=alpha, beta=beta, target=target)
 
     def truncate(self, rank: int) -> "SafetySubspace":
         """The subspace of the leading ``rank`` directions, as a fit of that rank would give.
@@ -474,17 +428,7 @@ class SafetySubspace:
         Raises:
             RankError: If rank is not between 1 and this subspace's.
         """
-        if not bool(self.eigenvalues.isfinite().all()):
-            raise SubspaceError(
-                "a subspace must have eigenvalues to be truncated, got one made by "
-                f"{self.diagnostics.get('operation', 'hand')}, whose directions are in no order; truncate what it was made of"
-            )
-        if not 1 <= rank <= self.rank:
-            raise RankError(
-                f"rank must be between 1 and {self.rank}, got {rank}; fit again for more", largest=self.rank
-            )
-        columns = {name: getattr(self, name)[:, :rank].clone() for name in _BY_COLUMN}
-        return dataclasses.replace(self, **columns, eigenvalues=self.eigenvalues[:rank].clone())
+        return set_operations.leading(self, rank)
 
     def compare(self, other: "SafetySubspace") -> SubspaceComparison:
         """Principal angles to another subspace of the same width, and TransformerLens's projection kernel.
@@ -616,29 +560,12 @@ class SafetySubspace:
         Raises:
             SubspaceMismatchError: If one is not that of the fit, or the fit named none.
         """
-        wanted = {"site": None if site is None else Site.parse(site), "modality": modality, "width": width}
-        for name, value in wanted.items():
-            own = getattr(self, name)
-            if value is not None and value != own:
-                known = f"fitted for {name} {own}" if own is not None else f"fitted without a {name}"
-                raise SubspaceMismatchError(
-                    f"{name} must be the one the subspace was fitted for, got {value} for a subspace "
-                    f"{known}; fit one on activations of that place"
-                )
-        if match not in get_args(Match):
-            raise SubspaceError(f"match must be one of {get_args(Match)}, got {match!r}")
-        if model is not None and match != "width":
-            if self.model is None:
-                raise SubspaceMismatchError(
-                    f"model must be the one the subspace was fitted for, got {model.name} for a subspace fitted without a "
-                    "model; fit with model=ModelIdentity(...), or use match='width' if you know that it carries over"
-                )
-            self.model.require(model, match)
+        belonging.require(self, site=site, modality=modality, width=width, model=model, match=match)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "SafetySubspace":
         """Move or cast the tensors; a new object."""
         return dataclasses.replace(
-            self, **{name: getattr(self, name).to(device=device, dtype=dtype) for name in _TENSORS}
+            self, **{name: getattr(self, name).to(device=device, dtype=dtype) for name in storage.TENSORS}
         )
 
     def save(self, directory: str | Path) -> Path:
@@ -654,16 +581,7 @@ class SafetySubspace:
         Raises:
             TypeError: If the provenance is not JSON-able.
         """
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        site = None if self.site is None else str(self.site)
-        model = None if self.model is None else self.model.to_dict()
-        notes = {
-            "model": model,
-            "modality": self.modality,
-            "diagnostics": self.diagnostics,
-            "provenance": self.provenance,
-        }
-        return storage.save(directory, tensors, {"site": site, "width": self.width, "rank": self.rank, **notes})
+        return storage.save(self, directory)
 
     @classmethod
     def load(
@@ -694,15 +612,7 @@ class SafetySubspace:
             SubspaceFileError: If the files are damaged or of a newer schema.
             SubspaceMismatchError: If it was fitted for another site, modality, width or model.
         """
-        tensors, manifest = storage.load_checked(directory, _TENSORS)
-        subspace = cls(
-            **tensors,
-            site=None if manifest["site"] is None else Site.parse(manifest["site"]),
-            modality=manifest["modality"],
-            model=None if manifest["model"] is None else ModelIdentity(**manifest["model"]),
-            diagnostics=manifest["diagnostics"],
-            provenance=manifest["provenance"],
-        )
+        subspace = cls(**storage.load_fields(directory))
         subspace.check(site=site, modality=modality, width=width, model=model, match=match)
         return subspace
 
@@ -802,44 +712,3 @@ class SafetySubspace:
     def summary(self) -> dict[str, str]:
         """What it is, in words: the rows of its notebook table."""
         return display.summary(self)
-
-    def _wide(self, h: Tensor) -> Tensor:
-        """h in float32, or float64 if h or the projector is; checked."""
-        _require_floating(h)
-        self.check(width=h.shape[-1])
-        return h.to(working_dtype(h.dtype, self.left))
-
-    @staticmethod
-    def _check_strengths(alpha: float, beta: float) -> None:
-        if not 0 <= alpha < float("inf"):
-            raise SubspaceError(f"alpha must be 0 or more, got {alpha!r}")
-        if not 0 <= beta <= 1:
-            raise SubspaceError(f"beta must be in [0, 1], got {beta!r}; give a target to aim elsewhere")
-        if alpha > 1:
-            warnings.warn(
-                f"alpha={alpha} is above 1: coordinates are reflected through the target, not removed",
-                stacklevel=3,
-            )
-
-
-def _require_floating(h: Tensor) -> None:
-    if not h.is_floating_point():
-        raise SubspaceError(
-            f"activations must be of a floating dtype, got {h.dtype}, which could not hold the result; give h.float()"
-        )
-
-
-def _finite_target(target: Tensor) -> Tensor:
-    if not target.is_floating_point() or not bool(target.isfinite().all()):
-        raise NonFiniteError(
-            f"target must be finite floating point, got {target.dtype} with NaN, infinity or whole numbers"
-        )
-    return target
-
-
-def _warn_if_none(choice: SpectrumRank) -> None:
-    if choice.rank == 0:
-        warnings.warn(
-            f"the {choice.rule} rule found no direction above its threshold; rank 1 is kept, expect nothing of it",
-            stacklevel=3,
-        )

@@ -1,4 +1,4 @@
-"""Equality, union and intersection of subspaces.
+"""Equality, union, intersection and leading part of subspaces.
 
 The span of a union is that of all columns; an intersection keeps the principal vectors that the two nearly
 share (the midpoint of a pair whose cosine is high enough), since two fits never share a direction exactly
@@ -91,6 +91,21 @@ def intersect(one: "SafetySubspace", other: "SafetySubspace", least_cosine: floa
             largest=0,
         )
     return _combined(one, other, span, "intersection", {"cosines": cosines.tolist(), "least_cosine": least_cosine})
+
+
+def leading(subspace: "SafetySubspace", rank: int) -> "SafetySubspace":
+    """See ``SafetySubspace.truncate``."""
+    if not bool(subspace.eigenvalues.isfinite().all()):
+        raise SubspaceError(
+            "a subspace must have eigenvalues to be truncated, got one made by "
+            f"{subspace.diagnostics.get('operation', 'hand')}, whose directions are in no order; truncate what it was made of"
+        )
+    if not 1 <= rank <= subspace.rank:
+        raise RankError(
+            f"rank must be between 1 and {subspace.rank}, got {rank}; fit again for more", largest=subspace.rank
+        )
+    columns = {name: getattr(subspace, name)[:, :rank].clone() for name in ("basis", "read", "write", "left")}
+    return dataclasses.replace(subspace, **columns, eigenvalues=subspace.eigenvalues[:rank].clone())
 
 
 def _wide(subspace: "SafetySubspace") -> dict[str, Tensor]:

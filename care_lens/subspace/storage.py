@@ -11,9 +11,9 @@ version at a time, by the functions in ``_MIGRATIONS``; files are not rewritten 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,58 +21,78 @@ from torch import Tensor
 from care_lens.core import files
 from care_lens.core.errors import ArtifactError
 from care_lens.core.results import package_versions
+from care_lens.core.site import Site
 from care_lens.subspace.errors import SubspaceFileError
+from care_lens.subspace.model_identity import ModelIdentity
 from care_lens.subspace.validity import check_notes, check_tensors
+
+if TYPE_CHECKING:
+    from care_lens.subspace.safety_subspace import SafetySubspace
 
 SCHEMA = 3
 """Version of the files that :func:`save` writes."""
 TENSORS_FILE, MANIFEST_FILE = "subspace.safetensors", "subspace.json"
+TENSORS = ("basis", "read", "write", "left", "eigenvalues", "mean_benign", "mean_malicious")
+"""The fields of a subspace that are tensors."""
 
 _KIND = "care_lens.SafetySubspace"
 _KEYS = ("model", "site", "modality", "width", "rank", "diagnostics", "provenance")
 _OWN = "manifest_sha256"
 
 
-def save(directory: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Path:
-    """Write both files, the manifest last; each appears whole or not at all.
-
-    Args:
-        directory: Made if it does not exist.
-        tensors: By name.
-        notes: JSON-able; goes into the manifest.
-
-    Returns:
-        The directory.
+def save(subspace: "SafetySubspace", directory: str | Path) -> Path:
+    """Write both files, the manifest last; each appears whole or not at all. See ``SafetySubspace.save``.
 
     Raises:
         TypeError: If the notes are not JSON-able.
         OSError: If a file cannot be written.
     """
+    notes = {
+        "site": None if subspace.site is None else str(subspace.site),
+        "width": subspace.width,
+        "rank": subspace.rank,
+        "model": None if subspace.model is None else subspace.model.to_dict(),
+        "modality": subspace.modality,
+        "diagnostics": subspace.diagnostics,
+        "provenance": subspace.provenance,
+    }
     files.save_artifact(
         directory,
         "subspace",
         kind=_KIND,
         schema=SCHEMA,
-        data={"safetensors": files.tensor_bytes(tensors)},
+        data={"safetensors": files.tensor_bytes({name: getattr(subspace, name) for name in TENSORS})},
         content={"versions": package_versions(), **files.packed(notes)},
     )
     return Path(directory)
 
 
-def load_checked(directory: str | Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read both files and check them, against each other and for what they say.
+def load_fields(directory: str | Path) -> dict[str, Any]:
+    """What a subspace is made of, from both files: they are checked, against each other and for what they say.
 
     Args:
         directory: Where.
-        names: The tensors that must be there.
 
     Returns:
-        The tensors on the CPU, and the manifest.
+        The fields of a ``SafetySubspace``; tensors on the CPU.
 
     Raises:
         FileNotFoundError: If a file is not there.
         SubspaceFileError: If they are damaged, do not fit each other, hold no subspace, or come from a newer schema.
     """
+    tensors, manifest = _load_checked(directory)
+    return {
+        **tensors,
+        "site": None if manifest["site"] is None else Site.parse(manifest["site"]),
+        "modality": manifest["modality"],
+        "model": None if manifest["model"] is None else ModelIdentity(**manifest["model"]),
+        "diagnostics": manifest["diagnostics"],
+        "provenance": manifest["provenance"],
+    }
+
+
+def _load_checked(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors on the CPU, and the manifest."""
     path = Path(directory) / MANIFEST_FILE
     try:
         manifest = files.read_object(path, kind="SafetySubspace")
@@ -96,9 +116,9 @@ def load_checked(directory: str | Path, names: Sequence[str]) -> tuple[dict[str,
             raise SubspaceFileError(
                 f"{path.with_name(TENSORS_FILE)} must hold the tensors as the manifest describes them; copy both again"
             )
-    if set(tensors) != set(names):
+    if set(tensors) != set(TENSORS):
         raise SubspaceFileError(
-            f"{path.with_name(TENSORS_FILE)} must hold {sorted(names)}, got {sorted(tensors)}; copy both files again"
+            f"{path.with_name(TENSORS_FILE)} must hold {sorted(TENSORS)}, got {sorted(tensors)}; copy both files again"
         )
     notes = manifest["diagnostics"] if isinstance(manifest["diagnostics"], dict) else {}
     # A fit says of how many rows it is; a union, an intersection and what is made by hand do not.

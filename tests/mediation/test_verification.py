@@ -14,7 +14,8 @@ from zoo.straight import straight
 from care_lens.core import LogitDifference
 from care_lens.mediation import heads, mediate, patch_map
 from care_lens.mediation.attribution import attribute
-from care_lens.mediation.verification import VerifiedResult, _rank_correlation, miss_rate, verify
+from care_lens.mediation.rank_measures import _rank_correlation, miss_rate
+from care_lens.mediation.verification import VerifiedResult, verify
 
 QUICK = {"n_boot": 20, "progress": False}
 
