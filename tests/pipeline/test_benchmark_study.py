@@ -67,7 +67,9 @@ def test_three_benchmarks_run_to_a_report(family, tmp_path, monkeypatch):
     words = ("--comply", "sure,yes", "--refuse", "sorry,no", "--pairs", 4, "--max-new-tokens", 4)
     made = invoke("study", *sources, "--out", folder, *common, *words)
     assert made.exit_code == 0, made.output
-    assert f"next: care-lens run --model {home} --study {folder} --short, a quick look; not without --short" in made.output
+    assert (
+        f"next: care-lens run --model {home} --study {folder} --short, a quick look; not without --short" in made.output
+    )
     written = json.loads((folder / "study.json").read_text())
     assert (
         "The undefended model refuses" in written["about"] and "held out of it: mmsafetybench SD." in written["about"]
