@@ -66,12 +66,11 @@ def headlines(run: Run) -> dict[str, tuple[Headline, Headline]]:
 
 
 def _cells(frame: pd.DataFrame, defence: str, metric: str, channels: Sequence[str] | None = None) -> pd.DataFrame:
-    rows = frame[(frame["defence"] == defence) & (frame["metric"] == metric)]
-    return rows if channels is None else rows[rows["channel"].isin(channels)]
+    rows = frame.query("defence == @defence and metric == @metric and value == value")  # without missing values
+    return rows if channels is None else rows.query("channel in @channels")
 
 
 def _extreme(rows: pd.DataFrame, *, worst: bool) -> Headline:
-    rows = rows[rows["value"].notna()]
     if rows.empty:
         return _NONE
     row = rows.sort_values("value", ascending=not worst, kind="stable").iloc[0]
@@ -81,7 +80,6 @@ def _extreme(rows: pd.DataFrame, *, worst: bool) -> Headline:
 
 def _over_all(trials: pd.DataFrame, defence: str, channels: Sequence[str]) -> Headline:
     rows = _cells(trials, defence, "accuracy", channels)
-    rows = rows[rows["value"].notna()]
     if rows.empty:
         return _NONE
-    return Headline(clustered_rate(rows["value"].to_numpy(), list(rows["group"])), len(rows))
+    return Headline(clustered_rate(list(rows["value"]), list(rows["group"])), len(rows))
