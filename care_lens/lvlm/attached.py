@@ -19,10 +19,10 @@ from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
 from care_lens.lvlm.hooked import ATTACHED, HookedLVLM
 from care_lens.lvlm.inputs import LVLMInputs
+from care_lens.lvlm.loading import require_processor
 from care_lens.lvlm.modules import PlainPoints
 from care_lens.lvlm.plain import refuse_copies
 from care_lens.lvlm.seams import Seams
-from care_lens.lvlm.wrapped import require_processor
 
 _COPYING = "remove the repair first (handle.remove(), or leave the `with` block), copy the model, and attach the repair to the copy"
 _lock = threading.RLock()
