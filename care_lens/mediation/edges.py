@@ -39,7 +39,7 @@ from care_lens.core import Outcome, PairedExamples, Site, cluster_bootstrap, exa
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.attribution import FIRST_POINTS, Method, _check_options
+from care_lens.mediation.attribution import FIRST_POINTS, Method, check_options
 from care_lens.mediation.errors import MediationError
 from care_lens.mediation.interpolation import PATCHES, WORDS, _enter, _twins, nodes_of, owners
 from care_lens.mediation.mediators import HEADS
@@ -180,7 +180,7 @@ def edge_attribution(
     require_options(
         batch_size=batch_size, points=points, keep=keep, n_boot=n_boot, seed=seed, least={"batch_size": 2, "keep": 0}
     )
-    _check_options(outcome, method, points, "inputs")
+    check_options(outcome, method, points, "inputs")
     senders, able = nodes(lvlm)
     wanted = able if receivers is None else [node for node in able if node.name in set(receivers)]
     if receivers is not None and (unknown := set(receivers) - {node.name for node in able}):
