@@ -14,15 +14,16 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from care_lens.core.site import Site, SiteLike
 from care_lens.lvlm.advice import ATTACHED as ATTACHED_ADVICE
 from care_lens.lvlm.advice import Advice
+from care_lens.lvlm.bridging import ATTACHED
 from care_lens.lvlm.doors import Doors
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.families import family_of
-from care_lens.lvlm.hooked import ATTACHED, HookedLVLM
+from care_lens.lvlm.hooked import HookedLVLM
 from care_lens.lvlm.inputs import LVLMInputs
+from care_lens.lvlm.loading import require_processor
 from care_lens.lvlm.modules import PlainPoints
 from care_lens.lvlm.plain import refuse_copies
 from care_lens.lvlm.seams import Seams
-from care_lens.lvlm.wrapped import require_processor
 
 _COPYING = "remove the repair first (handle.remove(), or leave the `with` block), copy the model, and attach the repair to the copy"
 _lock = threading.RLock()

@@ -14,34 +14,28 @@ half-precision model.
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-from transformer_lens.model_bridge.sources._bridge_builder import (
-    build_bridge_from_module,
-    detect_tokenizer_bos_eos,
-)
 
 from care_lens.core.examples import Example
 from care_lens.core.site import Site, SiteLike
 from care_lens.lvlm.attention import NAME as ATTENTION
 from care_lens.lvlm.bound import BoundLVLM
+from care_lens.lvlm.bridging import bridged
 from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.errors import HookError
-from care_lens.lvlm.families import family_of
 from care_lens.lvlm.footprint import LARGE, language_bytes, told
+from care_lens.lvlm.given import NOT_GIVEN, count_of, listed
 from care_lens.lvlm.hooks import FwdHooks, HookFn, hook_pairs
 from care_lens.lvlm.inputs import Generation, LVLMInputs, require_inputs
 from care_lens.lvlm.loading import load_processor, require_known, require_loadable
 from care_lens.lvlm.options import COPIES, REFUSED, copies, refuse, resolve
-from care_lens.lvlm.plain import remember_attention
 from care_lens.lvlm.prepare import prepare_batch
 from care_lens.lvlm.recorder import Recorder
 from care_lens.lvlm.wrapped import WrappedBridge
@@ -50,41 +44,6 @@ __all__ = ["REFUSED", "HookedLVLM"]
 
 
 log = logging.getLogger(__name__)
-ATTACHED = "_care_lens_attached"
-"""Where a plain model holds what is attached to it."""
-
-
-def _count(logits_to_keep: Any, inputs: LVLMInputs) -> int:
-    """The number of positions whose logits are computed, if it is one."""
-    n_pos = inputs.input_ids.shape[1]
-    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or not 0 <= logits_to_keep <= n_pos:
-        raise ValueError(
-            f"logits_to_keep must be a whole number from 0 (all positions) to {n_pos}, the batch's positions, got {logits_to_keep!r}"
-        )
-    return logits_to_keep
-
-
-class _NotGiven(tuple[()]):
-    """What stands where no sites were named at all: another object than any empty tuple."""
-
-
-_NOT_GIVEN: Any = _NotGiven()
-
-
-def _listed(sites: Any) -> Sequence[SiteLike]:
-    """One site as a list of one; a list of sites as it is."""
-    if isinstance(sites, (str, Site)):
-        return [sites]
-    if isinstance(sites, (bytes, Mapping)) or not isinstance(sites, Iterable):
-        raise HookError(f"sites must be a site or a list of sites, got {type(sites).__name__}; see lvlm.sites()")
-    listed = list(sites)
-    if wrong := [site for site in listed if not isinstance(site, (str, Site))]:
-        raise HookError(f"sites must be a list of sites or their names, got {wrong[0]!r} in it; see lvlm.sites()")
-    if len(listed) > 1 and all(isinstance(site, str) and len(site) == 1 for site in listed):
-        raise HookError(
-            f"sites must be a list of sites, got the characters of {''.join(map(str, listed))!r}; put the name in a list"
-        )
-    return listed
 
 
 class HookedLVLM(WrappedBridge):
@@ -159,30 +118,7 @@ class HookedLVLM(WrappedBridge):
         Raises:
             ValueError: If the model's family is not known, it is in a bridge already, or the processor belongs to another model.
         """
-        family = family_of(model)
-        if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
-            raise ValueError(
-                "model must be plain Hugging Face, got one that is in a bridge already; go on with the HookedLVLM that has it, or take "
-                "HookedLVLM.from_bridge(lvlm.bridge, processor) after lvlm.close()"
-            )
-        architecture = type(model).__name__
-        for cls_name in [c.__name__ for c in type(model).__mro__ if c.__name__ in family.adapters]:
-            architecture = f"CareLens{cls_name}"
-            ArchitectureAdapterFactory.register_adapter(architecture, family.adapters[cls_name])
-            break
-        if ATTACHED in model.__dict__:
-            raise ValueError(
-                "model must not have a repair attached, got one that has; remove it first (handle.remove()), and put it on the HookedLVLM"
-            )
-        remember_attention(model)
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-        bridge = build_bridge_from_module(model.eval(), architecture, hf_config=model.config)
-        bridge.tokenizer = processor.tokenizer
-        bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(
-            processor.tokenizer
-        )
-        bridge.processor = processor
-        return cls(bridge, processor)
+        return cls(bridged(model, processor), processor)
 
     @classmethod
     def from_bridge(cls, bridge: Any, processor: Any) -> "HookedLVLM":
@@ -285,7 +221,7 @@ class HookedLVLM(WrappedBridge):
         """
         if require_inputs(inputs).pixel_values is None and (unseen := self._outside(hook_pairs(fwd_hooks))):
             warnings.warn(f"hooks at {unseen} do not run: the batch holds no image", stacklevel=2)
-        logits_to_keep = _count(logits_to_keep, inputs)
+        logits_to_keep = count_of(logits_to_keep, inputs)
         with self.batch_hooks(inputs), self.hooks(fwd_hooks):
             kwargs = inputs.model_kwargs()
             return self.bridge(kwargs.pop("input_ids"), logits_to_keep=logits_to_keep, **kwargs)
@@ -294,7 +230,7 @@ class HookedLVLM(WrappedBridge):
         self,
         inputs: LVLMInputs,
         *,
-        sites: Sequence[SiteLike] | SiteLike | None = _NOT_GIVEN,
+        sites: Sequence[SiteLike] | SiteLike | None = NOT_GIVEN,
         fwd_hooks: FwdHooks = (),
         logits_to_keep: int = 0,
     ) -> tuple[Float[Tensor, "batch kept vocab"], LVLMCache]:
@@ -316,12 +252,12 @@ class HookedLVLM(WrappedBridge):
             HookError: If no sites are given; the message says what all of them would take.
             ValueError: If this model has no such site, or the batch has no images and a site is about them.
         """
-        if sites is _NOT_GIVEN:
+        if sites is NOT_GIVEN:
             raise HookError(
                 "sites must be given: the sites whose activations are kept, such as sites=['blocks.0.hook_mlp_out'], or sites=None for all "
                 f"{len(self.sites())} of them, which take {told(self, require_inputs(inputs), self.sites())}; lvlm.sites() lists them"
             )
-        wanted = self.sites() if sites is None else [self._require(site) for site in _listed(sites)]
+        wanted = self.sites() if sites is None else [self._require(site) for site in listed(sites)]
         if require_inputs(inputs).pixel_values is None:
             if sites is not None and (about := [str(site) for site in wanted if site.tower != "language"]):
                 raise ValueError(f"inputs must hold an image to have activations at {about}, got text alone")
@@ -393,7 +329,7 @@ class HookedLVLM(WrappedBridge):
             self.hf_model.generation_config, {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **kwargs}
         )
         refuse(in_force)
-        wanted = [self._require(site) for site in _listed(sites)]
+        wanted = [self._require(site) for site in listed(sites)]
         n = copies(in_force, stateful=bool(wanted) or bool(self._makers))
         if n > 1:
             inputs = inputs.rows([row for row in range(inputs.batch_size) for _ in range(n)])

@@ -1,6 +1,7 @@
-"""What a hook is, what it is handed, and what it may return."""
+"""What a hook is, what it is handed, and what it may return; and points without their hooks for a while."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -65,3 +66,22 @@ def hook_pairs(fwd_hooks: Any) -> list[tuple[Any, HookFn]]:
                 f"fwd_hooks must be a list of pairs of a place and a function, got {pair!r} in it; write (site, function)"
             )
     return [(place, fn) for place, fn in fwd_hooks]
+
+
+@contextmanager
+def without_hooks(points: Iterable[Any]) -> Iterator[None]:
+    """Hook points without hooks, but for permanent ones, in a ``with`` block; all are back after it, in their order."""
+    taken = []
+    try:
+        for point in {id(point): point for point in points}.values():
+            ours = {handle.hook.id for handle in point.fwd_hooks if not handle.is_permanent}
+            hooks = point._forward_hooks
+            if ours & hooks.keys():
+                taken.append((hooks, list(hooks.items())))
+                for key in ours & hooks.keys():
+                    del hooks[key]
+        yield
+    finally:
+        for hooks, items in taken:
+            hooks.clear()
+            hooks.update(items)

@@ -1,4 +1,4 @@
-"""Loading, with messages that say what is missing."""
+"""Loading a model and its processor, with messages that say what is missing or does not belong together."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from care_lens.core.errors import CareLensError
-from care_lens.lvlm.families import families
+from care_lens.lvlm.families import Family, families
 
 
 class LoadingError(CareLensError, ValueError, OSError):
@@ -73,3 +73,23 @@ def load_processor(name_or_dir: Any, **kwargs: Any) -> Any:
             "and give it with its processor to HookedLVLM.from_hf"
         )
     return processor
+
+
+def require_processor(model: Any, processor: Any, family: Family) -> None:
+    """Refuse a processor that is not the model's own.
+
+    Args:
+        model: The Hugging Face model.
+        processor: What is given as its processor.
+        family: The model's family.
+
+    Raises:
+        ValueError: If it has no tokenizer or chat template, or its image token is another one.
+    """
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
+        raise ValueError(f"processor must be the model's processor, with its tokenizer, got {type(processor).__name__}")
+    tokens = family.image_ids(processor)
+    if model.config.image_token_id not in tokens:
+        raise ValueError(
+            f"processor must be the model's own: its image token is {tokens[0]}, the model's is {model.config.image_token_id}"
+        )

@@ -1,6 +1,5 @@
 """A TransformerBridge with the sites of its family on it: their names, their facts, and hooks at them."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
@@ -19,38 +18,18 @@ from care_lens.lvlm.advice import HOOKED, Advice
 from care_lens.lvlm.blocks import Blocks
 from care_lens.lvlm.display import shown_model
 from care_lens.lvlm.doors import Doors
-from care_lens.lvlm.families import Family, family_of
-from care_lens.lvlm.hooks import FwdHooks, hook_pairs, owned
+from care_lens.lvlm.families import family_of
+from care_lens.lvlm.hooks import FwdHooks, hook_pairs, owned, without_hooks
 from care_lens.lvlm.inputs import LVLMInputs, require_inputs
+from care_lens.lvlm.loading import require_processor
 from care_lens.lvlm.missing import missing
+from care_lens.lvlm.patches import patches_in
+from care_lens.lvlm.places import names_at
 from care_lens.lvlm.plain import COPYING, KEYED, make_plain, plain, refuse_copies
 from care_lens.lvlm.seams import Seams, install
 from care_lens.lvlm.sites import SiteInfo, describe, why_missing
 
 Wrapped = TypeVar("Wrapped", bound="WrappedBridge")
-
-#: Points of TransformerLens through which nothing flows in a bridge.
-_UNUSED = (".attn.hook_hidden_states",)
-
-
-def require_processor(model: Any, processor: Any, family: Family) -> None:
-    """Refuse a processor that is not the model's own.
-
-    Args:
-        model: The Hugging Face model.
-        processor: What is given as its processor.
-        family: The model's family.
-
-    Raises:
-        ValueError: If it has no tokenizer or chat template, or its image token is another one.
-    """
-    if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
-        raise ValueError(f"processor must be the model's processor, with its tokenizer, got {type(processor).__name__}")
-    tokens = family.image_ids(processor)
-    if model.config.image_token_id not in tokens:
-        raise ValueError(
-            f"processor must be the model's own: its image token is {tokens[0]}, the model's is {model.config.image_token_id}"
-        )
 
 
 class WrappedBridge:
@@ -249,21 +228,9 @@ class WrappedBridge:
         site = self._require(site)
         if site.tower == "language":
             raise ValueError(f"site must be of the vision tower or the projector, got {site}; see inputs.spans")
-        key = self.family.outside_packing.get(str(site)) if site.layer is None else self.family.vision.packing
-        mask = torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
-        if key is not None:
-            packing = self._seams.packings.get(key)
-            if packing is None or packing.mask.shape != activation.shape[:2]:
-                raise ValueError(
-                    f"activation must be of the forward pass under way, got {tuple(activation.shape[:2])} entries where the last "
-                    f"one had {None if packing is None else tuple(packing.mask.shape)}; ask inside the hook, or run that batch again first"
-                )
-            mask = packing.mask.to(activation.device, copy=True)
-        if site.tower == "vision" and not class_tokens:
-            config = self.hf_model.config
-            mask[:, : self.family.class_tokens(config)] = False
-            mask[:, mask.shape[1] - self.family.closing_tokens(config) :] = False
-        return mask
+        return patches_in(
+            activation, site, self.family, self.hf_model.config, self._seams.packings, class_tokens=class_tokens
+        )
 
     @with_block("lvlm.hooks(fwd_hooks)")
     def hooks(self: Wrapped, fwd_hooks: FwdHooks = ()) -> Iterator[Wrapped]:
@@ -285,7 +252,7 @@ class WrappedBridge:
                 nothing, which the sites' names exclude.
         """
         self._require_open()
-        placed = [(name, fn) for place, fn in hook_pairs(fwd_hooks) for name in self._places(place)]
+        placed = [(name, fn) for place, fn in hook_pairs(fwd_hooks) for name in names_at(self, place)]
         with self._blocks.opened() as block:
             # A forward pass of another thread must not see the hooks come and go.
             context = self.bridge.hooks(fwd_hooks=[(name, owned(fn, block)) for name, fn in placed]) if placed else None
@@ -434,21 +401,8 @@ class WrappedBridge:
         A defence that asks the model something more (a caption, the same request with a warning) does so here, so that neither its
         own hooks, nor another defence's, nor a recorder of activations run on what it asks.
         """
-        taken = []
-        try:
-            for point in {id(point): point for point in self.bridge.hook_dict.values()}.values():
-                ours = {handle.hook.id for handle in point.fwd_hooks if not handle.is_permanent}
-                hooks = point._forward_hooks
-                if ours & hooks.keys():
-                    taken.append((hooks, list(hooks.items())))
-                    for key in ours & hooks.keys():
-                        del hooks[key]
-            with self._blocks.muted():
-                yield self
-        finally:
-            for hooks, items in taken:
-                hooks.clear()
-                hooks.update(items)
+        with without_hooks(self.bridge.hook_dict.values()), self._blocks.muted():
+            yield self
 
     def acting(self) -> list[str]:
         """What is on the model now: the hook points that have hooks, and what was given to :meth:`hooks_for_each_batch`, a repair
@@ -471,33 +425,3 @@ class WrappedBridge:
         if site not in self._seams.points:
             raise ValueError(f"this model has no site {site}: {why_missing(site, self.hf_model.config, self.family)}")
         return site
-
-    def _places(self, place: Site | str | Callable[[str], bool]) -> list[str]:
-        """Names of the hook points that a place stands for."""
-        if isinstance(place, Site):
-            return [str(self._require(place))]
-        if not isinstance(place, str):
-            known = self.bridge.hook_dict
-            names = [str(site) for site in self._seams.points]
-            names += [name for name in known if not name.startswith(self._native)]
-            points = {id(known[name]): name for name in reversed(names) if place(name)}
-            return list(points.values())[::-1]
-        try:
-            site = Site.parse(place)
-        except ValueError as error:
-            if place not in self.bridge.hook_dict:
-                raise ValueError(f"there is no hook point {place!r}: {error}") from None
-            if place.startswith(self._native) or place.endswith(_UNUSED):
-                warnings.warn(
-                    f"{place!r} is TransformerLens's own hook point, at which an edit may do nothing; use the sites' names "
-                    "(lvlm.sites())",
-                    stacklevel=5,
-                )
-            return [place]
-        return [str(self._require(site))]
-
-    @property
-    def _native(self) -> tuple[str, ...]:
-        """How TransformerLens's own names outside the language tower begin."""
-        blocks = self.family.vision.blocks
-        return (f"{blocks.partition('.')[0]}.", "vision_projector.")

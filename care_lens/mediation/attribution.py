@@ -30,36 +30,21 @@ Source: Nanda 2023, "Attribution patching"; Sundararajan et al. 2017, "Axiomatic
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy import ndarray
-from torch import Tensor
 
-from care_lens.core import (
-    Interval,
-    Outcome,
-    PairedExamples,
-    PrefixMargin,
-    Site,
-    SiteLike,
-    cluster_bootstrap,
-)
+from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.frames import (
-    DetailedResult,
-    metric_name,
-    sampling,
-    site_columns,
-    tidy,
-)
-from care_lens.mediation.interpolation import Found, Path, Plan, attributed, nodes_of, owners
-from care_lens.mediation.mediators import HEADS, NEURONS
-from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches, require_whole_pictures
+from care_lens.mediation.attribution_table import AttributionTable
+from care_lens.mediation.attribution_units import Cell, kept
+from care_lens.mediation.frames import DetailedResult, metric_name, sampling
+from care_lens.mediation.interpolation import Path, Plan, attributed, nodes_of
+from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches
 from care_lens.mediation.regions import Place, region_settings, split_regions
 from care_lens.mediation.sweep import Part, Sweep, require_options, require_positions, sweep_settings
 
@@ -67,14 +52,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Method = Literal["gradient", "integrated"]
-ESTIMATE = "NIE estimate"
-
-KINDS: tuple[str, ...] = ("site", "head", "neuron", "patch")
-_UNIT = {HEADS: "head", NEURONS: "neuron"}
-_PLACE = ("kind", "tower", "layer", "component", "head", "neuron", "patch", "mediator", "position")
-COLUMNS = (*_PLACE, "metric", "effect", "value", "ci_low", "ci_high", "n", "seed")
-PAIR_COLUMNS = ("tower", "layer", "component", "head", "neuron", "mediator", "position", "pair", "group", "value")
-_CELLS = 4096
 FIRST_POINTS, MOST_POINTS = 8, 64
 TOLERANCE = 0.005
 """Largest completeness gap that counts as enough points."""
@@ -174,7 +151,7 @@ def attribute(
     require_options(batch_size=batch_size, neurons_by_pair=neurons_by_pair, n_boot=n_boot, seed=seed, least=least)
     named, regions = split_regions(positions)
     require_positions([name for name in named if name not in regions])
-    _check_options(outcome, method, points, path)
+    check_options(outcome, method, points, path)
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size, regions=regions)
     if bad := misaligned(batches):
         raise ValueError(
@@ -227,16 +204,16 @@ def _swept(
     nodes: Sequence[tuple[float, float]],
     sweep: Sweep,
     progress: bool,
-) -> tuple["_Table", ndarray, ndarray]:
+) -> tuple[AttributionTable, ndarray, ndarray]:
     """Attributions, and each pair's total effect and sum of the attributions of what enters, [n] each."""
     n = sum(batch.n for batch in batches)
-    table, total, entering = _Table(n), np.full(n, np.nan), np.full(n, np.nan)
+    table, total, entering = AttributionTable(n), np.full(n, np.nan), np.full(n, np.nan)
 
     def parts() -> Iterator[Part[list[int]]]:
         for batch in batches:
 
             def run(todo: Sequence[str], bar: Any, batch: PairBatch = batch) -> Iterator[dict[str, Any]]:
-                yield {todo[0]: _kept(batch, plan, attributed(lvlm, batch, outcome, plan, nodes, bar))}
+                yield {todo[0]: kept(batch, plan, attributed(lvlm, batch, outcome, plan, nodes, bar))}
 
             key = f"from {batch.index[0]} at {len(nodes)} points"
             yield Part(list(batch.index), [key], run, len(nodes))
@@ -246,7 +223,7 @@ def _swept(
         untouched, entering[index], cells = found
         total[index] = np.asarray(untouched[1]) - np.asarray(untouched[0])
         for kind, site, position, values in cells:
-            table.add(_Cell(kind, Site.parse(site), position), index, np.asarray(values, dtype=np.float64))
+            table.add(Cell(kind, Site.parse(site), position), index, np.asarray(values, dtype=np.float64))
     return table, total, entering
 
 
@@ -264,7 +241,12 @@ def completeness_gap(entering: Float[ndarray, " n"], total: Float[ndarray, " n"]
     return off / size if size else float("inf") if off else 0.0
 
 
-def _check_options(outcome: Any, method: str, points: int | None, path: str) -> None:
+def check_options(outcome: Any, method: str, points: int | None, path: str) -> None:
+    """Refuse unknown methods and paths, too few points, and outcomes without a gradient in the logits of one run.
+
+    Raises:
+        ValueError: As said.
+    """
     if method not in get_args(Method) or path not in get_args(Path):
         raise ValueError(
             f"method must be one of {get_args(Method)} and path one of {get_args(Path)}, got {method!r}, {path!r}"
@@ -276,159 +258,3 @@ def _check_options(outcome: Any, method: str, points: int | None, path: str) -> 
             f"outcome must be read off the logits of one run, got {metric_name(outcome)}; use UnsafeMargin, "
             "LogitDifference or ResponseLogProb, or patch exactly with mediate"
         )
-
-
-@dataclass(frozen=True)
-class _Cell:
-    kind: str
-    site: Site
-    position: str
-
-
-def _kept(batch: PairBatch, plan: Plan, found: Found) -> list[Any]:
-    """What a checkpoint keeps of a batch, JSON-able: outcomes [2, n], entering [n], and the cells with their values [n, units]."""
-    cells = [[one.kind, str(one.site), one.position, values.tolist()] for one, values in _cells(batch, plan, found)]
-    return [np.asarray(found.untouched).tolist(), np.asarray(found.entering).tolist(), cells]
-
-
-def _cells(batch: PairBatch, plan: Plan, found: Found) -> Iterator[tuple[_Cell, ndarray]]:
-    """For every cell the batch has, [n, units]; missing where a pair has no such position."""
-    for site in plan.sites:
-        if site not in found.scores:
-            continue
-        score = found.scores[site].cpu()
-        score = score if score.ndim == 3 else score[..., None]
-        kind = _UNIT.get(site.component, "site")
-        if site.tower != "language":
-            total = torch.zeros(batch.n, score.shape[2], dtype=torch.float64)
-            total.index_add_(0, owners(batch, site), score.sum(dim=1))
-            yield _Cell(kind, site, "all"), total.numpy()
-            for region in batch.regions:
-                yield _Cell(kind, site, region), _in_region(batch, site, region, score, found.picture[site])
-            continue
-        for position in plan.positions:
-            mask = batch.mask(position)[: batch.n]
-            total = torch.einsum("np,npu->nu", mask.double(), score)
-            total[~mask.any(dim=1)] = torch.nan
-            yield _Cell(kind, site, position), total.numpy()
-    for site in plan.patches:
-        if batch.has_images:
-            yield _Cell("patch", site, "patch"), _by_patch(batch, site, found)
-
-
-def _in_region(batch: PairBatch, site: Site, region: str, score: Tensor, picture: Tensor) -> ndarray:
-    """[n, units] over the patches of a region; missing where a pair has none."""
-    require_whole_pictures([batch], [site])
-    mask = batch.patches(region, torch.cat([picture, picture]))[: len(picture)]
-    total = torch.zeros(batch.n, score.shape[2], dtype=torch.float64)
-    total.index_add_(0, owners(batch, site), torch.einsum("ep,epu->eu", mask.double(), score))
-    total[~batch.mask(region)[: batch.n].any(dim=1)] = torch.nan
-    return total.numpy()
-
-
-def _by_patch(batch: PairBatch, site: Site, found: Found) -> ndarray:
-    """[n, patch] in raster order, image after image."""
-    score = found.scores[site].cpu()
-    score = score if score.ndim == 2 else score.sum(dim=2)
-    lists = patch_places(batch, site, found.picture.get(site))
-    out = np.full((batch.n, max(map(len, lists))), np.nan)
-    for pair, places in enumerate(lists):
-        for patch, (row, position) in enumerate(places):
-            out[pair, patch] = float(score[row, position])
-    return out
-
-
-def patch_places(batch: PairBatch, site: Site, picture: Tensor | None) -> list[list[tuple[int, int]]]:
-    """For each pair the row and the position of its patches in the safe half of a site's activation, in raster order.
-
-    Args:
-        batch: The pairs.
-        site: A site of any tower.
-        picture: [entry, pos] which positions are patches of the picture; not needed in the language tower.
-    """
-    if site.tower == "language" or picture is None:
-        grids = batch.inputs.spans.grids[: batch.n]
-        return [[(row, at) for grid in grids[row] for at in grid.positions()] for row in range(batch.n)]
-    out: list[list[tuple[int, int]]] = [[] for _ in range(batch.n)]
-    for entry, row in enumerate(owners(batch, site).tolist()):
-        out[row] += [(entry, at) for at in picture[entry].nonzero()[:, 0].tolist()]
-    return out
-
-
-@dataclass
-class _Table:
-    """Attributions [n, units] of every cell, filled batch by batch."""
-
-    n: int
-    cells: dict[_Cell, ndarray] = field(default_factory=dict)
-
-    def add(self, cell: _Cell, index: Sequence[int], values: ndarray) -> None:
-        held = self.cells.get(cell, np.full((self.n, 0), np.nan))
-        if (more := values.shape[1] - held.shape[1]) > 0:
-            held = np.pad(held, ((0, 0), (0, more)), constant_values=np.nan)
-        held[list(index), : values.shape[1]] = values
-        self.cells[cell] = held
-
-    def frames(self, groups: Sequence[str], metric: str, neurons: int, n_boot: int, seed: int) -> tuple[Any, Any]:
-        rows: list[dict[str, Any]] = []
-        pair_rows: list[dict[str, Any]] = []
-        least = self._least_neuron(neurons)
-        for cell, values in sorted(self.cells.items(), key=lambda item: (KINDS.index(item[0].kind), item[0].site)):
-            estimate, low, high, counts = _intervals(values, groups, n_boot, seed)
-            for unit in range(values.shape[1]):
-                place = unit_columns(cell.kind, cell.site, cell.position, unit)
-                rows.append(
-                    {**place, "metric": metric, "effect": ESTIMATE, "value": estimate[unit]}
-                    | {"ci_low": low[unit], "ci_high": high[unit], "n": int(counts[unit]), "seed": seed}
-                )
-                if cell.kind == "neuron" and abs(estimate[unit]) < least:
-                    continue
-                pair_rows += [
-                    {**place, "pair": pair, "group": groups[pair], "value": values[pair, unit]}
-                    for pair in np.flatnonzero(np.isfinite(values[:, unit])).tolist()
-                ]
-        frame = tidy(rows, COLUMNS).astype({"patch": "Int64"})
-        return frame, tidy(pair_rows, PAIR_COLUMNS)
-
-    def _least_neuron(self, neurons: int) -> float:
-        """The smallest mean, in size, of the neurons that are kept pair by pair."""
-        means = [np.abs(np.nanmean(values, axis=0)) for cell, values in self.cells.items() if cell.kind == "neuron"]
-        if neurons < 1 or not means:
-            return np.inf
-        ordered = np.sort(np.concatenate(means))
-        return float(ordered[-min(neurons, len(ordered))])
-
-
-def unit_columns(kind: str, site: Site, position: str, unit: int) -> dict[str, Any]:
-    """The place of a unit, for a frame."""
-    name = str(site) if kind in ("site", "patch") else f"{site}[{unit}]"
-    return {
-        "kind": kind,
-        **site_columns(site),
-        "head": unit if kind == "head" else None,
-        "neuron": unit if kind == "neuron" else None,
-        "patch": unit if kind == "patch" else None,
-        "mediator": name,
-        "position": f"patch {unit}" if kind == "patch" else position,
-    }
-
-
-def _intervals(
-    values: ndarray, groups: Sequence[str], n_boot: int, seed: int
-) -> tuple[ndarray, ndarray, ndarray, ndarray]:
-    """Means over the pairs that have the unit, their intervals and numbers, [units] each."""
-    finite = np.isfinite(values)
-    out = np.full((3, values.shape[1]), np.nan)
-    for kept in {tuple(column) for column in finite.T.tolist()}:
-        index = np.flatnonzero(kept)
-        if not len(index):
-            continue
-        columns = np.flatnonzero((np.asarray(kept) == finite.T).all(axis=1))
-        labels = [groups[i] for i in index.tolist()]
-        for start in range(0, len(columns), _CELLS):
-            some = columns[start : start + _CELLS]
-            found: Interval = cluster_bootstrap(
-                values[np.ix_(index, some)], labels, kind="numbers", n_boot=n_boot, seed=seed
-            )
-            out[:, some] = found
-    return out[0], out[1], out[2], finite.sum(axis=0)

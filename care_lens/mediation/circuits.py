@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from care_lens.core import Outcome, PairedExamples, examples_digest, ratio_of_means
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.edges import PROJECTOR, EdgeResult, Node, edge_batches, nodes
+from care_lens.mediation.edge_nodes import PROJECTOR, Node, nodes
+from care_lens.mediation.edges import EdgeResult, edge_batches
 from care_lens.mediation.errors import MediationError
 from care_lens.mediation.pairs import PairBatch, bound_to_rows, logits_needed
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome

@@ -168,7 +168,7 @@ def attributed(
         untouched = _outcomes(outcome, logits, batch.inputs, 2 * batch.n)
     differences, starts = {}, {}
     for site in sites:
-        safe, unsafe = _twins(cache[str(site)], site)
+        safe, unsafe = halves(cache[str(site)], site)
         differences[site] = unsafe - safe
         if site in entries:
             starts[site] = safe.clone()
@@ -181,7 +181,8 @@ def attributed(
     for at, weight in nodes:
         held: dict[Site, Tensor] = {}
         hooks = [
-            (site, _enter(starts[site] + at * differences[site], image if site == WORDS else None)) for site in entries
+            (site, entry_hook(starts[site] + at * differences[site], image if site == WORDS else None))
+            for site in entries
         ]
         hooks += [(site, _keep(held, picture, lvlm, site)) for site in sites]
         with torch.enable_grad():
@@ -211,7 +212,7 @@ def _outcomes(outcome: Any, logits: Tensor, inputs: Any, rows: int) -> ndarray:
     return values.detach().double().cpu().numpy()
 
 
-def _twins(activation: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+def halves(activation: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """The safe and the unsafe half of a batch's activation; images are in the order of rows."""
     if len(activation) % 2:
         raise ValueError(f"twins must have equally many images or tiles at {site}, got {len(activation)} in all")
@@ -219,7 +220,7 @@ def _twins(activation: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     return safe, unsafe
 
 
-def _enter(value: Tensor, image: Tensor | None):
+def entry_hook(value: Tensor, image: Tensor | None):
     """A hook that puts an input there, a leaf of the graph; image positions stay as they are where a mask is given."""
     leaf = value.detach().requires_grad_()
 

@@ -51,11 +51,11 @@ def test_twins_that_are_the_same_have_no_effect_anywhere(model, alike, margin):
 @pytest.mark.parametrize("noise", [1e-8, 1e-7])
 def test_rounding_in_a_path_is_not_an_effect(model, pictured, margin, noise, monkeypatch):
     """Runs whose outcomes differ in the last digits: 0 with no interval about it, and the raw outcomes in the details."""
-    from care_lens.mediation import paths as module
+    from care_lens.mediation.path_runs import PathRuns
 
-    whole = module._Batch.sent
+    whole = PathRuns.sent
     monkeypatch.setattr(
-        module._Batch,
+        PathRuns,
         "sent",
         lambda self, sender, position, receivers: (
             np.array(whole(self, sender, position, receivers)) * 0 + np.array(self.untouched())[:, None] + noise
