@@ -404,6 +404,11 @@ class WrappedBridge:
         with without_hooks(self.bridge.hook_dict.values()), self._blocks.muted():
             yield self
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether hooks are on the model now, those of a repair included."""
+        return bool(self._makers) or any(point.fwd_hooks for point in self.bridge.hook_dict.values())
+
     def acting(self) -> list[str]:
         """What is on the model now: the hook points that have hooks, and what was given to :meth:`hooks_for_each_batch`, a repair
         by a digest of its settings and numbers. Of other hook functions only the places are known."""

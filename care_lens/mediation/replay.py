@@ -128,7 +128,7 @@ class Replay:
             The replay, or None where nothing can be replayed (a repair or a hook is on the model, or its blocks do not
             give alone what they give in the model), and the logits [rows, kept, vocab] of the batch.
         """
-        if is_hooked(lvlm):
+        if lvlm.is_hooked:
             with torch.no_grad():
                 return None, lvlm(inputs, logits_to_keep=logits_to_keep)
         blocks = list(lvlm.bridge.blocks)
@@ -335,13 +335,6 @@ class Replay:
             if not _close(found[tokens], after[rows, a:b][tokens]):
                 return False
         return True
-
-
-def is_hooked(lvlm: HookedLVLM) -> bool:
-    """Whether hooks are on the model, those of a repair included."""
-    if lvlm._makers:
-        return True
-    return any(point.fwd_hooks for point in lvlm.bridge.hook_dict.values())
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from care_lens.core import Example, KLDivergence, PairedExamples, ResponseLogProb, Site
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation import Mediator, Swap, cumulative, heads, mediate, neurons, patched_outcomes, windows
-from care_lens.mediation.replay import Replay, is_hooked
+from care_lens.mediation.replay import Replay
 
 SPECIMENS = {
     specimen.name: specimen
@@ -180,14 +180,14 @@ def test_it_stands_aside_where_hooks_are_on(model, pictured, margin):
     inputs = model.prepare([*pictured.safe, *pictured.unsafe])
     site = Site.parse("blocks.1.hook_mlp_out")
     with model.hooks([(site, lambda activation, hook: 0.5 * activation)]):
-        assert is_hooked(model) and Replay.of(model, inputs)[0] is None
+        assert model.is_hooked and Replay.of(model, inputs)[0] is None
         found = both_ways(model, pictured, margin, sites=["blocks.0.hook_mlp_out"], positions=("all",))
     np.testing.assert_array_equal(*found)
     with model.hooks_for_each_batch(lambda batch: [(site, lambda activation, hook: 0.5 * activation)]):
         assert Replay.of(model, inputs)[0] is None
     plain = both_ways(model, pictured, margin, sites=["blocks.0.hook_mlp_out"], positions=("all",))
     assert np.abs(plain[0] - found[0]).max() > 1e-3
-    assert not is_hooked(model) and Replay.of(model, inputs)[0] is not None
+    assert not model.is_hooked and Replay.of(model, inputs)[0] is not None
 
 
 @pytest.fixture
