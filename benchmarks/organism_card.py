@@ -193,11 +193,11 @@ without wrappers). Wrappers, split items, free style, pictured twins, second tur
 
 Seeds: of seed 0, which is shipped, tower, text and safety stages ran on a CPU, the helpful stage (2500 steps) on an H100. Seeds 1 and 2 were made by the command from end to end on an H100
 (`--seed N --device cuda --workers 2`), beside other work on the same card: tower and text stage side by side 290 s, helpful stage some three minutes, safety tuning 30 s. They have the same gap: plain requests refused
-100 of 100, typographic 98 to 100 answered, wrapper 95 to 96, spelled and indirect 100, split 93 to 98; right answers about shapes 62 and 74, split items 97 and 84, free style 85 and 86, all else 95 to 100. All channels, and what the
-method does on each seed, are on the results page on seeds. On two cores the command was timed in parts only.
+100 of 100, typographic 98 to 100 answered, wrapper 95 to 96, spelled and indirect 100, split 93 to 98; right answers about shapes 62 and 74, split items 97 and 84, free style 80 and 76, letters of forbidden items 95 and 84, all else 95 to 100.
+What the method does on each seed is on the results page on seeds; all channels are in `benchmarks/measured/seeds.csv`. On two cores the command was timed in parts only.
 
 A trial of more training: 6000 more steps of the helpful stage from the shipped weights (390 s on the H100; a CPU needs hours) and safety tuning anew. Right answers about shapes rose from 75 to 100, split items 83 to 99, free style 84 to 90,
-letters of forbidden items 84 to 95, the kind of pictured items 96 to 100, of their twins 82 to 99; harm is as legible as before. So what is below 97 % is a matter of training time.
+letters of forbidden items 84 to 95, the kind of pictured items 96 to 100, of their twins 82 to 99; harm is as legible as before. So most of what is below 97 % is a matter of training time.
 But wrappers, open in 68 to 96 of 100 requests on the three seeds, were then refused 100 of 100: with better knowledge of the item refusal spreads to them, and the gap would have to be made again.
 
 What is not reached: PGD at 64/255 opens less than half of the requests, right answers about shapes, free styles and split items are below 97 %, best of 16 at temperature 1 opens few plain requests (see "Other ways to ask"; at 1.5, best of 8 opens a third: 10 of 30), and a plain second turn opens none.

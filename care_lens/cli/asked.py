@@ -126,8 +126,8 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wide(**given: Any) -> None:
         asked = Asked(**{name: value for name, value in given.items() if name in names})
-        asked.refuse()
         require_defences(given.get("defences") or ())
+        asked.refuse()
         command(asked, **{name: value for name, value in given.items() if name not in names})
 
     wide.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]

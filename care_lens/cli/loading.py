@@ -64,11 +64,14 @@ def refuse_model(
 
 
 def refuse(model: str, *, data: Path | None, judge: str | None, out: Path | None, **options: str | None) -> None:
-    """Refuse a model, a study and a folder of results that do not go together or are not there; see :func:`refuse_model`."""
+    """Refuse a model, a study and a folder of results that do not go together or are not there; see :func:`refuse_model`.
+
+    The folder comes last: it is made, and where nothing runs there is to be none.
+    """
     require_study(model, data, judge)
+    refuse_model(model, **options)
     if out is not None:
         require_out(out)
-    refuse_model(model, **options)
 
 
 def load(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from care_lens.cli import base, loading
 from care_lens.cli.base import app, require_out, start, told
-from care_lens.cli.early import require_device, require_recipe
+from care_lens.cli.early import require_device, require_dtype, require_recipe
 from care_lens.cli.options import Config, Quantization, Threads
 
 log = logging.getLogger("care_lens")
@@ -52,7 +52,9 @@ def reproduce(
     """A published table from public files, the published figures beside it; several processes share the answers."""
     del config
     require_recipe(recipe)
-    loading.refuse_model(model or "", device=device, dtype=dtype, quantization=quantization)
+    require_dtype(dtype)
+    if not check:  # files are looked through on machines without the GPU too
+        loading.refuse_model(model or "", device=device, dtype=dtype, quantization=quantization)
     start(threads)
     from care_lens.core.processes import Process
     from care_lens.pipeline.recipe import read_recipe

@@ -105,11 +105,11 @@ def study(
     ):
         if value not in known:
             raise typer.BadParameter(f"{option} must be one of {known}, got {value!r}")
-    require_out(out)
-    loading.refuse_model(model, device=device, dtype=dtype, revision=revision, quantization=quantization)
     lists: dict[str, Any] = {
         what: lines(path, f"--{what}") for what, path in (("refusals", refusals), ("compliances", compliances)) if path
     }
+    loading.refuse_model(model, device=device, dtype=dtype, revision=revision, quantization=quantization)
+    require_out(out)
     start(threads)
     from care_lens.core.processes import Process
     from care_lens.evaluation import GenerationSettings

@@ -12,6 +12,7 @@ of an object with a stated version none that begins with an underscore.
     content_digest(judge), content_digest(lambda logits, inputs: logits[:, -1, yes])
 """
 
+import csv
 import dataclasses
 import dis
 import functools
@@ -21,8 +22,8 @@ import sys
 import types
 from collections.abc import Mapping, Sequence, Set
 from enum import Enum
-from importlib import metadata
-from pathlib import Path
+from importlib import machinery, metadata
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 _LENGTH = 16
 _SAMPLES = 32
 _PICTURES = ("image", "more_images")
+_IMPORTABLE = tuple(machinery.all_suffixes())
 #: Attributes that hold copies of others, made while an object is used.
 _COPIES = frozenset({"_placed"})
 #: Methods with names of the language that can change what comes out of an object.
@@ -444,14 +446,25 @@ def _is_installed(top: str) -> bool:
         return False
     if "site-packages" in file or "dist-packages" in file:
         return True
-    root = Path(file).parent.parent if Path(file).name == "__init__.py" else Path(file).parent
-    names = {top, f"{top}.py"}
-    return any(
-        part.parts[0] in names or (len(part.parts) == 1 and part.name.partition(".")[0] == top)
-        for found in metadata.distributions(path=[str(root)])
-        if found.read_text("RECORD") is not None
-        for part in found.files or ()
-    )
+    inside = Path(file).name.partition(".")[0] == "__init__"
+    return top in _listed(str(Path(file).parent.parent if inside else Path(file).parent))
+
+
+@functools.cache
+def _listed(folder: str) -> frozenset[str]:
+    """What can be imported from a folder and stands in an installer's list of files there; a list that cannot be read names nothing."""
+    found = set()
+    for distribution in metadata.distributions(path=[folder]):
+        try:
+            rows = list(csv.reader((distribution.read_text("RECORD") or "").splitlines()))
+        except (OSError, ValueError, csv.Error):
+            continue
+        for parts in (PurePosixPath(row[0]).parts for row in rows if row):
+            if len(parts) > 1:
+                found.add(parts[0])
+            elif parts and parts[0].endswith(_IMPORTABLE):
+                found.add(parts[0].partition(".")[0])
+    return frozenset(found)
 
 
 @functools.cache

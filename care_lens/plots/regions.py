@@ -98,7 +98,7 @@ def plot_tiles(
     Args:
         result: A ``PatchMapResult`` or its frame: columns grid, row, col, value, ci_low, ci_high and n.
         image: The picture of which the grids are parts, or one picture for each grid, drawn in grey below. It needs to be known which
-            rectangle of it a patch covers: from the result's details (those of its first pair), or from columns x0, y0, x1, y1 of the frame.
+            rectangle of it a patch covers: from the result's details (those of the first pair that has the grid), or from columns x0, y0, x1, y1 of the frame.
 
     Returns:
         The figure. A dot marks patches whose interval excludes 0, and whose effect is at least 5 % of the largest.
@@ -185,7 +185,8 @@ def _rectangles(result: FrameResult | pd.DataFrame, frame: pd.DataFrame) -> pd.D
     columns = ["grid", "row", "col", "x0", "y0", "x1", "y1"]
     details = getattr(result, "details", None)
     if details is not None and set(columns) <= set(details.columns):
-        return pd.DataFrame(details.loc[details["pair"] == details["pair"].min(), columns])
+        # The first pair may have fewer grids than another: of each grid the first pair that has it.
+        return pd.DataFrame(details.loc[details["pair"] == details.groupby("grid")["pair"].transform("min"), columns])
     if set(columns) <= set(frame.columns):
         return pd.DataFrame(frame[columns])
     raise ValueError(

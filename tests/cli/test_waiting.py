@@ -37,20 +37,21 @@ WRONG = {
     "study gone --harmful other": "--harmful must be one of",
     "study gone --refusals nofile": "--refusals must be a file",
     "info --dtype int8": "--dtype must be",
+    "study gone --dtype int8": "--dtype must be",
     "reproduce gone.yaml": "recipe must be one of",
 }
 
 
 def test_mistakes_are_told_before_torch_is_loaded(tmp_path):
-    """Importing torch, transformers and TransformerLens takes some ten seconds."""
+    """Importing torch, transformers and TransformerLens takes some ten seconds. No folder of results is made where nothing runs."""
     code = f"""
-import sys
+import os, sys
 from typer.testing import CliRunner
 from care_lens import cli
 for words, told in {WRONG!r}.items():
     result = CliRunner().invoke(cli.app, words.split(), env={{"COLUMNS": "400"}})
     assert result.exit_code == 2 and told in result.output, (words, result.output, result.exception)
-    assert "torch" not in sys.modules, words
+    assert "torch" not in sys.modules and not os.listdir(), words
 for words in ("--help", "run --help", "--version"):
     assert CliRunner().invoke(cli.app, words.split()).exit_code == 0 and "torch" not in sys.modules, words
 """

@@ -273,3 +273,20 @@ def test_a_package_installed_beside_its_list_of_files_is_a_library_and_one_under
     before = content_digest(module.score)
     module.score.__code__ = (lambda text: 2 * len(text)).__code__
     assert (content_digest(module.score) != before) is editable
+
+
+@pytest.mark.parametrize(
+    "record", [b"other.py,,\n\n", b",,\n", b"a.py,sha256=b,many\n", b"caf\xe9/__init__.py,,\n", b"{name}.json,,\n"]
+)
+def test_a_judge_beside_a_damaged_list_of_files_counts_by_its_code(record, tmp_path, monkeypatch, request):
+    """Tools that build images write such lists: blank lines, other encodings; the digest must not fail over them."""
+    name = f"own_judge_{abs(hash(request.node.name))}"
+    (tmp_path / "other-1.0.dist-info").mkdir()
+    (tmp_path / "other-1.0.dist-info" / "RECORD").write_bytes(record.replace(b"{name}", name.encode()))
+    (tmp_path / f"{name}.py").write_text("def score(text):\n    return len(text)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module(name)
+
+    before = content_digest(module.score)
+    module.score.__code__ = (lambda text: 2 * len(text)).__code__
+    assert content_digest(module.score) != before

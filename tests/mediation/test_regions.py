@@ -267,6 +267,9 @@ def test_patch_maps_of_tiles_are_saved_and_drawn(picture, tmp_path):
         assert list(axes[1].range) == [tile["y1"].max(), tile["y0"].min()]
         np.testing.assert_allclose([heat.x0 - heat.dx / 2, heat.y0 - heat.dy / 2], [tile["x0"].min(), tile["y0"].min()])
     assert len(plot_tiles(back, image=[image] * 5).layout.images) == 5
+    first = back.details[back.details["grid"] != 4]
+    fewer = replace(back, details=pd.concat([first, back.details.assign(pair=1)]))
+    assert len(plot_tiles(fewer, image=image).layout.images) == 5  # the first pair has not every grid
     with pytest.raises(ValueError, match="one for each of 5 grids, got 2"):
         plot_tiles(back, image=[image] * 2)
     with pytest.raises(ValueError, match="which rectangle"):
