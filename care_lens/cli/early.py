@@ -1,6 +1,7 @@
 """What a command refuses before torch and the rest are imported, which takes some ten seconds: mistakes are told at once."""
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -43,6 +44,9 @@ def require_device(device: str | None) -> None:
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise typer.BadParameter(f"--device {device} needs a GPU of that number, this machine has {there}; take cpu")
+    there_is = {"mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    if found.type in there_is and not there_is[found.type]():
+        raise typer.BadParameter(f"--device {device} needs such a device, which torch does not find here; take cpu")
 
 
 def require_bundled_alone(model: str, **others: Any) -> None:
@@ -64,6 +68,18 @@ def require_study(model: str, data: Path | None, judge: str | None) -> None:
         raise typer.BadParameter(
             f"--data must be a folder with examples.jsonl and study.json, got {data}, which is not"
         )
+
+
+def require_judge(judge: str | None) -> None:
+    """Refuse a judge whose name has no module, or one that is not there; the module is imported later."""
+    if judge is None:
+        return
+    module, _, attribute = judge.partition(":")
+    top = module.partition(".")[0]
+    known = top.isidentifier() and (top in sys.modules or importlib.util.find_spec(top) is not None)
+    if not attribute or not known:
+        why = "" if known else f" (there is no module {top!r} on Python's path)"
+        raise typer.BadParameter(f"--judge must be 'module:name' of an object that can be imported, got {judge!r}{why}")
 
 
 def require_defences(texts: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from care_lens.cli.early import (
     require_bundled_alone,
     require_device,
     require_dtype,
+    require_judge,
     require_quantization,
     require_study,
 )
@@ -68,6 +69,7 @@ def refuse(model: str, *, data: Path | None, judge: str | None, out: Path | None
 
     The folder comes last: it is made, and where nothing runs there is to be none.
     """
+    require_judge(judge)
     require_study(model, data, judge)
     refuse_model(model, **options)
     if out is not None:

@@ -175,6 +175,8 @@ def _next(study: "Study", command: str) -> str:
     from care_lens.pipeline import RunSettings
     from care_lens.pipeline.needs import NeedsError, require_ready, shortened
 
+    needs = logging.getLogger("care_lens.pipeline.needs")
+    needs.disabled = True  # what a look leaves out is said when it is taken
     try:
         require_ready(study, RunSettings())
     except (StudyError, NeedsError) as lacking:
@@ -184,6 +186,8 @@ def _next(study: "Study", command: str) -> str:
         except (StudyError, NeedsError):
             return f"next: nothing yet that `care-lens run` could do: {lacking}"
         return f"next: {command} --short, a quick look; not without --short: {lacking}"
+    finally:
+        needs.disabled = False
     return f"next: {command}"
 
 

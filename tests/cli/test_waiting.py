@@ -30,6 +30,7 @@ WRONG = {
     "run --revision main": "--revision",
     "run --model other": "--data must be given",
     "run --model other --data gone": "--data must be a folder",
+    "run --model other --judge nowhere:judge": "there is no module 'nowhere'",
     "run --ranks a": "--ranks must be numbers",
     "fit --epsilons 2": "--epsilons must be above 0",
     "evaluate gone": "a defence must be a folder",
