@@ -113,7 +113,7 @@ class RunSettings:
 
     def short(self) -> "RunSettings":
         """For a quick look: a few examples a channel; the figures are not to be quoted."""
-        few = {"limit": 9, "pairs": 6, "ablated": 6, "n_boot": 200, "pgd_steps": 8, "pgd_examples": 6}
+        few = {"limit": 12, "pairs": 6, "ablated": 6, "n_boot": 200, "pgd_steps": 8, "pgd_examples": 6}
         return replace(
             self,
             **few,
