@@ -12,18 +12,15 @@ of an object with a stated version none that begins with an underscore.
     content_digest(judge), content_digest(lambda logits, inputs: logits[:, -1, yes])
 """
 
-import csv
 import dataclasses
 import dis
 import functools
 import hashlib
 import inspect
-import sys
 import types
 from collections.abc import Mapping, Sequence, Set
 from enum import Enum
-from importlib import machinery, metadata
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +28,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from care_lens.core.libraries import is_library, library_version
+
 _LENGTH = 16
 _SAMPLES = 32
 _PICTURES = ("image", "more_images")
-_IMPORTABLE = tuple(machinery.all_suffixes())
 #: Attributes that hold copies of others, made while an object is used.
 _COPIES = frozenset({"_placed"})
 #: Methods with names of the language that can change what comes out of an object.
@@ -210,12 +208,12 @@ class _Feeder:
 
     def _code_or_object(self, value: Any) -> None:
         if isinstance(value, types.ModuleType):
-            own = not (_is_library(value) or value.__name__.startswith("care_lens"))
+            own = not (is_library(value) or value.__name__.startswith("care_lens"))
             file = getattr(value, "__file__", None)
             if own and file is not None and Path(file).exists():
                 self._put("module", Path(file).read_bytes())
             else:
-                self._put("module", f"{value.__name__} {_library(value.__name__)}")
+                self._put("module", f"{value.__name__} {library_version(value.__name__)}")
         elif isinstance(value, functools.partial):
             self._put("partial")
             for part in (value.func, value.args, value.keywords):
@@ -262,8 +260,8 @@ class _Feeder:
         self._put("function")
         if (stated := _version(value)) is not None:
             self._put("version", stated)
-        elif _is_library(value):
-            return self._put("library", f"{_named(value)} {_library(value.__module__)}")
+        elif is_library(value):
+            return self._put("library", f"{_named(value)} {library_version(value.__module__)}")
         else:
             self._code(value.__code__)
             for name in _globals_of(value.__code__):
@@ -287,7 +285,7 @@ class _Feeder:
         module = getattr(value, "__module__", None) or ""
         foreign = isinstance(value, (types.FunctionType, type)) and module != home and module.startswith("care_lens")
         if foreign:
-            self._put("foreign", f"{_named(value)} {_library(module)}")
+            self._put("foreign", f"{_named(value)} {library_version(module)}")
         else:
             self.feed(value)
 
@@ -306,8 +304,8 @@ class _Feeder:
         self._put("class", _named(value))
         if self._whole:
             return
-        if _is_library(value):
-            return self._put("library", _library(value.__module__))
+        if is_library(value):
+            return self._put("library", library_version(value.__module__))
         if (stated := _version(value)) is not None:
             return self._put("version", stated)
         made = dataclasses.is_dataclass(value)
@@ -327,7 +325,7 @@ class _Feeder:
     def _object(self, value: Any) -> None:
         kind = type(value)
         self._put("object", _named(kind))
-        stated, library = (None, False) if self._whole else (_version(value), _is_library(kind))
+        stated, library = (None, False) if self._whole else (_version(value), is_library(kind))
         if stated is not None:
             self._put("version", stated)
         else:
@@ -421,58 +419,3 @@ def _named(value: Any) -> str:
     name = getattr(value, "__qualname__", None) or type(value).__qualname__
     module = getattr(value, "__module__", "") or ""
     return f"{module}.{name}"
-
-
-def _is_library(value: Any) -> bool:
-    """Whether it is of the language or of an installed library, and not of care_lens or the user's own code."""
-    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    top = (name or "").partition(".")[0]
-    if top == "care_lens" or not top:
-        return False
-    if top in sys.stdlib_module_names and top != "__main__":
-        return True
-    return _is_installed(top)
-
-
-@functools.cache
-def _is_installed(top: str) -> bool:
-    """Whether a package lies where an installer has put it: in site-packages, or beside the list of its files (``pip install --target``).
-
-    A package that is installed for development lies elsewhere than that list.
-    """
-    module = sys.modules.get(top)
-    file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
-    if file is None:
-        return False
-    if "site-packages" in file or "dist-packages" in file:
-        return True
-    inside = Path(file).name.partition(".")[0] == "__init__"
-    return top in _listed(str(Path(file).parent.parent if inside else Path(file).parent))
-
-
-@functools.cache
-def _listed(folder: str) -> frozenset[str]:
-    """What can be imported from a folder and stands in an installer's list of files there; a list that cannot be read names nothing."""
-    found = set()
-    for distribution in metadata.distributions(path=[folder]):
-        try:
-            rows = list(csv.reader((distribution.read_text("RECORD") or "").splitlines()))
-        except (OSError, ValueError, csv.Error):
-            continue
-        for parts in (PurePosixPath(row[0]).parts for row in rows if row):
-            if len(parts) > 1:
-                found.add(parts[0])
-            elif parts and parts[0].endswith(_IMPORTABLE):
-                found.add(parts[0].partition(".")[0])
-    return frozenset(found)
-
-
-@functools.cache
-def _library(module: str) -> str:
-    top = (module or "").partition(".")[0]
-    if top in sys.stdlib_module_names:
-        return f"{top} {sys.version_info[0]}.{sys.version_info[1]}"
-    try:
-        return f"{top} {metadata.version(top)}"
-    except metadata.PackageNotFoundError:
-        return f"{top} {getattr(sys.modules.get(top), '__version__', '')}"
