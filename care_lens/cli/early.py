@@ -85,7 +85,7 @@ def require_judge(judge: str | None) -> None:
 def require_defences(texts: Sequence[str]) -> None:
     """Refuse folders, each as PATH or NAME=PATH, that hold no saved defence; what they hold is read later."""
     for text in texts:
-        _, equals, path = text.partition("=")
+        _, equals, path = text.partition("=")  # as pipeline.saved reads it, whose import would bring torch
         folder = Path(path) if equals and not Path(text).is_dir() else Path(text)
         if not any((folder / name).is_file() for name in ("repair.json", "defence.json")):
             raise typer.BadParameter(

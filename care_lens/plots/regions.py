@@ -13,8 +13,7 @@ from care_lens.core.pictures import shown_picture
 from care_lens.core.results import FrameResult
 from care_lens.core.spans import PatchGrid
 from care_lens.plots import theme
-from care_lens.plots.effects import MARK
-from care_lens.plots.frames import frame_of, largest_of, marked, n_text
+from care_lens.plots.frames import MARK, frame_of, largest_of, marked, n_text
 from care_lens.plots.patches import add_picture
 
 if TYPE_CHECKING:
