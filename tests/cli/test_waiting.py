@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from typer.testing import CliRunner
+
+from care_lens import cli
 
 
 def ran(code, **environment):
@@ -57,3 +61,13 @@ for words in ("--help", "run --help", "--version"):
     assert CliRunner().invoke(cli.app, words.split()).exit_code == 0 and "torch" not in sys.modules, words
 """
     ran(f"import os; os.chdir({str(tmp_path)!r})\n{code}", PYTHONPATH=os.getcwd())
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0"])
+def test_a_device_of_another_kind_is_refused_where_there_is_none(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    options = ["--device", device, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, ["run", *options], env={"COLUMNS": "400"})
+    assert result.exit_code == 2 and f"--device {device} needs such a device" in result.output
+    assert not (tmp_path / "out").exists()
