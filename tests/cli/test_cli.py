@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from care_lens import cli, organism
-from care_lens.core import Example
+from care_lens.core import CareLensError, Example
 from care_lens.data import write_examples
 from care_lens.data.study import StudyError
 from care_lens.pipeline import RunSettings
@@ -265,3 +266,24 @@ def test_a_repair_that_is_not_there_is_told_before_a_model_is_loaded(monkeypatch
     assert result.exit_code == 2 and "defence must be a folder with repair.json or defence.json" in " ".join(
         result.output.split()
     )
+
+
+def test_named_errors_are_told_in_a_line_and_faults_of_the_code_are_not(capsys, monkeypatch):
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+
+    class Own(CareLensError):
+        """Neither a ValueError nor of this package."""
+
+    def raising(error):
+        @cli.base.told
+        def command():
+            raise error
+
+        return command
+
+    with pytest.raises(typer.Exit):
+        raising(Own("why it was refused"))()
+    assert capsys.readouterr().err.startswith("error: why it was refused\n")
+    for fault in (KeyError("x"), RuntimeError("of torch"), typer.BadParameter("told by typer")):
+        with pytest.raises(type(fault)):
+            raising(fault)()
