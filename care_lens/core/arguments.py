@@ -149,6 +149,7 @@ _BY_NAME = {
 _ADVICE = {
     "Example": "write Example(prompt, image=picture)",
     "LVLMInputs": "make the batch with lvlm.prepare(examples)",
+    "Repair": "a defence has a name and the methods on(lvlm), a context manager, and describe()",
     "Region": "write positions as texts ('5', 'image', 'last')",
 }
 #: What to do about a value of some class, by its name and a class in the annotation.
