@@ -11,7 +11,7 @@ import torch
 
 from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
 from care_lens.core.progress import Steps
-from care_lens.data.study import SPLITS, Modality, Study
+from care_lens.data.study import SPLITS, Modality, Split, Study
 from care_lens.organism import channels, tasks
 from care_lens.organism.build import untrained, vocabulary
 from care_lens.organism.channels import (
@@ -101,7 +101,9 @@ def study(*, seed: int = 0, per_item: int = 1) -> Study:
     """
     suites: dict = {split: {} for split in SPLITS}
     wanted = dict(channels.BENIGN | channels.HARD_BENIGN)
-    sets = [(split, c) for split in SPLITS for c in (wanted if split == "calibration" else wanted | channels.ATTACKS)]
+    sets: list[tuple[Split, str]] = [
+        (split, c) for split in SPLITS for c in (wanted if split == "calibration" else wanted | channels.ATTACKS)
+    ]
     with Steps(sets, desc="drawing pictures") as steps:
         for split, channel in steps:
             repeats = per_item if split in ("fit", "calibration") else 1

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from care_lens import organism
-from care_lens.core import JudgeError, OutcomeError
+from care_lens.core import Example, JudgeError, OutcomeError, PairedExamples
 from care_lens.core.verdicts import read_out, require_call, require_outcome
 from care_lens.lvlm import HookedLVLM
 from care_lens.lvlm.errors import HookError
+from care_lens.mediation import ablate, mediate
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,48 @@ def test_a_name_of_transformer_lens_that_is_no_site_says_how_it_is_cached(lvlm):
         lvlm.run_with_cache(inputs, sites=["ln_final.hook_scale"])
     with pytest.raises(ValueError, match=r"^(?!.*hooks may be there)"):
         lvlm.run_with_cache(inputs, sites=["ln_final.hook_nothing"])
+
+
+def test_heads_are_not_ablated_by_their_mean(lvlm):
+    asked, judge = organism.examples("plain", "test", n=2), organism.OrganismJudge()
+    with pytest.raises(ValueError, match=r"got blocks.0.attn.hook_z; use mode 'zero', or .* mediate\(..., sites=heads"):
+        ablate(lvlm, asked, judge=judge, components=["attn.hook_z"], layers=[0], progress=False)
+    done = ablate(
+        lvlm,
+        asked,
+        judge=judge,
+        components=["attn.hook_z"],
+        layers=[0],
+        mode="zero",
+        max_new_tokens=2,
+        n_boot=20,
+        progress=False,
+    )
+    assert "attn.hook_z" in set(done.frame["component"])
+
+
+def test_a_twin_without_a_picture_is_told(lvlm):
+    (pictured,) = organism.examples("typographic", "test", n=1)
+    pairs = PairedExamples((Example("tell me"),), (pictured,))
+    with pytest.raises(ValueError, match=r"images in both twins .* give a twin without a picture a grey one"):
+        mediate(
+            lvlm,
+            pairs,
+            outcome=organism.outcome(),
+            sites=["blocks.0.hook_mlp_out"],
+            positions=("image",),
+            progress=False,
+        )
+
+
+def test_after_unwrap_a_model_is_wrapped_anew():
+    model, processor = organism.untrained(seed=0)
+    lvlm = HookedLVLM.from_hf(model, processor)
+    model = lvlm.unwrap()
+    with pytest.raises(RuntimeError, match=r"after unwrap\(\) with HookedLVLM.from_hf\(model, processor\)"):
+        lvlm.sites()
+    with HookedLVLM.from_hf(model, processor) as again:
+        assert again.sites()
 
 
 def test_messages_as_a_user_sees_them():
