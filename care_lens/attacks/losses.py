@@ -19,7 +19,7 @@ from torch import Tensor
 
 from care_lens.core.digests import content_digest
 from care_lens.core.outcome import Outcome
-from care_lens.core.verdicts import named, require_outcome
+from care_lens.core.verdicts import named, read_out, require_outcome
 from care_lens.lvlm.hooked import HookedLVLM
 from care_lens.lvlm.inputs import LVLMInputs
 
@@ -108,7 +108,7 @@ class OutcomeLoss:
         keep = 0
         if getattr(self.outcome, "from_last", False):
             keep = inputs.input_ids.shape[1] - min(inputs.spans.last_index())
-        return -self.outcome(lvlm(inputs, logits_to_keep=keep), inputs)
+        return -read_out(self.outcome, lvlm(inputs, logits_to_keep=keep), inputs)
 
 
 def counted_tokens(response: Bool[Tensor, "batch pos"], limit: int | None) -> Bool[Tensor, "batch pos"]:

@@ -27,6 +27,7 @@ from care_lens.attacks.kinds import register_attack
 from care_lens.attacks.losses import TargetLikelihood
 from care_lens.attacks.rules import AutoRule, MomentumRule, SignRule, StepRule
 from care_lens.core.attack import picture_of, png_bytes
+from care_lens.core.display import ShortRepr
 from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
 from care_lens.core.files import load_artifact, read_object, save_artifact
@@ -156,7 +157,7 @@ def require_size(step_size: float | int | None) -> None:
 
 
 @dataclass(frozen=True)
-class PGDResult:
+class PGDResult(ShortRepr):
     """Pictures found by :func:`pgd`.
 
     Attributes:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.core.examples import Example
 from care_lens.core.pictures import shown_picture
 from care_lens.lvlm.hooked import HookedLVLM
@@ -22,7 +23,7 @@ _TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class PixelMap:
+class PixelMap(ShortRepr):
     """The affine map of an image processor.
 
     Attributes:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from care_lens.core.display import LinesRepr, listed
 from care_lens.core.errors import ArtifactError, CareLensError
 from care_lens.core.files import load_artifact, read_object, save_artifact, tensors_of
 from care_lens.core.site import Site, SiteLike
@@ -28,7 +29,7 @@ Key = tuple[Site, str]
 
 
 @dataclass(frozen=True, eq=False)
-class Activations:
+class Activations(LinesRepr):
     """Activations of examples, pooled over selections of positions.
 
     Attributes:
@@ -58,6 +59,18 @@ class Activations:
             )
         if self.values.keys() != self.present.keys():
             raise ValueError("values and present must have the same sites and selections")
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """How many examples, where and over which tokens."""
+        selections = dict.fromkeys(selection for _, selection in self.values)
+        rows = {
+            "sites": listed(self.sites),
+            "select": listed(selections),
+            "of": f"{len(set(self.groups))} groups",
+            "model": str(self.provenance.get("model", "")),
+            "see": ".rows(site, select), .sites, .ids, .groups, .provenance",
+        }
+        return f"Activations: {len(self)} examples", rows
 
     def __len__(self) -> int:
         return len(self.ids)

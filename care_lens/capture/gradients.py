@@ -12,7 +12,7 @@ from torch import Tensor
 
 from care_lens.core.outcome import Outcome
 from care_lens.core.site import Site, SiteLike
-from care_lens.core.verdicts import require_outcome
+from care_lens.core.verdicts import read_out, require_outcome
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
 
@@ -63,7 +63,7 @@ def token_gradients(
 
     with torch.enable_grad():
         logits = lvlm.run_with_hooks(inputs, fwd_hooks=[(site, probe(site)) for site in wanted])
-        total = require_outcome(outcome(logits, inputs), inputs.batch_size, outcome=outcome).sum()
+        total = require_outcome(read_out(outcome, logits, inputs), inputs.batch_size, outcome=outcome).sum()
         found = torch.autograd.grad(total, [added[site] for site in wanted], allow_unused=True)
     if unused := [str(site) for site, slope in zip(wanted, found, strict=True) if slope is None]:
         raise ValueError(f"the outcome must depend on every site, got none for {unused}; leave them out")

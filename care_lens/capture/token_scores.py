@@ -11,13 +11,14 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from care_lens.capture.attribution import TokenAttribution
+from care_lens.core.display import ShortRepr
 from care_lens.core.held import not_held
 from care_lens.core.site import Site, SiteLike
 from care_lens.core.spans import PatchGrid, TokenSpans
 
 
 @dataclass(frozen=True, eq=False)
-class TokenScores:
+class TokenScores(ShortRepr):
     """Scores of the tokens of a batch at some sites.
 
     Attributes:

@@ -4,12 +4,17 @@
 :class:`~care_lens.core.outcome.Repair` too (name, on, describe): what has no ``examples`` leaves requests as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
+
+
+class DefenceError(CareLensError, TypeError, ValueError):
+    """What was given as a defence is none. The message says what it lacks."""
 
 
 @runtime_checkable
@@ -50,6 +55,31 @@ class Defence(Protocol):
     def load(cls, directory: str | Path) -> Any:
         """Read what :meth:`save` wrote."""
         ...
+
+
+def require_defences(defences: Mapping[str, Any]) -> None:
+    """Refuse what cannot be a defence in a table, before anything is run.
+
+    Args:
+        defences: Defences by name; None is the model as it is.
+
+    Raises:
+        DefenceError: Naming what the first of them lacks.
+
+    Example:
+        >>> require_defences({"none": None})
+    """
+    needs = {
+        "name": "name = 'mine'",
+        "on": "a method on(lvlm) that returns a context manager",
+        "describe": "a method describe() that returns its settings",
+    }
+    for name, defence in defences.items():
+        if defence is not None and (lacking := [needed for needed in needs if not hasattr(defence, needed)]):
+            raise DefenceError(
+                f"defence {name!r} must have {', '.join(needs)}, got {type(defence).__name__} without {', '.join(lacking)}; give it "
+                + ", ".join(needs[one] for one in lacking)
+            )
 
 
 def defended(defence: Any, examples: Sequence[Example]) -> list[Example]:

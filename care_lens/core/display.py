@@ -134,3 +134,10 @@ class ShortRepr:
 
     def _repr_html_(self) -> str:
         return as_html(*self.shown())
+
+
+class LinesRepr(ShortRepr):
+    """The same, as a title and a line for each heading."""
+
+    def __repr__(self) -> str:
+        return as_text(*self.shown())

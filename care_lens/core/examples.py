@@ -15,6 +15,7 @@ from care_lens.core.conversation import (
     shown_pictures,
 )
 from care_lens.core.digests import examples_digest as examples_digest
+from care_lens.core.display import LinesRepr
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _is_one_request(one: Example, other: Example) -> bool:
 
 
 @dataclass(frozen=True)
-class PairedExamples:
+class PairedExamples(LinesRepr):
     """Counterfactual twins: ``safe[i]`` and ``unsafe[i]`` differ only in what makes the second one unsafe.
 
     Attributes:
@@ -162,6 +163,15 @@ class PairedExamples:
                 f"twins must differ in what the model is given, got one request as safe and unsafe twin in pairs {same[:8]}; give the unsafe "
                 "one its own words or picture, or leave the pair out"
             )
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """How many pairs, and the first."""
+        rows = {"of": f"{len(set(self.groups))} groups" if len(self) else ""}
+        for name, twins in (("safe", self.safe), ("unsafe", self.unsafe)):
+            if twins:
+                picture = "" if twins[0].image is None else " (with a picture)"
+                rows[name] = f"{twins[0].prompt!r}{picture}" + (", ..." if len(twins) > 1 else "")
+        return f"PairedExamples: {len(self)} pairs", rows
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[tuple[Example, Example]]) -> "PairedExamples":

@@ -99,6 +99,10 @@ class Steps(Generic[Item]):
         """Show figures behind the bar."""
         self._bar.set_postfix(**figures)
 
+    def set_postfix_str(self, text: str) -> None:
+        """Show a text behind the bar."""
+        self._bar.set_postfix_str(text)
+
     def __enter__(self) -> "Steps[Item]":
         return self
 

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
+
 SPAN_NAMES: tuple[str, ...] = (
     "all",
     "image",
@@ -131,7 +133,7 @@ def _edges(first: float | int, extent: float | int, n: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class TokenSpans:
+class TokenSpans(ShortRepr):
     """Boolean masks over the positions of a batch.
 
     Attributes:

@@ -4,6 +4,7 @@ A judge that returns True, or one verdict too few, would otherwise count as some
 neither safe nor unsafe.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,52 @@ class OutcomeError(CareLensError, ValueError):
 def named(function: Any) -> str:
     """What a judge or an outcome is called: its ``name``, else the name of its function or class."""
     return str(getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__)
+
+
+def require_call(function: Any, *args: str, what: str, error: type[Exception], **kwargs: str) -> None:
+    """Refuse a user's function that cannot be called as it will be, before anything is run.
+
+    Args:
+        function: The function.
+        *args: What it is given, by position: names for the message.
+        what: What it is used as, with its article.
+        error: What is raised.
+        **kwargs: What it is given by name.
+
+    Raises:
+        error: If its parameters do not take these; the message says which it is given.
+
+    Example:
+        >>> require_call(lambda logits, inputs: logits, "logits", "inputs", what="an outcome", error=OutcomeError)
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C, or not callable at all
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as mismatch:
+        wanted = ", ".join([*args, *(f"{name}={value}" for name, value in kwargs.items())])
+        raise error(
+            f"{what} is called as function({wanted}), which {named(function)}{signature} does not take ({mismatch}); "
+            + ("give it these parameters, under these names" if kwargs else "give it these parameters")
+        ) from None
+
+
+def read_out(outcome: Any, logits: Tensor, inputs: Any) -> Any:
+    """What an outcome returns for a batch, not yet checked.
+
+    Raises:
+        OutcomeError: If it is no function of logits and inputs, such as a judge, which reads answers.
+    """
+    require_call(outcome, "logits", "inputs", what="an outcome", error=OutcomeError)
+    try:
+        return outcome(logits, inputs)
+    except JudgeError as error:
+        raise OutcomeError(
+            f"an outcome is a function of logits and inputs, got {named(outcome)!r}, which judges answers ({error}); for a judge take "
+            "care_lens.mediation.JudgedCompliance(judge)"
+        ) from error
 
 
 def require_verdicts(
@@ -99,9 +146,10 @@ def require_outcome(values: Any, rows: int, *, outcome: Any = "outcome") -> Tens
     name = outcome if isinstance(outcome, str) else named(outcome)
     if not isinstance(values, Tensor) or values.is_complex() or values.shape != (rows,):
         got = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        more = isinstance(values, Tensor) and values.ndim > 1
+        advice = "take the mean or sum over the other axes" if more else "return a tensor such as logits[:, -1, token]"
         raise OutcomeError(
-            f"outcome {name!r} must return one finite number a row, a tensor [{rows}] of real numbers, got {got}; take the mean or sum over "
-            "the other axes"
+            f"outcome {name!r} must return one finite number a row, a tensor [{rows}] of real numbers, got {got}; {advice}"
         )
     if wrong := torch.nonzero(~values.detach().isfinite())[:, 0].tolist():
         raise OutcomeError(

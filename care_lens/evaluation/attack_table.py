@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from care_lens.attacks import Clean, RandomNoise
 from care_lens.attacks.common import identity, run_settings
 from care_lens.core.attack import Attack, AttackResult
+from care_lens.core.defence import require_defences
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest
 from care_lens.core.outcome import Judge, Repair
+from care_lens.core.progress import Steps
 from care_lens.evaluation.evaluate import evaluate
 from care_lens.evaluation.store import GenerationStore
 from care_lens.evaluation.table import DefenceTable
@@ -94,6 +95,7 @@ def attack_table(
     """
     named = _all_attacks(attacks, controls)
     _require(examples, defences)
+    require_defences(defences)
     plain = next((name for name, defence in defences.items() if defence is None), None)
     store = GenerationStore() if store is None else store
     settings: dict[str, Any] = {
@@ -115,7 +117,7 @@ def attack_table(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if directory is None else directory)
         bar = stack.enter_context(
-            tqdm(total=len(named) + len(against) * len(searching), desc="attacks", disable=not progress)
+            Steps(total=len(named) + len(against) * len(searching), desc="attacks", disable=not progress)
         )
 
         def made(name: str, defence_name: str | None, channel: str) -> list[Example]:

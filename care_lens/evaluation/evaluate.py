@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from care_lens.core.defence import require_defences
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.core.results import package_versions
@@ -95,6 +96,7 @@ def evaluate(
     require_options(n_boot, max_missing)
     if fidelity < 0:
         raise ValueError(f"fidelity must be True, False or a number of examples from 0, got {fidelity}")
+    require_defences(defences)
     benign = _benign_channels(suites)
     base = next((name for name, repair in defences.items() if repair is None), None)
     if not defences or (fidelity and benign and base is None):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from care_lens.core.defence import defended
+from care_lens.core.defence import defended, require_defences
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
@@ -78,6 +78,7 @@ def generate_all(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     _require_ids(examples)
+    require_defences({defence_name: repair})
     options = _options(generation, max_new_tokens)
     in_force = lvlm.generation_settings(**options)
     try:

@@ -23,6 +23,7 @@ from typing import Any, get_args
 import numpy as np
 
 from care_lens.core.defence import Defence
+from care_lens.core.display import ShortRepr
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair
@@ -52,7 +53,7 @@ class MissingVerdictsError(CareLensError, ValueError):
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(ShortRepr):
     """What a search found.
 
     Attributes:

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from care_lens.core.conversation import PICTURE, Role, Turn
+from care_lens.core.display import LinesRepr
 from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest, example_fingerprint, repair_fingerprint
@@ -97,7 +98,7 @@ class StoredAnswer:
         )
 
 
-class GenerationStore:
+class GenerationStore(LinesRepr):
     """Answers by key, in memory and, if a path is given, in a file.
 
     Args:
@@ -119,6 +120,11 @@ class GenerationStore:
         lines = self.path if self._table is None else None
         self._journal = None if lines is None else Journal(lines, kind="GenerationStore", older=_older)
         self.refresh()
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """How many answers, and where they are kept."""
+        kept = "in memory only" if self.path is None else str(self.path)
+        return f"GenerationStore: {len(self)} answers", {"kept": kept, "see": ".answers()"}
 
     def __len__(self) -> int:
         return len(self._answers if self._table is None else self._table)

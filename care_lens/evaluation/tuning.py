@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from care_lens.core.display import LinesRepr, listed
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
@@ -48,7 +49,7 @@ class NoCandidateError(CareLensError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(LinesRepr):
     """The repair that won and the tables it won in.
 
     Attributes:
@@ -75,6 +76,17 @@ class Choice:
     readers: pd.DataFrame
     runs: pd.DataFrame
     frontier: Frontier | None = None
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """What was chosen, and where to look further."""
+        rows = {
+            "reads": str(self.plan),
+            "writes": f"at {self.writer_site}, alpha {self.alpha:g}",
+            "tried": f"after blocks {listed(self.placement.layers, most=8)}",
+            "tables": f".readers ({len(self.readers)} rows), .runs ({len(self.runs)} rows)",
+            "see": ".repair.explain(), .subspaces, .placement" + ("" if self.frontier is None else ", .frontier"),
+        }
+        return f"Choice: {self.repair.name}", rows
 
 
 @dataclass(frozen=True)

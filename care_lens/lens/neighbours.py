@@ -31,6 +31,7 @@ from torch import Tensor
 
 from care_lens.core import Example, Site, SiteLike, examples_digest, package_versions
 from care_lens.core.details import groups_of, sampling, site_columns, tidy
+from care_lens.core.display import ShortRepr
 from care_lens.core.files import load_artifact, save_artifact, tensor_bytes, tensors_of
 from care_lens.core.options import require_options
 from care_lens.core.progress import Steps
@@ -51,7 +52,7 @@ _KIND, _SCHEMA, _CHUNK = "TextBank", 1, 256
 
 
 @dataclass(frozen=True, eq=False)
-class TextBank:
+class TextBank(ShortRepr):
     """States of words in context.
 
     Attributes:

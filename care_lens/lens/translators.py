@@ -28,6 +28,7 @@ from torch import Tensor
 
 from care_lens.core import Example, Site, SiteLike, examples_digest, package_versions
 from care_lens.core.details import groups_of
+from care_lens.core.display import ShortRepr
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact, tensor_bytes, tensors_of
 from care_lens.core.options import require_options
@@ -44,7 +45,7 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class LensTranslators:
+class LensTranslators(ShortRepr):
     """Affine maps to the last residual stream, per site.
 
     Attributes:

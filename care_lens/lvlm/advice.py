@@ -28,7 +28,7 @@ HOOKED = Advice(
     plainly="call it outside of the `with repair.on(lvlm)` block for what they do",
     calls="lvlm(inputs), lvlm.generate(inputs), lvlm.hf_model(**processor_outputs) or lvlm.hf_model.generate(...)",
     afresh="read the whole prompt inside the block first, or call lvlm.generate",
-    again="HookedLVLM.from_bridge(bridge, processor)",
+    again="HookedLVLM.from_bridge(bridge, processor), or after unwrap() with HookedLVLM.from_hf(model, processor)",
 )
 ATTACHED = Advice(
     threads="Attach the repair for all threads (repair.attach(model, processor, every_thread=True)), attach it in this thread, or start "

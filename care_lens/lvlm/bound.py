@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from care_lens.core.display import LinesRepr
 from care_lens.lvlm.cache import LVLMCache
 from care_lens.lvlm.inputs import LVLMInputs
 from care_lens.lvlm.plain import COPYING, refuse_copies
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from care_lens.lvlm.hooked import HookedLVLM
 
 
-class BoundLVLM:
+class BoundLVLM(LinesRepr):
     """Satisfies TransformerLens's ``TransformerLensModel`` protocol; made by ``HookedLVLM.bind``.
 
     Tokens given to it must be of the bound batch's shape, with image placeholders at the same positions:
@@ -29,6 +30,12 @@ class BoundLVLM:
         self._lvlm = lvlm
         self.inputs = inputs
         self._fixed = {name: value for name, value in inputs.model_kwargs().items() if name != "input_ids"}
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Which model, and which batch."""
+        batch, pos = self.inputs.input_ids.shape
+        rows = {"batch": f"{batch} rows of {pos} positions, pictures fixed", "tokens": ".inputs.input_ids"}
+        return f"BoundLVLM: {type(self._lvlm.hf_model).__name__}", rows
 
     @property
     def cfg(self) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from care_lens.core.site import Site
+from care_lens.core.verdicts import require_call
 from care_lens.lvlm.blocks import Block
 from care_lens.lvlm.errors import HookError
 from care_lens.lvlm.seams import HonestConversion
@@ -65,6 +66,7 @@ def hook_pairs(fwd_hooks: Any) -> list[tuple[Any, HookFn]]:
             raise HookError(
                 f"fwd_hooks must be a list of pairs of a place and a function, got {pair!r} in it; write (site, function)"
             )
+        require_call(pair[1], "activation", what=f"a hook at {pair[0]}", error=HookError, hook="point")
     return [(place, fn) for place, fn in fwd_hooks]
 
 

@@ -32,6 +32,11 @@ from care_lens.lvlm.sites import SiteInfo, describe, why_missing
 Wrapped = TypeVar("Wrapped", bound="WrappedBridge")
 
 
+def _require_tower(tower: str) -> None:
+    if tower not in get_args(Tower):
+        raise ValueError(f"tower must be one of {get_args(Tower)}, got {tower!r}")
+
+
 class WrappedBridge:
     """A bridge and its processor, with honest hook points under the sites' names until :meth:`close`.
 
@@ -151,9 +156,11 @@ class WrappedBridge:
         """Number of layers of a tower that have sites; of the vision tower, those that are read.
 
         Raises:
+            ValueError: If there is no such tower.
             RuntimeError: If this HookedLVLM is closed.
         """
         self._require_open()
+        _require_tower(tower)
         return len({site.layer for site in self._seams.points if site.tower == tower and site.layer is not None})
 
     def sites(self, *, tower: Tower | None = None, component: str | None = None) -> list[Site]:
@@ -171,8 +178,8 @@ class WrappedBridge:
             RuntimeError: If this HookedLVLM is closed.
         """
         self._require_open()
-        if tower not in (None, *get_args(Tower)):
-            raise ValueError(f"tower must be one of {get_args(Tower)}, got {tower!r}")
+        if tower is not None:
+            _require_tower(tower)
         known = {*BLOCK_COMPONENTS, "hook_embed", *(site.component for site in self._seams.points)}
         if component is not None and component not in known:
             raise ValueError(f"component must be one of {sorted(known)}, got {component!r}")
@@ -426,7 +433,15 @@ class WrappedBridge:
 
     def _require(self, site: SiteLike) -> Site:
         self._require_open()
-        site = Site.parse(site)
+        try:
+            site = Site.parse(site)
+        except ValueError as error:
+            if not isinstance(site, str) or site not in self.bridge.hook_dict:
+                raise
+            raise ValueError(
+                f"{error}; that is a hook point of TransformerLens and no site: hooks may be there, and "
+                "lvlm.bind(inputs).run_with_cache(inputs.input_ids, names_filter=...) keeps its activations"
+            ) from None
         if site not in self._seams.points:
             raise ValueError(f"this model has no site {site}: {why_missing(site, self.hf_model.config, self.family)}")
         return site

@@ -252,6 +252,12 @@ def _sites(
         for site in (cell,) if isinstance(cell, Site) else cell.ends:
             if not lvlm.site_info(site).editable:
                 raise ValueError(f"components must be editable, got {site}: {lvlm.site_info(site).note}")
+    vectors = [site for site in cells if not isinstance(site, Site) or len(lvlm.site_info(site).axes) == 3]
+    if mode == "mean" and (others := [str(site) for site in cells if site not in vectors]):
+        raise ValueError(
+            f"components must hold one vector for each token to be replaced by its mean, got {others[0]}; use mode 'zero', or exchange single "
+            "heads with mediate(..., sites=heads(lvlm))"
+        )
     if mode == "resample" and "attn.hook_pattern" in components:
         raise ValueError("components must have positions to be resampled, got attn.hook_pattern; use mode 'zero'")
     return cells

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from care_lens.core import Outcome, PairedExamples, examples_digest, ratio_of_means
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
+from care_lens.core.progress import Steps
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.edge_nodes import PROJECTOR, Node, nodes
 from care_lens.mediation.edges import EdgeResult, edge_batches
@@ -116,7 +116,7 @@ def circuit_faithfulness(
         circuits += [(f"random {i}", size, _like(leading, pool, generator)) for i in range(random)]
     values = np.full((len(pairs), len(circuits)), np.nan)
     ends = np.full((2, len(pairs)), np.nan)
-    with tqdm(total=len(batches), desc="running circuits", disable=not progress) as bar:
+    with Steps(total=len(batches), desc="running circuits", disable=not progress) as bar:
         for batch in batches:
             index = list(batch.index)
             ends[:, index], values[index] = _with_circuits(

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from care_lens.core import Outcome, PairedExamples, Site, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
+from care_lens.core.progress import Steps
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.edge_nodes import ATTN, END, MLP, Node, nodes, position_of
 from care_lens.mediation.edges import EdgeResult, edge_batches
@@ -104,7 +104,7 @@ def verify_edges(
     chosen = [(by_name[row["sender"]], by_name[row["receiver"]]) for row in frame.iloc[index].to_dict("records")]
     exact = np.full((len(pairs), len(chosen)), np.nan)
     batches = edge_batches(lvlm, pairs, outcome, batch_size)
-    with tqdm(total=len(batches) * len(chosen), desc="patching edges", disable=not progress) as bar:
+    with Steps(total=len(batches) * len(chosen), desc="patching edges", disable=not progress) as bar:
         for batch in batches:
             run = _Exact(lvlm, batch, outcome, batch_size)
             for sender in dict.fromkeys(edge[0] for edge in chosen):

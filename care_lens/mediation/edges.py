@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from care_lens.core import Outcome, PairedExamples, cluster_bootstrap, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
+from care_lens.core.progress import Steps
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution import FIRST_POINTS, Method, check_options
 from care_lens.mediation.edge_nodes import Node, edge_columns, nodes, position_of
@@ -140,7 +140,7 @@ def edge_attribution(
         raise MediationError("receivers must come after a sender, got none that does; leave receivers out for all")
     column = {edge: i for i, edge in enumerate(edges)}
     values, total = np.zeros((len(pairs), len(edges))), np.zeros(len(pairs))
-    with tqdm(total=len(batches) * len(nodes_between), desc="attributing edges", disable=not progress) as bar:
+    with Steps(total=len(batches) * len(nodes_between), desc="attributing edges", disable=not progress) as bar:
         for batch in batches:
             run = EdgeScores(lvlm, batch, outcome, senders, wanted)
             total[list(batch.index)] = run.total

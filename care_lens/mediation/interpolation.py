@@ -14,6 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from care_lens.core import Site, SiteLike, require_outcome
+from care_lens.core.verdicts import read_out
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.frames import metric_name
 from care_lens.mediation.mediators import HEADS, NEURONS
@@ -208,7 +209,7 @@ def attributed(
 
 
 def _outcomes(outcome: Any, logits: Tensor, inputs: Any, rows: int) -> ndarray:
-    values = require_outcome(outcome(logits, inputs), rows, outcome=outcome)
+    values = require_outcome(read_out(outcome, logits, inputs), rows, outcome=outcome)
     return values.detach().double().cpu().numpy()
 
 

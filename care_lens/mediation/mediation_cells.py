@@ -84,7 +84,10 @@ def cells_of(
     ]
     kept = [cell for cell in cells if has_images or not needs_image(cell, regions)]
     if not kept:
-        raise ValueError("pairs must have images for these sites and positions, got text alone")
+        raise ValueError(
+            "pairs must have images in both twins for these sites and positions, got no such pair; give a twin without a picture a grey one, "
+            "or take positions of the text such as 'last'"
+        )
     if len(kept) < len(cells):
         log.warning("no pair has an image in both twins: %d cells about images are left out", len(cells) - len(kept))
     return kept

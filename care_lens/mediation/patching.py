@@ -21,6 +21,7 @@ from torch import Tensor
 
 from care_lens.core import Outcome, Site, require_outcome
 from care_lens.core.display import ShortRepr
+from care_lens.core.verdicts import read_out
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.replay import Edit, Replay
 
@@ -327,5 +328,5 @@ def read_outcome(
     for_rows = getattr(outcome, "for_rows", None)
     if for_rows is not None and rows is not None:
         outcome = for_rows(rows)
-    values = require_outcome(outcome(logits, inputs), inputs.batch_size, outcome=outcome)
+    values = require_outcome(read_out(outcome, logits, inputs), inputs.batch_size, outcome=outcome)
     return values.detach().to("cpu", torch.float64)

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from care_lens.core.digests import content_digest
+from care_lens.core.display import ShortRepr
 from care_lens.core.spans import SPAN_NAMES, PatchGrid
 from care_lens.lvlm import LVLMInputs
 from care_lens.mediation.errors import MediationError
@@ -36,7 +37,7 @@ Kind = Literal["box", "polygon", "mask", "each"]
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class Region(ShortRepr):
     """A part of a picture. Make one with :meth:`box`, :meth:`polygon`, :meth:`mask` or :meth:`each`.
 
     Attributes:

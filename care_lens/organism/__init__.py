@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
-from care_lens.data.study import SPLITS, Modality, Study
+from care_lens.core.progress import Steps
+from care_lens.data.study import SPLITS, Modality, Split, Study
 from care_lens.organism import channels, tasks
 from care_lens.organism.build import untrained, vocabulary
 from care_lens.organism.channels import (
@@ -98,13 +99,15 @@ def study(*, seed: int = 0, per_item: int = 1) -> Study:
         seed: of wording and pictures.
         per_item: examples a noun in the fit and calibration splits.
     """
-    suites: dict = {}
-    for split in SPLITS:
-        repeats = per_item if split in ("fit", "calibration") else 1
-        wanted = dict(channels.BENIGN | channels.HARD_BENIGN)
-        if split != "calibration":
-            wanted |= channels.ATTACKS
-        suites[split] = {c: tuple(examples(c, split, per_item=repeats, seed=seed)) for c in wanted}
+    suites: dict = {split: {} for split in SPLITS}
+    wanted = dict(channels.BENIGN | channels.HARD_BENIGN)
+    sets: list[tuple[Split, str]] = [
+        (split, c) for split in SPLITS for c in (wanted if split == "calibration" else wanted | channels.ATTACKS)
+    ]
+    with Steps(sets, desc="drawing pictures") as steps:
+        for split, channel in steps:
+            repeats = per_item if split in ("fit", "calibration") else 1
+            suites[split][channel] = tuple(examples(channel, split, per_item=repeats, seed=seed))
     return Study(
         name="bundled organism",
         suites=suites,

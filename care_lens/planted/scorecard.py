@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from care_lens.core import Site, SiteLike, cluster_bootstrap
 from care_lens.core.details import DetailedResult, tidy
 from care_lens.core.options import require_options
-from care_lens.core.results import package_versions
+from care_lens.core.progress import Steps
+from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.stats import clustered_rate
+from care_lens.core.verdicts import require_call
 from care_lens.mediation import NothingToLocalise
 from care_lens.mediation.localise import candidates
 from care_lens.planted.localisers import METHODS, Localiser
@@ -68,8 +69,15 @@ def rank_of(ranking: Sequence[SiteLike], truth: Sequence[SiteLike], every: Seque
         3.0
     """
     if isinstance(ranking, (str, bytes)) or not isinstance(ranking, Sequence):
+        advice = (
+            "return sorted(scores, key=scores.get, reverse=True)"
+            if isinstance(ranking, Mapping)
+            else "return [site, ...]"
+        )
+        if isinstance(ranking, FrameResult) and "mediator" in ranking.frame.columns:
+            advice = "return list(found.frame['mediator'])"
         raise PlantError(
-            f"a localiser must return a list of sites, the most likely first, got {type(ranking).__name__}"
+            f"a localiser must return a list of sites, the most likely first, got {type(ranking).__name__}; {advice}"
         )
     known = {Site.parse(site) for site in every}
     listed = []
@@ -126,9 +134,11 @@ def scorecard(
     entered = {**(METHODS if ours else {}), **(methods or {})}
     if not entered:
         raise PlantError("methods must hold at least one localiser with ours=False, got none; give {name: function}")
+    for method, localiser in entered.items():
+        require_call(localiser, "lvlm", "pairs", what=f"the localiser {method!r}", error=PlantError)
     cases = [(name, dose) for name in (names() if plants is None else plants) for dose in _doses(name, at)]
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(cases) * len(entered), desc="searching plants", disable=not progress) as bar:
+    with Steps(total=len(cases) * len(entered), desc="searching plants", disable=not progress) as bar:
         for name, dose in cases:
             with load(name, dose=dose) as plant:
                 every, pairs = candidates(plant.lvlm), plant.pairs(n)

@@ -72,7 +72,7 @@ def save_figure(
     *,
     columns: Literal[1, 2] | None = None,
     dark: bool = False,
-    formats: Sequence[str] = (),
+    formats: str | Sequence[str] = (),
 ) -> list[Path]:
     """Write a figure to files that stand side by side.
 
@@ -87,7 +87,7 @@ def save_figure(
         columns: 1 or 2 puts PDF, SVG and PNG into the style of a paper, one column or two wide (:func:`~care_lens.plots.paper`);
             None: they are as large as the figure.
         dark: Whether PDF, SVG and PNG are for a dark page; only with ``columns``.
-        formats: Further formats beside that of the path: "pdf", "svg", "png".
+        formats: A further format, or several, beside that of the path: "pdf", "svg", "png".
 
     Returns:
         The paths written, that of the page first.

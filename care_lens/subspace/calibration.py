@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.errors import NonFiniteError, SubspaceError, TooFewRowsError
 
 
 @dataclass(frozen=True, eq=False)
-class ConformalScores:
+class ConformalScores(ShortRepr):
     """Scores of benign calibration items, and the p-values they give.
 
     Attributes:

@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.errors import NonFiniteError
 
 
 @dataclass(frozen=True, eq=False)
-class SubspaceComparison:
+class SubspaceComparison(ShortRepr):
     """Overlap of two subspaces of one space.
 
     Attributes:

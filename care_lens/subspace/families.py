@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.comparison import compare_bases
 from care_lens.subspace.errors import SubspaceError, TooFewRowsError, WidthError
 from care_lens.subspace.moments import Moments
@@ -31,7 +32,7 @@ from care_lens.subspace.safety_subspace import SafetySubspace
 
 
 @dataclass(frozen=True, eq=False)
-class SharedSubspace:
+class SharedSubspace(ShortRepr):
     """What several subspaces have in common.
 
     Attributes:

@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.affine import along, working_dtype
 from care_lens.subspace.centring import split, subtract
 from care_lens.subspace.errors import SubspaceError, SubspaceMismatchError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LinearMap:
+class LinearMap(ShortRepr):
     """``A(h) = c + (s I + W L^T) (h - c)``.
 
     Attributes:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.errors import NonFiniteError, RowsNeededError, TooFewRowsError, WidthError
 
 
@@ -81,7 +82,7 @@ class Sums:
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class Moments(ShortRepr):
     """First and second moments of a set of rows, with the higher ones that shrinkage needs.
 
     Attributes:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.core import files
+from care_lens.core.display import LinesRepr, listed
 from care_lens.core.errors import ArtifactError
 from care_lens.core.held import not_held
 from care_lens.core.results import package_versions
@@ -60,7 +61,7 @@ def fold_of_group(group: str, folds: int, *, seed: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\x00{group}".encode()).digest()[:8], "big") % folds
 
 
-class MomentsTable:
+class MomentsTable(LinesRepr):
     """Moments of a stream of rows, kept apart by fold, class and modality.
 
     Args:
@@ -88,6 +89,16 @@ class MomentsTable:
         self.width, self.folds, self.seed = width, folds, seed
         self.keep: Keep = keep
         self._entries: dict[MomentsKey, Moments] = {}
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """How wide, and what is in it."""
+        kinds = dict.fromkeys(f"{key.label} {key.modality}" for key in self)
+        return f"MomentsTable: {len(self)} entries", {
+            "width": str(self.width),
+            "folds": str(self.folds),
+            "holds": listed(kinds),
+            "see": ".total(label, modality)",
+        }
 
     def __len__(self) -> int:
         return len(self._entries)

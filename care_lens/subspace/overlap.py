@@ -10,11 +10,12 @@ from jaxtyping import Float
 from scipy.stats import beta
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.errors import NonFiniteError, SubspaceError, SubspaceMismatchError
 
 
 @dataclass(frozen=True, eq=False)
-class DirectionOverlap:
+class DirectionOverlap(ShortRepr):
     """Overlap of directions with a subspace of rank k in d dimensions.
 
     Attributes:

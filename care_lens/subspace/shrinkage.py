@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.errors import SubspaceError
 from care_lens.subspace.moments import Moments
 
@@ -36,7 +37,7 @@ Target: TypeAlias = Literal["identity", "diagonal"]
 
 
 @dataclass(frozen=True, eq=False)
-class ShrunkCovariance:
+class ShrunkCovariance(ShortRepr):
     """``ridge I + diag(diagonal) + matrix + factor factor^T``, never formed unless asked for.
 
     Attributes:

@@ -1,6 +1,10 @@
 """Arguments are taken and refused as beartype says, whichever way is the quick one."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +15,7 @@ from beartype.door import is_bearable
 from jaxtyping import Float
 from torch import Tensor
 
-from care_lens.core import Example
+from care_lens.core import CareLensError, Example
 from care_lens.core.arguments import _CONF, ArgumentError, checked
 
 HINTS = (
@@ -36,7 +40,9 @@ def test_what_is_refused_is_what_the_annotation_refuses(hint, monkeypatch):
     checked(room, ["call"])
     taken = 0
     for value in VALUES:
-        if is_bearable(value, hint, conf=_CONF):
+        several = hint == Sequence[str] and isinstance(value, str)
+        turned = tuple(value) if isinstance(value, list) else value
+        if not several and (is_bearable(value, hint, conf=_CONF) or is_bearable(turned, hint, conf=_CONF)):
             assert room["call"](value) == "called"
             taken += 1
         else:
@@ -61,3 +67,112 @@ def test_the_refusal_says_what_to_write(monkeypatch):
     with pytest.raises(TypeError, match="unexpected keyword argument 'other'") as caught:
         room["prepare"](Example("a"), other=1)
     assert caught.value.__context__ is None  # no traceback of the check's own above it
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Makes the checked form of a function or a class."""
+    monkeypatch.delenv("CARE_LENS_UNCHECKED", raising=False)
+
+    def make(thing):
+        thing.__module__ = "room"
+        namespace = {"__name__": "room", "thing": thing}
+        checked(namespace, ["thing"])
+        return namespace["thing"]
+
+    return make
+
+
+def test_a_list_is_handed_on_as_the_tuple_that_is_asked_for(room):
+    def call(first, names: tuple[str, ...], *, pair: tuple[int, int] | None = None):
+        return first, names, pair
+
+    call = room(call)
+    assert call([1], ["a", "b"], pair=[1, 2]) == ([1], ("a", "b"), (1, 2))
+    with pytest.raises(ArgumentError, match="names of thing must be"):
+        call(1, ["a", 2.5][1:])
+    with pytest.raises(ArgumentError, match="pair of thing must be"):
+        call(1, ["a"], pair=[1, 2, 3])
+
+
+def test_a_single_text_is_not_taken_for_several(room):
+    def call(names: Sequence[str] | None = None, *, one: str | Sequence[str] = (), anything: Sequence[Any] = ()):
+        return names, one, anything
+
+    call = room(call)
+    assert call(["mlp"], one="mlp", anything="mlp") == (["mlp"], "mlp", "mlp")
+    with pytest.raises(ArgumentError, match=r"names of thing must be several, got the text 'mlp'; write \['mlp'\]$"):
+        call("mlp")
+
+
+def test_a_class_refuses_in_its_own_words(room):
+    @dataclass(frozen=True)
+    class Held:
+        names: tuple[str, ...]
+        size: int = 0
+
+        def __post_init__(self):
+            if isinstance(self.size, str):
+                raise CareLensError("size must be a number; count them")
+            if isinstance(self.size, list):
+                raise AttributeError("meant for nobody")
+
+    held = room(Held)
+    assert held(["a"]).names == ("a",)
+    with pytest.raises(CareLensError, match=r"^size must be a number; count them$"):
+        held(("a",), size="2")
+    for given in ([2], None):
+        with pytest.raises(ArgumentError, match=r"^size of Held must be int, got"):
+            held(("a",), size=given)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "advice"),
+    [
+        (Sequence[int] | None, 2, r"write \[2\]"),
+        (tuple[str, ...], "a", r"write \['a'\]"),
+        (str, ["a"], "write 'a', without a list"),
+        (Tensor, np.zeros(2), r"write torch.from_numpy\(array\)"),
+        (Tensor, [0.0, 1.0], r"write torch.tensor\(values\)"),
+        (Mapping[str, Sequence[Example]], [Example("a")], None),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_to_write_for_the_value(room, hint, value, advice):
+    def call(value):
+        return value
+
+    call.__annotations__ = {"value": hint}
+    with pytest.raises(ArgumentError, match=f"; {advice}$" if advice else "value of thing must be"):
+        room(call)(value)
+
+
+def test_a_refusal_knows_the_arguments_that_users_mistake(room):
+    def call(suites: Mapping[str, Sequence[Example]], fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = ()):
+        return suites, fwd_hooks
+
+    call = room(call)
+    with pytest.raises(ArgumentError, match=r"; write a dict, \{'my channel': examples\}$"):
+        call([Example("a")])
+    with pytest.raises(ArgumentError, match=r"; write a list of pairs, \[\(site, function\), \.\.\.\]$"):
+        call({}, ("blocks.0.hook_mlp_out", print))
+
+
+def test_errors_of_the_classes_reach_the_user():
+    """In a process as a user's: the check of types does not stand before messages that say what to do."""
+    code = """
+from care_lens import Example, HybridFusion, PairedExamples
+for make in (lambda: Example("a", image="x.png"), lambda: Example("a", turns=[{"role": "user"}]), lambda: HybridFusion(visual=3)):
+    try:
+        make()
+    except Exception as error:
+        print(type(error).__name__, error)
+print(PairedExamples([Example("a")], [Example("b")]).safe[0].prompt)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "CARE_LENS_UNCHECKED"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    told = out.splitlines()
+    assert told[0].startswith("ExampleError image must be a PIL image, got str; make one with")
+    assert told[1].startswith("ExampleError turns must be care_lens.Turn, got dict; see Example.from_messages")
+    assert told[2].startswith("RepairError visual must be a tuple of corrections")
+    assert told[3] == "a"

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from scipy.linalg import eigh
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr
 from care_lens.subspace.errors import ConvergenceError, RankError, SubspaceError, WidthError
 from care_lens.subspace.shrinkage import ShrunkCovariance
 from care_lens.subspace.solvers import _cost, _dense, _dual, _householder, _iterative
@@ -26,7 +27,7 @@ _LARGEST_RESIDUAL = 1e-11
 
 
 @dataclass(frozen=True, eq=False)
-class PencilSolution:
+class PencilSolution(ShortRepr):
     """Leading eigenpairs of ``C_m u = lambda C_b u``.
 
     Attributes:
