@@ -16,6 +16,9 @@ from PIL import Image  # noqa: E402
 from zoo.pictures import make_picture  # noqa: E402
 from zoo.tiny import make_llava, make_tokenizer  # noqa: E402, F401
 
+from care_lens.core.memory import keep_freed_memory  # noqa: E402
+
+keep_freed_memory()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 

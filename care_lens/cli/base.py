@@ -93,9 +93,12 @@ def _fail(message: str) -> NoReturn:
 
 
 def start(threads: int) -> None:
-    """Threads and logging of a command."""
+    """Threads, memory and logging of a command."""
     import torch
 
+    from care_lens.core.memory import keep_freed_memory
+
+    keep_freed_memory()
     torch.set_num_threads(threads)
     root = logging.getLogger()
     shown = RichHandler(console=console, show_path=False)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from care_lens.core.examples import Example
 from care_lens.core.site import Site
+from care_lens.core.threads import one_blas_thread
 from care_lens.defences.base import Batch, HookDefence, block_output, last_states
 from care_lens.defences.stored import FitError, require_examples, require_finite
 from care_lens.lvlm import HookedLVLM
@@ -108,7 +109,8 @@ class SafeSteer(HookDefence):
         b, m, w = (last_states(lvlm, e, [site], batch_size=batch_size)[site] for e in (benign, malicious, warned))
         direction = steering_direction(w - m, rank=min(rank, len(m)))
         rows, labels = torch.cat([b, m]).numpy(), [0] * len(b) + [1] * len(m)
-        classifier = LogisticRegression(max_iter=2000).fit(rows, labels)
+        with one_blas_thread():
+            classifier = LogisticRegression(max_iter=2000).fit(rows, labels)
         weights = torch.from_numpy(classifier.coef_[0]).float()
         require_finite(direction=direction, weights=weights)
         return cls(

@@ -33,7 +33,7 @@ from care_lens.evaluation.judging import judge_name
 from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.placement import Placement, reader_layers
-from care_lens.repair.calibrating import captured_scores, halves, recalibrated
+from care_lens.repair.calibrating import captured_scores, halves, recalibrated_together
 from care_lens.repair.errors import FlatScoresError, TooFewCalibrationError
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans
@@ -258,16 +258,17 @@ def tune(
     benign = study.benign("validation")
     checked = _leading(runs, candidates)
     resume = resume_from_store(store.path)
-    for run in checked:
-        run.repair = recalibrated(
-            lvlm,
-            run.repair,
-            calibrating,
-            epsilon=run.of.plan.epsilon,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-        )
-    repairs = [run.repair for run in checked]
+    repairs = recalibrated_together(
+        lvlm,
+        [run.repair for run in checked],
+        calibrating,
+        epsilons=[run.of.plan.epsilon for run in checked],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    for run, repair in zip(checked, repairs, strict=True):
+        run.repair = repair
     bare = verdicts(benign, None, repairs)
     before = share(bare, Verdict.COMPLIED)
     with Steps(checked, desc="checking benign answers", disable=not progress, resume=resume) as checks:

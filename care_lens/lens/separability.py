@@ -33,6 +33,7 @@ from care_lens.core import FrameResult, Interval, Site, SiteLike, cluster_bootst
 from care_lens.core.details import site_columns, tidy
 from care_lens.core.options import require_options
 from care_lens.core.studentised import counted, draw_groups, studentised_mean
+from care_lens.core.threads import one_blas_thread
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -114,9 +115,9 @@ def _held_out(
         raise ValueError(f"each class must have at least 2 groups to hold one out, got {fewest}; give more items")
     folds = StratifiedGroupKFold(min(n_folds, fewest), shuffle=True, random_state=seed)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-    scores = np.asarray(
-        cross_val_predict(probe, features.cpu().double().numpy(), y, groups=items, cv=folds, method="decision_function")
-    )
+    rows = features.cpu().double().numpy()
+    with one_blas_thread():
+        scores = np.asarray(cross_val_predict(probe, rows, y, groups=items, cv=folds, method="decision_function"))
     return {"score": scores, "label": y.astype(np.float64)}, items.tolist()
 
 

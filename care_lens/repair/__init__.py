@@ -11,7 +11,7 @@ from care_lens.core.arguments import checked
 from care_lens.repair.attach import Attachment, attach
 from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
-from care_lens.repair.calibrating import captured_scores, halves, recalibrated
+from care_lens.repair.calibrating import captured_scores, halves, recalibrated, recalibrated_together
 from care_lens.repair.combined import AllOf, AnyOf, WeightedReader, in_threshold_units, modality_detector
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
@@ -123,6 +123,7 @@ __all__ = [
     "reader_of",
     "reader_plans",
     "recalibrated",
+    "recalibrated_together",
     "refusal_reader",
     "refusal_writer",
     "register_kind",

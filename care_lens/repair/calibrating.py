@@ -106,11 +106,56 @@ def recalibrated(
         RepairError: If no correction has a reader.
         TooFewCalibrationError: If there are too few prompts for epsilon.
     """
-    if not repair.readers:
+    return recalibrated_together(
+        lvlm,
+        [repair],
+        benign,
+        epsilons=[epsilon],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )[0]
+
+
+def recalibrated_together(
+    lvlm: HookedLVLM,
+    repairs: Sequence[HybridFusion],
+    benign: Sequence[Example],
+    *,
+    epsilons: Sequence[float],
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    progress: bool = False,
+) -> list[HybridFusion]:
+    """Several repairs, each as :func:`recalibrated` gives it: all their readers look at the same answers, which are generated once.
+
+    Args:
+        lvlm: As for :func:`recalibrated`.
+        repairs: The repairs.
+        benign: As for :func:`recalibrated`.
+        epsilons: One for each repair.
+        batch_size, max_new_tokens, progress: As for :func:`recalibrated`.
+
+    Returns:
+        The repairs with their gates, in order.
+
+    Raises:
+        RepairError: If a repair has no reader.
+        TooFewCalibrationError: If there are too few prompts for an epsilon.
+        ValueError: If there are not as many epsilons as repairs.
+    """
+    if len(epsilons) != len(repairs):
+        raise ValueError(f"epsilons must be one for each of {len(repairs)} repairs, got {len(epsilons)}")
+    if not all(repair.readers for repair in repairs):
         raise RepairError(
             "repair must have a reader to be calibrated, got none; corrections without one are always open"
         )
-    scores = read_scores(
-        lvlm, benign, repair.readers, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
-    )
-    return repair.with_gate(ConformalGate.calibrate(scores.amax(1), epsilon=epsilon))
+    if not repairs:
+        return []
+    readers = list(dict.fromkeys(reader for repair in repairs for reader in repair.readers))
+    scores = read_scores(lvlm, benign, readers, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress)
+    made = []
+    for repair, epsilon in zip(repairs, epsilons, strict=True):
+        own = [readers.index(reader) for reader in repair.readers]
+        made.append(repair.with_gate(ConformalGate.calibrate(scores[:, own].amax(1), epsilon=epsilon)))
+    return made

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from care_lens.core.site import Site, SiteLike
+from care_lens.core.threads import one_blas_thread
 from care_lens.subspace.contrast import class_moments, pencil
 from care_lens.subspace.errors import RankError, SubspaceError, WidthError
 from care_lens.subspace.fitting import Projection, subspace_tensors
@@ -74,7 +75,7 @@ def classifier_direction(
     rows = torch.cat([benign.detach().double().cpu(), malicious.detach().double().cpu()]).numpy()
     labels = np.repeat([0, 1], [len(benign), len(malicious)])
     scaler = StandardScaler().fit(rows)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as said, one_blas_thread():
         warnings.simplefilter("always", ConvergenceWarning)
         model = LogisticRegression(C=strength, max_iter=5000).fit(scaler.transform(rows), labels)
     if any(issubclass(one.category, ConvergenceWarning) for one in said):

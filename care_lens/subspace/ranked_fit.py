@@ -52,9 +52,12 @@ def fit_rows(
     if projection not in get_args(Projection):
         raise SubspaceError(f"projection must be one of {get_args(Projection)}, got {projection!r}")
     moments = class_moments(benign, malicious, contrast, metric)
-    items = Items(groups, (moments[0].count, moments[1].count)).groups
     auto: RankChoice | None = None
+    counts = (moments[0].count, moments[1].count)
+    if groups is not None:
+        Items(groups, counts)  # refuses those that are not as long as the rows
     if rule is not None and heldout and contrast != "mean":
+        items = Items(groups, counts).groups
         recipe = Recipe(contrast, metric, shrinkage, solver)
         auto = _on_heldout_rows(moments, rule=rule, recipe=recipe, groups=items, seed=seed)
         number = max(auto.rank, 1)

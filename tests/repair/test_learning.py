@@ -32,6 +32,7 @@ from care_lens.repair import (
     reader_of,
     reader_plans,
     recalibrated,
+    recalibrated_together,
     refusal_reader,
     refusal_writer,
     residual_sites,
@@ -171,6 +172,28 @@ def test_the_parts_make_what_the_one_call_makes(bundled, study, rows):
     )
     assert torch.equal(control.visual[0].writer.write, whole.visual[0].writer.write)
     assert not torch.equal(control.visual[0].reader.direction, whole.visual[0].reader.direction)
+
+
+def test_repairs_calibrated_together_are_those_calibrated_one_by_one(bundled, study, rows, monkeypatch):
+    comparing, calibrating = halves(study.benign("calibration"), seed=3)
+    held, repairs, epsilons = token_rows(bundled, comparing, [SITE], tokens=3, batch_size=64), [], [0.05, 0.1]
+    for offsets, epsilon in zip([(0, 2), (1,)], epsilons, strict=True):
+        plan = ReaderPlan(layer=2, offsets=offsets, epsilon=epsilon)
+        repairs.append(assemble(Readers(rows).fit(plan, held), rows, plan, SITE, alpha=1.0))
+    options = {"batch_size": 64, "max_new_tokens": 6}
+    alone = [
+        recalibrated(bundled, one, calibrating, epsilon=epsilon, **options)
+        for one, epsilon in zip(repairs, epsilons, strict=True)
+    ]
+    calls, generate = [], bundled.generate
+    monkeypatch.setattr(type(bundled), "generate", lambda self, *a, **k: calls.append(1) or generate(*a, **k))
+    together = recalibrated_together(bundled, repairs, calibrating, epsilons=epsilons, **options)
+    assert [one.describe() for one in together] == [one.describe() for one in alone]
+    assert len({one.corrections[0].gate.threshold for one in together}) == 2
+    assert len(calls) == -(-len(calibrating) // 64)
+    assert recalibrated_together(bundled, [], calibrating, epsilons=[]) == []
+    with pytest.raises(ValueError, match="epsilons must be one for each of 2 repairs, got 1"):
+        recalibrated_together(bundled, repairs, calibrating, epsilons=[0.05])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,19 @@
+"""Threads of the linear algebra under numpy and scipy, which torch's own number of threads does not reach.
+
+OpenBLAS's threads wait for each other in a loop that uses their cores, and OMP_WAIT_POLICY is not theirs. An iterative fit, which makes
+thousands of small products, takes five times as long with two of them as with one where another process is busy (benchmarks/bench_waiting.py),
+and is no faster with two on a quiet machine. Large eigenproblems keep their threads.
+"""
+
+from threadpoolctl import threadpool_limits
+
+
+def one_blas_thread() -> threadpool_limits:
+    """For an iterative fit: numpy and scipy take one thread each inside, and their earlier number after it.
+
+    Example:
+        >>> from care_lens.core.threads import one_blas_thread
+        >>> with one_blas_thread():
+        ...     pass
+    """
+    return threadpool_limits(limits=1, user_api="blas")
