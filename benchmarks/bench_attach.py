@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 import torch
+from bench_overhead import SMALL
 from bench_overhead import make as small
 from tqdm.auto import trange
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, StoppingCriteria, StoppingCriteriaList
@@ -36,7 +37,7 @@ SITES = ("blocks.7.hook_resid_post", "blocks.14.hook_mlp_out", "blocks.21.hook_r
 
 def make() -> tuple[LlavaForConditionalGeneration, Any]:
     """The stack and its processor."""
-    little, processor = small()
+    little, processor = small(SMALL, "cpu")
     own: Any = little.config
     text = Qwen2Config(
         vocab_size=own.text_config.vocab_size,
