@@ -29,13 +29,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Method = Literal["kernel", "gradient", "last", "all"]
-Kernel = Literal["gaussian", "laplace", "cosine", "linear"]
-"""``exp(-D / median)``, ``exp(-sqrt(D) / median)``, the cosine of the tokens about the text's mean, and their scalar
-product about it. With the linear kernel ``diag(H K H)`` is the squared distance from the mean."""
+from care_lens.capture.kernel_scores import Kernel, min_max, padded_text_scores, padded_visual_scores
 
-_SAME = 1e-10
-"""Squared distances below this share of the tokens' squared norms are rounding, and count as 0."""
+Method = Literal["kernel", "gradient", "last", "all"]
+
 
 _PAIRS = 2**24
 """Pairs of tokens that are looked at together."""
@@ -107,7 +104,7 @@ class TokenAttribution:
             for mask in masks.values():
                 raw = self._plain_scores(flat, mask, gradient)
                 where = mask.to(found.device)
-                found = torch.where(where, _min_max(raw, where) if self.method == "gradient" else raw, found)
+                found = torch.where(where, min_max(raw, where) if self.method == "gradient" else raw, found)
         return found.reshape(tokens.shape[:-1])
 
     def keep(
@@ -195,10 +192,10 @@ class TokenAttribution:
         for start in range(0, len(tokens), step):
             rows = slice(start, start + step)
             words, word, word_at = _packed(tokens[rows], masks["text"][rows])
-            _put(found[rows], word_at, word, _text_scores(words, word, self.kernel, self.distance_weight))
+            _put(found[rows], word_at, word, padded_text_scores(words, word, self.kernel, self.distance_weight))
             if bool(masks["image"][rows].any()):
                 patches, patch, patch_at = _packed(tokens[rows], masks["image"][rows])
-                _put(found[rows], patch_at, patch, _visual_scores(patches, patch, words, word, self.kernel))
+                _put(found[rows], patch_at, patch, padded_visual_scores(patches, patch, words, word, self.kernel))
 
     def _plain_scores(self, tokens: Tensor, mask: Tensor, gradient: Tensor | None) -> Tensor:
         """[rows, pos], meaningful where the mask is True."""
@@ -246,7 +243,7 @@ def visual_scores(
     if not bool(visual.isfinite().all() and text.isfinite().all()):
         raise ValueError("visual and text must hold finite numbers, got NaN or infinity")
     every = [torch.ones(1, len(part), dtype=torch.bool, device=_device(part)) for part in (visual, text)]
-    return _visual_scores(_wide(visual)[None], every[0], _wide(text)[None], every[1], kernel)[0]
+    return padded_visual_scores(_wide(visual)[None], every[0], _wide(text)[None], every[1], kernel)[0]
 
 
 def text_scores(
@@ -272,7 +269,7 @@ def text_scores(
     _require_tokens(text=text)
     _check_weight(distance_weight)
     every = torch.ones(1, len(text), dtype=torch.bool, device=_device(text))
-    return _text_scores(_wide(text)[None], every, kernel, distance_weight)[0]
+    return padded_text_scores(_wide(text)[None], every, kernel, distance_weight)[0]
 
 
 def select_tokens(
@@ -317,54 +314,6 @@ def _best(scores: Tensor, where: Tensor, amount: int | float) -> Tensor:
     return where & (rank < wanted)
 
 
-def _visual_scores(visual: Tensor, patch: Tensor, text: Tensor, word: Tensor, kernel: Kernel) -> Tensor:
-    """[rows, n] from padded [rows, n, d] and [rows, m, d] with their masks."""
-    values = _kernel_matrix(visual, patch, text, word, kernel)[0]
-    centred = (values - _mean(values, word)[..., None]).masked_fill(~word[:, None], 0.0)
-    return _min_max(centred.square().sum(dim=-1), patch)
-
-
-def _text_scores(text: Tensor, word: Tensor, kernel: Kernel, distance_weight: float) -> Tensor:
-    """[rows, n] from padded [rows, n, d] with its mask."""
-    values, distances = _kernel_matrix(text, word, text, word, kernel)
-    row_means = _mean(values, word)
-    diagonal = values.diagonal(dim1=1, dim2=2) - 2 * row_means + _mean(row_means[:, None], word)
-    return _min_max(distance_weight * _mean(distances, word) + (1 - distance_weight) * diagonal.abs(), word)
-
-
-def _kernel_matrix(a: Tensor, a_there: Tensor, b: Tensor, b_there: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """[rows, n, m] kernel and squared distances of padded tokens, about the mean of b."""
-    centre = (b * b_there[..., None]).sum(dim=1, keepdim=True) / b_there.sum(dim=1)[:, None, None].clamp(min=1)
-    same = a is b
-    a, b = a - centre, b - centre
-    squares = a.square().sum(dim=2)[..., None] + b.square().sum(dim=2)[:, None]
-    products = a @ b.mT
-    distances = squares - 2 * products
-    distances = torch.where(distances > _SAME * squares, distances, 0.0)
-    if same:
-        distances.diagonal(dim1=1, dim2=2).zero_()
-    pairs = a_there[..., None] & b_there[:, None]
-    if kernel == "gaussian":
-        return torch.exp(-distances / _median_of_positive(distances, pairs)), distances
-    if kernel == "laplace":
-        lengths = distances.sqrt()
-        return torch.exp(-lengths / _median_of_positive(lengths, pairs)), distances
-    if kernel == "linear":
-        return products, distances
-    norms = a.norm(dim=2)[..., None] * b.norm(dim=2)[:, None]
-    return torch.where(norms > 0, products / norms.clamp(min=1e-300), 0.0), distances
-
-
-def _median_of_positive(values: Tensor, pairs: Tensor) -> Tensor:
-    """[rows, 1, 1] median of what is above 0 (the mean of the two in the middle); 1 where nothing is."""
-    taken = pairs & (values > 0)
-    ordered = values.masked_fill(~taken, torch.inf).flatten(1).sort(dim=1).values
-    counts = taken.flatten(1).sum(dim=1, keepdim=True)
-    middle = [ordered.gather(1, index) for index in (((counts - 1) // 2).clamp(min=0), counts // 2)]
-    median = (middle[0] + middle[1]) / 2
-    return torch.where(counts > 0, median, 1.0)[..., None]
-
-
 def _packed(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The masked tokens of each row moved to the front: [rows, n, d] float64, [rows, n] which are there, positions."""
     count = max(int(mask.sum(dim=1).max()), 1)
@@ -379,19 +328,6 @@ def _packed(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _put(found: Tensor, positions: Tensor, there: Tensor, scores: Tensor) -> None:
     """Scores back to their positions, in place; places that hold no token keep what they have."""
     found.scatter_(1, positions, torch.where(there, scores, found.gather(1, positions)))
-
-
-def _mean(values: Tensor, there: Tensor) -> Tensor:
-    """Mean over the last axis of [rows, n, m], where [rows, m] is True."""
-    total = values.masked_fill(~there[:, None], 0.0).sum(dim=-1)
-    return total / there.sum(dim=1)[:, None].clamp(min=1)
-
-
-def _min_max(scores: Tensor, there: Tensor) -> Tensor:
-    """Each row to [0, 1] over the places that count; 0 where they do not differ."""
-    low = scores.masked_fill(~there, torch.inf).amin(dim=1, keepdim=True)
-    high = scores.masked_fill(~there, -torch.inf).amax(dim=1, keepdim=True)
-    return torch.where(high > low, (scores - low) / (high - low), 0.0)
 
 
 def _require_tokens(**sets: Tensor) -> None:

@@ -8,6 +8,7 @@ from care_lens.evaluation.answering import answer_verdicts, share, spread
 from care_lens.evaluation.asked import EndpointJudge, MMVetGrader
 from care_lens.evaluation.attack_table import AttackTableError, attack_table
 from care_lens.evaluation.captions import CaptionGrader
+from care_lens.evaluation.choice_letters import chosen_letter
 from care_lens.evaluation.classifier import ClassifierJudge, published_template
 from care_lens.evaluation.comparison import compare, rank
 from care_lens.evaluation.correction import CorrectedRate, corrected_rates, ppi_rate, rogan_gladen, sample_for_labels
@@ -19,15 +20,8 @@ from care_lens.evaluation.fidelity import fidelity_trials, next_token_kl
 from care_lens.evaluation.frontier import Frontier
 from care_lens.evaluation.functions import FunctionJudge
 from care_lens.evaluation.generate import generate_all
-from care_lens.evaluation.graders import (
-    ChoiceGrader,
-    Grader,
-    OpenAnswerGrader,
-    VQAGrader,
-    chosen_letter,
-    grade_store,
-    graded_trials,
-)
+from care_lens.evaluation.graders import ChoiceGrader, OpenAnswerGrader, VQAGrader
+from care_lens.evaluation.grading import Grader, grade_store, graded_trials
 from care_lens.evaluation.guard import GuardJudge
 from care_lens.evaluation.judging import JudgeError, judge_answers, judge_name, judge_store, verdict_frame
 from care_lens.evaluation.metrics import (

@@ -14,7 +14,7 @@ from care_lens.core.verdicts import require_verdicts
 from care_lens.evaluation.abnormal import abnormal_trials
 from care_lens.evaluation.fidelity import fidelity_trials
 from care_lens.evaluation.generate import generate_all
-from care_lens.evaluation.graders import Grader, graded_scores, graded_trials
+from care_lens.evaluation.grading import Grader, graded_scores, graded_trials
 from care_lens.evaluation.judging import judge_answers, judge_name, verdict_frame
 from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, RATES, require_options, verdict_trials
 from care_lens.evaluation.settings import GenerationSettings

@@ -9,67 +9,14 @@ leaving it out would make a defence that breaks the model look harmless.
 """
 
 import json
-import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
-
-import pandas as pd
+from collections.abc import Callable, Mapping, Sequence
 
 from care_lens.core.examples import Example
 from care_lens.core.verdicts import JudgeError, require_texts
-from care_lens.evaluation.metrics import TRIAL_COLUMNS
+from care_lens.evaluation.choice_letters import choices_of, chosen_letter
+from care_lens.evaluation.grading import NAN
 from care_lens.evaluation.normalise import plain_words, vqa_normalised
 from care_lens.evaluation.refusal import own_words, says_something
-from care_lens.evaluation.store import GenerationStore, StoredAnswer
-
-NAN = float("nan")
-
-_OPTION = re.compile(r"^([A-Z])\. (.*)$", re.MULTILINE)
-_ALONG = r"or|and|nor|is|was|are|because|since|as|but|not|which|that|this|the|it|if|in|on|so|due|from|for|with|according|would|could|should|must|can|seems|looks|fits"
-# "A" and "I" before another small letter are an article and a pronoun; a small letter is one only where nothing else could be meant.
-_LETTER = rf"(?:([B-HJ-Z])(?![\w'])|([AI])(?![\w'])(?!\s+(?!(?:{_ALONG})\b)[a-z])|(?<=[(\[])([a-z])(?=[)\]]))"
-_NOUN = r"(?i:\b(?:answer|option|choice)\b)"
-_MARKS = r"[\s:*\"'(\[]*"
-_STATED = re.compile(
-    rf"{_NOUN}\**\s*(?:(?i:(?:is|are|would be|should be|must be)\b)|[:=])[\s:*\"'(\[]*(?:(?i:option|choice|letter|answer)\s*)?{_MARKS}{_LETTER}"
-)
-_DENIED = re.compile(
-    rf"{_NOUN}\s+(?i:(?:is|are)\s*(?:not|n't|neither))\b{_MARKS}(?:(?i:option|choice|letter)\s*)?{_MARKS}{_LETTER}"
-)
-_MENTIONED = re.compile(rf"{_NOUN}{_MARKS}{_LETTER}")
-_REJECTED_BEFORE = re.compile(
-    r"(?i:\b(?:not|than|neither|nor|exclude|excludes|reject|rejects|eliminate|eliminates)|n't)\s+(?:the\s+)?$"
-)
-_REJECTED_AFTER = re.compile(r"(?i:\b(?:not|incorrect|wrong|false|neither)\b|n't\b)")
-_WRONG_NOUN = re.compile(r"(?i:\b(?:wrong|incorrect|false|other|worst)\s*)$")
-_CLAUSE = re.compile(r"[.!?\n;,]|\b(?:because|since|but|while|whereas)\b")
-_OFFERED = re.compile(r"[\s*\"')\]]*(?:or|and|/|,)\s*(?:option\s+)?[(\[*\"']*[A-Z](?![\w'])")
-_FIRST = re.compile(r"^[\s(\[*\"']*([A-Z])(?:[)\].:,;*\"']|$)")
-_MARKED = re.compile(r"\(([A-Z])\)|\*\*([A-Z])\*\*|\\boxed\{([A-Z])\}")
-_ALONE = re.compile(r"(?<![\w'])(?:([B-HJ-Z])(?![\w'])|([AI])(?![\w'])(?!\s+(?!(?:or|and|nor|is)\b)[a-z]))")
-
-
-@runtime_checkable
-class Grader(Protocol):
-    """What grades answers.
-
-    Attributes:
-        name: What it is called in tables.
-        metric: "accuracy" or "circular" (0 or 1), "score" (0 to 1), or another number's name.
-
-    A grader may have a method ``unit(example)``: examples of one unit are one trial, worth the least of their scores.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def metric(self) -> str: ...
-
-    def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
-        """A score for each answer; NaN for what cannot be graded."""
-        ...
 
 
 class ChoiceGrader:
@@ -138,84 +85,6 @@ class ChoiceGrader:
                 "readers of care_lens.data.benchmarks, or write the choices as lines 'A. ...'"
             )
         return float(self._extract(own_words(example, text) or "", choices) == right)
-
-
-def choices_of(example: Example) -> dict[str, str]:
-    """The choices of a question by letter: the lines "A. ..." after the last line "Options:", else of the whole prompt."""
-    _, _, after = example.prompt.rpartition("Options:")
-    return dict(_OPTION.findall(after))
-
-
-def chosen_letter(text: str, choices: Mapping[str, str]) -> str | None:
-    """The letter that an answer names, or None.
-
-    In this order: a letter that is stated ("the answer is B", "choice: B", the last one where there are several); one that it begins with ("B.", "(B) dog"); the only
-    one that is marked ("(B)", "**B**", "\\boxed{B}"); the only option that is mentioned ("option B") and not rejected ("not option B", "option B is wrong"); the only
-    letter that stands alone and is not of a rejected option; the only choice whose text is in it, leaving out choices that are part of another one in it. "A" before
-    a small letter is an article; a letter beside another one ("B or C") is not stated.
-
-    Args:
-        text: An answer.
-        choices: The texts of the choices by their letters.
-
-    Example:
-        >>> chosen_letter("It is a dog, not a fish", {"A": "cat", "B": "dog", "C": "hot dog"})
-        'B'
-    """
-    text = text.strip()
-    stated = [
-        letter
-        for found in _STATED.finditer(text)
-        if (letter := _letter(found)) in choices
-        and not _WRONG_NOUN.search(text, 0, found.start())
-        and not _OFFERED.match(text, found.end())
-    ]
-    if stated:
-        return stated[-1]
-    first = _FIRST.match(text)
-    if first and first[1] in choices:
-        return first[1]
-    marked = {letter for groups in _MARKED.findall(text) for letter in groups if letter in choices}
-    if len(marked) == 1:
-        return marked.pop()
-    mentioned, rejected = _mentioned(text)
-    named = (mentioned - rejected) & {*choices}
-    if len(named) == 1:
-        return named.pop()
-    alone = {letter for groups in _ALONE.findall(text) for letter in groups if letter in choices}
-    if len(alone - rejected) == 1:
-        return (alone - rejected).pop()
-    if marked or alone - rejected:
-        return None
-    said = f" {plain_words(text)} "
-    within = {
-        letter: words for letter, choice in choices.items() if (words := plain_words(choice)) and f" {words} " in said
-    }
-    whole = [
-        letter
-        for letter, words in within.items()
-        if not any(f" {words} " in f" {other} " and words != other for other in within.values())
-    ]
-    return whole[0] if len(whole) == 1 else None
-
-
-def _letter(found: re.Match[str]) -> str:
-    return next(group for group in found.groups() if group).upper()
-
-
-def _mentioned(text: str) -> tuple[set[str], set[str]]:
-    """Letters that stand behind "option" and the like, and those of them that are called wrong in the same clause."""
-    mentioned: set[str] = set()
-    rejected: set[str] = set()
-    rejected |= {_letter(found) for found in _DENIED.finditer(text)}
-    rejected |= {_letter(found) for found in _STATED.finditer(text) if _WRONG_NOUN.search(text, 0, found.start())}
-    for found in _MENTIONED.finditer(text):
-        mentioned.add(_letter(found))
-        end = _CLAUSE.search(text, found.end())
-        before = _REJECTED_BEFORE.search(text, 0, found.start()) or _WRONG_NOUN.search(text, 0, found.start())
-        if before or _REJECTED_AFTER.search(text, found.end(), end.start() if end else len(text)):
-            rejected.add(_letter(found))
-    return mentioned, rejected
 
 
 class VQAGrader:
@@ -329,103 +198,3 @@ def listed(example: Example, key: str, row: int) -> list[str]:
             f"meta[{key!r}] must be a JSON list of texts, got {held!r:.40} in row {row} ({example.id!r}); write json.dumps([...])"
         )
     return found
-
-
-def graded_trials(
-    grader: Grader,
-    answers: Sequence[StoredAnswer],
-    *,
-    examples: Sequence[Example] = (),
-    scores: Sequence[float] | None = None,
-) -> pd.DataFrame:
-    """Trials of one grader.
-
-    Args:
-        grader: The grader.
-        answers: Answers under one defence or several; missing ones are trials that are missing.
-        examples: The examples themselves, one an answer; none: made from the answers.
-        scores: What :func:`graded_scores` made of them; None: the grader is asked.
-
-    Returns:
-        Frame with :data:`~care_lens.evaluation.metrics.TRIAL_COLUMNS`: one row an answer, or a unit where the grader has some: 0 if one of its answers is, NaN if one cannot be graded.
-
-    Raises:
-        JudgeError: If the grader does not return a number for each answer.
-    """
-    asked = list(examples) or [answer.to_example() for answer in answers]
-    scores = graded_scores(grader, answers, asked) if scores is None else scores
-    units: dict[tuple[Any, ...], list[float]] = {}
-    unit = getattr(grader, "unit", None)
-    for i, answer in enumerate(answers):
-        name = answer.id if unit is None else str(unit(asked[i]))
-        key = (answer.defence, answer.channel, grader.metric, grader.name, answer.seed, name, answer.group)
-        units.setdefault(key, []).append(scores[i])
-    return pd.DataFrame([(*key, _least(values)) for key, values in units.items()], columns=list(TRIAL_COLUMNS))
-
-
-def graded_scores(grader: Grader, answers: Sequence[StoredAnswer], examples: Sequence[Example]) -> list[float]:
-    """The scores of answers, NaN for missing ones, checked.
-
-    Args:
-        grader: The grader.
-        answers: The answers; each defence, channel, seed and setting is graded as a set, so that what a grader counts over a set (captions) it counts over that one.
-        examples: One an answer.
-
-    Raises:
-        JudgeError: If the grader does not return a number for each answer.
-        ValueError: If there is not one example for each answer.
-    """
-    if len(examples) != len(answers):
-        raise ValueError(
-            f"examples must be one for each of {len(answers)} answers, got {len(examples)}; give all or none"
-        )
-    scores: list[float] = [NAN] * len(answers)
-    sets: dict[tuple[Any, ...], list[int]] = {}
-    for i, answer in enumerate(answers):
-        sets.setdefault((answer.defence, answer.channel, answer.seed, answer.settings), []).append(i)
-    for rows in sets.values():
-        texts = [None if answers[i].missing else answers[i].response for i in rows]
-        made = grader.scores([examples[i] for i in rows], texts)
-        if len(made) != len(rows):
-            raise JudgeError(
-                f"grader {grader.name!r} must return a number for each of {len(rows)} answers, got {len(made)}"
-            )
-        for i, text, value in zip(rows, texts, made, strict=True):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isinf(value):
-                raise JudgeError(f"grader {grader.name!r} must return numbers, got {value!r:.40} for {answers[i].id!r}")
-            scores[i] = NAN if text is None else float(value)
-    return scores
-
-
-def _least(values: Sequence[float]) -> float:
-    """The least score; a missing one leaves it open, unless another is 0 already."""
-    if 0.0 in values:
-        return 0.0
-    return NAN if any(math.isnan(value) for value in values) else min(values)
-
-
-def grade_store(
-    store: GenerationStore, graders: Mapping[str, Grader], *, settings: Collection[str] | None = None
-) -> pd.DataFrame:
-    """Grade the answers of a store.
-
-    Args:
-        store: The answers.
-        graders: Graders by channel; other channels are left alone.
-        settings: Only answers generated under these settings (digests); None: all.
-
-    Returns:
-        Trials, as :meth:`~care_lens.evaluation.table.DefenceTable.from_trials` takes them.
-
-    Raises:
-        ValueError: If the store has no answers in one of the channels.
-    """
-    answers = store.answers(settings=settings)
-    parts = []
-    for channel, grader in graders.items():
-        here = [answer for answer in answers if answer.channel == channel]
-        if not here:
-            known = sorted({answer.channel for answer in answers})
-            raise ValueError(f"graders must be of channels in the store, some of {known}, got {channel!r}")
-        parts.append(graded_trials(grader, here))
-    return pd.concat(parts, ignore_index=True)

@@ -29,6 +29,7 @@ from care_lens.core.display import ShortRepr
 from care_lens.core.spans import SPAN_NAMES, PatchGrid
 from care_lens.lvlm import LVLMInputs
 from care_lens.mediation.errors import MediationError
+from care_lens.mediation.region_areas import clipped, mask_areas, polygon_area
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -127,7 +128,7 @@ class Region(ShortRepr):
             MediationError: If it has no area.
         """
         corners = tuple((float(x), float(y)) for x, y in points)
-        if len(corners) < 3 or not np.isfinite(corners).all() or _area(np.array(corners)) == 0:
+        if len(corners) < 3 or not np.isfinite(corners).all() or polygon_area(np.array(corners)) == 0:
             raise MediationError(f"points must be three corners or more, not on one line, got {list(points)[:4]}")
         return cls(
             "polygon", name or f"polygon {content_digest(corners)[:6]}", points=corners, image=image, cover=float(cover)
@@ -226,8 +227,8 @@ class Region(ShortRepr):
         """
         sizes = np.array([(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in rectangles])
         if self.pixels is not None:
-            return _mask_areas(self.pixels, np.array(rectangles)) / sizes
-        return np.array([_area(_clipped(np.array(self.points), box)) for box in rectangles]) / sizes
+            return mask_areas(self.pixels, np.array(rectangles)) / sizes
+        return np.array([polygon_area(clipped(np.array(self.points), box)) for box in rectangles]) / sizes
 
     def tokens(self, grids: Sequence[PatchGrid], *, size: tuple[int, int]) -> list[int]:
         """The positions of the region's image tokens.
@@ -358,48 +359,3 @@ def patch_region(
         one = region.of(index[row])
         mask[entry, places[one.tokens([fine], size=inputs.examples[row].images[one.image].size)]] = True
     return mask
-
-
-def _area(points: ndarray) -> float:
-    """Of a polygon, by the shoelace formula."""
-    if len(points) < 3:
-        return 0.0
-    x, y = points[:, 0], points[:, 1]
-    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
-
-
-def _clipped(points: ndarray, box: tuple[float, float, float, float]) -> ndarray:
-    """What of a polygon is in a rectangle (Sutherland and Hodgman 1974); edges that run along the rectangle have no area."""
-    x0, y0, x1, y1 = box
-    for axis, edge, sign in ((0, x0, 1.0), (0, x1, -1.0), (1, y0, 1.0), (1, y1, -1.0)):
-        if not len(points):
-            break
-        kept = []
-        inside = sign * (points[:, axis] - edge) >= 0
-        for i in range(len(points)):
-            a, b = points[i - 1], points[i]
-            if inside[i] != inside[i - 1]:
-                t = (edge - a[axis]) / (b[axis] - a[axis])
-                kept.append(a + t * (b - a))
-            if inside[i]:
-                kept.append(b)
-        points = np.array(kept).reshape(-1, 2)
-    return points
-
-
-def _mask_areas(pixels: Bool[ndarray, "height width"], boxes: Float[ndarray, "n 4"]) -> Float[ndarray, " n"]:
-    """Area of a mask in each rectangle, parts of pixels counted: differences of its integral, which is bilinear within a pixel."""
-    height, width = pixels.shape
-    total = np.zeros((height + 1, width + 1))
-    total[1:, 1:] = pixels.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
-
-    def integral(x: ndarray, y: ndarray) -> ndarray:
-        x, y = np.clip(x, 0, width), np.clip(y, 0, height)
-        column, row = np.minimum(x.astype(int), width - 1), np.minimum(y.astype(int), height - 1)
-        u, v = x - column, y - row
-        upper = total[row, column] * (1 - u) + total[row, column + 1] * u
-        lower = total[row + 1, column] * (1 - u) + total[row + 1, column + 1] * u
-        return upper * (1 - v) + lower * v
-
-    x0, y0, x1, y1 = boxes.T
-    return integral(x1, y1) - integral(x0, y1) - integral(x1, y0) + integral(x0, y0)

@@ -270,6 +270,11 @@ def test_patch_maps_of_tiles_are_saved_and_drawn(picture, tmp_path):
     first = back.details[back.details["grid"] != 4]
     fewer = replace(back, details=pd.concat([first, back.details.assign(pair=1)]))
     assert len(plot_tiles(fewer, image=image).layout.images) == 5  # the first pair has not every grid
+    boxes = ["x0", "x1", "y0", "y1"]
+    larger = back.details.assign(pair=back.details["pair"] + 1, **{box: 3 * back.details[box] for box in boxes})
+    two = plot_tiles(replace(back, details=pd.concat([back.details, larger])), image=image)
+    # The picture that is drawn is the first pair's.
+    assert [heat.dx for heat in two.data] == [heat.dx for heat in drawn.data]
     with pytest.raises(ValueError, match="one for each of 5 grids, got 2"):
         plot_tiles(back, image=[image] * 2)
     with pytest.raises(ValueError, match="which rectangle"):
