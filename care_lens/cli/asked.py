@@ -8,6 +8,7 @@ def run(asked: Asked) -> None: ...
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,15 +41,20 @@ from care_lens.cli.options import (
     Tokens,
     TopK,
     TopP,
+    Workers,
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from care_lens.data import Study
     from care_lens.lvlm import HookedLVLM
     from care_lens.pipeline import RunSettings
 
 
 _GENERATION = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "system")
+#: Of large models, each operation of which keeps all cores busy, answers are not generated in several processes unless that is asked for.
+_LARGE, _MOST_WORKERS = 10**9, 8
 _MODEL = ("device", "dtype", "revision", "quantization")
 
 
@@ -62,6 +68,7 @@ class Asked:
     short: Short = False
     seed: Seed = 0
     threads: Threads = 2
+    workers: Workers = None
     device: Device = None
     dtype: Dtype = None
     revision: Revision = None
@@ -109,6 +116,18 @@ class Asked:
         """The settings of the run."""
         given = {name: getattr(self, name) for name in (*_GENERATION, "batch_size", "epsilons", "ranks")}
         return loading.run_settings(study, self.model, self.short, self.seed, **given)
+
+    def answering(self, lvlm: "HookedLVLM") -> "AbstractContextManager[None]":
+        """Inside, answers are generated in as many processes as were asked for."""
+        from care_lens.core.forked import in_workers
+
+        small = sum(parameter.numel() for parameter in lvlm.hf_model.parameters()) < _LARGE
+        return in_workers(self.workers or (min(_cores(), _MOST_WORKERS) if small else 1))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -26,6 +26,14 @@ Short = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.", min=0, max=2**32 - 1)]
 Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes that generate answers on a CPU.",
+        min=1,
+        show_default="one a core, 8 at most; 1 from a billion parameters on",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="As device_map of transformers: 'auto', 'cuda', 'cuda:1', 'cpu'.", show_default="cpu"),

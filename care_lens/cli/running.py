@@ -1,6 +1,7 @@
 """`run`, `diagnose`, `fit` and `evaluate`: the four steps on a study."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated
 
@@ -29,7 +30,8 @@ def run(asked: Asked) -> None:
     lvlm, study = asked.load()
     settings = asked.settings(study)
     try:
-        result = run(lvlm, study, asked.out, model=asked.title, settings=settings)
+        with asked.answering(lvlm):
+            result = run(lvlm, study, asked.out, model=asked.title, settings=settings)
     except STOPS as error:
         if isinstance(error, ArtifactError):  # a fault of files
             raise
@@ -102,7 +104,11 @@ def fit(asked: Asked) -> None:
     study.require()
     settings = require_feasible(study, settings)
     out = asked.out
-    with open_stage(lvlm, out, study, settings, model=asked.title) as stage, generating(lvlm, settings.generation):
+    with (
+        open_stage(lvlm, out, study, settings, model=asked.title) as stage,
+        generating(lvlm, settings.generation),
+        asked.answering(lvlm),
+    ):
         effects, _ = measure_pairs(lvlm, study, settings, stage, maps=False)
         placement = reader_layers(rank_pairs(effects, settings, stage), lvlm.n_layers(), score=settings.carrier_score)
         rows, store = capture_fit(lvlm, study, settings), GenerationStore(stage.directory / SEARCH)
@@ -135,17 +141,18 @@ def evaluate(
     settings = asked.settings(study)
     study = study.limited(settings.limit) if settings.limit else study
     asked.out.mkdir(parents=True, exist_ok=True)
-    table = step(
-        lvlm,
-        {c: list(e) for c, e in study.suites["test"].items()},
-        {UNDEFENDED: None, **read},
-        judge=study.judge,
-        directory=asked.out,
-        settings=settings.generation,
-        batch_size=settings.batch_size,
-        n_boot=settings.n_boot,
-        seed=asked.seed,
-    )
+    with asked.answering(lvlm) if process.alone or asked.workers else nullcontext():
+        table = step(
+            lvlm,
+            {c: list(e) for c, e in study.suites["test"].items()},
+            {UNDEFENDED: None, **read},
+            judge=study.judge,
+            directory=asked.out,
+            settings=settings.generation,
+            batch_size=settings.batch_size,
+            n_boot=settings.n_boot,
+            seed=asked.seed,
+        )
     if table is None:
         base.console.print(f"process {process.name}: its share of the answers is in {asked.out}")
         return

@@ -3,8 +3,8 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from care_lens.core.defence import defended, require_defences
 from care_lens.core.examples import Example
+from care_lens.core.forked import forked
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.core.progress import Steps, resume_from_store
@@ -46,6 +47,8 @@ def generate_all(
     Where a defence's gates stay closed on a request, its answer is the undefended one, which is taken over if the store has it with its
     tokens: the gates are read in one forward pass over request and answer, and only what a gate opens for is generated again
     (:mod:`care_lens.repair.opening`). Sampled answers are generated in full.
+
+    On a CPU, batches may be shared with other processes (:func:`~care_lens.core.forked.in_workers`).
 
     Examples of like length share a batch. A batch that fails is split until the examples that cannot be
     answered are alone; those are stored as missing, with the name of the error, and tried again by the next
@@ -106,7 +109,6 @@ def generate_all(
         options,
         in_force.get("eos_token_id"),
         seed,
-        store,
         tuple(looking(watched)) if looks else (),
     )
     blanks = [run.blank(example) for example in examples]
@@ -140,10 +142,14 @@ def generate_all(
                 bar.update(len(over))
             order = [i for i in order if i in todo]
         with repair.on(lvlm) if repair is not None and todo else nullcontext():
-            for batch in _cut(order, batch_size):
-                if wanted := todo.intersection(batch):
-                    made = run.answer([examples[i] for i in batch])
+            batches = [batch for batch in _cut(order, batch_size) if todo.intersection(batch)]
+            asked = [[examples[i] for i in batch] for batch in batches]
+            with closing(forked(run.answer, asked, alone=lvlm.device.type != "cpu")) as answered:
+                for batch, (made, touched) in zip(batches, answered, strict=True):
+                    wanted = todo.intersection(batch)
                     store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
+                    for one in touched:
+                        store.note_touched(*one)
                     bar.update(len(wanted))
     return [store.get(blank.key) or blank for blank in blanks]
 
@@ -159,7 +165,6 @@ class _Run:
     options: dict[str, Any]
     ends: int | list[int] | None
     seed: int
-    store: GenerationStore = field(default_factory=GenerationStore)
     watched: tuple[Looking, ...] = ()
 
     def blank(self, example: Example, *, missing: str = "not generated") -> StoredAnswer:
@@ -170,8 +175,8 @@ class _Run:
         """The undefended answer as that of this run."""
         return self._record(example, response=undefended.response, missing="", token_ids=undefended.token_ids)
 
-    def answer(self, examples: Sequence[Example]) -> list[StoredAnswer]:
-        """The answers of a batch; halves of it where it fails."""
+    def answer(self, examples: Sequence[Example]) -> tuple[list[StoredAnswer], list[tuple[str, StoredAnswer, bool]]]:
+        """The answers of a batch, and what the gates that were read beside them would have touched; halves of it where it fails."""
         try:
             with torch.random.fork_rng(devices=[self.lvlm.device] if self.lvlm.device.type == "cuda" else []):
                 torch.manual_seed(int(digest([self.seed, *(example.id for example in examples)]), 16) % 2**63)
@@ -185,7 +190,8 @@ class _Run:
                 return replace(self, watched=()).answer(examples)
             if len(examples) > 1:
                 half = len(examples) // 2
-                return self.answer(examples[:half]) + self.answer(examples[half:])
+                first, second = self.answer(examples[:half]), self.answer(examples[half:])
+                return first[0] + second[0], first[1] + second[1]
             name = type(error).__name__
             logger.warning(
                 "no answer for example %r in channel %r: %s: %s",
@@ -194,16 +200,18 @@ class _Run:
                 name,
                 error,
             )
-            return [self.blank(examples[0], missing=name)]
+            return [self.blank(examples[0], missing=name)], []
         counts = _token_counts(made.new_tokens, self.ends)
         answers = [
             self._record(example, response=text, missing="", token_ids=tuple(ids[:count]))
             for example, text, ids, count in zip(examples, made.answers, made.new_tokens.tolist(), counts, strict=True)
         ]
-        for one, watch in seen:
-            for answer, touched in zip(answers, watch.opened(counts).tolist(), strict=True):
-                self.store.note_touched(one.fingerprint, answer, touched)
-        return answers
+        touched = [
+            (one.fingerprint, answer, opened)
+            for one, watch in seen
+            for answer, opened in zip(answers, watch.opened(counts).tolist(), strict=True)
+        ]
+        return answers, touched
 
     def _record(
         self, example: Example, *, response: str | None, missing: str, token_ids: tuple[int, ...]

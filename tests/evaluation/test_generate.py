@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from care_lens.core.forked import in_workers
 from care_lens.core.identity import example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.evaluation import GenerationStore, generate_all
 from care_lens.lvlm.errors import GenerationOptionError
@@ -227,3 +228,36 @@ def test_drawn_answers_depend_on_the_batch_size_and_resume_to_the_same_bytes(lvl
         assert path.read_bytes() == whole
     found = generate_all(lvlm, examples, store=GenerationStore(path), **{**options, "batch_size": 1})
     assert {row.settings for row in found}.isdisjoint(row.settings for row in GenerationStore(path).answers()[:3])
+
+
+@pytest.mark.parametrize("options", [{}, {"generation": {"do_sample": True, "temperature": 2.0}}])
+def test_several_processes_write_the_file_of_one(small, asked, scaled, tmp_path, options, counted):
+    written = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the copies have it: the last bits are those of the number of threads
+    try:
+        for n in (1, 3):
+            path = tmp_path / f"{n}.jsonl"
+            with in_workers(n):
+                run(small, asked, GenerationStore(path), batch_size=3, **options)
+                run(small, asked, GenerationStore(path), batch_size=3, repair=scaled(-2.0), defence_name="s", **options)
+            written.append(path.read_bytes())
+            assert bool(counted) is (n == 1)  # with several, nothing is generated in this process
+            counted.clear()
+    finally:
+        torch.set_num_threads(before)
+    assert written[0] == written[1] and len(written[0].splitlines()) > 2 * len(asked)
+
+
+def test_a_failed_answer_is_missing_in_several_processes_too(small, asked, monkeypatch):
+    generate = type(small).generate
+
+    def failing(self, inputs, **options):
+        if any(example.id == asked[4].id and example.channel == asked[4].channel for example in inputs.examples):
+            raise RuntimeError("no")
+        return generate(self, inputs, **options)
+
+    monkeypatch.setattr(type(small), "generate", failing)
+    with in_workers(2):
+        answers = run(small, asked, GenerationStore(), batch_size=4)
+    assert [answer.missing for answer in answers] == ["" if i != 4 else "RuntimeError" for i in range(len(asked))]

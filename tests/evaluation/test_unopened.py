@@ -9,6 +9,7 @@ import torch
 
 from care_lens import organism
 from care_lens.core import Example, Site
+from care_lens.core.forked import in_workers
 from care_lens.core.identity import repair_fingerprint
 from care_lens.defences import CAST, HiddenDetect
 from care_lens.evaluation import GenerationStore, evaluate, generate_all, next_token_kl
@@ -152,6 +153,22 @@ def test_one_undefended_generation_reads_the_gates_of_all_candidates(world, aske
         answered(world, asked, again, repair, watched=repairs)
     assert len(passes) == 1
     assert [a for a in again.answers()] == [a for a in store.answers()]
+
+
+def test_gates_that_other_processes_read_beside_the_model_are_known_here(world, asked, monkeypatch):
+    repair, opened = gated(world, asked, KINDS["answer"][0], 0.5)
+    passes, run = [], HookedLVLM.run_with_hooks
+    monkeypatch.setattr(HookedLVLM, "run_with_hooks", lambda self, *a, **k: passes.append(1) or run(self, *a, **k))
+
+    def told(n):
+        store = GenerationStore()
+        with in_workers(n):
+            answered(world, asked, store, watched=[repair], batch_size=8)
+            answered(world, asked, store, repair, watched=[repair], batch_size=8)
+        assert store.opened_for(repair, asked) == opened.tolist()
+        return [a.token_ids for a in store.answers()]
+
+    assert told(1) == told(2) and not passes
 
 
 def test_the_table_is_that_of_full_runs(world, asked, generated, monkeypatch):

@@ -1,0 +1,86 @@
+"""Work shared with copies of the process: the same as alone, in order, and nothing is left behind."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from care_lens.core.forked import forked, in_workers, workers
+
+
+def pids(_):
+    return os.getpid()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_results_are_in_the_order_of_the_jobs(n):
+    held = torch.arange(7.0)
+    with in_workers(n):
+        assert list(forked(lambda i: (i, held[i].item() * 2), range(7))) == [(i, 2.0 * i) for i in range(7)]
+    assert workers() == 1 and not multiprocessing.active_children()
+
+
+def test_jobs_are_dealt_to_as_many_processes_and_threads_are_one_each():
+    with in_workers(3):
+        found = list(forked(pids, range(6)))
+        assert len({*found}) == 3 and os.getpid() not in found and found[:3] == found[3:]
+        assert {*forked(lambda _: torch.get_num_threads(), range(3))} == {1}
+        assert {*forked(pids, range(6), alone=True)} == {os.getpid()}
+        assert list(forked(pids, [0])) == [os.getpid()]  # one job is not worth a copy
+        # Within a copy nothing is forked again.
+        assert all(
+            inner == [pid] * 2 for pid, inner in forked(lambda _: (os.getpid(), [*forked(pids, range(2))]), range(3))
+        )
+
+
+def test_what_a_job_raises_is_raised_here_and_no_process_is_left():
+    def job(i):
+        if i == 3:
+            raise KeyError(f"job {i}")
+        return i
+
+    with in_workers(2):
+        made = forked(job, range(6))
+        assert [next(made) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(KeyError, match="job 3"):
+            next(made)
+        with pytest.raises(RuntimeError, match="pickle"):
+            list(forked(lambda _: lambda: None, range(2)))
+    assert not multiprocessing.active_children()
+
+
+def test_the_jobs_of_a_copy_that_dies_are_done_here():
+    me = os.getpid()
+
+    def job(i):
+        if i == 2 and os.getpid() != me:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return i, os.getpid() == me
+
+    with in_workers(2):
+        found = list(forked(job, range(6)))
+    assert [i for i, _ in found] == [*range(6)] and [here for _, here in found] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_copies_end_with_what_reads_them():
+    with in_workers(2):
+        made = forked(lambda i: time.sleep(0.01 * i) or i, range(100))
+        assert next(made) == 0
+        made.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("n", [0, -1, True])
+def test_a_number_of_processes_is_asked_for(n):
+    with pytest.raises(ValueError, match="number of processes from 1"), in_workers(n):
+        pass
