@@ -7,7 +7,7 @@
 
 A copy (a fork) has the model, the hooks on it and everything else as they are at that moment, shares their memory, and does its share of the
 pieces with one thread of torch. What it changes in its own memory is lost; what a piece returns comes back. At the sizes of small models
-threads gain little, since each operation is short, and processes nearly their number (benchmarks/bench_waiting.py).
+threads gain little, since each operation is short.
 """
 
 import contextlib
