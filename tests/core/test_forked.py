@@ -1,13 +1,17 @@
 """Work shared with copies of the process: the same as alone, in order, and nothing is left behind."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
+from care_lens.core.files import InUseError, in_use
 from care_lens.core.forked import forked, in_workers, workers
 
 
@@ -78,6 +82,31 @@ def test_copies_end_with_what_reads_them():
         assert next(made) == 0
         made.close()
     assert not multiprocessing.active_children()
+
+
+KILLED = """
+import sys, time
+from care_lens.core.files import in_use
+from care_lens.core.forked import forked, in_workers
+with in_use(sys.argv[1]), in_workers(2):
+    for made in forked(lambda i: time.sleep(0 if i < 2 else 600) or i, range(4)):
+        print(made, flush=True)
+"""
+
+
+def test_a_kill_ends_the_copies_too_and_the_folder_is_free_again(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+        assert [killed.stdout.readline().strip() for _ in range(2)] == ["0", "1"]
+        with pytest.raises(InUseError), in_use(tmp_path):
+            pass
+        killed.kill()
+    for _ in range(100):
+        with contextlib.suppress(InUseError), in_use(tmp_path):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("copies of a killed process still hold its folder")
 
 
 @pytest.mark.parametrize("n", [0, -1, True])
