@@ -89,11 +89,11 @@ def measure(frame: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
                     ("rogan-gladen, labels of its own", own, rest),
                     ("rogan-gladen, labels of the undefended", foreign, whole),
                 ):
-                    options = {"groups": said["group"].tolist(), "labelled_groups": known["group"].tolist()}
                     method = ppi_rate if name == "ppi" else rogan_gladen
                     try:
                         got = method(
-                            said["judged"].to_numpy(float), known["truth"].to_numpy(float), known["judged"].to_numpy(float), **options
+                            said["judged"].to_numpy(float), known["truth"].to_numpy(float), known["judged"].to_numpy(float),
+                            groups=said["group"].tolist(), labelled_groups=known["group"].tolist(),
                         )  # fmt: skip
                     except CareLensError:  # labels of one kind alone, or a judge no better than chance on them
                         failed[name] = failed.get(name, 0) + 1
