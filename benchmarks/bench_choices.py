@@ -88,10 +88,10 @@ def main(out: Path, layers: list[int], ranks: list[int]) -> pd.DataFrame:
         "ordinary answers": examples("fit", BENIGN),
         "refusals": examples("fit", ("plain",), 3),
     }
-    held = {name: capture(lvlm, rows, sites, select=TOKENS, progress=False) for name, rows in sets.items()}
+    held = {name: capture(lvlm, rows, sites, positions=TOKENS, progress=False) for name, rows in sets.items()}
     later = {"malicious": examples("validation", ATTACKS), "ordinary answers": examples("validation", BENIGN),
              "refusals": examples("validation", ("plain",), 2)}  # fmt: skip
-    test = {name: capture(lvlm, rows, sites, select=TOKENS, progress=False) for name, rows in later.items()}
+    test = {name: capture(lvlm, rows, sites, positions=TOKENS, progress=False) for name, rows in later.items()}
     attacks, benign = later["malicious"], later["ordinary answers"]
     before, calm = causal(lvlm, attacks, None), causal(lvlm, benign, None).log_softmax(-1)
     groups = [e.group for e in attacks]

@@ -18,7 +18,7 @@ from care_lens.core.identity import digest, examples_digest, model_fingerprint, 
 from care_lens.core.outcome import Judge, Repair
 from care_lens.core.processes import WAIT, Process, done, wait_for
 from care_lens.evaluation.evaluate import evaluate
-from care_lens.evaluation.generate import prompt_length, generate_all
+from care_lens.evaluation.generate import generate_all, prompt_length
 from care_lens.evaluation.settings import GenerationSettings
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable

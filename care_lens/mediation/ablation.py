@@ -280,7 +280,7 @@ def _means(
     """[d] mean of each site over the reference examples' position means."""
     if not sites:
         return {}
-    held = capture(lvlm, reference, sites, select=("all",), batch_size=batch_size, progress=progress)
+    held = capture(lvlm, reference, sites, positions=("all",), batch_size=batch_size, progress=progress)
     return {site: held.subset(held.has(site, "all")).rows(site, "all").mean(dim=0) for site in sites}
 
 
