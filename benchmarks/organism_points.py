@@ -18,8 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from care_lens.attacks import pgd, random_noise
-from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core import Example, Site, Verdict, cluster_bootstrap, rate_ci
+from care_lens.defences import NoRefusalDirectionError, RefusalDirection
 from care_lens.lvlm import HookedLVLM
 from care_lens.organism import OrganismJudge, build, channels, render, tasks
 from care_lens.organism.channels import CHANNELS, examples
@@ -176,7 +176,7 @@ def refusal_direction(lvlm: HookedLVLM) -> list[Row]:
             refusal_tokens=[ids[tasks.REFUSAL.split()[0]]],
             progress=False,
         )
-    except NoRefusalDirection as error:
+    except NoRefusalDirectionError as error:
         return [("selection", str(error), "", "")]
     best = found.candidates[
         (found.candidates.layer == found.layer) & (found.candidates.position == found.position)

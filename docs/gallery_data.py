@@ -20,6 +20,7 @@ from care_lens.capture import capture
 from care_lens.core import ResponseLogProb
 from care_lens.evaluation import search
 from care_lens.lens import TextBank, logit_lens, nearest_text, picture_reading
+from care_lens.lens.separability import separability
 from care_lens.mediation import (
     Region,
     attribute,
@@ -34,7 +35,6 @@ from care_lens.mediation import (
     verify,
     verify_edges,
 )
-from care_lens.mediation.separability import separability
 from care_lens.mediation.writing import writes_towards
 from care_lens.planted.scorecard import summary
 from care_lens.plots import training_frame

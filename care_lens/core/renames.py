@@ -1,10 +1,11 @@
-"""Arguments that have another name now: the earlier name works for one release, and says what it is called now."""
+"""Arguments and names that are called otherwise now: the earlier name works for one release, and says what it is called now."""
 
 import functools
 import sys
 import warnings
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,9 +53,31 @@ def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return decorate
 
 
+def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that gives some names under their earlier names, with a ``FutureWarning`` at the caller's line.
+
+    Args:
+        module: The module's ``__name__``.
+        names: Where each earlier name is now, as "module.name".
+    """
+
+    def getattr_of(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, present = names[name].rpartition(".")
+        warnings.warn(
+            f"{module}.{name} is {names[name]} now; the earlier name goes with the next release",
+            FutureWarning,
+            stacklevel=_outside(),
+        )
+        return getattr(import_module(home), present)
+
+    return getattr_of
+
+
 def _outside() -> int:
-    """The ``stacklevel`` of the first frame outside of the package, for a warning of the function that calls this one."""
+    """The ``stacklevel`` of the first frame outside of the package and of the import system, for a warning of the function that calls this one."""
     level = 1
-    while str(sys._getframe(level).f_globals.get("__name__", "")).split(".")[0] == __name__.split(".")[0]:
+    while str(sys._getframe(level).f_globals.get("__name__", "")).split(".")[0] in ("care_lens", "importlib"):
         level += 1
     return level

@@ -1,8 +1,10 @@
 """One word for each idea in all public functions, and earlier names that still work and say what they are called now."""
 
 import inspect
+import re
 import warnings
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 
 import pytest
@@ -94,3 +96,44 @@ def test_signatures_show_the_present_name():
     with pytest.warns(FutureWarning, match="old of call is called new"):
         assert call(old=5) == 5
     assert call() == 3 and call(4) == 4
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "home", "new"),
+    [
+        ("mediation", "NothingToLocalise", "mediation", "NothingToLocaliseError"),
+        ("evaluation", "TooManyMissing", "evaluation", "TooManyMissingError"),
+        ("defences", "NoRefusalDirection", "defences", "NoRefusalDirectionError"),
+        ("baselines", "NoRefusalDirection", "defences", "NoRefusalDirectionError"),
+        ("baselines", "RefusalDirection", "defences", "RefusalDirection"),
+        ("pipeline", "NoCandidate", "evaluation", "NoCandidateError"),
+        ("pipeline.choose", "NoCandidate", "evaluation", "NoCandidateError"),
+        ("pipeline.choose", "Fitted", "repair", "FittedReaders"),
+        ("pipeline.choose", "offline", "repair", "captured_scores"),
+        ("pipeline.place", "reader_layers", "mediation", "reader_layers"),
+        ("mediation.frames", "tidy", "core.details", "tidy"),
+    ],
+)
+def test_earlier_names_are_still_imported_with_a_warning(module, old, home, new):
+    with pytest.warns(FutureWarning, match=f"{old} is care_lens.* now") as told:
+        exec(f"from care_lens.{module} import {old} as found", scope := {"__name__": "a_notebook"})
+    assert scope["found"] is getattr(import_module(f"care_lens.{home}"), new)
+    assert {one.filename for one in told} == {"<string>"}
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec(f"from care_lens.{module} import nothing", {"__name__": "a_notebook"})
+
+
+def test_the_package_does_not_use_its_earlier_names():
+    """Nor do its tests, benchmarks and pages, which are what readers copy."""
+    root = Path(care_lens.__file__).parents[1]
+    files = [p for room in ("care_lens", "benchmarks", "tutorials", "docs") for p in (root / room).rglob("*.py")]
+    former = re.compile(
+        r"\b(NothingToLocalise|TooManyMissing|NoRefusalDirection|NoCandidate)\b|from care_lens\.(baselines|mediation\.frames|mediation\.separability|pipeline\.place)\b"
+    )
+    used = [
+        f"{path.relative_to(root)}: {line.strip()}"
+        for path in files
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if former.search(line) and '": "care_lens.' not in line
+    ]
+    assert not used, "\n".join(used)
