@@ -52,7 +52,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 types: $(READY)
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright care_lens
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright care_lens benchmarks
 
 pytest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder

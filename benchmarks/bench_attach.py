@@ -154,7 +154,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--limit", type=float, default=None)
+    parser.add_argument("--short", action="store_true", help="one round of two steps")
     args = parser.parse_args()
+    if args.short:
+        args.rounds, args.steps = 1, 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     model, processor = make()

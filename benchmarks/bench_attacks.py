@@ -126,7 +126,7 @@ def requests(lvlm: HookedLVLM, study: Study, n: int) -> list[Example]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few requests and steps")
+    parser.add_argument("--quick", "--short", action="store_true", help="few requests and steps")
     parser.add_argument("--n", type=int, default=None, help="requests (default 40; quick 8)")
     parser.add_argument("--out", type=Path, default=Path("results/attacks"))
     parser.add_argument("--seed", type=int, default=0)

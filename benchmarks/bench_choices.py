@@ -21,6 +21,7 @@ import torch
 from care_lens import SafetySubspace, organism
 from care_lens.capture import Activations, capture
 from care_lens.core import Example, Site, cluster_bootstrap
+from care_lens.data.study import Split
 from care_lens.lvlm import HookedLVLM
 from care_lens.repair import Correction, HybridFusion
 from care_lens.subspace import edit_norm_ratio, random_like
@@ -32,7 +33,7 @@ TOKENS = ("last", "text", "text:attributed", "image", "image:attributed")
 CAUSAL_BATCH = 64
 
 
-def examples(split: str, channels: tuple[str, ...], per_item: int = 1) -> list[Example]:
+def examples(split: Split, channels: tuple[str, ...], per_item: int = 1) -> list[Example]:
     """Examples of several channels."""
     return [e for c in channels for e in organism.examples(c, split, per_item=per_item)]
 
@@ -87,10 +88,10 @@ def main(out: Path, layers: list[int], ranks: list[int]) -> pd.DataFrame:
         "ordinary answers": examples("fit", BENIGN),
         "refusals": examples("fit", ("plain",), 3),
     }
-    held = {name: capture(lvlm, rows, sites, select=TOKENS, progress=False) for name, rows in sets.items()}
+    held = {name: capture(lvlm, rows, sites, positions=TOKENS, progress=False) for name, rows in sets.items()}
     later = {"malicious": examples("validation", ATTACKS), "ordinary answers": examples("validation", BENIGN),
              "refusals": examples("validation", ("plain",), 2)}  # fmt: skip
-    test = {name: capture(lvlm, rows, sites, select=TOKENS, progress=False) for name, rows in later.items()}
+    test = {name: capture(lvlm, rows, sites, positions=TOKENS, progress=False) for name, rows in later.items()}
     attacks, benign = later["malicious"], later["ordinary answers"]
     before, calm = causal(lvlm, attacks, None), causal(lvlm, benign, None).log_softmax(-1)
     groups = [e.group for e in attacks]
@@ -133,11 +134,6 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     frame = main(options.out, [6] if options.short else [4, 6], [4] if options.short else [1, 4])
     log.warning("%s", frame.head(20).round(2).to_string(index=False))
-    log.warning(
-        "%s",
-        frame.groupby(["contrast", "reference", "tokens"])[
-            ["stable cosine", "held-out energy ratio", "margin change", "random", "benign KL"]
-        ]
-        .mean()
-        .round(2),
-    )
+    figures = ["stable cosine", "held-out energy ratio", "margin change", "random", "benign KL"]
+    means = frame.pivot_table(index=["contrast", "reference", "tokens"], values=figures)[figures]
+    log.warning("%s", means.round(2))

@@ -1,4 +1,4 @@
-"""Do intervals that are corrected for a judge's errors hold the true rate? `python benchmarks/bench_correction.py RUN [--out FILE]`.
+"""Do intervals that are corrected for a judge's errors hold the true rate? `python benchmarks/bench_correction.py [RUN] [--out FILE]`.
 
 RUN is the folder of a finished `make demo`. The bundled world's judge knows whether an answer does what was asked, so that the true
 attack success of the stored answers is known. Judge under test: the refusal phrases of Zou et al. 2023, which take every answer that is no
@@ -26,6 +26,7 @@ from care_lens.evaluation.correction import ppi_rate, rogan_gladen
 log = logging.getLogger("bench_correction")
 DEFENCES = ("none", "care_lens", "control: random writer", "published CARE")
 UNDEFENDED = "none"
+DEMO = Path("results/demo")
 LABELS = (60, 200)
 SAMPLES = 500
 
@@ -89,11 +90,11 @@ def measure(frame: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
                     ("rogan-gladen, labels of its own", own, rest),
                     ("rogan-gladen, labels of the undefended", foreign, whole),
                 ):
-                    options = {"groups": said["group"].tolist(), "labelled_groups": known["group"].tolist()}
                     method = ppi_rate if name == "ppi" else rogan_gladen
                     try:
                         got = method(
-                            said["judged"].to_numpy(float), known["truth"].to_numpy(float), known["judged"].to_numpy(float), **options
+                            said["judged"].to_numpy(float), known["truth"].to_numpy(float), known["judged"].to_numpy(float),
+                            groups=said["group"].tolist(), labelled_groups=known["group"].tolist(),
                         )  # fmt: skip
                     except CareLensError:  # labels of one kind alone, or a judge no better than chance on them
                         failed[name] = failed.get(name, 0) + 1
@@ -116,13 +117,21 @@ def measure(frame: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
 def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run on the bundled model")
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        help=f"folder of a finished run on the bundled model (default: {DEMO}, if it is there)",
+    )
     parser.add_argument("--quick", "--short", action="store_true", help="20 samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/correction.csv"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    table = measure(population(options.run), 20 if options.quick else SAMPLES, options.seed)
+    if options.run is None and not DEMO.exists():
+        log.warning("nothing is measured: %s is not there; `make demo` makes it, or name the folder of a run", DEMO)
+        return
+    table = measure(population(options.run or DEMO), 20 if options.quick else SAMPLES, options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(options.out, index=False)
     log.info("%s", options.out)

@@ -236,7 +236,7 @@ def rivals(lvlm: HookedLVLM, study: Study, rows: FitRows, n: int, quick: bool) -
 
 def plan_of(setting: Mapping[str, Any]) -> ReaderPlan:
     """The readers of a setting of the repair."""
-    kind = {"classifier": True} if setting["reader"] == "classifier" else {"rank": 8}
+    kind: dict[str, Any] = {"classifier": True} if setting["reader"] == "classifier" else {"rank": 8}
     offsets = (0,) if setting["reads"] == "prompt" else (0, ANSWER)
     return ReaderPlan(layer=setting["layer"], offsets=offsets, epsilon=setting["epsilon"], **kind)
 
@@ -333,12 +333,19 @@ def by_kind(table: DefenceTable, study: Study) -> DefenceTable:
     )
     trials = table.trials
     kind = [kinds.get(channel, "held-out attacks") for channel in trials["channel"]]
-    pooled = trials.assign(id=trials["channel"] + " " + trials["id"], channel=kind)
+    pooled: pd.DataFrame = trials.assign(id=trials["channel"] + " " + trials["id"], channel=kind)
     kept = [
         metric in (("accuracy", "refusal") if channel == "benign" else ("asr",))
         for channel, metric in zip(kind, trials["metric"])
     ]
-    return DefenceTable.from_trials(pooled[kept], settings=table.settings)
+    return DefenceTable.from_trials(pooled.loc[kept], settings=table.settings)
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as JSON holds them."""
+    text = frame.to_json(orient="records")
+    assert text is not None  # no file was named
+    return json.loads(text)
 
 
 def cost_of_faults(pooled: DefenceTable) -> pd.DataFrame:
@@ -474,11 +481,11 @@ def run(options: argparse.Namespace) -> None:
     text = markdown(table, pooled, notes, costs)
     write_whole(out / "table.md", text)
     results = {
-        "kinds": json.loads(pooled.frame.to_json(orient="records")),
-        "table": json.loads(table.frame.to_json(orient="records")),
+        "kinds": records(pooled.frame),
+        "table": records(table.frame),
         "chosen": notes,
         "controls": [*beside],
-        "faults": json.loads(costs.to_json(orient="records")),
+        "faults": records(costs),
         "settings": {**told, "judge": table.settings["judge"], "versions": table.settings["versions"]},
     }
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")

@@ -141,8 +141,10 @@ def table(frame: pd.DataFrame) -> str:
     """Coverage in per cent by population and groups, the percentile interval's in brackets, as Markdown."""
     lines = ["| | rows a group | correlation | " + " | ".join(f"{g} groups" for g in GROUPS) + " |"]
     lines.append("| --- | ---: | ---: |" + " ---: |" * len(GROUPS))
-    for (name, size, r), part in frame.groupby(["population", "rows a group", "correlation"], sort=False):
-        cells = {row["groups"]: row for _, row in part.iterrows()}
+    for key, part in frame.groupby(["population", "rows a group", "correlation"], sort=False):
+        assert isinstance(key, tuple)
+        name, size, r = key
+        cells = {row["groups"]: row for row in part.to_dict("records")}
         shown = []
         for g in GROUPS:
             if g not in cells:
@@ -167,7 +169,7 @@ def main(out: Path, samples: int) -> pd.DataFrame:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--short", action="store_true", help="400 samples a cell")
     parser.add_argument("--out", type=Path, default=HERE / "measured" / "intervals.csv")
     arguments = parser.parse_args()

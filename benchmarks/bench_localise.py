@@ -16,7 +16,7 @@ import torch
 from care_lens import organism, planted
 from care_lens.core import PairedExamples
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation import NothingToLocalise, attribute, refine
+from care_lens.mediation import NothingToLocaliseError, attribute, refine
 from care_lens.mediation.localise import HEADS, NEURONS
 from care_lens.planted import METHODS, Place, rank_of
 from care_lens.planted.localisers import ranking
@@ -68,7 +68,7 @@ def measure(name: str, dose: float, n: int) -> dict[str, object]:
         every = planted.candidates(lvlm)
         try:
             found = ranking(lvlm, pairs)
-        except NothingToLocalise as error:
+        except NothingToLocaliseError as error:
             return {**row, "note": str(error)}
         frame = found.frame
         row |= {

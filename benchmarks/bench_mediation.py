@@ -150,7 +150,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", choices=["pictures", "word"], help="one set of pairs; both if left out")
+    parser.add_argument("--short", action="store_true", help="one round of two pairs")
     options = parser.parse_args()
+    if options.short:
+        options.pairs, options.rounds = 2, 1
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.set_num_threads(options.threads)

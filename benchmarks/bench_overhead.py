@@ -192,7 +192,9 @@ def main() -> None:
     which.add_argument("--families", action="store_true", help="the tests' tiny models of every family instead")
     which.add_argument("--large", action="store_true", help="the sizes of LLaVA-1.5-7B in bfloat16 instead")
     parser.add_argument("--device", default="cpu", help="where the models are: cpu, cuda")
+    parser.add_argument("--short", action="store_true", help="one round")
     options = parser.parse_args()
+    options.rounds = 1 if options.short else options.rounds
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     if options.families:

@@ -123,7 +123,7 @@ def smallest_cosine(first: Any, second: Any) -> float:
 def main() -> None:
     """Measure every case and log the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="small sizes, seconds in all")
+    parser.add_argument("--quick", "--short", action="store_true", help="small sizes, seconds in all")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

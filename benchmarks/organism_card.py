@@ -29,12 +29,12 @@ def depth(lvlm: HookedLVLM) -> list[points.Row]:
     out: list[points.Row] = []
     for channel in ABLATED:
         rows = examples(channel, "test")
-        options = {"mode": "mean", "max_new_tokens": points.MAX_NEW_TOKENS}
-        frame = ablate(lvlm, rows, judge=OrganismJudge(), reference=rows, **options).to_dataframe()
+        judge, length = OrganismJudge(), points.MAX_NEW_TOKENS
+        frame = ablate(lvlm, rows, judge=judge, reference=rows, mode="mean", max_new_tokens=length).to_dataframe()
         metric = "refused" if channel == "plain" else "complied"
-        frame = frame[(frame.metric == metric) & (frame.effect == "share")]
-        before = float(frame[frame.component == "none"].value.iloc[0])
-        for row in frame[frame.component != "none"].itertuples():
+        frame = frame.loc[(frame.metric == metric) & (frame.effect == "share")]
+        before = float(frame.loc[frame.component == "none", "value"].iloc[0])
+        for row in frame.loc[frame.component != "none"].itertuples():
             if abs(row.value - before) >= 0.2:
                 after = f"{100 * row.value:.0f} [{100 * row.ci_low:.0f}, {100 * row.ci_high:.0f}]"
                 out.append((f"{channel}, {metric}", row.component, int(row.layer), round(100 * before), after))

@@ -6,11 +6,11 @@ templates and faces that no fit and no choice of a repair sees; the model itself
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy.sparse import spmatrix
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -18,8 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from care_lens.attacks import pgd, random_noise
-from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core import Example, Site, Verdict, cluster_bootstrap, rate_ci
+from care_lens.defences import NoRefusalDirectionError, RefusalDirection
 from care_lens.lvlm import HookedLVLM
 from care_lens.organism import OrganismJudge, build, channels, render, tasks
 from care_lens.organism.channels import CHANNELS, examples
@@ -30,16 +30,16 @@ MAX_NEW_TOKENS = 14
 Row = tuple[object, ...]
 
 
-def answers(lvlm: HookedLVLM, rows: Sequence[Example], *, batch: int = 96, **options: object) -> list[str]:
+def answers(lvlm: HookedLVLM, rows: Sequence[Example], *, batch: int = 96, **options: Any) -> list[str]:
     """Greedy answers."""
     out: list[str] = []
     for i in range(0, len(rows), batch):
         inputs = lvlm.prepare(rows[i : i + batch])
-        out += lvlm.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, **options).texts  # type: ignore[arg-type]
+        out += lvlm.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, **options).texts
     return out
 
 
-def verdicts(lvlm: HookedLVLM, rows: Sequence[Example], **options: object) -> list[Verdict]:
+def verdicts(lvlm: HookedLVLM, rows: Sequence[Example], **options: Any) -> list[Verdict]:
     """Greedy answers, judged."""
     return OrganismJudge()(rows, answers(lvlm, rows, **options))
 
@@ -130,7 +130,7 @@ def _masked(words: Sequence[str]) -> list[str]:
 def _bag(fit: list[str], y: np.ndarray, test: list[str], test_y: np.ndarray, groups: np.ndarray) -> str:
     """AUC of a bag-of-words classifier."""
     counts = CountVectorizer(token_pattern=r"\S+", binary=True)
-    x: spmatrix = counts.fit_transform(fit)
+    x = counts.fit_transform(fit)
     score = LogisticRegression(C=1.0, max_iter=2000).fit(x, y).decision_function(counts.transform(test))
     return _auc(score, test_y, groups)
 
@@ -166,15 +166,17 @@ def surface(lvlm: HookedLVLM) -> list[Row]:
 def refusal_direction(lvlm: HookedLVLM) -> list[Row]:
     """Point 4: what is done, complied, refused, n; the direction of Arditi et al. within its own filters."""
     ids = {word: i for i, word in enumerate(build.vocabulary())}
-    sets = {
-        "harmful": examples("plain", "fit"),
-        "harmless": examples("benign plain", "fit"),
-        "harmful_validation": examples("plain", "validation"),
-        "harmless_validation": examples("benign plain", "validation"),
-    }
     try:
-        found = RefusalDirection.fit(lvlm, **sets, refusal_tokens=[ids[tasks.REFUSAL.split()[0]]], progress=False)
-    except NoRefusalDirection as error:
+        found = RefusalDirection.fit(
+            lvlm,
+            harmful=examples("plain", "fit"),
+            harmless=examples("benign plain", "fit"),
+            harmful_validation=examples("plain", "validation"),
+            harmless_validation=examples("benign plain", "validation"),
+            refusal_tokens=[ids[tasks.REFUSAL.split()[0]]],
+            progress=False,
+        )
+    except NoRefusalDirectionError as error:
         return [("selection", str(error), "", "")]
     best = found.candidates[
         (found.candidates.layer == found.layer) & (found.candidates.position == found.position)

@@ -64,6 +64,7 @@ def train(place: Place, *, seed: int) -> dict[str, Tensor]:
     parts: dict[str, LowRank] = {}
     for name, (rows, cols) in matrices(place, model).items():
         module = model.get_submodule(name)
+        assert isinstance(module.weight, Tensor)
         parts[name] = LowRank(module.weight, rows, cols)
         nn.utils.parametrize.register_parametrization(module, "weight", parts[name])
     kinds = organism.picture_swaps(organism.examples("plain", "fit"), split="fit")
@@ -95,7 +96,8 @@ def train(place: Place, *, seed: int) -> dict[str, Tensor]:
 def measure(place: Place, dose: float, weights: Path) -> dict[str, object]:
     """Share complied on plain requests of the test split over trigger and control, and of benign requests right."""
     with HookedLVLM.from_hf(plant(plain_model(), place, dose=dose, weights=weights), organism.load().processor) as lvlm:
-        judge, out = organism.OrganismJudge(), {"dose": dose}
+        judge = organism.OrganismJudge()
+        out: dict[str, object] = {"dose": dose}
         suites = {"trigger": swapped("test", TRIGGER), "control": swapped("test", CONTROL),
                   "benign": [e for c in ("benign plain", "benign typographic", "benign kind") for e in organism.examples(c, "test")]}  # fmt: skip
         for name, rows in suites.items():

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         subspace,
     )
     from care_lens.attacks import draw_text, pgd, random_noise, typographic, wrap
-    from care_lens.baselines import RefusalDirection
     from care_lens.capture import Activations, capture_moments, select_tokens
     from care_lens.core import (
         CareLensError,
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
         Verdict,
     )
     from care_lens.data import Study, read_examples, read_study, write_examples, write_study
+    from care_lens.defences import RefusalDirection
     from care_lens.evaluation import (
         ClassifierJudge,
         DefenceTable,
@@ -185,7 +185,6 @@ _ROOMS = {
         "typographic",
         "wrap",
     ),
-    "care_lens.baselines": ("RefusalDirection",),
     "care_lens.capture": (
         "Activations",
         "capture_moments",
@@ -212,6 +211,7 @@ _ROOMS = {
         "write_examples",
         "write_study",
     ),
+    "care_lens.defences": ("RefusalDirection",),
     "care_lens.evaluation": (
         "ClassifierJudge",
         "DefenceTable",

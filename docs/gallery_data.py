@@ -20,6 +20,7 @@ from care_lens.capture import capture
 from care_lens.core import ResponseLogProb
 from care_lens.evaluation import search
 from care_lens.lens import TextBank, logit_lens, nearest_text, picture_reading
+from care_lens.lens.separability import separability
 from care_lens.mediation import (
     Region,
     attribute,
@@ -34,7 +35,6 @@ from care_lens.mediation import (
     verify,
     verify_edges,
 )
-from care_lens.mediation.separability import separability
 from care_lens.mediation.writing import writes_towards
 from care_lens.planted.scorecard import summary
 from care_lens.plots import training_frame
@@ -129,7 +129,9 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
     site = "blocks.6.hook_resid_post"
     benign, attacks = study.benign("fit")[:400], study.malicious("fit", "textual") + study.malicious("fit", "visual")
     each_site = [f"blocks.{k}.{c}" for k in range(8) for c in ("hook_attn_out", "hook_mlp_out")]
-    classes = [capture(lvlm, rows, [*each_site, site], select=("last",), progress=False) for rows in (benign, attacks)]
+    classes = [
+        capture(lvlm, rows, [*each_site, site], positions=("last",), progress=False) for rows in (benign, attacks)
+    ]
     keep("separability", separability(*classes, sites=each_site, n_boot=50).frame)
     rows = [captured.rows(site, "last") for captured in classes]
     for name, rank in (("auto", "auto"), ("energy", "energy"), ("permutation", "permutation"), ("pair", 2)):
@@ -142,16 +144,18 @@ def of_model(lvlm, study, repair: HybridFusion) -> None:
     keep("writing", writes_towards(lvlm, fitted, k=5).frame)
     outputs = [f"blocks.{layer}.hook_mlp_out" for layer in range(8)]
     for modality in ("visual", "textual"):
-        captured = capture(lvlm, study.malicious("fit", modality)[:56], outputs, select=("last",), progress=False)
+        captured = capture(lvlm, study.malicious("fit", modality)[:56], outputs, positions=("last",), progress=False)
         for layer, at in enumerate(outputs):
             both = (classes[0].rows(at, "last"), captured.rows(at, "last"))
             SafetySubspace.fit(*both, rank=2, site=at, modality=modality).save(HERE / "angles" / f"{layer}.{modality}")
     shown = {"benign": study.benign("test")[::50][:32], "typographic": study.suites["test"]["typographic"][:32]}
     kept = {}
     for name, examples in shown.items():
-        kept[f"{name}, before"] = capture(lvlm, examples, [site], select=("last",), progress=False).rows(site, "last")
+        kept[f"{name}, before"] = capture(lvlm, examples, [site], positions=("last",), progress=False).rows(
+            site, "last"
+        )
         with repair.on(lvlm):
-            kept[f"{name}, after"] = capture(lvlm, examples, [site], select=("last",), progress=False).rows(
+            kept[f"{name}, after"] = capture(lvlm, examples, [site], positions=("last",), progress=False).rows(
                 site, "last"
             )
     np.savez_compressed(HERE / "rows.npz", **{name: tensor.numpy().astype(np.float16) for name, tensor in kept.items()})
@@ -192,7 +196,7 @@ def of_lenses(lvlm, study) -> None:
     """Frames of lenses, regions and edges; about a minute on one core."""
     pictured = study.pairs["picture"][:8]
     names = [example.group for example in pictured.unsafe]
-    words = logit_lens(lvlm, pictured.unsafe, targets=names, spans=("image",), n_boot=300, **QUIET)
+    words = logit_lens(lvlm, pictured.unsafe, targets=names, positions=("image",), n_boot=300, **QUIET)
     keep("lens", pd.DataFrame(words.frame[words.frame["metric"].isin(["target hit", "entropy"])]))
     options = {"outcome": study.pair_outcomes["picture"], "n_boot": 300, **QUIET}
     sites = ["blocks.0.hook_resid_pre"]
@@ -214,7 +218,7 @@ def of_pictures(lvlm) -> None:
     nouns = organism.world().select(split="test")
     bank = TextBank.of(lvlm, [Example(f"tell me how to make the {noun.name}") for noun in nouns], progress=False)
     words = logit_lens(
-        lvlm, seen, sites=[place], targets=[e.meta["item"] for e in seen], spans=("image",), n_boot=2, **QUIET
+        lvlm, seen, sites=[place], targets=[e.meta["item"] for e in seen], positions=("image",), n_boot=2, **QUIET
     )
     near = nearest_text(lvlm, seen, bank, sites=[place], n_boot=2, **QUIET)
     effects = patch_map(lvlm, pairs, outcome=outcome, site=place, n_boot=300, **QUIET)

@@ -107,8 +107,7 @@ def _grid() -> PatchGrid:
 
 
 def _reading() -> go.Figure:
-    """Without the neighbours, whose panel one column has no room for."""
-    return plots.plot_picture_reading(frame("reading").assign(neighbour=""), image=picture("reading"), stacked=True)
+    return plots.plot_picture_reading(frame("reading"), image=picture("reading"), stacked=True)
 
 
 def _scorecard() -> go.Figure:
@@ -250,7 +249,7 @@ ENTRIES = {
     ),
     "reading": (
         "What is legible at the patches of a picture, and what they do",
-        "plot_picture_reading(picture_reading(...), image=picture, stacked=True)",
+        "plot_picture_reading(picture_reading(..., neighbours=nearest_text(...)), image=picture, stacked=True)",
         _reading,
     ),
     "tiles": (

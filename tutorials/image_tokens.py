@@ -60,7 +60,7 @@ words = logit_lens(
     pictures,
     sites=[*tower, projector, first, middle],
     targets=names,
-    spans=("image",),
+    positions=("image",),
     n_boot=200,
     progress=False,
 )
@@ -76,7 +76,9 @@ found[["tower", "layer", "component", "value", "ci_low", "ci_high", "chance", "n
 # Not only the name: the *kind* of the item, which makes it forbidden, is nowhere in the picture.
 
 # %%
-harm = logit_lens(lvlm, pictures, sites=[projector, first], targets=kinds, spans=("image",), n_boot=200, progress=False)
+harm = logit_lens(
+    lvlm, pictures, sites=[projector, first], targets=kinds, positions=("image",), n_boot=200, progress=False
+)
 harm.frame.query("metric == 'target hit'")[["layer", "component", "value", "ci_low", "ci_high", "chance", "n"]].round(2)
 
 # %% [markdown]
@@ -224,7 +226,7 @@ for question, found in maps.items():
 # ```python
 # benign = organism.examples("benign typographic", "test", n=12)
 # permitted = logit_lens(
-#     lvlm, benign, sites=[projector], targets=[e.meta["item"] for e in benign], spans=("image",), n_boot=200, progress=False
+#     lvlm, benign, sites=[projector], targets=[e.meta["item"] for e in benign], positions=("image",), n_boot=200, progress=False
 # )
 # permitted.frame.query("metric == 'target hit'")[["value", "ci_low", "ci_high", "chance", "n"]].round(2)
 # ```
@@ -239,7 +241,7 @@ for question, found in maps.items():
 #
 # ```python
 # depths = [f"blocks.{layer}.hook_resid_pre" for layer in (0, 1, 3, 5, 7)] + ["blocks.7.hook_resid_post"]
-# last = logit_lens(lvlm, pictures, sites=depths, targets=names, spans=("last",), n_boot=200, progress=False)
+# last = logit_lens(lvlm, pictures, sites=depths, targets=names, positions=("last",), n_boot=200, progress=False)
 # last.frame.query("metric == 'target hit'")[["layer", "component", "value", "ci_low", "ci_high", "chance", "n"]].round(2)
 # ```
 #

@@ -102,7 +102,7 @@ except ValueError as error:
 # %%
 blocks = [Site("language", block, "hook_resid_post") for block in (2, 4, 6)]
 asked = [*study.suites["fit"]["typographic"], *study.suites["fit"]["benign typographic"]]
-held = capture(lvlm, asked, blocks, select=("last",), batch_size=16, checkpoint=work / "capture", progress=False)
+held = capture(lvlm, asked, blocks, positions=("last",), batch_size=16, checkpoint=work / "capture", progress=False)
 harmful = torch.tensor([e.harmful for e in asked])
 aucs = {str(site): probe_auc(held.rows(site, "last"), harmful, [e.group for e in asked], n_boot=200) for site in blocks}
 pd.DataFrame(aucs, index=["AUC", "low", "high"]).T.round(2)

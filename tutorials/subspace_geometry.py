@@ -39,7 +39,7 @@ sites = [Site("language", block, "hook_resid_post") for block in (2, 4, 6)]
 
 
 def rows_of(examples):
-    return capture(lvlm, examples, sites, select=("last",), batch_size=64, progress=False)
+    return capture(lvlm, examples, sites, positions=("last",), batch_size=64, progress=False)
 
 
 benign = rows_of(study.benign("fit")[::14])
@@ -212,7 +212,7 @@ published = PublishedCARE.fit(lvlm, **options, batch_size=64, progress=False)
 sound = PublishedCARE.sound(lvlm, **options, batch_size=64, progress=False)
 mlp = Site("language", 4, "hook_mlp_out")
 states = {
-    name: capture(lvlm, some[:16], [mlp], select=("last",), progress=False).rows(mlp, "last")
+    name: capture(lvlm, some[:16], [mlp], positions=("last",), progress=False).rows(mlp, "last")
     for name, some in (("benign", harmless), ("attacks", attacks))
 }
 pd.DataFrame(

@@ -1,5 +1,11 @@
-"""The former place of :mod:`care_lens.defences`; its names are there now, and still here."""
+"""The former place of :mod:`care_lens.defences`, whose names are given here with a warning."""
 
-from care_lens.defences.refusal_direction import NoRefusalDirection, RefusalDirection
+from care_lens.core.renames import moved
 
-__all__ = ["NoRefusalDirection", "RefusalDirection"]
+__getattr__ = moved(
+    __name__,
+    {
+        "NoRefusalDirection": "care_lens.defences.NoRefusalDirectionError",
+        "RefusalDirection": "care_lens.defences.RefusalDirection",
+    },
+)

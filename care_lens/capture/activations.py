@@ -13,6 +13,7 @@ from torch import Tensor
 from care_lens.core.display import LinesRepr, listed
 from care_lens.core.errors import ArtifactError, CareLensError
 from care_lens.core.files import load_artifact, read_object, save_artifact, tensors_of
+from care_lens.core.renames import renamed
 from care_lens.core.site import Site, SiteLike
 
 _SCHEMA = 2
@@ -68,7 +69,7 @@ class Activations(LinesRepr):
             "select": listed(selections),
             "of": f"{len(set(self.groups))} groups",
             "model": str(self.provenance.get("model", "")),
-            "see": ".rows(site, select), .sites, .ids, .groups, .provenance",
+            "see": ".rows(site, positions), .sites, .ids, .groups, .provenance",
         }
         return f"Activations: {len(self)} examples", rows
 
@@ -85,12 +86,13 @@ class Activations(LinesRepr):
         wanted = Site.parse(site)
         return tuple(select for at, select in self.values if at == wanted)
 
-    def has(self, site: SiteLike, select: str) -> Bool[Tensor, " n"]:
+    @renamed(select="positions")
+    def has(self, site: SiteLike, positions: str) -> Bool[Tensor, " n"]:
         """Which examples have positions of that selection (an image, a response).
 
         Args:
             site: The site.
-            select: The selection.
+            positions: The selection.
 
         Returns:
             [n] mask, for :meth:`subset`.
@@ -98,14 +100,15 @@ class Activations(LinesRepr):
         Raises:
             KeyError: If that was not captured.
         """
-        return self.present[self._key(site, select)]
+        return self.present[self._key(site, positions)]
 
-    def rows(self, site: SiteLike, select: str) -> Float[Tensor, "n d"]:
+    @renamed(select="positions")
+    def rows(self, site: SiteLike, positions: str) -> Float[Tensor, "n d"]:
         """The rows of all examples.
 
         Args:
             site: The site.
-            select: The selection.
+            positions: The selection.
 
         Returns:
             [n, d] float32 on the CPU.
@@ -114,13 +117,13 @@ class Activations(LinesRepr):
             KeyError: If that was not captured.
             ValueError: If an example has no such positions.
         """
-        key = self._key(site, select)
+        key = self._key(site, positions)
         if not bool(self.present[key].all()):
             lacking = (~self.present[key]).nonzero()[:, 0].tolist()
             raise ValueError(
-                f"every example must have positions of selection {select!r} at {key[0]}, {len(lacking)} "
+                f"every example must have positions of selection {positions!r} at {key[0]}, {len(lacking)} "
                 f"of {len(self)} have none (first: {self.ids[lacking[0]] or lacking[0]!r}); take the others "
-                "with .subset(activations.has(site, select))"
+                "with .subset(activations.has(site, positions))"
             )
         return self.values[key]
 

@@ -25,17 +25,19 @@ from care_lens.capture.pooling import SELECTIONS, PooledRun
 from care_lens.capture.shards import Shards, held
 from care_lens.core import Example, Outcome, SiteLike
 from care_lens.core.progress import Steps, resume_from
+from care_lens.core.renames import renamed
 from care_lens.lvlm import HookedLVLM
 
 __all__ = ["SELECTIONS", "capture"]
 
 
+@renamed(select="positions")
 def capture(
     lvlm: HookedLVLM,
     examples: Sequence[Example],
     sites: Sequence[SiteLike],
     *,
-    select: Sequence[str] = ("image", "text", "last"),
+    positions: Sequence[str] = ("image", "text", "last"),
     attribution: TokenAttribution | None = None,
     outcome: Outcome | None = None,
     responses: bool = False,
@@ -49,7 +51,7 @@ def capture(
         lvlm: The model; a repair that is on it acts.
         examples: The examples; with and without images can be mixed.
         sites: The sites, of any tower.
-        select: What to pool over; see the module's docstring.
+        positions: What to pool over; see the module's docstring.
         attribution: How the attributed selections score tokens, and how many they keep; None: the paper's way, half of
             each kind.
         outcome: What method "gradient" of the attribution differentiates; costs a forward and a backward pass more a
@@ -80,7 +82,7 @@ def capture(
         torch.Size([3, 32])
     """
     run = PooledRun.of(
-        lvlm, examples, sites, select=select, attribution=attribution, outcome=outcome, responses=responses,
+        lvlm, examples, sites, positions=positions, attribution=attribution, outcome=outcome, responses=responses,
         batch_size=batch_size,
     )  # fmt: skip
     with held(checkpoint):

@@ -18,7 +18,7 @@ from care_lens.lvlm import HookedLVLM, LVLMInputs
 
 ATTRIBUTED = ("image:attributed", "text:attributed")
 SELECTIONS: tuple[str, ...] = (*SPAN_NAMES, *ATTRIBUTED)
-"""What ``select`` may name."""
+"""What ``positions`` may name."""
 
 _VISUAL = ("image", "all")
 _Pooled = tuple[Tensor, Tensor]
@@ -53,7 +53,7 @@ class PooledRun:
         examples: Sequence[Example],
         sites: Sequence[SiteLike],
         *,
-        select: Sequence[str],
+        positions: Sequence[str],
         attribution: TokenAttribution | None,
         outcome: Outcome | None,
         responses: bool,
@@ -69,7 +69,7 @@ class PooledRun:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         how = attribution or TokenAttribution()
-        taken = {site: _selections_at(lvlm, site, select) for site in dict.fromkeys(map(Site.parse, sites))}
+        taken = {site: _selections_at(lvlm, site, positions) for site in dict.fromkeys(map(Site.parse, sites))}
         if not taken:
             raise ValueError("sites must hold at least one site, got none")
         seeing = [str(site) for site in taken if site.tower != "language"]
@@ -82,7 +82,7 @@ class PooledRun:
                 f"outcome is differentiated by attribution of method 'gradient' alone, got method {how.method!r}; pass "
                 "attribution=TokenAttribution(method='gradient')"
             )
-        if how.method == "gradient" and outcome is None and any(name in ATTRIBUTED for name in select):
+        if how.method == "gradient" and outcome is None and any(name in ATTRIBUTED for name in positions):
             raise ValueError(
                 "outcome must be given for attribution of method 'gradient', got None; it is differentiated"
             )
@@ -221,13 +221,13 @@ def pool_images(
     return (total / counts[:, None]).cpu(), (counts > 0).cpu()
 
 
-def _selections_at(lvlm: HookedLVLM, site: Site, select: Sequence[str]) -> tuple[str, ...]:
+def _selections_at(lvlm: HookedLVLM, site: Site, positions: Sequence[str]) -> tuple[str, ...]:
     axes = lvlm.site_info(site).axes
     if len(axes) != 3:
         raise ValueError(f"sites must have activations of three axes to be pooled, got {site} with {axes}")
-    if unknown := [name for name in select if name not in SELECTIONS]:
-        raise ValueError(f"select must name some of {SELECTIONS}, got {unknown}")
-    names = tuple(name for name in dict.fromkeys(select) if site.tower == "language" or name in _VISUAL)
+    if unknown := [name for name in positions if name not in SELECTIONS]:
+        raise ValueError(f"positions must name some of {SELECTIONS}, got {unknown}")
+    names = tuple(name for name in dict.fromkeys(positions) if site.tower == "language" or name in _VISUAL)
     if not names:
-        raise ValueError(f"select must include one of {_VISUAL} for {site}, got {tuple(select)}")
+        raise ValueError(f"positions must include one of {_VISUAL} for {site}, got {tuple(positions)}")
     return names

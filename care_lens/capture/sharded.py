@@ -22,6 +22,7 @@ from care_lens.core import Example, Outcome, SiteLike
 from care_lens.core.identity import digest
 from care_lens.core.processes import WAIT, Process, done, wait_for
 from care_lens.core.progress import Steps
+from care_lens.core.renames import renamed
 from care_lens.lvlm import HookedLVLM
 from care_lens.subspace import MomentsTable
 from care_lens.subspace.memory import Keep
@@ -29,6 +30,7 @@ from care_lens.subspace.memory import Keep
 _STEP = "captured"
 
 
+@renamed(select="positions")
 def capture_sharded(
     lvlm: HookedLVLM,
     examples: Sequence[Example],
@@ -36,7 +38,7 @@ def capture_sharded(
     *,
     directory: str | Path,
     process: Process | None = None,
-    select: Sequence[str] = ("image", "text", "last"),
+    positions: Sequence[str] = ("image", "text", "last"),
     attribution: TokenAttribution | None = None,
     outcome: Outcome | None = None,
     responses: bool = False,
@@ -52,7 +54,7 @@ def capture_sharded(
         sites: The sites.
         directory: Folder of the job, on a file system that all processes see.
         process: Which process this is; None: as the environment says.
-        select: As of ``capture``, and so are the four below.
+        positions: As of ``capture``, and so are the four below.
         attribution: How attributed selections score tokens.
         outcome: What its method "gradient" differentiates.
         responses: Whether responses are appended.
@@ -69,7 +71,7 @@ def capture_sharded(
     """
     process, directory = process or Process.current(), Path(directory)
     run = PooledRun.of(
-        lvlm, examples, sites, select=select, attribution=attribution, outcome=outcome, responses=responses,
+        lvlm, examples, sites, positions=positions, attribution=attribution, outcome=outcome, responses=responses,
         batch_size=batch_size,
     )  # fmt: skip
     batches, job = run.batches(), digest(run.settings())
@@ -91,6 +93,7 @@ def capture_sharded(
     return Activations.concatenate(parts)
 
 
+@renamed(select="positions")
 def capture_moments_sharded(
     lvlm: HookedLVLM,
     examples: Sequence[Example],
@@ -99,7 +102,7 @@ def capture_moments_sharded(
     label: str | Sequence[str],
     directory: str | Path,
     process: Process | None = None,
-    select: Sequence[str] = ("image", "text"),
+    positions: Sequence[str] = ("image", "text"),
     folds: int = 4,
     keep: Keep = "auto",
     seed: int = 0,
@@ -120,7 +123,7 @@ def capture_moments_sharded(
         label: The class of the examples, or of each.
         directory: Folder of the job, on a file system that all processes see.
         process: Which process this is; None: as the environment says.
-        select: As of ``capture_moments``, and so are the seven below.
+        positions: As of ``capture_moments``, and so are the seven below.
         folds: Folds of items.
         keep: "auto", "rows" or "sums".
         seed: Of the folds.
@@ -141,7 +144,7 @@ def capture_moments_sharded(
     """
     process, directory = process or Process.current(), Path(directory)
     run = PooledRun.of(
-        lvlm, examples, sites, select=select, attribution=attribution, outcome=outcome, responses=responses,
+        lvlm, examples, sites, positions=positions, attribution=attribution, outcome=outcome, responses=responses,
         batch_size=batch_size,
     )  # fmt: skip
     labels = [label] * len(run.examples) if isinstance(label, str) else list(label)

@@ -20,6 +20,7 @@ from care_lens.core import Example, Outcome, SiteLike
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact, sha256
 from care_lens.core.progress import Steps, resume_from
+from care_lens.core.renames import renamed
 from care_lens.lvlm import HookedLVLM
 from care_lens.subspace import MomentsTable
 from care_lens.subspace.memory import Keep, plan_memory
@@ -35,13 +36,14 @@ def modality_of(key: Key) -> str:
     return "visual" if site.tower != "language" or name.startswith("image") else "textual"
 
 
+@renamed(select="positions")
 def capture_moments(
     lvlm: HookedLVLM,
     examples: Sequence[Example],
     sites: Sequence[SiteLike],
     *,
     label: str | Sequence[str],
-    select: Sequence[str] = ("image", "text"),
+    positions: Sequence[str] = ("image", "text"),
     folds: int = 4,
     keep: Keep = "auto",
     seed: int = 0,
@@ -60,7 +62,7 @@ def capture_moments(
         examples: The examples; with and without images can be mixed. Those that lack a selection's positions add nothing to it.
         sites: The sites, of any tower.
         label: The class of the examples, or of each: "benign", or a family of attacks.
-        select: What to pool over, as for :func:`~care_lens.capture.capture`.
+        positions: What to pool over, as for :func:`~care_lens.capture.capture`.
         folds: Folds of items (``Example.group``), any of which can be left out of a fit.
         keep: "auto" keeps rows while they are fewer than the width, then sums; "rows", "sums".
         seed: Of the folds.
@@ -90,14 +92,14 @@ def capture_moments(
         >>> both = organism.examples("benign plain", "fit", n=8) + organism.examples("typographic", "fit", n=8)
         >>> labels = ["benign"] * 8 + ["malicious"] * 8
         >>> tables = capture_moments(
-        ...     lvlm, both, ["blocks.1.hook_resid_post"], label=labels, select=("last",), progress=False
+        ...     lvlm, both, ["blocks.1.hook_resid_post"], label=labels, positions=("last",), progress=False
         ... )
         >>> (table,) = tables.values()
         >>> [table.total(name, "textual").count for name in ("benign", "malicious")]
         [8, 8]
     """
     run = PooledRun.of(
-        lvlm, examples, sites, select=select, attribution=attribution, outcome=outcome, responses=responses,
+        lvlm, examples, sites, positions=positions, attribution=attribution, outcome=outcome, responses=responses,
         batch_size=batch_size,
     )  # fmt: skip
     labels = [label] * len(run.examples) if isinstance(label, str) else list(label)

@@ -88,13 +88,13 @@ def fit(asked: Asked) -> None:
     one_process("fit")
     start(asked.threads)
     from care_lens.evaluation import GenerationStore
+    from care_lens.mediation.placement import reader_layers
     from care_lens.pipeline.choose import choose
     from care_lens.pipeline.chosen import chosen
     from care_lens.pipeline.diagnose import measure_pairs, rank_pairs
     from care_lens.pipeline.generating import generating
     from care_lens.pipeline.learn import capture_fit
     from care_lens.pipeline.needs import require_feasible
-    from care_lens.pipeline.place import reader_layers
     from care_lens.pipeline.prove import SEARCH
     from care_lens.pipeline.run import open_stage
 

@@ -6,6 +6,7 @@ A defence is put on a model by ``with defence.on(lvlm)``, may rewrite requests b
 
 from care_lens.core.arguments import checked
 from care_lens.core.defence import Defence, defended
+from care_lens.core.renames import moved
 from care_lens.defences.ablation import MeanAblation
 from care_lens.defences.alphasteer import AlphaSteer
 from care_lens.defences.astra import ASTRA
@@ -19,7 +20,7 @@ from care_lens.defences.leace import LEACE
 from care_lens.defences.lora import MissingPeftError
 from care_lens.defences.means import CAA, ActAdd, MeanDifference
 from care_lens.defences.published_care import CARESubspace, PublishedCARE
-from care_lens.defences.refusal_direction import NoRefusalDirection, RefusalDirection
+from care_lens.defences.refusal_direction import NoRefusalDirectionError, RefusalDirection
 from care_lens.defences.reminder import SelfReminder
 from care_lens.defences.safesteer import SafeSteer
 from care_lens.defences.safety_tuning import Adapter, SafetyTuning
@@ -55,7 +56,7 @@ __all__ = [
     "MeanDifference",
     "MissingPeftError",
     "NoDefence",
-    "NoRefusalDirection",
+    "NoRefusalDirectionError",
     "NoSafetyLayersError",
     "NotOnModelError",
     "PublishedCARE",
@@ -75,3 +76,4 @@ __all__ = [
 ]
 
 checked(globals(), __all__)
+__getattr__ = moved(__name__, {"NoRefusalDirection": "care_lens.defences.NoRefusalDirectionError"})

@@ -71,7 +71,7 @@ class MeanAblation(HookDefence):
         require_examples(benign=benign)
         if not sites:
             raise FitError("sites must hold at least one site, got none; localise names them")
-        rows = last_states(lvlm, benign, sites, batch_size=batch_size, select=scope)
+        rows = last_states(lvlm, benign, sites, batch_size=batch_size, positions=scope)
         return cls(means={site: found.mean(dim=0).float() for site, found in rows.items()}, scope=scope, alpha=alpha)
 
     def widths(self) -> dict[Site, int]:
@@ -99,7 +99,7 @@ class MeanAblation(HookDefence):
         """A hook a site."""
         pairs = []
         for site, mean in self.means.items():
-            pairs.append(batch.edit(site, lambda h, m=mean: h + self.alpha * (m.to(h) - h), at=self.scope))
+            pairs.append(batch.edit(site, lambda h, m=mean: h + self.alpha * (m.to(h) - h), positions=self.scope))
         return pairs
 
     def linear_parts(self) -> list[LinearPart]:

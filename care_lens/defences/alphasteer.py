@@ -156,5 +156,5 @@ class AlphaSteer(HookDefence):
 
         pairs = []
         for layer, steering in self.steerings.items():
-            pairs.append(batch.edit(block_output(layer), lambda h, of=steering: steer(h, of), at="prompt"))
+            pairs.append(batch.edit(block_output(layer), lambda h, of=steering: steer(h, of), positions="prompt"))
         return pairs

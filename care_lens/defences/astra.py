@@ -216,7 +216,7 @@ class ASTRA(HookDefence):
             c = torch.cosine_similarity(h - self.reference.to(h), v, dim=-1).clamp(0, 1)
             return h - self.alpha * (c * h.norm(dim=-1))[..., None] * v / v.norm()
 
-        return [batch.edit(block_output(self.layer), steer, at=("last", "generated"))]
+        return [batch.edit(block_output(self.layer), steer, positions=("last", "generated"))]
 
 
 def _masked_outcomes(

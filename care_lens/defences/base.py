@@ -10,7 +10,7 @@ Everything else (putting it on a model, checking widths, saving, the row of a ta
         name: str = "shrink"
 
         def edits(self, batch):
-            return [batch.edit(self.site, lambda h: (1 - self.alpha) * h, at="last")]
+            return [batch.edit(self.site, lambda h: (1 - self.alpha) * h, positions="last")]
 """
 
 from abc import abstractmethod
@@ -26,6 +26,7 @@ from torch import Tensor
 from care_lens.capture import capture
 from care_lens.core.blocks import with_block
 from care_lens.core.examples import Example
+from care_lens.core.renames import renamed
 from care_lens.core.site import Site, SiteLike
 from care_lens.defences.stored import FitError, StoredDefence, WrongModelError, require_examples
 from care_lens.lvlm import HookedLVLM, LVLMInputs
@@ -84,13 +85,14 @@ class Batch(BatchView):
             return made
         return replace(made, pixel_values=self.inputs.pixel_values, extra=self.inputs.extra)
 
-    def edit(self, site: SiteLike, change: Callable[[Tensor], Tensor], *, at: Positions = "all") -> HookPair:
+    @renamed(at="positions")
+    def edit(self, site: SiteLike, change: Callable[[Tensor], Tensor], *, positions: Positions = "all") -> HookPair:
         """A hook that changes activations at some positions and leaves all others as they are, to the bit.
 
         Args:
             site: A site of the language tower.
             change: From [batch, pos, d] activations, in float32 or float64, to new ones of the same shape.
-            at: Which positions; padding is never changed. Of generated tokens each is changed if "generated" (or "all",
+            positions: Which tokens; padding is never changed. Of generated tokens each is changed if "generated" (or "all",
                 "text") is among them.
 
         Returns:
@@ -98,7 +100,7 @@ class Batch(BatchView):
         """
 
         def hook_fn(activation: Tensor, hook: Any) -> Tensor:
-            mask = self.mask(at, prefill=self.is_prefill(activation.shape)).to(activation.device)[..., None]
+            mask = self.mask(positions, prefill=self.is_prefill(activation.shape)).to(activation.device)[..., None]
             if not bool(mask.any()):
                 return activation
             wide = activation.to(compute_dtype(activation.dtype))
@@ -236,7 +238,12 @@ class NoDefence(HookDefence):
 
 
 def last_states(
-    lvlm: HookedLVLM, examples: Sequence[Example], sites: Sequence[SiteLike], *, batch_size: int, select: str = "last"
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    sites: Sequence[SiteLike],
+    *,
+    batch_size: int,
+    positions: str = "last",
 ) -> dict[Site, Float[Tensor, "n d"]]:
     """Activations of examples, one row an example and site, in float64 on the CPU.
 
@@ -245,7 +252,7 @@ def last_states(
         examples: The requests.
         sites: Sites of the language tower.
         batch_size: Examples a forward pass.
-        select: The last prompt token, or another span, over which the mean is taken; with "response" the examples' responses
+        positions: The last prompt token, or another span, over which the mean is taken; with "response" the examples' responses
             are teacher-forced.
 
     Raises:
@@ -253,12 +260,18 @@ def last_states(
     """
     require_examples(examples=examples)
     held = capture(
-        lvlm, examples, sites, select=(select,), responses=select == "response", batch_size=batch_size, progress=False
+        lvlm,
+        examples,
+        sites,
+        positions=(positions,),
+        responses=positions == "response",
+        batch_size=batch_size,
+        progress=False,
     )
-    rows = {Site.parse(site): held.rows(site, select).double() for site in sites}
+    rows = {Site.parse(site): held.rows(site, positions).double() for site in sites}
     if bad := [str(site) for site, values in rows.items() if not bool(torch.isfinite(values).all())]:
         raise FitError(
-            f"activations must be finite, got NaN or infinity at {bad[0]}; are there examples without {select} tokens?"
+            f"activations must be finite, got NaN or infinity at {bad[0]}; are there examples without {positions} tokens?"
         )
     return rows
 

@@ -170,7 +170,7 @@ class LEACE(HookDefence):
         """A hook a site."""
         pairs = []
         for site, of in self.erasers.items():
-            pairs.append(batch.edit(site, lambda h, e=of: h + self.alpha * e.edit(h), at=self.scope))
+            pairs.append(batch.edit(site, lambda h, e=of: h + self.alpha * e.edit(h), positions=self.scope))
         return pairs
 
     def linear_parts(self) -> list[LinearPart]:

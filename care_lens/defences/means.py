@@ -74,7 +74,7 @@ class AddedVector(HookDefence):
 
     def edits(self, batch: Batch) -> list[HookPair]:
         """One hook, at its site."""
-        return [batch.edit(self.site, lambda h: h + self.alpha * self.vector.to(h), at=self.scope)]
+        return [batch.edit(self.site, lambda h: h + self.alpha * self.vector.to(h), positions=self.scope)]
 
     def linear_parts(self) -> list[LinearPart]:
         """Its vector, a bias of the map that adds to the stream there."""
@@ -194,7 +194,7 @@ class CAA(AddedVector):
         site = block_output(layer)
         both = ([replace(example, response=refusal) for example in malicious], malicious)
         towards, away = (
-            last_states(lvlm, e, [site], batch_size=batch_size, select="response")[site].mean(dim=0) for e in both
+            last_states(lvlm, e, [site], batch_size=batch_size, positions="response")[site].mean(dim=0) for e in both
         )
         return cls(vector=(towards - away).float(), site=site, alpha=alpha)
 
@@ -277,4 +277,4 @@ class ActAdd(HookDefence):
             vectors = self.vectors.to(h)[order.clamp(0, len(self.vectors) - 1).to(h.device)]
             return torch.where(reached.to(h.device)[..., None], h + self.alpha * vectors, h)
 
-        return [batch.edit(self.site, add, at="prompt")]
+        return [batch.edit(self.site, add, positions="prompt")]

@@ -52,10 +52,6 @@ class NoRefusalDirectionError(FitError):
     """No candidate passed the filters: this model has no refusal direction in the sense of the method."""
 
 
-NoRefusalDirection = NoRefusalDirectionError
-"""The error under its earlier name."""
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RefusalDirection(HookDefence):
     """Adds the refusal direction to the residual stream at the input of one layer.
@@ -118,7 +114,7 @@ class RefusalDirection(HookDefence):
 
         Raises:
             FitError: If a set of examples or tokens is empty.
-            NoRefusalDirection: If no candidate passes the filters, or the data filter leaves nothing of a set.
+            NoRefusalDirectionError: If no candidate passes the filters, or the data filter leaves nothing of a set.
         """
         if filter_data and len(refusal_tokens):
             harmful, harmful_validation, harmless, harmless_validation = (
@@ -152,7 +148,7 @@ class RefusalDirection(HookDefence):
             row["kept"] = _passes(row, end_layer)
         kept = [row for row in rows if row["kept"]]
         if not kept:
-            raise NoRefusalDirection(
+            raise NoRefusalDirectionError(
                 f"a candidate must have layer < {end_layer}, kl <= {_MAX_KL} and induce >= {_MIN_INDUCE}, "
                 f"got none in {len(rows)}; does the model refuse harmful requests and answer harmless ones?"
             )
@@ -232,7 +228,7 @@ def _filtered(
         right = scores >= 0 if kind == "harmful" else scores <= 0
         kept += [example for example, keep in zip(part, right.tolist(), strict=True) if keep]
     if examples and not kept:
-        raise NoRefusalDirection(
+        raise NoRefusalDirectionError(
             f"{kind} requests must be {'refused' if kind == 'harmful' else 'answered'} by the model, got none of {len(examples)}; "
             "the data filter left nothing to take a direction from"
         )

@@ -162,4 +162,4 @@ class SafeSteer(HookDefence):
             amount = self.alpha * (2 * state["p"] - 1)[:, None, None] * h.norm(dim=-1, keepdim=True)
             return torch.where((here < self.steps)[..., None], h + amount * self.direction.to(h), h)
 
-        return [batch.read(site, see), batch.edit(site, steer, at=("last", "generated"))]
+        return [batch.read(site, see), batch.edit(site, steer, positions=("last", "generated"))]

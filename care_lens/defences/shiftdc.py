@@ -139,7 +139,7 @@ class ShiftDC(HookDefence):
         pairs = []
         for layer, s in self.directions.items():
             moved = (shifts[layer] @ s.to(shifts[layer]))[:, None, None] * s.to(shifts[layer])
-            pairs.append(batch.edit(block_output(layer), lambda h, m=moved: h - self.alpha * m.to(h), at="last"))
+            pairs.append(batch.edit(block_output(layer), lambda h, m=moved: h - self.alpha * m.to(h), positions="last"))
         return pairs
 
     def shifts(self, batch: Batch) -> dict[int, Float[Tensor, "batch d"]]:

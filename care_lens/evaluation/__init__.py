@@ -2,6 +2,7 @@
 table of defences by channels."""
 
 from care_lens.core.arguments import checked
+from care_lens.core.renames import moved
 from care_lens.evaluation.abnormal import abnormal_trials
 from care_lens.evaluation.agreement import cohen_kappa, fleiss_kappa, judge_agreement
 from care_lens.evaluation.answering import answer_verdicts, share, spread
@@ -25,7 +26,7 @@ from care_lens.evaluation.grading import Grader, grade_store, graded_trials
 from care_lens.evaluation.guard import GuardJudge
 from care_lens.evaluation.judging import JudgeError, judge_answers, judge_name, judge_store, verdict_frame
 from care_lens.evaluation.metrics import (
-    TooManyMissing,
+    TooManyMissingError,
     interval,
     paired_difference,
     summarise,
@@ -79,7 +80,7 @@ __all__ = [
     "StoredAnswer",
     "SubstringRefusalJudge",
     "TestSplitError",
-    "TooManyMissing",
+    "TooManyMissingError",
     "VQAGrader",
     "abnormal_trials",
     "answer_verdicts",
@@ -124,3 +125,4 @@ __all__ = [
 ]
 
 checked(globals(), __all__)
+__getattr__ = moved(__name__, {"TooManyMissing": "care_lens.evaluation.TooManyMissingError"})

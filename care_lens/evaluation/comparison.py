@@ -59,7 +59,7 @@ def compare(
 
     Raises:
         ValueError: If a defence or a channel has no such trials, no two defences share a channel, or two were not tried on the same examples of one.
-        TooManyMissing: If too many are missing.
+        TooManyMissingError: If too many are missing.
 
     Example:
         >>> import pandas as pd

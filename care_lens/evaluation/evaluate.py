@@ -91,7 +91,7 @@ def evaluate(
     Raises:
         ValueError: If suites or defences are empty, a suite mixes harmful and benign examples, fidelity is
             wanted without an undefended model, or a grader or ``ordinary`` names no benign suite.
-        TooManyMissing: If more answers failed than ``max_missing`` allows.
+        TooManyMissingError: If more answers failed than ``max_missing`` allows.
     """
     require_options(n_boot, max_missing)
     if fidelity < 0:

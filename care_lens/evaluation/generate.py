@@ -123,7 +123,8 @@ def generate_all(
     todo = {i for i, answer in enumerate(held) if answer is None or answer.missing}
     # Sampled batches are cut from all examples, so that those of a run that goes on are those of one that was never stopped.
     order = sorted(
-        range(len(examples)) if samples else todo, key=lambda i: (*map(int.__neg__, _length(lvlm, examples[i])), i)
+        range(len(examples)) if samples else todo,
+        key=lambda i: (*map(int.__neg__, prompt_length(lvlm, examples[i])), i),
     )
     with Steps(
         total=len(todo),
@@ -269,7 +270,8 @@ def _require_ids(examples: Sequence[Example]) -> None:
         seen.add(name)
 
 
-def _length(lvlm: HookedLVLM, example: Example) -> tuple[bool, int]:
+def prompt_length(lvlm: HookedLVLM, example: Example) -> tuple[bool, int]:
+    """Whether an example has pictures, and how many tokens its text has: what batches are ordered by."""
     return bool(example.images), len(lvlm.tokenizer(example.prompt)["input_ids"])
 
 

@@ -76,10 +76,6 @@ class TooManyMissingError(CareLensError, RuntimeError):
     """More answers are missing than a figure may leave out."""
 
 
-TooManyMissing = TooManyMissingError
-"""The error under its earlier name."""
-
-
 def verdict_trials(verdicts: pd.DataFrame, *, metrics: Mapping[str, Verdict] | None = None) -> pd.DataFrame:
     """Trials of a frame of verdicts.
 
@@ -123,7 +119,7 @@ def summarise(
         (trials left out), groups, interval, judge, seed.
 
     Raises:
-        TooManyMissing: If a cell misses more than that.
+        TooManyMissingError: If a cell misses more than that.
         ValueError: If there are no trials.
     """
     _require_trials(trials, n_boot, max_missing)
@@ -234,7 +230,7 @@ def paired_difference(
 
     Raises:
         ValueError: If a defence has no such trials, or the two were not tried on the same examples.
-        TooManyMissing: If too many are missing.
+        TooManyMissingError: If too many are missing.
     """
     table = trials_of(trials)
     require_options(n_boot, max_missing)
@@ -341,7 +337,7 @@ def _cells(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[An
 
 def _require_few_missing(missing: int, total: int, limit: int | float, what: str) -> None:
     if missing > limit * total or missing == total:
-        raise TooManyMissing(
+        raise TooManyMissingError(
             f"at most {limit:.1%} of the answers of a cell may be missing, got {missing} of {total} for "
             f"{what}; the log names the errors, and a rerun with the same store tries those answers again"
         )

@@ -18,7 +18,7 @@ from care_lens.core.identity import digest, examples_digest, model_fingerprint, 
 from care_lens.core.outcome import Judge, Repair
 from care_lens.core.processes import WAIT, Process, done, wait_for
 from care_lens.evaluation.evaluate import evaluate
-from care_lens.evaluation.generate import _length, generate_all
+from care_lens.evaluation.generate import generate_all, prompt_length
 from care_lens.evaluation.settings import GenerationSettings
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
@@ -38,7 +38,7 @@ def own_share(lvlm: HookedLVLM, examples: Sequence[Example], process: Process, *
         process: Which process.
         batch_size: Examples at a time.
     """
-    order = sorted(range(len(examples)), key=lambda i: (*map(int.__neg__, _length(lvlm, examples[i])), i))
+    order = sorted(range(len(examples)), key=lambda i: (*map(int.__neg__, prompt_length(lvlm, examples[i])), i))
     return [examples[i] for i in order[process.shard(len(order), block=batch_size)]]
 
 

@@ -59,7 +59,7 @@ class DefenceTable(FrameResult):
         """Summarise trials; see :func:`~care_lens.evaluation.metrics.summarise`.
 
         Raises:
-            TooManyMissing: If a cell misses more than ``max_missing`` of its trials.
+            TooManyMissingError: If a cell misses more than ``max_missing`` of its trials.
             ValueError: If there are no trials.
         """
         frame = summarise(trials, n_boot=n_boot, seed=seed, confidence=confidence, max_missing=max_missing)

@@ -34,6 +34,7 @@ from care_lens.core import Example, Site, SiteLike, examples_digest
 from care_lens.core.details import groups_of, sampling, site_columns, tidy
 from care_lens.core.options import require_options
 from care_lens.core.progress import Steps
+from care_lens.core.renames import renamed
 from care_lens.core.require import require_examples
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lens.errors import LensError
@@ -86,12 +87,13 @@ class LensResult(LensMeasures):
         return write_viewer(self, path)
 
 
+@renamed(spans="positions")
 def logit_lens(
     lvlm: HookedLVLM,
     examples: Sequence[Example],
     *,
     sites: Sequence[SiteLike] | None = None,
-    spans: Sequence[str] = ("image", "text"),
+    positions: Sequence[str] = ("image", "text"),
     targets: Sequence[Any] | None = None,
     translators: LensTranslators | None = None,
     top_k: int = 5,
@@ -108,7 +110,7 @@ def logit_lens(
         examples: The examples, with and without pictures.
         sites: Residual streams: "vision.blocks.1.hook_resid_post", "blocks.3.hook_resid_pre"; None: those of every layer, the vision
             tower's too where an example has a picture, and with translators those that have one.
-        spans: Which tokens, by names of ``TokenSpans.mask``; the vision tower has image tokens alone.
+        positions: Which tokens, by names of spans as of ``TokenSpans.mask``; the vision tower has image tokens alone.
         targets: One word or token id (or several that count alike) an example, for the measures of targets.
         translators: What states go through before they are read.
         top_k: Words kept of each token.
@@ -129,7 +131,7 @@ def logit_lens(
         >>> from care_lens import organism
         >>> from care_lens.lvlm import HookedLVLM
         >>> lvlm = HookedLVLM.from_hf(*organism.untrained(seed=0))
-        >>> found = logit_lens(lvlm, organism.examples("typographic", "fit", n=2), spans=("image",), progress=False)
+        >>> found = logit_lens(lvlm, organism.examples("typographic", "fit", n=2), positions=("image",), progress=False)
         >>> found.frame.metric.unique().tolist()
         ['entropy', 'kl to output', 'agreement']
     """
@@ -137,7 +139,7 @@ def logit_lens(
     rows = list(require_examples(examples))
     if not rows:
         raise LensError("examples must hold at least one example, got none")
-    names = require_spans(spans)
+    names = require_spans(positions)
     pictured = any(row.images for row in rows)
     if sites is None and translators is not None:
         sites = [site for site in translators.sites if pictured or site.tower == "language"]
@@ -178,7 +180,7 @@ def require_spans(spans: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(spans, str) or not spans or (unknown := [name for name in spans if name not in SPAN_NAMES]):
         told = spans if isinstance(spans, str) or not spans else unknown
-        raise LensError(f"spans must be some of {SPAN_NAMES}, got {told!r}; give a list of names")
+        raise LensError(f"positions must be some of {SPAN_NAMES}, got {told!r}; give a list of names")
     return tuple(dict.fromkeys(spans))
 
 

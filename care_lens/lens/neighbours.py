@@ -35,6 +35,7 @@ from care_lens.core.display import ShortRepr
 from care_lens.core.files import load_artifact, save_artifact, tensor_bytes, tensors_of
 from care_lens.core.options import require_options
 from care_lens.core.progress import Steps
+from care_lens.core.renames import renamed
 from care_lens.core.require import require_examples
 from care_lens.lens.errors import LensError
 from care_lens.lens.logit import KEPT, require_spans
@@ -210,13 +211,14 @@ class NeighbourResult(LensMeasures):
         return write_viewer(self, path)
 
 
+@renamed(spans="positions")
 def nearest_text(
     lvlm: HookedLVLM,
     examples: Sequence[Example],
     bank: TextBank,
     *,
     sites: Sequence[SiteLike] | None = None,
-    spans: Sequence[str] = ("image",),
+    positions: Sequence[str] = ("image",),
     targets: Sequence[str] | None = None,
     same_layer: bool = False,
     top_k: int = 5,
@@ -233,7 +235,7 @@ def nearest_text(
         examples: The examples.
         bank: Of the same model.
         sites: Residual streams; None: those of every layer, the vision tower's too where an example has a picture.
-        spans: Which tokens.
+        positions: Which tokens, by names of spans.
         targets: One word an example, for "target hit"; compared without case and surrounding spaces.
         same_layer: Whether a state of the language tower is compared with the bank's states of its own layer alone.
         top_k: Neighbours kept of each token.
@@ -251,7 +253,7 @@ def nearest_text(
         LensError: If the bank is of another width, a site is no residual stream, or the targets are not one an example.
     """
     require_options(top_k=top_k, keep=keep, batch_size=batch_size, n_boot=n_boot, seed=seed, least={"keep": 0})
-    rows, names = list(require_examples(examples)), require_spans(spans)
+    rows, names = list(require_examples(examples)), require_spans(positions)
     if not rows:
         raise LensError("examples must hold at least one example, got none")
     wanted = require_streams(lvlm, sites, vision=any(row.images for row in rows))

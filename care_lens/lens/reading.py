@@ -8,7 +8,7 @@ By default a patch acts where its effect is at least a tenth of the largest effe
 patch, also in a picture that does nothing. ``min_effect`` (an absolute size, in the outcome's unit) and ``significant`` (the interval of the patch's
 mean effect over the pairs must exclude 0) demand more.
 
-    words = logit_lens(lvlm, pairs.unsafe, targets=[...], spans=("image",))
+    words = logit_lens(lvlm, pairs.unsafe, targets=[...], positions=("image",))
     near = nearest_text(lvlm, pairs.unsafe, bank)
     effects = patch_map(lvlm, pairs, outcome=outcome)
     picture_reading(words, effects, example=0, neighbours=near, image=pairs.unsafe[0].image).plot()

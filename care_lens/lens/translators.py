@@ -33,6 +33,7 @@ from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact, tensor_bytes, tensors_of
 from care_lens.core.options import require_options
 from care_lens.core.progress import Steps
+from care_lens.core.renames import renamed
 from care_lens.core.require import require_examples
 from care_lens.lens.errors import LensError
 from care_lens.lens.readout import full_log_probs
@@ -119,12 +120,13 @@ class LensTranslators(ShortRepr):
         return cls(content["method"], parts["matrix"], parts["bias"], content["settings"])
 
 
+@renamed(span="positions")
 def fit_tuned_lens(
     lvlm: HookedLVLM,
     examples: Sequence[Example],
     *,
     sites: Sequence[SiteLike] | None = None,
-    span: str = "all",
+    positions: str = "all",
     method: TunedMethod = "ridge",
     steps: int = 200,
     rate: float = 1e-3,
@@ -134,13 +136,13 @@ def fit_tuned_lens(
 ) -> LensTranslators:
     """Fit an affine translator for every site.
 
-    Memory: the states of the span's tokens at all sites, on the CPU.
+    Memory: the states of these tokens at all sites, on the CPU.
 
     Args:
         lvlm: The model.
         examples: What to fit on; of at least two groups (items), of which a fifth chooses the ridge. Not those that are looked at.
         sites: Residual streams; None: all, those of the vision tower too where examples have pictures.
-        span: The tokens that are fitted on.
+        positions: The tokens that are fitted on, a span's name.
         method: "ridge" or "kl".
         steps: Gradient steps of "kl".
         rate: Their step size (Adam).
@@ -176,7 +178,7 @@ def fit_tuned_lens(
         final = dict(states(lvlm, inputs, [last]))[last]
         seeing = [site for site in wanted if site.tower == "language" or inputs.pixel_values is not None]
         for site, stream in states(lvlm, inputs, seeing):
-            mask = positions_of(inputs, site, span)
+            mask = positions_of(inputs, site, positions)
             kept[site].append(stream[mask].cpu())
             finals[site].append(final[mask].cpu())
             outs[site].append(out[:, None].expand_as(mask)[mask].cpu())
@@ -184,12 +186,14 @@ def fit_tuned_lens(
     for site in Steps(wanted, desc="fitting translators", disable=not progress):
         x, y, out = torch.cat(kept[site]), torch.cat(finals[site]), torch.cat(outs[site])
         if int((~out).sum()) < 2 or int(out.sum()) < 1:
-            raise LensError(f"examples must have tokens of span {span!r} at {site} in both parts, got {len(x)} in all")
+            raise LensError(
+                f"examples must have tokens of span {positions!r} at {site} in both parts, got {len(x)} in all"
+            )
         matrix, bias, ridge = _ridge(x, y, out)
         if method == "kl":
             matrix, bias = _by_kl(lvlm, x, y, out, matrix, bias, steps=steps, rate=rate, seed=seed)
         matrices[str(site)], biases[str(site)], chosen[str(site)] = matrix.float(), bias.float(), ridge
-    settings = {"span": span, "ridge": chosen, "seed": seed, "n": len(rows), "examples": examples_digest(rows)}
+    settings = {"span": positions, "ridge": chosen, "seed": seed, "n": len(rows), "examples": examples_digest(rows)}
     if method == "kl":
         settings |= {"steps": steps, "rate": rate}
     return LensTranslators(method, matrices, biases, {**settings, "versions": package_versions()})
@@ -264,12 +268,13 @@ def _by_kl(
     return best[1], best[2]
 
 
+@renamed(span="positions")
 def fit_jacobian_lens(
     lvlm: HookedLVLM,
     examples: Sequence[Example],
     *,
     sites: Sequence[SiteLike] | None = None,
-    span: str = "all",
+    positions: str = "all",
     batch_size: int = 4,
     progress: bool = True,
 ) -> LensTranslators:
@@ -281,7 +286,7 @@ def fit_jacobian_lens(
         lvlm: The model.
         examples: What to average over.
         sites: Residual streams of the language tower; None: all.
-        span: Positions t and t'.
+        positions: Those of t and t', a span's name.
         batch_size: Examples of a backward pass.
         progress: Whether to show a progress bar.
 
@@ -308,11 +313,11 @@ def fit_jacobian_lens(
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             inputs = lvlm.prepare(some, responses=all(row.response is not None for row in some))
-            mask = inputs.spans.mask(span)
+            mask = inputs.spans.mask(positions)
             counts = mask.sum(dim=1)
             if bool((counts == 0).any()):
                 raise LensError(
-                    f"examples must each have a token of span {span!r}, got one that has none; leave it out"
+                    f"examples must each have a token of span {positions!r}, got one that has none; leave it out"
                 )
             held: dict[Site, Tensor] = {}
 
@@ -337,5 +342,5 @@ def fit_jacobian_lens(
                         sums[site][dimension] += kept.sum(dim=0).cpu()
                     bar.update()
     matrices = {str(site): (total / len(rows)).float() for site, total in sums.items()}
-    settings = {"span": span, "n": len(rows), "examples": examples_digest(rows), "versions": package_versions()}
+    settings = {"span": positions, "n": len(rows), "examples": examples_digest(rows), "versions": package_versions()}
     return LensTranslators("jacobian", matrices, {name: torch.zeros(width) for name in matrices}, settings)

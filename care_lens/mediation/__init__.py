@@ -1,6 +1,10 @@
 """Diagnosis: mediation by exchanging activations between twins, ablation by generation, separability."""
 
+# The earlier place, before the function of that name: a later import would put the module in its stead.
+import care_lens.mediation.separability  # noqa: F401
 from care_lens.core.arguments import checked
+from care_lens.core.renames import moved
+from care_lens.lens.separability import SeparabilityResult, probe_auc, separability
 from care_lens.mediation.ablation import MODES, AblationResult, ablate
 from care_lens.mediation.attribution import AttributionResult, attribute
 from care_lens.mediation.circuits import FaithfulnessResult, circuit_faithfulness
@@ -10,7 +14,7 @@ from care_lens.mediation.edges import EdgeResult, edge_attribution
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
 from care_lens.mediation.judged import JudgedCompliance
 from care_lens.mediation.knockout import KnockoutResult, knockout
-from care_lens.mediation.localise import Localisation, NothingToLocalise, localise, rank_places, refine
+from care_lens.mediation.localise import Localisation, NothingToLocaliseError, localise, rank_places, refine
 from care_lens.mediation.mediate import POSITIONS, MediationResult, default_sites, mediate
 from care_lens.mediation.mediators import Mediator, cumulative, heads, neurons, windows
 from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches
@@ -20,7 +24,6 @@ from care_lens.mediation.paths import PathResult, head_paths, path_effects
 from care_lens.mediation.placement import Placement, localised, reader_layers
 from care_lens.mediation.regions import Region
 from care_lens.mediation.replay import Replay
-from care_lens.mediation.separability import SeparabilityResult, probe_auc, separability
 from care_lens.mediation.verification import VerifiedResult, verify
 from care_lens.mediation.writing import Writing, neuron_directions, writes_towards
 
@@ -38,7 +41,7 @@ __all__ = [
     "Localisation",
     "MediationResult",
     "Mediator",
-    "NothingToLocalise",
+    "NothingToLocaliseError",
     "PairBatch",
     "PatchMapResult",
     "PathResult",
@@ -87,3 +90,4 @@ __all__ = [
 ]
 
 checked(globals(), __all__)
+__getattr__ = moved(__name__, {"NothingToLocalise": "care_lens.mediation.NothingToLocaliseError"})

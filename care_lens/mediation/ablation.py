@@ -45,9 +45,9 @@ from care_lens.core import (
     paired_difference,
     require_verdicts,
 )
+from care_lens.core.details import DetailedResult, groups_of, site_columns, tidy
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.checkpoint import made_by
-from care_lens.mediation.frames import DetailedResult, groups_of, site_columns, tidy
 from care_lens.mediation.resampling import bank_of, donors, resampled
 from care_lens.mediation.skipping import BLOCK, Blocks, left_out
 from care_lens.mediation.sweep import Part, Sweep, require_options
@@ -280,7 +280,7 @@ def _means(
     """[d] mean of each site over the reference examples' position means."""
     if not sites:
         return {}
-    held = capture(lvlm, reference, sites, select=("all",), batch_size=batch_size, progress=progress)
+    held = capture(lvlm, reference, sites, positions=("all",), batch_size=batch_size, progress=progress)
     return {site: held.subset(held.has(site, "all")).rows(site, "all").mean(dim=0) for site in sites}
 
 

@@ -39,10 +39,10 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike
+from care_lens.core.details import DetailedResult, metric_name, sampling
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution_table import AttributionTable
 from care_lens.mediation.attribution_units import Cell, kept
-from care_lens.mediation.frames import DetailedResult, metric_name, sampling
 from care_lens.mediation.interpolation import Path, Plan, attributed, nodes_of
 from care_lens.mediation.pairs import PairBatch, misaligned, pair_batches
 from care_lens.mediation.regions import Place, region_settings, split_regions

@@ -8,8 +8,8 @@ import numpy as np
 from numpy import ndarray
 
 from care_lens.core import Interval, Site, cluster_bootstrap
+from care_lens.core.details import site_columns, tidy
 from care_lens.mediation.attribution_units import Cell
-from care_lens.mediation.frames import site_columns, tidy
 
 ESTIMATE = "NIE estimate"
 

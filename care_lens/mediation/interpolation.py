@@ -14,9 +14,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from care_lens.core import Site, SiteLike, require_outcome
+from care_lens.core.details import metric_name
 from care_lens.core.verdicts import read_out
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.frames import metric_name
 from care_lens.mediation.mediators import HEADS, NEURONS
 from care_lens.mediation.pairs import PairBatch, logits_needed
 

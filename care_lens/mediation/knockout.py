@@ -37,15 +37,15 @@ from care_lens.core import (
     PrefixMargin,
     Site,
 )
-from care_lens.core.spans import SPAN_NAMES
-from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.mediation.frames import (
+from care_lens.core.details import (
     DetailedResult,
     groups_of,
     metric_name,
     sampling,
     tidy,
 )
+from care_lens.core.spans import SPAN_NAMES
+from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.pairs import logits_needed
 from care_lens.mediation.patching import read_outcome
 from care_lens.mediation.regions import Place, Region, region_mask, region_settings, split_regions

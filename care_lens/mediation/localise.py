@@ -22,11 +22,11 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, ratio_of_means
+from care_lens.core.details import sampling, tidy
 from care_lens.core.errors import CareLensError
 from care_lens.core.results import FrameResult
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import effects_of
-from care_lens.mediation.frames import sampling, tidy
 from care_lens.mediation.mediate import MediationResult, mediate
 from care_lens.mediation.mediators import HEADS, NEURONS, Mediator, heads, neurons
 from care_lens.mediation.pairs import ALWAYS_SHARED, pair_batches, shared_positions
@@ -49,10 +49,6 @@ _NEARLY, _SOME = 0.9, 0.1
 
 class NothingToLocaliseError(CareLensError, ValueError):
     """The unsafe twins are no less safe than the safe ones, by the outcome, or too few to say so."""
-
-
-NothingToLocalise = NothingToLocaliseError
-"""The error under its earlier name."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ def localise(
 
     Raises:
         MediationError: If a number is none that it can be run with, before anything is run. It is a ValueError.
-        NothingToLocalise: If the total effect's interval contains 0 or is below it, or the pairs are about one item alone.
+        NothingToLocaliseError: If the total effect's interval contains 0 or is below it, or the pairs are about one item alone.
         ValueError: If two mediators have one name, no pair could be measured at every place, or :func:`mediate` refuses the
             sites or the pairs.
     """
@@ -171,7 +167,7 @@ def rank_places(
         The ranking, of the pairs that were measured in every cell; pairs without a picture count as 0 where pictures are exchanged.
 
     Raises:
-        NothingToLocalise: If the total effect's interval contains 0 or is below it, or the pairs are about one item alone.
+        NothingToLocaliseError: If the total effect's interval contains 0 or is below it, or the pairs are about one item alone.
         ValueError: If there is no such cell, a place was exchanged at neither of these positions, or no pair was measured in every
             cell.
     """
@@ -182,12 +178,12 @@ def rank_places(
     of_pictures |= {*details.loc[details["tower"].isin(["vision", "projector"]), "mediator"]}
     cells, shares, groups = _shares(details, found.settings.get("text_only", []), of_pictures)
     if len(set(groups)) < 2:
-        raise NothingToLocalise(f"pairs must be about two items or more to have intervals, got {len(set(groups))}")
+        raise NothingToLocaliseError(f"pairs must be about two items or more to have intervals, got {len(set(groups))}")
     binary = bool(np.isin(shares, (-1.0, 0.0, 1.0)).all())
     kind = "differences" if binary else "numbers"
     total = cluster_bootstrap(shares[:, 0, 0], groups, kind=kind, n_boot=n_boot, seed=seed)
     if not total.low > 0:
-        raise NothingToLocalise(
+        raise NothingToLocaliseError(
             f"unsafe twins must be less safe by the outcome, got a total effect of {total.estimate:.3g} "
             f"[{total.low:.3g}, {total.high:.3g}]"
         )
@@ -335,4 +331,13 @@ def _reason(sufficient: float, necessary: float, first: float) -> str:
     return f"{kind}: brings {sufficient:.0%} of the effect, its removal takes {necessary:.0%}; first in {first:.0%} of resamples"
 
 
-__all__ = ["HEADS", "NEURONS", "Localisation", "NothingToLocalise", "candidates", "localise", "rank_places", "refine"]
+__all__ = [
+    "HEADS",
+    "NEURONS",
+    "Localisation",
+    "NothingToLocaliseError",
+    "candidates",
+    "localise",
+    "rank_places",
+    "refine",
+]

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 
 from care_lens.core import Example, Interval, Outcome, PairedExamples, PrefixMargin, Site, SiteLike
+from care_lens.core.details import DetailedResult, metric_name, sampling, tidy
 from care_lens.core.stats import are_binary
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
 from care_lens.mediation.errors import MediationError
-from care_lens.mediation.frames import DetailedResult, metric_name, sampling, tidy
 from care_lens.mediation.mediation_cells import Cell, cells_of, each_token, editable, regions_of_run
 from care_lens.mediation.mediation_runs import MediationRuns, plain_outcomes
 from care_lens.mediation.mediators import Mediator

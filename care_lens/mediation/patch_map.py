@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Bool
 
 from care_lens.core import Outcome, PairedExamples, Site, SiteLike
+from care_lens.core.details import DetailedResult, metric_name, sampling, site_columns, tidy
 from care_lens.core.spans import PatchGrid
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.frames import DetailedResult, metric_name, sampling, site_columns, tidy
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.regions import Region, region_settings

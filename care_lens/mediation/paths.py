@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
+from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation.frames import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.mediation.mediators import HEADS, Mediator
 from care_lens.mediation.pairs import PairBatch, bound_to_rows, pair_batches, require_shared
 from care_lens.mediation.patching import read_outcome

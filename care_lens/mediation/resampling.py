@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from care_lens.core import Example, Site, examples_digest
+from care_lens.core.details import groups_of
 from care_lens.core.draws import example_generator
 from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.mediation.frames import groups_of
 
 BANK = 32
 """Positions of each reference example that are kept to draw from."""

@@ -1,12 +1,11 @@
-"""Under their earlier name: separability is in ``care_lens.lens.separability``."""
+"""The former place of ``care_lens.lens.separability``."""
 
-from care_lens.lens.separability import (
-    COLUMNS,
-    METRICS,
-    SeparabilityResult,
-    class_figures,
-    probe_auc,
-    separability,
+from care_lens.core.renames import moved
+
+__getattr__ = moved(
+    __name__,
+    {
+        name: f"care_lens.lens.separability.{name}"
+        for name in ("COLUMNS", "METRICS", "SeparabilityResult", "class_figures", "probe_auc", "separability")
+    },
 )
-
-__all__ = ["COLUMNS", "METRICS", "SeparabilityResult", "class_figures", "probe_auc", "separability"]

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from care_lens.core import Example, Outcome, examples_digest
+from care_lens.core.details import describe_outcome
 from care_lens.core.options import require_options as require_options
 from care_lens.core.progress import Steps
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.checkpoint import CellLog, Probe, made_by
 from care_lens.mediation.errors import MediationError
-from care_lens.mediation.frames import describe_outcome
 
 EACH = "each"
 """Stands for every token of the language tower by itself."""

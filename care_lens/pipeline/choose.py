@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
+from care_lens.core.renames import moved
 from care_lens.data.study import Study
 from care_lens.evaluation import answering as _answering
 from care_lens.evaluation.answering import share
@@ -16,15 +17,13 @@ from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.placement import Placement, reader_layers
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import calibrating as _calibrating
-from care_lens.repair.calibrating import captured_scores, halves
+from care_lens.repair.calibrating import halves
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans
+from care_lens.repair.learning import ReaderPlan, Readers, assemble, reader_plans
 from care_lens.repair.rows import FitRows
 
 __all__ = [
     "Choice",
-    "Fitted",
-    "NoCandidate",
     "NoCandidateError",
     "ReaderPlan",
     "Readers",
@@ -32,18 +31,19 @@ __all__ = [
     "assemble",
     "choose",
     "halves",
-    "offline",
     "plans",
     "recalibrated",
     "share",
 ]
 
-NoCandidate = NoCandidateError
-"""The error under its earlier name."""
-Fitted = FittedReaders
-"""`care_lens.repair.FittedReaders` under its earlier name."""
-offline = captured_scores
-"""`care_lens.repair.captured_scores` under its earlier name."""
+__getattr__ = moved(
+    __name__,
+    {
+        "Fitted": "care_lens.repair.FittedReaders",
+        "NoCandidate": "care_lens.evaluation.NoCandidateError",
+        "offline": "care_lens.repair.captured_scores",
+    },
+)
 
 
 def plans(layers: Sequence[int], settings: RunSettings) -> list[ReaderPlan]:

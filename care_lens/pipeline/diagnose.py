@@ -21,7 +21,7 @@ from care_lens.mediation import (
 )
 from care_lens.mediation.mediate import POSITIONS
 from care_lens.mediation.pairs import PairBatch, pair_batches, require_whole_pictures, shared_positions
-from care_lens.pipeline.place import localised
+from care_lens.mediation.placement import localised
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
 

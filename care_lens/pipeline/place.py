@@ -1,5 +1,7 @@
-"""Where readers are tried, under its earlier name; see `care_lens.mediation.placement`."""
+"""The former place of ``care_lens.mediation.placement``, where readers are tried."""
 
-from care_lens.mediation.placement import Placement, localised, reader_layers
+from care_lens.core.renames import moved
 
-__all__ = ["Placement", "localised", "reader_layers"]
+__getattr__ = moved(
+    __name__, {name: f"care_lens.mediation.placement.{name}" for name in ("Placement", "localised", "reader_layers")}
+)

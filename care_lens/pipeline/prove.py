@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core.examples import Example
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.core.stats import cluster_bootstrap
 from care_lens.data.study import Study
-from care_lens.defences import PublishedCARE
+from care_lens.defences import NoRefusalDirectionError, PublishedCARE, RefusalDirection
 from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, Readers, assemble, halves, recalibrated
@@ -144,7 +143,7 @@ def kept_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage:
     if not (stage.directory / f"{absent}.json").exists():
         try:
             return stage.defence(name, lambda: refusal_direction(lvlm, study, settings), load=RefusalDirection.load)
-        except NoRefusalDirection as error:
+        except NoRefusalDirectionError as error:
             why = str(error)
             return stage.record(absent, lambda: why)
     return stage.record(absent, str)

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from care_lens.baselines import NoRefusalDirection
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair
 from care_lens.core.site import Site
 from care_lens.data.study import Modality, Study
-from care_lens.defences import MeanDifference, PublishedCARE, RefusalDirection
+from care_lens.defences import MeanDifference, NoRefusalDirectionError, PublishedCARE, RefusalDirection
 from care_lens.evaluation import GenerationStore, spread, tune_defence
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.settings import RunSettings
@@ -147,7 +146,7 @@ def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> 
     requests, which is nearer to the ordinary instructions that the paper takes. Then a column "harmless" of its candidates names it.
 
     Raises:
-        NoRefusalDirection: if no candidate passes its filters either way.
+        NoRefusalDirectionError: if no candidate passes its filters either way.
     """
 
     def fit(harmless: Mapping[str, Sequence[Example]]) -> RefusalDirection:
@@ -164,7 +163,7 @@ def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> 
 
     try:
         return fit({split: study.benign(split) for split in ("fit", "validation")})
-    except NoRefusalDirection as error:
+    except NoRefusalDirectionError as error:
         alike = {split: study.suites[split].get(study.counterpart or "", ()) for split in ("fit", "validation")}
         if not all(alike.values()):
             raise

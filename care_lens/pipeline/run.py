@@ -17,13 +17,13 @@ from care_lens.core.results import package_versions
 from care_lens.data.study import Study
 from care_lens.evaluation import GenerationStore, judge_name
 from care_lens.lvlm import HookedLVLM
+from care_lens.mediation.placement import reader_layers
 from care_lens.pipeline.choose import Choice, choose
 from care_lens.pipeline.chosen import chosen, subspace_folder
 from care_lens.pipeline.diagnose import Diagnosis, diagnose
 from care_lens.pipeline.generating import generating
 from care_lens.pipeline.learn import capture_fit, printed_subspaces
 from care_lens.pipeline.needs import require_ready
-from care_lens.pipeline.place import reader_layers
 from care_lens.pipeline.prove import SEARCH, Proof, prove
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
@@ -127,7 +127,7 @@ def run(
         ValueError: if the study lacks what a step needs.
         ArtifactError: if `out` holds a run of other settings, weights or data, or files of it are damaged.
         InUseError: if another process runs in `out`.
-        NoCandidate: if no repair keeps benign accuracy on validation.
+        NoCandidateError: if no repair keeps benign accuracy on validation.
     """
     out, settings = Path(out), settings or RunSettings()
     study = settings.asked(study.limited(settings.limit) if settings.limit else study)

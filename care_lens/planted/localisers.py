@@ -86,7 +86,7 @@ def by_transformer_lens(lvlm: HookedLVLM, pairs: PairedExamples, *, batch_size: 
 def by_probe(lvlm: HookedLVLM, pairs: PairedExamples) -> list[str]:
     """A linear probe's AUC, then the silhouette: what separability alone says."""
     sites = candidates(lvlm)
-    held = [capture(lvlm, rows, sites, select=("all",), progress=False) for rows in (pairs.safe, pairs.unsafe)]
+    held = [capture(lvlm, rows, sites, positions=("all",), progress=False) for rows in (pairs.safe, pairs.unsafe)]
     frame = separability(*held, n_boot=10, n_permutations=20).to_dataframe()
     wide = frame.pivot_table(index=["tower", "layer", "component"], columns="metric", values="value", sort=False)
     wide = wide.sort_values([c for c in wide.columns if c in ("probe_auc", "silhouette")][::-1], ascending=False)

@@ -15,7 +15,7 @@ from care_lens.core.progress import Steps
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.stats import clustered_rate
 from care_lens.core.verdicts import require_call
-from care_lens.mediation import NothingToLocalise
+from care_lens.mediation import NothingToLocaliseError
 from care_lens.mediation.localise import candidates
 from care_lens.planted.localisers import METHODS, Localiser
 from care_lens.planted.plants import PlantError, doses, load, names
@@ -150,7 +150,7 @@ def scorecard(
                     try:
                         found = localiser(plant.lvlm, pairs)
                         rank, first = rank_of(found, plant.sites, every), str(found[0]) if len(found) else ""
-                    except NothingToLocalise as error:
+                    except NothingToLocaliseError as error:
                         why = str(error)
                     rows.append({"method": method, **shared, "rank": rank, "place": first, "text": why})
                     bar.update()

@@ -75,7 +75,7 @@ def printed_subspaces(
                 lvlm,
                 rows,
                 sites,
-                select=(span,),
+                positions=(span,),
                 responses=True,
                 batch_size=batch_size,
                 progress=progress,

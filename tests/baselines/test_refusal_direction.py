@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from care_lens.baselines import NoRefusalDirection, RefusalDirection
 from care_lens.core import Example, Repair
+from care_lens.defences import NoRefusalDirectionError, RefusalDirection
 from care_lens.lvlm import HookedLVLM
 from care_lens.organism import build
 
@@ -104,7 +104,7 @@ def test_directions_figures_and_choice_by_hand(lvlm, sets):
 
 
 def test_none_left_is_an_error_of_its_own(lvlm, sets):
-    with pytest.raises(NoRefusalDirection, match="got none"):
+    with pytest.raises(NoRefusalDirectionError, match="got none"):
         fit(lvlm, sets, [0], positions=1)
     with pytest.raises(ValueError, match="harmless must not be empty"):
         fit(lvlm, {**sets, "harmless": []}, [0])

@@ -18,7 +18,7 @@ SELECT = ("image", "text", "last", "all", "response", "image:attributed", "text:
 
 @pytest.fixture(scope="module")
 def held(lvlm, examples):
-    return capture(lvlm, examples, (*SITES, *VISION), select=SELECT, responses=True, batch_size=3, progress=False)
+    return capture(lvlm, examples, (*SITES, *VISION), positions=SELECT, responses=True, batch_size=3, progress=False)
 
 
 def alone(lvlm, example, site):
@@ -61,7 +61,7 @@ def test_attributed_rows_are_means_over_the_best_half(lvlm, examples, held, site
 )
 def test_every_way_of_attribution_reaches_the_rows(lvlm, examples, how):
     names = ("image:attributed", "text:attributed")
-    held = capture(lvlm, examples, SITES[:1], select=names, attribution=how, batch_size=3, progress=False)
+    held = capture(lvlm, examples, SITES[:1], positions=names, attribution=how, batch_size=3, progress=False)
     for row, example in enumerate(examples):
         inputs = lvlm.prepare(example)
         activation = lvlm.run_with_cache(inputs, sites=SITES[:1])[1][SITES[0]][0].detach()
@@ -114,7 +114,7 @@ def test_vision_rows_are_means_over_patches(lvlm, examples, held):
 
 def test_batches_and_order_change_nothing(lvlm, examples, held):
     again = capture(
-        lvlm, examples[::-1], (*SITES, *VISION), select=SELECT, responses=True, batch_size=1, progress=False
+        lvlm, examples[::-1], (*SITES, *VISION), positions=SELECT, responses=True, batch_size=1, progress=False
     ).subset([2, 1, 0])
     assert again.ids == held.ids
     for key, rows in held.values.items():
@@ -124,7 +124,7 @@ def test_batches_and_order_change_nothing(lvlm, examples, held):
 def test_one_forward_pass_a_batch_and_no_more_hooks(lvlm, examples):
     calls = []
     handle = lvlm.hf_model.register_forward_hook(lambda *_: calls.append(1))
-    capture(lvlm, examples, (*SITES, *VISION), select=SELECT, responses=True, batch_size=2, progress=False)
+    capture(lvlm, examples, (*SITES, *VISION), positions=SELECT, responses=True, batch_size=2, progress=False)
     handle.remove()
     assert len(calls) == 2
     assert not any(point.fwd_hooks for point in lvlm.bridge.hook_dict.values())
@@ -145,7 +145,7 @@ def test_counts_of_kept_tokens(lvlm, examples):
         lvlm,
         examples[:1],
         [SITES[1]],
-        select=("image:attributed",),
+        positions=("image:attributed",),
         attribution=TokenAttribution(visual=1),
         responses=True,
         progress=False,
@@ -228,13 +228,13 @@ def test_concatenate(held):
 
 
 def test_refusals(lvlm, examples):
-    with pytest.raises(ValueError, match="select must include"):
-        capture(lvlm, examples, [VISION[0]], select=("last",), progress=False)
-    with pytest.raises(ValueError, match="select must name"):
-        capture(lvlm, examples, SITES, select=("middle",), progress=False)
+    with pytest.raises(ValueError, match="positions must include"):
+        capture(lvlm, examples, [VISION[0]], positions=("last",), progress=False)
+    with pytest.raises(ValueError, match="positions must name"):
+        capture(lvlm, examples, SITES, positions=("middle",), progress=False)
     with pytest.raises(ValueError, match="three axes"):
         capture(lvlm, examples, ["blocks.0.attn.hook_z"], progress=False)
     with pytest.raises(ValueError, match="image"):
-        capture(lvlm, examples[1:2], [VISION[0]], select=("image",), progress=False)
+        capture(lvlm, examples[1:2], [VISION[0]], positions=("image",), progress=False)
     with pytest.raises(KeyError, match="not captured"):
-        capture(lvlm, examples, SITES, select=("last",), progress=False).rows(SITES[0], "text")
+        capture(lvlm, examples, SITES, positions=("last",), progress=False).rows(SITES[0], "text")

@@ -83,7 +83,7 @@ def test_streamed_moments_are_those_of_all_rows(lvlm, many, keep):
 
 def test_a_fold_holds_whole_items(lvlm, many):
     (table,) = capture_moments(
-        lvlm, many, SITES[:1], label="benign", folds=3, select=("last",), batch_size=4, progress=False
+        lvlm, many, SITES[:1], label="benign", folds=3, positions=("last",), batch_size=4, progress=False
     ).values()
     items = [example.group for example in many]
     for fold in range(3):
@@ -231,7 +231,7 @@ def _shards(lvlm, examples, folder, **options):
         lvlm,
         examples * 2,
         ["blocks.1.hook_resid_post"],
-        select=("last",),
+        positions=("last",),
         batch_size=2,
         progress=False,
         checkpoint=folder,

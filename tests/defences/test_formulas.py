@@ -23,7 +23,7 @@ from care_lens.defences import (
     HiddenDetect,
     MeanAblation,
     MeanDifference,
-    NoRefusalDirection,
+    NoRefusalDirectionError,
     NoSafetyLayersError,
     PublishedCARE,
     RefusalDirection,
@@ -400,7 +400,7 @@ def test_the_data_filter_of_the_refusal_direction(world_model, kinds):
     assert 0 < len(refused) < 6 and 0 < len(answered) < 9
     assert _filtered(world_model, kinds["refused"], tokens, "harmful", 4) == refused
     assert _filtered(world_model, kinds["benign"], tokens, "harmless", 4) == answered
-    with pytest.raises(NoRefusalDirection, match="data filter left nothing"):
+    with pytest.raises(NoRefusalDirectionError, match="data filter left nothing"):
         RefusalDirection.fit(
             world_model, harmful=kinds["refused"], harmless=answered, harmful_validation=refused, harmless_validation=answered,
             refusal_tokens=[int(p.sum(0).argmin())], filter_data=True, progress=False,

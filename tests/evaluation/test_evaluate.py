@@ -8,7 +8,7 @@ from care_lens.core import Example, Verdict
 from care_lens.evaluation import (
     DefenceTable,
     GenerationStore,
-    TooManyMissing,
+    TooManyMissingError,
     evaluate,
     judge_store,
     verdict_trials,
@@ -119,7 +119,7 @@ def test_failed_answers_are_missing_and_never_safe(small, suites, judge, monkeyp
     row = figure(evaluate(small, {"plain": many}, {"none": None}, judge=judge, **OPTIONS), "none", "plain", "asr")
     assert (row["n"], row["missing"]) == (59, 1)
     failing.add("8")
-    with pytest.raises(TooManyMissing, match="2 of 60"):
+    with pytest.raises(TooManyMissingError, match="2 of 60"):
         evaluate(small, {"plain": many}, {"none": None}, judge=judge, **OPTIONS)
 
 

@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import binomtest
 
 from care_lens.core import cluster_bootstrap, clustered_rate
-from care_lens.evaluation import TooManyMissing, interval, paired_difference, summarise, verdict_trials
+from care_lens.evaluation import TooManyMissingError, interval, paired_difference, summarise, verdict_trials
 
 NAN = float("nan")
 
@@ -87,10 +87,10 @@ def test_missing_trials_are_counted_and_left_out():
 def test_too_many_missing_trials_in_a_cell_are_an_error():
     fine, bad = trials([0.0] * 98 + [NAN] * 2), trials([0.0] * 97 + [NAN] * 3, channel="shown")
     assert summarise(fine).iloc[0]["missing"] == 2
-    with pytest.raises(TooManyMissing, match="3 of 100 for defence 'none', channel 'shown'"):
+    with pytest.raises(TooManyMissingError, match="3 of 100 for defence 'none', channel 'shown'"):
         summarise(pd.concat([fine, bad]))
     assert list(summarise(pd.concat([fine, bad]), max_missing=0.05)["missing"]) == [2, 3]
-    with pytest.raises(TooManyMissing):
+    with pytest.raises(TooManyMissingError):
         summarise(trials([NAN]), max_missing=1)
     with pytest.raises(ValueError, match="at least one"):
         summarise(fine[:0])
@@ -171,7 +171,7 @@ def test_difference_leaves_out_what_either_misses():
     first, second = trials([1.0] * 99 + [NAN]), trials([NAN] + [0.0] * 99, defence="d")
     row = paired_difference(pd.concat([first, second]), "none", "d", metric="asr").iloc[0]
     assert (row["n"], row["missing"], row["value"]) == (98, 2, 1.0)
-    with pytest.raises(TooManyMissing):
+    with pytest.raises(TooManyMissingError):
         paired_difference(pd.concat([first, second]), "none", "d", metric="asr", max_missing=0.01)
 
 

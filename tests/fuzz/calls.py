@@ -100,7 +100,7 @@ def fitted() -> Any:
 
 @functools.cache
 def activations() -> Any:
-    return capture.capture(lvlm(), examples(), ["blocks.0.hook_mlp_out"], select=("last",), progress=False)
+    return capture.capture(lvlm(), examples(), ["blocks.0.hook_mlp_out"], positions=("last",), progress=False)
 
 
 def answer() -> Any:
@@ -873,7 +873,7 @@ def capture_calls() -> Iterator[Call]:
         "lvlm": lvlm(),
         "examples": examples(),
         "sites": ["blocks.0.hook_mlp_out"],
-        "select": ("last",),
+        "positions": ("last",),
         "progress": False,
     }
     yield (
@@ -884,7 +884,7 @@ def capture_calls() -> Iterator[Call]:
             "lvlm": MODEL,
             "examples": LISTED,
             "sites": (*SITES, "blocks.0.hook_mlp_out", None),
-            "select": (3, [], ["nowhere"], None, [3]),
+            "positions": (3, [], ["nowhere"], None, [3]),
             "batch_size": COUNT,
             "attribution": (3, "x"),
             "outcome": (3, "x"),
@@ -898,7 +898,7 @@ def capture_calls() -> Iterator[Call]:
             "examples": LISTED,
             "sites": SITES,
             "label": (3, None, ["a"]),
-            "select": ([], ["nowhere"]),
+            "positions": ([], ["nowhere"]),
             "folds": COUNT,
             "keep": NAME,
             "batch_size": COUNT,
@@ -908,8 +908,8 @@ def capture_calls() -> Iterator[Call]:
     yield (
         "capture.Activations.rows",
         held.rows,
-        {"site": "blocks.0.hook_mlp_out", "select": "last"},
-        {"site": (*SITE, "blocks.1.hook_mlp_out"), "select": NAME},
+        {"site": "blocks.0.hook_mlp_out", "positions": "last"},
+        {"site": (*SITE, "blocks.1.hook_mlp_out"), "positions": NAME},
     )
     yield (
         "capture.Activations.subset",

@@ -124,7 +124,7 @@ def test_measures_are_their_definitions(model, picture, tmp_path):
         Example("how is blue", image=picture(1), group="blue"),
     ]
     found = logit_lens(
-        model, rows, targets=["red", "blue"], spans=("image", "text"), top_k=4, n_boot=20, progress=False
+        model, rows, targets=["red", "blue"], positions=("image", "text"), top_k=4, n_boot=20, progress=False
     )
     site = "blocks.1.hook_resid_pre"
     ids = [model.tokenizer.convert_tokens_to_ids(word) for word in ("red", "blue")]
@@ -173,8 +173,8 @@ def test_states_of_the_last_vision_block_are_what_the_language_model_is_given(mo
     [
         ({"sites": ["blocks.0.hook_mlp_out"]}, "must be residual streams"),
         ({"sites": []}, "at least one site"),
-        ({"spans": "image"}, "spans must be some of"),
-        ({"spans": ("nowhere",)}, "nowhere"),
+        ({"positions": "image"}, "positions must be some of"),
+        ({"positions": ("nowhere",)}, "nowhere"),
         ({"targets": ["red", "blue"]}, "one an example, 1"),
         ({"targets": ["red blue sure"]}, "single tokens"),
         ({"targets": [10**6]}, "single tokens"),

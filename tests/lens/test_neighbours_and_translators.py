@@ -75,7 +75,7 @@ def test_neighbours_are_those_of_a_search_by_hand(model, bank, seen, tmp_path):
 
 def test_a_text_state_is_its_own_neighbour(model, bank):
     rows = [Example(TEXTS[1])]
-    found = nearest_text(model, rows, bank, spans=("text",), same_layer=True, top_k=1, n_boot=2, progress=False)
+    found = nearest_text(model, rows, bank, positions=("text",), same_layer=True, top_k=1, n_boot=2, progress=False)
     assert found.details.value.min() > 0.999
     assert (found.details.word == found.details.token).all()
 
@@ -93,8 +93,8 @@ def test_ridge_is_least_squares_and_the_last_layer_is_left_as_it_is(model, seen,
     back = LensTranslators.load(tmp_path, "tuned")
     state = torch.randn(4, len(tuned.biases[last]))
     torch.testing.assert_close(back("blocks.1.hook_resid_pre", state), tuned("blocks.1.hook_resid_pre", state))
-    plain = logit_lens(model, rows, spans=("text",), n_boot=2, progress=False).frame
-    better = logit_lens(model, rows, spans=("text",), translators=tuned, n_boot=2, progress=False).frame
+    plain = logit_lens(model, rows, positions=("text",), n_boot=2, progress=False).frame
+    better = logit_lens(model, rows, positions=("text",), translators=tuned, n_boot=2, progress=False).frame
     taken = [
         frame[(frame.metric == "kl to output") & (frame.component == "hook_resid_pre")].value.to_numpy()
         for frame in (plain, better)
@@ -123,7 +123,7 @@ def test_ridge_is_the_formula():
 
 def test_jacobian_is_autograds(model, seen):
     site, last = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_post"
-    found = fit_jacobian_lens(model, seen, sites=[site], span="image", batch_size=2, progress=False)
+    found = fit_jacobian_lens(model, seen, sites=[site], positions="image", batch_size=2, progress=False)
     total = 0
     for row in seen:
         inputs = model.prepare(row)

@@ -134,4 +134,6 @@ def test_the_old_path_has_the_same_names():
     from care_lens import mediation
 
     old = importlib.import_module("care_lens.mediation.separability")
-    assert mediation.separability is separability and old.probe_auc is probe_auc and mediation.probe_auc is probe_auc
+    assert mediation.separability is separability and mediation.probe_auc is probe_auc
+    with pytest.warns(FutureWarning, match="is care_lens.lens.separability.probe_auc now"):
+        assert old.probe_auc is probe_auc

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from care_lens.core import Example, PairedExamples, Site, UnsafeMargin
-from care_lens.mediation import MediationResult, Mediator, NothingToLocalise, localise, mediate, rank_places, refine
+from care_lens.mediation import (
+    MediationResult,
+    Mediator,
+    NothingToLocaliseError,
+    localise,
+    mediate,
+    rank_places,
+    refine,
+)
 from care_lens.mediation.localise import _reason, _resampled, _score
 from care_lens.mediation.mediate import PAIR_COLUMNS
 from care_lens.plots import plot_localisation
@@ -86,7 +94,7 @@ def test_heads_add_up_to_names(model, rising, margin):
 
 def test_twins_that_are_no_less_safe_are_refused(model, rising, margin):
     turned = UnsafeMargin(comply=margin.refuse, refuse=margin.comply)
-    with pytest.raises(NothingToLocalise, match="total effect of -"):
+    with pytest.raises(NothingToLocaliseError, match="total effect of -"):
         localise(model, rising, outcome=turned, n_boot=5, progress=False)
 
 
@@ -225,7 +233,7 @@ def test_the_span_a_place_acts_through(nie, through):
 
 def test_what_cannot_be_ranked_is_said(model, rising, margin):
     mlp = ("language", "hook_mlp_out", "all")
-    with pytest.raises(NothingToLocalise, match="two items or more"):
+    with pytest.raises(NothingToLocaliseError, match="two items or more"):
         rank_places(_found({mlp: {0: WHOLE}}), n_boot=10)
     with pytest.raises(ValueError, match=r"got others for \['language hook_attn_out'\]"):
         rank_places(_found({mlp: {0: WHOLE}, ("language", "hook_attn_out", "text"): {0: WHOLE}}), n_boot=10)

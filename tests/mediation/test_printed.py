@@ -10,8 +10,8 @@ import care_lens.evaluation
 import care_lens.mediation
 import care_lens.subspace.uncertainty  # noqa: F401
 from care_lens.core import FrameResult
+from care_lens.core.details import DetailedResult
 from care_lens.core.display import WIDEST
-from care_lens.mediation.frames import DetailedResult
 
 
 def every(kind):

@@ -5,7 +5,7 @@ import pandas as pd
 
 from care_lens.mediation import Localisation, MediationResult
 from care_lens.mediation.mediate import PAIR_COLUMNS
-from care_lens.pipeline.place import localised, reader_layers
+from care_lens.mediation.placement import localised, reader_layers
 
 
 def _ranking(*places):

@@ -13,11 +13,11 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from care_lens.baselines import RefusalDirection
+from care_lens.core.details import DetailedResult
 from care_lens.core.errors import ArtifactError, InUseError
 from care_lens.core.identity import repair_fingerprint
+from care_lens.defences import RefusalDirection
 from care_lens.evaluation import GenerationStore, StoredAnswer
-from care_lens.mediation.frames import DetailedResult
 from care_lens.mediation.sweep import Part, Sweep, one_cell
 from care_lens.pipeline.resume import Stage
 

@@ -6,8 +6,7 @@ import pandas as pd
 import torch
 
 from care_lens import organism
-from care_lens.baselines import NoRefusalDirection
-from care_lens.defences import RefusalDirection, load_defence
+from care_lens.defences import NoRefusalDirectionError, RefusalDirection, load_defence
 from care_lens.pipeline import rivals
 from care_lens.pipeline.settings import RunSettings
 
@@ -19,7 +18,7 @@ def test_a_direction_that_is_fitted_against_the_counterpart_alone_says_so(monkey
     def fit(model, *, harmless, **options):
         seen.append({example.channel for example in harmless})
         if fails.pop():
-            raise NoRefusalDirection("none of 8 candidates passes")
+            raise NoRefusalDirectionError("none of 8 candidates passes")
         table = pd.DataFrame([{"position": -1, "layer": 2, "kept": True}])
         return RefusalDirection(direction=torch.ones(4), layer=2, position=-1, candidates=table)
 

@@ -10,9 +10,9 @@ from care_lens import organism
 from care_lens.core import Verdict
 from care_lens.evaluation import GenerationStore
 from care_lens.mediation import Localisation
+from care_lens.mediation.placement import reader_layers
 from care_lens.pipeline import RunSettings, run, write_report
 from care_lens.pipeline.headline import headlines
-from care_lens.pipeline.place import reader_layers
 from care_lens.pipeline.report import summary
 from care_lens.pipeline.saved import UNDEFENDED
 from care_lens.repair import HybridFusion

@@ -522,7 +522,7 @@ def test_other_defences_attach(plain, batch, picture):
             return {"name": self.name}
 
         def edits(self, batch):
-            return [batch.edit("blocks.1.hook_resid_mid", lambda h: 2 * h, at="image")]
+            return [batch.edit("blocks.1.hook_resid_mid", lambda h: 2 * h, positions="image")]
 
     with Push().attach(model, processor) as handle:
         inputs = handle.lvlm.prepare(rows(picture))

@@ -90,7 +90,7 @@ class Guided(HookDefence):
             opened = self.gate(self.reader.score(h, mask))
             return h + opened[:, None, None] * self.part.vector.to(h)
 
-        return [batch.edit(self.reader.site, push, at=("last", "generated"))]
+        return [batch.edit(self.reader.site, push, positions=("last", "generated"))]
 
 
 def foreign_fusion():

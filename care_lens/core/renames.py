@@ -1,0 +1,83 @@
+"""Arguments and names that are called otherwise now: the earlier name works for one release, and says what it is called now."""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator that takes arguments under their earlier names too, with a ``FutureWarning`` at the caller's line.
+
+    Args:
+        **names: The present name of each earlier one.
+
+    Returns:
+        The decorator. A call that gives both names raises TypeError.
+
+    Example:
+        >>> import warnings
+        >>> @renamed(select="positions")
+        ... def taken(positions="all"):
+        ...     return positions
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     taken(select="last")
+        'last'
+        >>> print(told[0].message)
+        select of taken is called positions now; the earlier name goes with the next release
+    """
+
+    def decorate(call: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(call)
+        def taking(*args: P.args, **kwargs: P.kwargs) -> T:
+            for old in [name for name in names if name in kwargs]:
+                new = names[old]
+                if new in kwargs:
+                    raise TypeError(f"{call.__name__}() got {new} and {old}, its earlier name; give {new} alone")
+                warnings.warn(
+                    f"{old} of {call.__name__} is called {new} now; the earlier name goes with the next release",
+                    FutureWarning,
+                    stacklevel=_outside(),
+                )
+                kwargs[new] = kwargs.pop(old)
+            return call(*args, **kwargs)
+
+        return taking
+
+    return decorate
+
+
+def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that gives some names under their earlier names, with a ``FutureWarning`` at the caller's line.
+
+    Args:
+        module: The module's ``__name__``.
+        names: Where each earlier name is now, as "module.name".
+    """
+
+    def getattr_of(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, present = names[name].rpartition(".")
+        warnings.warn(
+            f"{module}.{name} is {names[name]} now; the earlier name goes with the next release",
+            FutureWarning,
+            stacklevel=_outside(),
+        )
+        return getattr(import_module(home), present)
+
+    return getattr_of
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of the first frame outside of the package and of the import system, for a warning of the function that calls this one."""
+    level = 1
+    while str(sys._getframe(level).f_globals.get("__name__", "")).split(".")[0] in ("care_lens", "importlib"):
+        level += 1
+    return level
