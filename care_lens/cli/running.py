@@ -16,10 +16,10 @@ log = logging.getLogger("care_lens")
 
 @app.command()
 @told
+@one_process
 @takes_options
 def run(asked: Asked) -> None:
     """Diagnose, learn, choose on validation, prove on test; writes report.html."""
-    one_process("run")
     start(asked.threads)
     from care_lens.core.errors import ArtifactError
     from care_lens.pipeline import run, write_report
@@ -49,10 +49,10 @@ def run(asked: Asked) -> None:
 
 @app.command()
 @told
+@one_process
 @takes_options
 def diagnose(asked: Asked) -> None:
     """Step 1 alone: mediation effects, places ranked, ablation, patch maps; writes frames and figures."""
-    one_process("diagnose")
     start(asked.threads)
     from care_lens import plots
     from care_lens.pipeline.diagnose import diagnose as step
@@ -80,10 +80,10 @@ def diagnose(asked: Asked) -> None:
 
 @app.command()
 @told
+@one_process
 @takes_options
 def fit(asked: Asked) -> None:
     """Rank places, learn on the fit split and choose on validation; saves the repair to OUT/repair."""
-    one_process("fit")
     start(asked.threads)
     from care_lens.evaluation import GenerationStore
     from care_lens.pipeline.choose import choose
