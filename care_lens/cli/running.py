@@ -122,7 +122,7 @@ def evaluate(
 ) -> None:
     """Saved repairs and defences beside the undefended model on the test split; several processes share the answers."""
     start(asked.threads)
-    from care_lens.core.files import write_whole
+    from care_lens.core.files import in_use, swept, write_whole
     from care_lens.core.processes import Process
     from care_lens.evaluation import evaluate_sharded as step
     from care_lens.pipeline.saved import UNDEFENDED, read_defences
@@ -149,6 +149,8 @@ def evaluate(
     if table is None:
         base.console.print(f"process {process.name}: its share of the answers is in {asked.out}")
         return
+    with in_use(asked.out):
+        swept(asked.out, inside=False)  # what a kill has left
     table.save(asked.out, "evaluate")
     text = "\n".join(table.to_markdown(metrics=(metric,)) for metric in ("asr", "accuracy"))
     write_whole(asked.out / "evaluate.md", text)

@@ -11,6 +11,7 @@ from typing import Any
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
+from care_lens.core.files import in_use, swept
 from care_lens.core.outcome import UnsafeMargin
 from care_lens.core.processes import Process
 from care_lens.data.answers import REFUSAL
@@ -160,7 +161,9 @@ def make_study(
         "generation": (settings or GenerationSettings()).given(),
         "answers": {key: value for key, value in options.items() if isinstance(value, str)},
     }
-    write_study(study, out, comply=comply, refuse=refuse, made=made)
+    with in_use(out):
+        swept(out)  # what a kill has left; the other processes have finished their part
+        write_study(study, out, comply=comply, refuse=refuse, made=made)
     return MadeStudy(study, out, notes, problems)
 
 
