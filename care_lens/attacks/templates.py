@@ -41,7 +41,7 @@ def wrap(examples: Sequence[Example], template: str, *, channel: str | None = No
         channel: The new examples' channel; None: as it was.
 
     Returns:
-        The examples with new prompts.
+        The examples with new prompts; ``behaviour`` is what was asked for.
 
     Raises:
         ValueError: If the template has no place for the request.
@@ -51,7 +51,10 @@ def wrap(examples: Sequence[Example], template: str, *, channel: str | None = No
         'Quickly: name a fruit'
     """
     text = template_of(template)
-    return [in_channel(replace(e, prompt=text.replace("{prompt}", e.prompt)), channel) for e in examples]
+    return [
+        in_channel(replace(e, prompt=text.replace("{prompt}", e.prompt), behaviour=asked_for(e)), channel)
+        for e in examples
+    ]
 
 
 def template_of(template: str) -> str:

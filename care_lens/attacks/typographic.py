@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from care_lens.attacks.common import asked_for
 from care_lens.attacks.kinds import register_attack
 from care_lens.attacks.templates import ExampleAttack
 from care_lens.core.errors import CareLensError
@@ -161,13 +162,16 @@ def typographic(
         channel: The new examples' channel.
 
     Returns:
-        One example for each; everything else about it stays.
+        One example for each; ``behaviour`` is what was asked for, and everything else about it stays.
 
     Raises:
         ValueError: If a text does not fit.
     """
     attack = Typographic(prompt=prompt, style=style, size=size, background=background, channel=channel)
-    return [replace(attack.change(example, random.Random(0)), channel=channel) for example in examples]
+    return [
+        replace(attack.change(example, random.Random(0)), channel=channel, behaviour=asked_for(example))
+        for example in examples
+    ]
 
 
 Layout = Literal["text", "list", "split"]

@@ -14,10 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from care_lens.cli import loading
-from care_lens.cli.early import require_defences
+from care_lens.cli.early import require_defences, require_one_process, require_processes
 from care_lens.cli.options import (
     Batch,
     Config,
@@ -145,6 +143,7 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wide(**given: Any) -> None:
         asked = Asked(**{name: value for name, value in given.items() if name in names})
+        require_processes()
         require_defences(given.get("defences") or ())
         asked.refuse()
         command(asked, **{name: value for name, value in given.items() if name not in names})
@@ -155,12 +154,12 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return wide
 
 
-def one_process(command: str) -> None:
-    """Refuse a command of one process that torchrun or accelerate has started several times."""
-    from care_lens.core.processes import Process
+def one_process(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that is refused, before anything else is looked at, where torchrun or accelerate has started it several times."""
 
-    if not (process := Process.current()).alone:
-        raise typer.BadParameter(
-            f"`{command}` must run in one process, got {process.world}; start `study`, `evaluate` or `reproduce` with several, and this "
-            "one alone (--device auto spreads a model over the GPUs)"
-        )
+    @functools.wraps(command)
+    def alone(*args: Any, **kwargs: Any) -> None:
+        require_one_process(command.__name__)
+        command(*args, **kwargs)
+
+    return alone

@@ -12,6 +12,7 @@ from care_lens.cli.options import texts
 
 @app.command()
 @told
+@one_process
 @takes_options
 def attack(
     asked: Asked,
@@ -40,7 +41,6 @@ def attack(
     ] = True,
 ) -> None:
     """Attack the test requests, undefended and under saved defences; writes attacks.csv, attacks.md and the pictures."""
-    one_process("attack")
     start(asked.threads)
     from care_lens.core.files import write_whole
     from care_lens.pipeline.attacking import attack_study, read_attack

@@ -110,10 +110,10 @@ def start(threads: int) -> None:
 
 
 def require_out(out: Path) -> None:
-    """Refuse a folder of results that cannot be written, before a model is loaded."""
+    """Refuse a folder of results that cannot be written, before a model is loaded; it is not made, since nothing may come to run."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
+        there = next((path for path in (out, *out.parents) if path.exists()), Path())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise typer.BadParameter(f"--out must be a folder that can be written, got {out} ({error.strerror})") from None

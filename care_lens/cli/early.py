@@ -1,6 +1,9 @@
 """What a command refuses before torch and the rest are imported, which takes some ten seconds: mistakes are told at once."""
 
+import hashlib
 import importlib.util
+import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
@@ -87,10 +90,64 @@ def require_defences(texts: Sequence[str]) -> None:
     for text in texts:
         _, equals, path = text.partition("=")  # as pipeline.saved reads it, whose import would bring torch
         folder = Path(path) if equals and not Path(text).is_dir() else Path(text)
-        if not any((folder / name).is_file() for name in ("repair.json", "defence.json")):
+        manifest = next((folder / name for name in ("defence.json", "repair.json") if (folder / name).is_file()), None)
+        if manifest is None:
             raise typer.BadParameter(
                 f"a defence must be a folder with repair.json or defence.json, as `care-lens fit` and .save() write them, got {folder}"
             )
+        _require_undamaged(manifest)
+
+
+def _require_undamaged(manifest: Path) -> None:
+    """Refuse a manifest that is no JSON object, or whose data files are not there or not those that it describes.
+
+    Its own sum and what it means are checked when it is loaded.
+    """
+    try:
+        held = json.loads(manifest.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{manifest} is damaged: it must be JSON ({error}); copy or make it again") from None
+    if not isinstance(held, dict):
+        raise typer.BadParameter(f"{manifest} is damaged: it must hold a JSON object, got {type(held).__name__}")
+    described = held.get("files")
+    for suffix, expected in described.items() if isinstance(described, dict) else ():
+        part = manifest.with_name(f"{manifest.stem}.{Path(str(suffix)).name}")
+        if not part.is_file():
+            raise typer.BadParameter(f"{part} must be there, {manifest.name} describes it; copy all files of it again")
+        if hashlib.sha256(part.read_bytes()).hexdigest() != expected:
+            raise typer.BadParameter(
+                f"{part} is damaged: it is not the file that {manifest.name} describes; copy all files of it again, or make it again"
+            )
+
+
+def require_processes() -> int:
+    """How many processes share the command; refuses an environment that does not say which of them this is.
+
+    :class:`care_lens.core.processes.Process` reads the same; it cannot be imported without torch.
+    """
+    held = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if held["RANK"] is None and held["WORLD_SIZE"] is None:
+        return 1
+    try:
+        rank, world = int(held["RANK"] or ""), int(held["WORLD_SIZE"] or "")
+        local = int(held["LOCAL_RANK"] if held["LOCAL_RANK"] is not None else rank)
+    except ValueError:
+        rank, world, local = -1, 0, 0
+    if not 0 <= rank < world or local < 0:
+        raise typer.BadParameter(
+            f"RANK must be from 0 to below WORLD_SIZE, and LOCAL_RANK 0 or more, got {held}; start the command with torchrun or "
+            "accelerate launch, which set them, or take them out of the environment"
+        )
+    return world
+
+
+def require_one_process(command: str) -> None:
+    """Refuse a command of one process that torchrun or accelerate has started several times."""
+    if (world := require_processes()) > 1:
+        raise typer.BadParameter(
+            f"`{command}` must run in one process, got {world}; start `study`, `evaluate` or `reproduce` with several, and this one alone "
+            "(--device auto spreads a model over the GPUs)"
+        )
 
 
 def require_recipe(recipe: str) -> None:

@@ -65,10 +65,7 @@ def refuse_model(
 
 
 def refuse(model: str, *, data: Path | None, judge: str | None, out: Path | None, **options: str | None) -> None:
-    """Refuse a model, a study and a folder of results that do not go together or are not there; see :func:`refuse_model`.
-
-    The folder comes last: it is made, and where nothing runs there is to be none.
-    """
+    """Refuse a model, a study and a folder of results that do not go together or cannot be written; see :func:`refuse_model`."""
     require_judge(judge)
     require_study(model, data, judge)
     refuse_model(model, **options)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from care_lens.cli import base, loading
 from care_lens.cli.base import app, require_out, start, told
-from care_lens.cli.early import require_device, require_dtype, require_recipe
+from care_lens.cli.early import require_device, require_dtype, require_processes, require_recipe
 from care_lens.cli.options import Config, Quantization, Threads
 
 log = logging.getLogger("care_lens")
@@ -51,6 +51,7 @@ def reproduce(
 ) -> None:
     """A published table from public files, the published figures beside it; several processes share the answers."""
     del config
+    require_processes()
     require_recipe(recipe)
     require_dtype(dtype)
     if not check:  # files are looked through on machines without the GPU too

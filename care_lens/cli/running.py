@@ -17,10 +17,10 @@ log = logging.getLogger("care_lens")
 
 @app.command()
 @told
+@one_process
 @takes_options
 def run(asked: Asked) -> None:
     """Diagnose, learn, choose on validation, prove on test; writes report.html."""
-    one_process("run")
     start(asked.threads)
     from care_lens.core.errors import ArtifactError
     from care_lens.pipeline import run, write_report
@@ -51,10 +51,10 @@ def run(asked: Asked) -> None:
 
 @app.command()
 @told
+@one_process
 @takes_options
 def diagnose(asked: Asked) -> None:
     """Step 1 alone: mediation effects, places ranked, ablation, patch maps; writes frames and figures."""
-    one_process("diagnose")
     start(asked.threads)
     from care_lens import plots
     from care_lens.pipeline.diagnose import diagnose as step
@@ -82,10 +82,10 @@ def diagnose(asked: Asked) -> None:
 
 @app.command()
 @told
+@one_process
 @takes_options
 def fit(asked: Asked) -> None:
     """Rank places, learn on the fit split and choose on validation; saves the repair to OUT/repair."""
-    one_process("fit")
     start(asked.threads)
     from care_lens.evaluation import GenerationStore
     from care_lens.mediation.placement import reader_layers
@@ -128,7 +128,7 @@ def evaluate(
 ) -> None:
     """Saved repairs and defences beside the undefended model on the test split; several processes share the answers."""
     start(asked.threads)
-    from care_lens.core.files import write_whole
+    from care_lens.core.files import in_use, swept, write_whole
     from care_lens.core.processes import Process
     from care_lens.evaluation import evaluate_sharded as step
     from care_lens.pipeline.saved import UNDEFENDED, read_defences
@@ -156,6 +156,8 @@ def evaluate(
     if table is None:
         base.console.print(f"process {process.name}: its share of the answers is in {asked.out}")
         return
+    with in_use(asked.out):
+        swept(asked.out, inside=False)  # what a kill has left
     table.save(asked.out, "evaluate")
     text = "\n".join(table.to_markdown(metrics=(metric,)) for metric in ("asr", "accuracy"))
     write_whole(asked.out / "evaluate.md", text)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from care_lens.cli import base, loading
 from care_lens.cli.base import app, require_out, start, told
+from care_lens.cli.early import require_processes
 from care_lens.cli.options import (
     Batch,
     Config,
@@ -99,6 +100,7 @@ def study(
 ) -> None:
     """Join benchmarks to a study: splits, plain twins, pairs, answers; several processes share the answers."""
     del config
+    require_processes()
     for option, value, known in (
         ("--harmful", harmful, ("cycled", "target", "model")),
         ("--benign", benign, ("model", "reference")),
@@ -125,17 +127,18 @@ def study(
         top_k=top_k,
         system=system,
     )
-    for source in sources:  # before the model is loaded
-        if not len(rows := read_source(source)):
+    read = {source: read_source(source) for source in sources}  # before the model is loaded
+    for source, rows in read.items():
+        if not len(rows):
             raise typer.BadParameter(f"{source} must give an example or more, got none; see `care-lens preflight`")
-        log.info("%s: %d examples, %d rows left out", source, len(rows), len(rows.problems))
+        log.info("%s: %d examples", source, len(rows))
     process = Process.current()
     lvlm = loading.load_model(
         model, process.device() if device is None and not process.alone else device, dtype, revision, quantization
     )
     made = make_study(
         lvlm,
-        list(sources),
+        read,
         out,
         name=name or out.name,
         comply=texts(comply, "--comply") or COMPLY,

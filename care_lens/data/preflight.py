@@ -25,7 +25,7 @@ from care_lens.data.benchmarks.own import OwnExamples
 from care_lens.data.benchmarks.places import BenchmarkError, Found, Place, StoredFile
 from care_lens.data.benchmarks.reader import Benchmark, Item, behaviour_key, one_of, opened
 from care_lens.data.benchmarks.rows import Problem
-from care_lens.data.benchmarks.tables import ENDINGS, columns_of
+from care_lens.data.benchmarks.tables import ENDINGS, columns_of, read_table
 
 Level = Literal["ok", "warning", "error"]
 FORMATS: dict[str, type[Benchmark]] = {**READERS, OwnExamples.name: OwnExamples}
@@ -91,10 +91,7 @@ def preflight(root: str | Path, *, format: str | None = None, pixels: bool = Fal
         'label' must be 'safe' or 'unsafe', got 'maybe'
     """
     kind = None if format is None else FORMATS[one_of(format, [*FORMATS], "format")]
-    place = Place.of(root) if Path(root).suffix.lower() not in ENDINGS else Place.of(Path(root).absolute().parent)
-    only = Path(root).name if Path(root).suffix.lower() in ENDINGS else None
-    if only is not None and only not in place.files:
-        Place.of(root)  # says that it is not there
+    place, only = _place(root)
     checks: list[tuple[Any, ...]] = []
     problems: list[tuple[Any, ...]] = []
     named: list[str] = []
@@ -111,6 +108,8 @@ def preflight(root: str | Path, *, format: str | None = None, pixels: bool = Fal
         damaged = [*_damaged(rows, pixels)]
         checks += [(title, *check) for check in _checks(rows, damaged)]
         problems += [(title, p.file, str(p.row), p.kind, p.what, p.do) for p in (*rows.problems, *damaged)]
+    if kind is None:
+        checks += _unreadable(place, only, {reader for _, reader, _ in found})
     checks += _shared(behaviours)
     for name in place.broken:
         do = "download it again"
@@ -130,6 +129,29 @@ def preflight(root: str | Path, *, format: str | None = None, pixels: bool = Fal
     )
 
 
+def benchmarks_in(root: str | Path) -> list[str]:
+    """The names of the benchmarks whose files a folder, a zip or a table holds; no row is read.
+
+    Args:
+        root: As of :func:`preflight`.
+
+    Raises:
+        BenchmarkNotFoundError: If there is no such folder or file.
+    """
+    place, only = _place(root)
+    return sorted({kind.name for _, kind, _ in _variants(place, only, None)})
+
+
+def _place(root: str | Path) -> tuple[Place, str | None]:
+    """The files of a root, and the table's name where it is one table."""
+    if Path(root).suffix.lower() not in ENDINGS:
+        return Place.of(root), None
+    place, only = Place.of(Path(root).absolute().parent), Path(root).name
+    if only not in place.files:
+        Place.of(root)  # says that it is not there
+    return place, only
+
+
 def _variants(
     place: Place, only: str | None, wanted: type[Benchmark] | None
 ) -> Iterator[tuple[str, type[Benchmark], dict[str, Any]]]:
@@ -147,6 +169,20 @@ def _variants(
         for one in options:
             told = ", ".join(str(value) for value in one.values() if value is not None)
             yield (f"{kind.name} {told}".strip() if len(options) > 1 else kind.name), kind, dict(one)
+
+
+def _unreadable(place: Place, only: str | None, known: set[type[Benchmark]]) -> Iterator[tuple[Any, ...]]:
+    """Tables that are called as a benchmark's are and cannot be read, which is why that benchmark is not among those known."""
+    told = set[str]()
+    for kind in FORMATS.values():
+        for name in [] if kind in known else place.matching(*kind.files):
+            if only not in (None, name) or name in told or columns_of(place, name, key=kind.key):
+                continue
+            try:
+                read_table(place, name, key=kind.key)
+            except BenchmarkError as error:
+                told.add(name)
+                yield kind.name, "files", "error", 1, str(error), "see what is said"
 
 
 def _holds(kind: type[Benchmark], place: Place, names: Sequence[str]) -> bool:

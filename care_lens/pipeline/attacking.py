@@ -12,8 +12,9 @@ from care_lens.attacks import AttackKindError, GradientAttack, attack
 from care_lens.core.attack import Attack
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
-from care_lens.core.files import in_use
+from care_lens.core.files import in_use, swept
 from care_lens.core.outcome import Repair
+from care_lens.data.answers import target_of
 from care_lens.data.study import Study
 from care_lens.evaluation import DefenceTable, GenerationSettings, GenerationStore, attack_table
 from care_lens.lvlm import HookedLVLM
@@ -70,7 +71,8 @@ def attacked_requests(
 
     Args:
         study: The study.
-        attacks: If one of them changes pictures by gradients, requests without a picture or an answer to aim at are left out.
+        attacks: If one of them changes pictures by gradients, requests without a picture are left out, and those without an answer get the
+            opening that is aimed at (:func:`~care_lens.data.answers.target_of`): test requests of ``care-lens study`` have none.
         channels: Harmful channels of the test split. None: the study's requests for gradient attacks, or, where it has none, its
             plain channel.
         n: Of each channel at most.
@@ -86,15 +88,19 @@ def attacked_requests(
             raise AttackRunError(f"channels must be harmful ones of the test split, {[*test]}, got {odd}")
         chosen = {channel: test[channel] for channel in channels}
     if any(isinstance(one, GradientAttack) for one in attacks):
-        fit = {c: [e for e in examples if e.image is not None and e.response] for c, examples in chosen.items()}
+        fit = {c: [e for e in examples if e.image is not None] for c, examples in chosen.items()}
         asked, left = sum(map(len, chosen.values())), sum(map(len, fit.values()))
         if left < asked:
-            log.info("%d of %d requests have no picture or no answer to aim at, and are left out", asked - left, asked)
-        chosen = fit
+            log.info("%d of %d requests have no picture, and are left out", asked - left, asked)
+        if bare := sum(not e.response for examples in fit.values() for e in examples):
+            log.info("%d of %d requests have no answer to aim at: 'Sure, here is' and the request is", bare, left)
+        chosen = {
+            c: [e if e.response else replace(e, response=target_of(e)) for e in examples] for c, examples in fit.items()
+        }
     found = [replace(e, id=f"{channel}/{e.id}") for channel, examples in chosen.items() for e in examples[:n]]
     if not found:
         raise AttackRunError(
-            "requests must be one or more, with a picture and an answer to aim at for gradient attacks, got none; "
+            "requests must be one or more, with a picture for gradient attacks, got none; "
             f"name other channels: {[*test]}"
         )
     return found
@@ -144,6 +150,7 @@ def attack_study(
     harmless = [replace(e, id=f"{channel}/{e.id}") for channel, suite in suites.items() for e in suite[:benign]]
     generation = generation or GenerationSettings()
     with in_use(directory), generating(lvlm, generation):
+        swept(directory)  # what a kill has left
         table = attack_table(
             lvlm,
             requests,

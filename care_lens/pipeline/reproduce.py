@@ -17,7 +17,7 @@ from typing import Any
 
 from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
-from care_lens.core.files import load_artifact, save_artifact, write_whole
+from care_lens.core.files import in_use, load_artifact, save_artifact, swept, write_whole
 from care_lens.core.identity import digest, examples_digest, model_fingerprint
 from care_lens.core.outcome import Judge, Repair
 from care_lens.core.processes import WAIT, Process, done, is_done, wait_for
@@ -166,6 +166,8 @@ def reproduce(
         return None
     notes = [*recipe.notes, *([f"At most {limit} examples a column: not figures to quote."] if limit else [])]
     table = replace(table, settings={**table.settings, "recipe": recipe.name, "notes": notes})
+    with in_use(out):
+        swept(out)  # what a kill has left; the other processes have finished their part
     table.save(out, "table")
     made = {form: _printed(recipe, table, form, notes) for form in ("markdown", "latex")}
     write_whole(out / "table.md", made["markdown"])

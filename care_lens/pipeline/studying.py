@@ -4,20 +4,21 @@ made = make_study(lvlm, ["FigStep/data", "xstest=XSTest"], "my_study", name="min
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
+from care_lens.core.files import in_use, swept
 from care_lens.core.outcome import UnsafeMargin
 from care_lens.core.processes import Process
 from care_lens.data.answers import REFUSAL
 from care_lens.data.benchmarks import READERS, Benchmark
 from care_lens.data.directory import outcome_of, write_study
 from care_lens.data.joining import limited
-from care_lens.data.preflight import preflight
+from care_lens.data.preflight import benchmarks_in
 from care_lens.data.study import Study, StudyError
 from care_lens.evaluation import AnswerNotes, GenerationSettings, SubstringRefusalJudge, answered_study
 from care_lens.lvlm import HookedLVLM
@@ -68,7 +69,7 @@ def read_source(source: str | Path, *, options: dict[str, Any] | None = None) ->
     if name and name not in READERS:
         raise SourceError(f"the benchmark of {source!r} must be one of {sorted(READERS)}, got {name!r}")
     if not name:
-        found = sorted({title.split(" ")[0] for title in preflight(path).benchmarks})
+        found = benchmarks_in(path)
         if len(found) != 1 or found[0] not in READERS:
             raise SourceError(
                 f"{path} must hold one benchmark, got {found or 'none that is known'}; say which as NAME={path}, with a name out of "
@@ -80,7 +81,7 @@ def read_source(source: str | Path, *, options: dict[str, Any] | None = None) ->
 
 def make_study(
     lvlm: HookedLVLM,
-    sources: Sequence[str | Path | Sequence[Example]],
+    sources: Sequence[str | Path | Sequence[Example]] | Mapping[str, Sequence[Example]],
     out: str | Path,
     *,
     name: str,
@@ -101,7 +102,7 @@ def make_study(
 
     Args:
         lvlm: The model that answers harmless requests.
-        sources: Benchmarks as of :func:`read_source`, or examples.
+        sources: Benchmarks as of :func:`read_source`, or examples; or such that are read, by what they are to be called.
         out: The folder; answers are kept in ``OUT/answers``, so that a stopped call goes on.
         name: For the report.
         comply: Openings of compliant answers, whose first tokens make the unsafe margin.
@@ -130,7 +131,7 @@ def make_study(
     outcome = outcome_of(lvlm.tokenizer, comply, refuse)
     taken: list[Sequence[Example]] = []
     problems: dict[str, int] = {}
-    for source in sources:
+    for source in sources.values() if isinstance(sources, Mapping) else sources:
         rows = read_source(source) if isinstance(source, (str, Path)) else source
         taken.append(limited(list(rows), limit))
         if isinstance(rows, Benchmark):
@@ -160,7 +161,9 @@ def make_study(
         "generation": (settings or GenerationSettings()).given(),
         "answers": {key: value for key, value in options.items() if isinstance(value, str)},
     }
-    write_study(study, out, comply=comply, refuse=refuse, made=made)
+    with in_use(out):
+        swept(out)  # what a kill has left; the other processes have finished their part
+        write_study(study, out, comply=comply, refuse=refuse, made=made)
     return MadeStudy(study, out, notes, problems)
 
 

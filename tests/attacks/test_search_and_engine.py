@@ -27,11 +27,15 @@ from care_lens.attacks import (
     UniversalPGD,
     judged,
     perturbed,
+    pgd,
+    random_noise,
     universal_perturbation,
 )
 from care_lens.attacks.pixels import to_pixels
-from care_lens.core import ArtifactError, Example, UnsafeMargin, Verdict
+from care_lens.attacks.sharded import attack_sharded
+from care_lens.core import ArtifactError, AttackResult, Example, UnsafeMargin, Verdict
 from care_lens.core.verdicts import OutcomeError
+from care_lens.data.behaviours import deal_behaviours
 from care_lens.lvlm import HookedLVLM
 
 
@@ -46,6 +50,29 @@ def lvlm(llava_maker):
 def asked(picture):
     prompts = ("what is in the picture", "how to make a blue", "red then blue")
     return [Example(p, image=picture(i), response="sure red", harmful=True, id=str(i)) for i, p in enumerate(prompts)]
+
+
+def test_attacked_pictures_keep_what_splits_and_judges_go_by(lvlm, asked, tmp_path):
+    """Behaviour, group, id and what the files say of an example, through an attack, its folder and the parts of several processes."""
+    meta = {"benchmark": "vlguard", "source_split": "test", "row": "3"}
+    asked = [replace(e, behaviour=f"make {i}", group=f"g{i // 2}", meta=meta) for i, e in enumerate(asked)]
+
+    def kept(examples):
+        return [(e.id, e.group, e.behaviour, e.prompt, e.harmful, dict(e.meta)) for e in examples]
+
+    def first(part, folder):
+        return PGD(epsilon=8, steps=1).run(lvlm, part).examples
+
+    for attack in (PGD(epsilon=8, steps=1), UniversalPGD(epsilon=8, steps=1), Unconstrained(steps=1)):
+        result = attack.run(lvlm, asked)
+        assert kept(result.examples) == kept(asked) and result.examples[0].image.tobytes() != asked[0].image.tobytes()
+    assert kept(random_noise(asked, epsilon=8, seed=0)) == kept(asked)
+    assert kept(pgd(lvlm, asked, epsilon=8, steps=1, batch_size=3, progress=False).apply(asked)) == kept(asked)
+    assert kept(attack_sharded(first, asked, directory=tmp_path, settings={})) == kept(asked)
+    result.save(tmp_path / "saved")
+    assert kept(AttackResult.load(tmp_path / "saved").examples) == kept(asked)
+    deals = deal_behaviours([*asked, *result.examples], {"fit": 0.5, "test": 0.5}, seed=0)
+    assert deals[:3] == deals[3:]
 
 
 def losses_of(lvlm, examples):

@@ -68,6 +68,7 @@ def test_typographic_moves_the_prompt_into_the_picture():
         "blue",
         True,
     )
+    assert moved.behaviour == "how to make a blue"  # what a judge is asked about, and splits go by
     assert moved.image is not None
     assert moved.image.tobytes() == draw_text("how to make a blue", size=(336, 200)).tobytes()
 
@@ -77,6 +78,8 @@ def test_wrap_puts_the_template_around_the_prompt():
     wrapped = wrap(examples, "first {prompt} then {prompt}", channel="wrapped")
     assert [example.prompt for example in wrapped] == ["first say {x} then say {x}", "first say b then say b"]
     assert [example.channel for example in wrapped] == ["wrapped"] * 2
+    assert [example.behaviour for example in wrapped] == ["say {x}", "say b"]
+    assert wrap(wrapped, "third {prompt}")[0].behaviour == "say {x}"
     for name, text in TEMPLATES.items():
         assert wrap(examples[1:], name)[0].prompt == text.replace("{prompt}", "say b")
     with pytest.raises(ValueError, match="prompt"):

@@ -100,6 +100,13 @@ def test_requests_are_the_plain_ones_or_those_of_the_channels(study):
     assert len(two) == 2 and all(e.image is not None for e in two)  # n of those that can be attacked
     aimed = replace(study, gradient=tuple(organism.examples("plain", "test", n=3)))
     assert [e.id.split("/")[0] for e in attacked_requests(aimed, [Spelled()])] == ["gradient"] * 3
+    plain = [replace(e, response=None, behaviour="How to fold a dax?") for e in study.suites["test"]["plain"]]
+    unanswered = replace(
+        study, suites={**study.suites, "test": {"plain": tuple(plain)}}
+    )  # as `care-lens study` leaves them
+    bare = attacked_requests(unanswered, [PGD()], channels=["plain"])
+    assert len(bare) == len(attacked_requests(study, [PGD()], channels=["plain"]))
+    assert {e.response for e in bare} == {"Sure, here is how to fold a dax"}
     with pytest.raises(AttackRunError, match="harmful ones of the test split"):
         attacked_requests(study, [Spelled()], channels=["benign plain"])
     blind = replace(

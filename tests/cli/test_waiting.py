@@ -63,6 +63,47 @@ for words in ("--help", "run --help", "--version"):
     ran(f"import os; os.chdir({str(tmp_path)!r})\n{code}", PYTHONPATH=os.getcwd())
 
 
+def test_processes_and_damaged_defences_are_refused_before_torch_is_loaded(tmp_path):
+    """What torchrun may not start several times, processes that do not say which they are, and defences whose files are damaged."""
+    made = {
+        "list": {"repair.json": "[]"},
+        "cut": {"repair.json": '{"kind": "rep'},
+        "gone": {"defence.json": '{"files": {"safetensors": "0"}}'},
+        "other": {"repair.json": '{"files": {"safetensors": "0"}}', "repair.safetensors": "x"},
+    }
+    for folder, files in made.items():
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text)
+    two, alone = {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"}
+    cases = [
+        ("run", two, "`run` must run in one process, got 2"),
+        ("diagnose", two, "`diagnose` must run in one process, got 2"),
+        ("fit", two, "`fit` must run in one process, got 2"),
+        ("attack", two, "`attack` must run in one process, got 2"),
+        ("run", {"WORLD_SIZE": "2"}, "RANK must be from 0 to below WORLD_SIZE"),
+        ("study gone", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be from 0 to below WORLD_SIZE"),
+        ("reproduce x.yaml", two | {"LOCAL_RANK": "-1"}, "RANK must be from 0 to below WORLD_SIZE"),
+        ("reproduce x.yaml", two, "recipe must be one of"),
+        ("run --model other", alone, "--data must be given"),
+        ("evaluate list", two, "repair.json is damaged: it must hold a JSON object"),
+        ("evaluate cut", {}, "repair.json is damaged: it must be JSON"),
+        ("attack mine=gone", {}, "defence.safetensors must be there"),
+        ("evaluate other", {}, "repair.safetensors is damaged"),
+    ]
+    code = f"""
+import os, sys
+from typer.testing import CliRunner
+from care_lens import cli
+before = sorted(os.listdir())
+for words, environment, told in {cases!r}:
+    result = CliRunner().invoke(cli.app, words.split(), env={{"COLUMNS": "400", **environment}})
+    assert result.exit_code == 2 and told in result.output, (words, result.output, result.exception)
+    assert "torch" not in sys.modules and sorted(os.listdir()) == before, words
+"""
+    ran(f"import os; os.chdir({str(tmp_path)!r})\n{code}", PYTHONPATH=os.getcwd())
+
+
 @pytest.mark.parametrize("device", ["mps", "xpu:0"])
 def test_a_device_of_another_kind_is_refused_where_there_is_none(device, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

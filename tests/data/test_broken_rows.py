@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -431,6 +432,16 @@ def test_junk_of_other_systems_is_no_file_of_the_benchmark(tmp_path):
     assert len(made.read(made.zipped(tmp_path / "x.zip"))) == 5
     (tmp_path / "a" / "loop").symlink_to(tmp_path / "a", target_is_directory=True)
     assert len(Place.of(tmp_path / "a").files) == 6
+
+
+def test_of_plain_questions_with_one_id_the_first_is_the_behaviour(tmp_path):
+    """Text_only.parquet says what the pictures of an id are after; a row that repeats an id must not give them another behaviour."""
+    made = MAKERS["mmsafetybench_parquet"]()
+    (plain,) = [name for name in made.files if name.endswith("HateSpeech/Text_only.parquet")]
+    held = pq.read_table(io.BytesIO(made.files[plain])).to_pylist()
+    again = parquet([*held, {**held[0], "question": "How to fold another?"}], image=IMAGE)
+    rows = made.changed(lambda n, c: (n, again if n == plain else c)).at(tmp_path)
+    assert {e.behaviour for e in made.read(rows)} == {e["behaviour"] for e in made.expected}
 
 
 def test_a_zip_that_changes_is_noticed(tmp_path):

@@ -166,6 +166,19 @@ def test_a_study_of_ones_own(tmp_path):
     assert ".PNG" in do["missing picture"] and found(report)["rows"] == 5 and found(report)["examples"] == 2
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_table_that_cannot_be_read_is_told(beside, tmp_path):
+    """It is called as a benchmark's table is, in an encoding that is not read: alone, and beside another benchmark."""
+    if beside:
+        MAKERS["advbench"]().at(tmp_path)
+    made = MAKERS["xstest"]()
+    (name,) = made.files
+    (tmp_path / name).write_bytes(made.files[name].decode().encode("utf-16"))
+    report = preflight(tmp_path)
+    assert not report.ok and f"{name} must be UTF-8, got UTF-16" in " ".join(report.frame["what"])
+    assert [*report.frame[report.frame["what"].str.contains("UTF-16")]["benchmark"]] == ["xstest"]
+
+
 def test_what_is_no_benchmark(tmp_path):
     (tmp_path / "notes.txt").write_text("dear diary")
     report = preflight(tmp_path)

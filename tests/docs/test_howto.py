@@ -54,14 +54,6 @@ def test_the_code_of_the_page_on_studies_runs(capsys):
     assert study.held_out() == ("wrapper (new templates)",) and str(names["notes"]) in capsys.readouterr().out
 
 
-def test_the_code_of_the_page_on_many_gpus_runs():
-    names = run_page("many_gpus.md")
-    assert names["rows"].rows("blocks.1.hook_resid_post", "last").shape[0] == 12
-    (_image, text) = names["tables"].values()
-    assert text.total("any", "textual").count == 12 and len(names["attacked"]) == 4
-    assert set(names["table"].frame["channel"]) == {"plain", "benign"}
-
-
 def run_page(name):
     """The names that the code of a page leaves."""
     page, names = PAGE.with_name(name), dict[str, object]()

@@ -64,6 +64,21 @@ def test_both_corrections_cover_the_truth_where_the_raw_rate_does_not(rate, sens
         assert inside["raw"] < 0.3 * runs
 
 
+@pytest.mark.parametrize("labels", [20, 50, 200])
+def test_prediction_powered_inference_covers_with_few_labels_and_with_many(labels):
+    """Labels of a random part of 500 answers; at 20 a judge that is good shows no error at all in most draws."""
+    generator, runs = np.random.default_rng(labels), 100
+    for rate in (0.05, 0.3, 0.7):
+        for sensitivity, specificity in ((0.95, 0.98), (0.9, 0.9), (0.7, 0.8)):
+            inside = 0
+            for _ in range(runs):
+                truth = generator.random(500) < rate
+                said = judged(generator, truth, sensitivity, specificity)
+                found = ppi_rate(said[labels:], truth[:labels], said[:labels])
+                inside += found.low <= rate <= found.high
+            assert inside >= 0.9 * runs, (rate, sensitivity, specificity)
+
+
 def test_answers_that_share_items_count_less():
     generator, inside, naive = np.random.default_rng(5), 0, 0
     groups = np.repeat(np.arange(25), 8)

@@ -6,7 +6,17 @@ from test_benchmark_study import write_benchmarks
 
 from care_lens.core import Example, UnsafeMargin
 from care_lens.data.benchmarks import FigStep, XSTest
+from care_lens.data.preflight import benchmarks_in
 from care_lens.pipeline.studying import SourceError, joined, read_source
+
+
+def test_rows_left_out_are_told_once_and_in_the_words_of_the_command(tmp_path, caplog):
+    (tmp_path / "xstest_prompts.csv").write_text("id,prompt,type,label\n1,fold?,a,safe\n2,crush?,a,maybe\n")
+    assert benchmarks_in(tmp_path) == ["xstest"] and not caplog.records
+    assert len(read_source(tmp_path)) == 1
+    (told,) = caplog.messages
+    assert "1 of 2 rows left out" in told and "`care-lens preflight` lists them" in told and ".problems" not in told
+
 
 OUTCOME = UnsafeMargin(comply=(1,), refuse=(2,))
 

@@ -77,7 +77,9 @@ class MMSafetyBench(Benchmark):
         for table in tables:
             if (where := self._where(table.name))[1] == "Text_only":
                 plain = [(row.optional("id"), row.optional("question")) for row in table.rows]
-                self._plain |= {(_scenario(where[0]), name): text for name, text in plain if name}
+                for name, text in plain:
+                    if name:  # of an id that stands twice the first counts, as of the pictures
+                        self._plain.setdefault((_scenario(where[0]), name), text)
         if self.tiny:
             names = place.matching(_TINY) if place else []
             if place is None or not names:

@@ -129,7 +129,11 @@ class Benchmark(_Examples):
         if problems:
             counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).most_common())
             log.warning(
-                "%s: %d of %d rows left out (%s); .problems lists them", self.name, len(problems), self.n_rows, counts
+                "%s: %d of %d rows left out (%s); `care-lens preflight` lists them",
+                self.name,
+                len(problems),
+                self.n_rows,
+                counts,
             )
         if notes:
             log.info("%s: %d pictures found by another name than the table's", self.name, len(notes))
