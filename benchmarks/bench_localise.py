@@ -1,9 +1,11 @@
-"""Does the diagnosis find a channel that was planted? `python benchmarks/bench_localise.py [--short]`.
+"""Does the diagnosis find a channel that was planted? `python benchmarks/bench_localise.py [--short | --check]`.
 
 For every plant of `care_lens.planted` and every dose the twins are plain requests of the fit split over a white and over a yellow blank picture. `localise`
 ranks the attention and MLP outputs of both towers; `refine` the heads or neurons of the planted block. Beside it, what each figure alone would
 have said: NIE, TIE, attribution (gradient, and integrated gradients), and separability by a linear probe. Chance: the mean rank of a random order. A plant has taken at a dose where it
 opens the channel for half of the test requests or more; all are listed.
+
+With --check nothing is measured anew: `planted.scorecard` is asked for the same plants and doses, and its ranks must be those of `measured/localise.csv`.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from care_lens.planted.localisers import ranking
 
 log = logging.getLogger("bench_localise")
 TOOK = 0.5
+MEASURED = Path(__file__).parent / "measured" / "localise.csv"
 COLUMNS = {
     "NIE alone": "NIE alone", "TIE alone": "TIE alone", "probe alone": "probe alone", "gradient alone": "gradient alone",
     "integrated alone": "integrated alone", "TransformerLens": "TransformerLens attribution patching",
@@ -87,15 +90,55 @@ def measure(name: str, dose: float, n: int) -> dict[str, object]:
     return row
 
 
+def differing(details: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a scorecard whose rank, or share of requests opened, is not the measured one; methods that were not measured are left out."""
+    column_of = {"localise": "rank", **{method: column for column, method in COLUMNS.items() if column in measured}}
+    known = measured.set_index(["plant", "dose"])
+    rows = []
+    for row in details.loc[details["method"].isin(list(column_of))].to_dict("records"):
+        then = known.loc[(row["plant"], row["dose"])]
+        if isinstance(then["note"], str) and row["method"] not in ("localise", "NIE alone", "TIE alone"):
+            continue  # `localise` had no ranking of it, and the others were not asked
+        was, opened = float(then[column_of[row["method"]]]), float(then["opened"])
+        if not (row["rank"] == was or (pd.isna(row["rank"]) and pd.isna(was))) or row["opened"] != opened:
+            rows.append(
+                {
+                    "method": row["method"],
+                    "plant": row["plant"],
+                    "dose": row["dose"],
+                    "rank": row["rank"],
+                    "measured": was,
+                }
+            )
+    return pd.DataFrame(rows, columns=["method", "plant", "dose", "rank", "measured"])
+
+
+def check(only: list[str] | None, short: bool) -> None:
+    """The scorecard against what was measured, a plant at a time; SystemExit where a rank is another."""
+    measured, wrong = pd.read_csv(MEASURED), []
+    for name in only or planted.names():
+        at = list(planted.doses(name))[-1:] if short else None
+        details = planted.scorecard(plants=[name], at=at, n=24, n_boot=2, progress=False).details
+        wrong.append(differing(details, measured))
+        log.info("%s: %d ranks, %d differ", name, len(details), len(wrong[-1]))
+    found = pd.concat(wrong)
+    if len(found):
+        raise SystemExit(f"the scorecard must give the measured ranks, got others:\n{found.to_string(index=False)}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", help="names of plants")
-    parser.add_argument("--short", action="store_true", help="full dose only, 8 pairs")
+    parser.add_argument("--short", action="store_true", help="full dose only, 8 pairs (with --check 24)")
+    parser.add_argument("--check", action="store_true", help="compare the scorecard with what was measured")
     parser.add_argument("--out", type=Path, default=Path("results/localise"))
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     torch.set_num_threads(options.threads)
+    if options.check:
+        check(options.only, options.short)
+        raise SystemExit
     rows = []
     for name in options.only or planted.names():
         known = list(planted.doses(name))

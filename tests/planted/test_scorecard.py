@@ -1,6 +1,8 @@
 """The planted bench: the truth is where the weights differ, ranks and chance by brute force, TransformerLens's figure against ours."""
 
+import importlib.util
 import itertools
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -14,6 +16,7 @@ from care_lens.mediation import attribute, localise
 from care_lens.planted.plants import plain_model, plant
 from care_lens.planted.scorecard import _reciprocal
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SITES = [f"blocks.{i}.hook_mlp_out" for i in range(5)]
 
 
@@ -142,3 +145,23 @@ def test_intervals_of_ranks_stay_among_the_candidates():
     ranks = planted.summary(cases).set_index("metric").loc["mean rank"]
     assert ranks["value"] == 5.5
     assert ranks["ci_low"] == 1 and ranks["ci_high"] == 24
+
+
+def test_the_scorecard_gives_the_ranks_that_were_measured():
+    """Of a plant of each kind at full dose by the gradient, which is quick; ``benchmarks/bench_localise.py --check`` compares all."""
+    spec = importlib.util.spec_from_file_location("bench_localise", BENCHMARKS / "bench_localise.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    measured = pd.read_csv(bench.MEASURED)
+    plants = {planted.place_of(name).kind: name for name in reversed(planted.names())}
+    methods = {"gradient alone": planted.METHODS["gradient alone"]}
+    details = planted.scorecard(
+        methods, plants=[*plants.values()], at=[1.0], ours=False, n_boot=2, progress=False
+    ).details
+    assert len(details) == len(plants) == 5
+    assert bench.differing(details, measured).empty
+    then = measured.set_index(["plant", "dose"]).loc[pd.MultiIndex.from_frame(details[["plant", "dose"]])]
+    assert details["of"].tolist() == then["of"].tolist()
+    assert details["chance"].tolist() == pytest.approx(then["chance"].tolist())
+    details.loc[1, "rank"] += 1
+    assert bench.differing(details, measured)["plant"].tolist() == [details.loc[1, "plant"]]
