@@ -1,8 +1,10 @@
 """Options of the command line: one set for safety and utility, a file of options, the version."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 from zoo.tiny import make_llava
@@ -41,7 +43,8 @@ def asked(monkeypatch, study):
         raise NeedsError("stop here")
 
     monkeypatch.setattr("care_lens.pipeline.run", run)
-    monkeypatch.setattr(cli.loading, "load", lambda *_: (None, study))
+    lvlm = SimpleNamespace(hf_model=torch.nn.Linear(1, 1))  # how large it is says in how many processes it answers
+    monkeypatch.setattr(cli.loading, "load", lambda *_: (lvlm, study))
     return held
 
 
@@ -149,3 +152,19 @@ def test_what_generates_goes_by_the_settings_of_the_run_and_the_model_is_left_as
         assert lvlm.hf_model.generation_config is before and lvlm.generation_settings() == plain
     (held,) = [value["generation"] for value in store.settings.values()]
     assert held["do_sample"] is True and held["temperature"] == 2.0 and held["max_new_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "parameters", "expected"), [(None, 10, 3), (5, 10, 5), (None, 10**9, 1), (2, 10**9, 2)]
+)
+def test_small_models_answer_in_a_process_a_core(monkeypatch, asked, parameters, expected):
+    from care_lens.cli import asked as options
+    from care_lens.core.forked import workers
+
+    monkeypatch.setattr(options, "_cores", lambda: 3)
+    lvlm = SimpleNamespace(hf_model=SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: parameters)]))
+    with options.Asked(workers=asked).answering(lvlm):
+        assert workers() == expected
+    monkeypatch.setattr(options, "_cores", lambda: 64)
+    with options.Asked().answering(SimpleNamespace(hf_model=torch.nn.Linear(1, 1))):
+        assert workers() == 8
