@@ -52,21 +52,22 @@ def attack(
     lvlm, study = asked.load()
     settings = asked.settings(study)
     study = settings.asked(study.limited(settings.limit) if settings.limit else study)
-    table = attack_study(
-        lvlm,
-        study,
-        attacks,
-        read,
-        asked.out,
-        channels=texts(channels, "--channels"),
-        n=n,
-        benign=benign,
-        adaptive=adaptive,
-        generation=settings.generation,
-        batch_size=settings.batch_size,
-        n_boot=settings.n_boot,
-        seed=asked.seed,
-    )
+    with asked.answering(lvlm):
+        table = attack_study(
+            lvlm,
+            study,
+            attacks,
+            read,
+            asked.out,
+            channels=texts(channels, "--channels"),
+            n=n,
+            benign=benign,
+            adaptive=adaptive,
+            generation=settings.generation,
+            batch_size=settings.batch_size,
+            n_boot=settings.n_boot,
+            seed=asked.seed,
+        )
     text = table.to_markdown(metrics=("asr", "accuracy"))
     write_whole(asked.out / "attacks.md", text + "\n")
     save_figure(table.plot(), asked.out / "figures" / "attacks.html")

@@ -13,13 +13,14 @@ threads gain little, since each operation is short.
 import contextlib
 import ctypes
 import logging
-import multiprocessing
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
@@ -79,65 +80,43 @@ def forked(function: Callable[[Job], Made], jobs: Sequence[Job], *, alone: bool 
         alone: Whether this process does all, as it must with a GPU.
 
     Yields:
-        One for each job. Where a copy dies (killed for memory, say), this process does the rest of its jobs.
+        One for each job. Where a copy dies (killed for memory, say), this process does what is left.
     """
     n = 1 if alone else min(workers(), len(jobs))
     if n <= 1:
         yield from map(function, jobs)
         return
-    context, ends, copies = multiprocessing.get_context("fork"), [], []
+    # What the copies begin with is not pickled: a fork has it.
+    copies = ProcessPoolExecutor(
+        n, mp_context=get_context("fork"), initializer=_begin, initargs=(function, jobs, os.getpid())
+    )
+    done = 0
     try:
-        for rank in range(n):
-            ours, theirs = context.Pipe(duplex=False)
-            copy = context.Process(
-                target=_work, args=(function, jobs[rank::n], theirs, [*ends, ours], os.getpid()), daemon=True
-            )
-            with warnings.catch_warnings():  # threads of progress bars are none of its business
-                warnings.simplefilter("ignore", DeprecationWarning)
-                copy.start()
-            theirs.close()
-            ends.append(ours)
-            copies.append(copy)
-        dead: set[int] = set()
-        for i, job in enumerate(jobs):
-            rank = i % n
-            if rank not in dead:
-                try:
-                    made, error = ends[rank].recv()
-                except (EOFError, OSError):
-                    log.warning("a worker process died; its jobs are done here")
-                    dead.add(rank)
-                else:
-                    if error is not None:
-                        raise error
-                    yield made
-                    continue
-            yield function(job)
+        for made in copies.map(_do, range(len(jobs))):
+            done += 1
+            yield made
+    except BrokenProcessPool:
+        log.warning("a worker process died; the jobs that are left are done here")
+        yield from map(function, jobs[done:])
     finally:
-        for end, copy in zip(ends, copies, strict=True):
-            end.close()
-            copy.kill()
-            copy.join()
+        copies.shutdown(cancel_futures=True)
 
 
-def _work(function: Callable[[Any], Any], jobs: Sequence[Any], out: Any, foreign: Sequence[Any], parent: int) -> None:
-    """The life of a copy: it ends with its parent, and leaves interrupts from the keyboard to it."""
+_given: tuple[Callable[[Any], Any], Sequence[Any]]
+
+
+def _begin(function: Callable[[Any], Any], jobs: Sequence[Any], parent: int) -> None:
+    """A copy ends with its parent, leaves interrupts from the keyboard to it, and has one thread."""
+    global _given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    for end in foreign:
-        end.close()
+    if os.getppid() != parent:  # it ended in between
+        os._exit(1)
     torch.set_num_threads(1)
     _WORKERS.set(1)
-    for job in jobs:
-        try:
-            sent = function(job), None
-        except Exception as error:
-            sent = None, error
-        try:
-            out.send(sent)
-        except BrokenPipeError:
-            return
-        except Exception as error:  # what cannot be pickled
-            out.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
+    _given = function, jobs
+
+
+def _do(number: int) -> Any:
+    function, jobs = _given
+    return function(jobs[number])
