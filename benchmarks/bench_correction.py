@@ -41,7 +41,7 @@ def population(run: Path) -> pd.DataFrame:
     """A row an attacked answer: defence, group, what is true, what the judge under test says."""
     answers = [
         answer
-        for answer in GenerationStore(run / "frames" / "answers.jsonl").answers()
+        for answer in GenerationStore.in_folder(run / "frames").answers()
         if answer.harmful and answer.defence in DEFENCES and not answer.channel.startswith("gradient")
     ]
     examples, texts = [a.to_example() for a in answers], [a.response for a in answers]

@@ -87,7 +87,6 @@ def diagnose(asked: Asked) -> None:
 def fit(asked: Asked) -> None:
     """Rank places, learn on the fit split and choose on validation; saves the repair to OUT/repair."""
     start(asked.threads)
-    from care_lens.evaluation import GenerationStore
     from care_lens.mediation.placement import reader_layers
     from care_lens.pipeline.choose import choose
     from care_lens.pipeline.chosen import chosen
@@ -95,7 +94,7 @@ def fit(asked: Asked) -> None:
     from care_lens.pipeline.generating import generating
     from care_lens.pipeline.learn import capture_fit
     from care_lens.pipeline.needs import require_feasible
-    from care_lens.pipeline.prove import SEARCH
+    from care_lens.pipeline.prove import search_store
     from care_lens.pipeline.run import open_stage
 
     lvlm, study = asked.load()
@@ -111,7 +110,7 @@ def fit(asked: Asked) -> None:
     ):
         effects, _ = measure_pairs(lvlm, study, settings, stage, maps=False)
         placement = reader_layers(rank_pairs(effects, settings, stage), lvlm.n_layers(), score=settings.carrier_score)
-        rows, store = capture_fit(lvlm, study, settings), GenerationStore(stage.directory / SEARCH)
+        rows, store = capture_fit(lvlm, study, settings), search_store(stage.directory, study)
         choice = chosen(stage, out, lambda: choose(lvlm, study, rows, settings, placement=placement, store=store))
     base.console.print(f"{choice.plan}; written at {choice.writer_site}: {out / 'repair'}")
 

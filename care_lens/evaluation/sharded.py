@@ -72,7 +72,7 @@ def generate_sharded(
         wait: Seconds that the first process waits for the others.
 
     Returns:
-        In the first process one answer an example, in order, which stand in ``answers.jsonl`` too; in the others None.
+        In the first process one answer an example, in order, which stand in ``answers.jsonl`` too (``answers.sqlite`` where that is there, or one process has more than 20,000); in the others None.
 
     Raises:
         ProcessError: If another process does not finish.
@@ -82,7 +82,8 @@ def generate_sharded(
     options: dict[str, Any] = {"defence_name": defence_name, "repair": repair, "batch_size": batch_size, "seed": seed}
     options |= {"generation": generation, "progress": progress and process.first}
     if process.alone:
-        return generate_all(lvlm, examples, store=_job_store(directory, examples), **options)
+        store = _job_store(directory, examples, expected=len(examples))
+        return generate_all(lvlm, examples, store=store, **options)
     mine = own_share(lvlm, examples, process, batch_size=batch_size)
     own = GenerationStore(directory / f"{ANSWERS}.{process.name}.jsonl")
     _take_over(own, [path for path in _stores(directory) if path != own.path], mine)
@@ -157,7 +158,7 @@ def evaluate_sharded(
         suites,
         defences,
         judge=judge,
-        store=_job_store(Path(directory), examples),
+        store=_job_store(Path(directory), examples, expected=len(examples) * len(defences) if process.alone else 0),
         batch_size=batch_size,
         seed=seed,
         progress=progress,
@@ -166,16 +167,18 @@ def evaluate_sharded(
     )
 
 
-def _job_store(directory: Path, examples: Sequence[Example]) -> GenerationStore:
-    """The store of a job, with what its processes have answered."""
-    store = GenerationStore(directory / f"{ANSWERS}.jsonl")
+def _job_store(directory: Path, examples: Sequence[Example], *, expected: int = 0) -> GenerationStore:
+    """The store of a job, with what its processes have answered; new ones of several processes are JSON lines, for SQLite's locks too are
+    not to be relied on over network file systems."""
+    store = GenerationStore.in_folder(directory, ANSWERS, expected=expected)
     _take_over(store, [path for path in _stores(directory) if path != store.path], examples)
     return store
 
 
 def _stores(directory: Path) -> list[Path]:
     """The store of the job and those of its processes, of whatever number they were."""
-    return sorted({*directory.glob(f"{ANSWERS}.jsonl"), *directory.glob(f"{ANSWERS}.*-of-*.jsonl")})
+    of_the_job = (directory / f"{ANSWERS}{suffix}" for suffix in (".jsonl", ".sqlite"))
+    return sorted({*(path for path in of_the_job if path.exists()), *directory.glob(f"{ANSWERS}.*-of-*.jsonl")})
 
 
 def _take_over(store: GenerationStore, others: Sequence[Path], examples: Sequence[Example]) -> None:

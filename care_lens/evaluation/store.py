@@ -29,6 +29,9 @@ from care_lens.evaluation.answer_table import MAGIC, SUFFIXES, AnswerTable
 
 Key = tuple[str, str, str, int, str, str]
 
+#: A new store of a command that is to hold more answers than these is an SQLite file: JSON lines of 200,000 take half a minute to open.
+MANY = 20_000
+
 
 @dataclass(frozen=True)
 class StoredAnswer:
@@ -120,6 +123,23 @@ class GenerationStore(LinesRepr):
         lines = self.path if self._table is None else None
         self._journal = None if lines is None else Journal(lines, kind="GenerationStore", older=_older)
         self.refresh()
+
+    @classmethod
+    def in_folder(cls, directory: str | Path, name: str = "answers", *, expected: int = 0) -> "GenerationStore":
+        """The store of a folder: the one that is there, or a new one of the kind that suits the number of its answers.
+
+        Args:
+            directory: The folder.
+            name: The file's name without its ending.
+            expected: How many answers a new store is to hold, about: an SQLite file for more than 20,000, else JSON lines. What is there
+                is kept on with, whatever it is; of an SQLite file and JSON lines of one name the former, into which the latter is copied.
+
+        Example:
+            >>> GenerationStore.in_folder("results", expected=200_000).path.name
+            'answers.sqlite'
+        """
+        lines, table = Path(directory) / f"{name}.jsonl", Path(directory) / f"{name}.sqlite"
+        return cls(table if table.exists() or (expected > MANY and not lines.exists()) else lines)
 
     def shown(self) -> tuple[str, dict[str, str]]:
         """How many answers, and where they are kept."""

@@ -149,6 +149,7 @@ def attack_study(
     suites = study.channels("test", harmful=False)
     harmless = [replace(e, id=f"{channel}/{e.id}") for channel, suite in suites.items() for e in suite[:benign]]
     generation = generation or GenerationSettings()
+    expected = (len(requests) * len(attacks) * (2 if adaptive else 1) + len(harmless)) * (1 + len(defences))
     with in_use(directory), generating(lvlm, generation):
         swept(directory)  # what a kill has left
         table = attack_table(
@@ -160,7 +161,7 @@ def attack_study(
             benign={"benign": harmless} if harmless else None,
             adaptive=adaptive,
             directory=directory / "attacks",
-            store=GenerationStore(directory / "answers.jsonl"),
+            store=GenerationStore.in_folder(directory, expected=expected),
             batch_size=batch_size,
             n_boot=n_boot,
             seed=seed,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -32,8 +33,6 @@ from care_lens.repair import ConformalGate, HybridFusion, random_control, read_s
 log = logging.getLogger(__name__)
 
 
-#: Where answers of candidates are kept, on validation; those of the test split are apart.
-SEARCH = "search.jsonl"
 RANDOM, SHUFFLED = "control: random writer", "control: shuffled labels"
 
 
@@ -65,6 +64,18 @@ class Proof:
     def left_out(self) -> Mapping[str, str]:
         """Defences that could not be made, and why."""
         return self.table.settings.get("left_out", {})
+
+
+def search_store(directory: Path, study: Study) -> GenerationStore:
+    """Where answers of candidates are kept, on validation; those of the test split are apart.
+
+    Args:
+        directory: of the run.
+        study: some twelve candidates are asked its validation split.
+    """
+    return GenerationStore.in_folder(
+        directory, "search", expected=12 * sum(map(len, study.suites["validation"].values()))
+    )
 
 
 def random_writers(choice: Choice, rows: FitRows, settings: RunSettings) -> dict[str, HybridFusion]:
@@ -170,8 +181,9 @@ def prove(
         settings: of the run.
         stage: where answers and tables are kept.
     """
-    store = GenerationStore(stage.directory / "answers.jsonl")
-    searched = GenerationStore(stage.directory / SEARCH)
+    # Undefended, the repair, two controls, three rivals.
+    store = GenerationStore.in_folder(stage.directory, expected=7 * sum(map(len, study.suites["test"].values())))
+    searched = search_store(stage.directory, study)
     key = repair_fingerprint(choice.repair)[:8]
 
     def table(

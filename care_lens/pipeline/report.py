@@ -106,14 +106,14 @@ def write_report(run: Run, out: str | Path) -> Path:
 
     Args:
         run: the results.
-        out: folder of the run; example answers are taken from its ``frames/answers.jsonl``, and left out where there is none.
+        out: folder of the run; example answers are taken from the answers in its ``frames``, and left out where there are none.
 
     Returns:
         The page.
     """
     out = Path(out)
-    answers = out / "frames" / "answers.jsonl"
-    made = ReportParts(run, figures(run), GenerationStore(answers) if answers.exists() else None)
+    answers = GenerationStore.in_folder(out / "frames")
+    made = ReportParts(run, figures(run), answers if len(answers) else None)
     for name, figure in made.images.items():
         plots.save_figure(figure, out / "figures" / f"{name}.html")
     key = summary(run)

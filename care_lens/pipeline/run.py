@@ -15,7 +15,7 @@ from care_lens.core.identity import content_digest, model_fingerprint
 from care_lens.core.progress import Steps
 from care_lens.core.results import package_versions
 from care_lens.data.study import Study
-from care_lens.evaluation import GenerationStore, judge_name
+from care_lens.evaluation import judge_name
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.placement import reader_layers
 from care_lens.pipeline.choose import Choice, choose
@@ -24,7 +24,7 @@ from care_lens.pipeline.diagnose import Diagnosis, diagnose
 from care_lens.pipeline.generating import generating
 from care_lens.pipeline.learn import capture_fit, printed_subspaces
 from care_lens.pipeline.needs import require_ready
-from care_lens.pipeline.prove import SEARCH, Proof, prove
+from care_lens.pipeline.prove import Proof, prove, search_store
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.settings import RunSettings
 from care_lens.subspace import SafetySubspace
@@ -166,7 +166,7 @@ def run(
                 subspace.save(out / "subspaces" / subspace_folder(subspace))
         with step("choose"):
             placement = reader_layers(diagnosis.places, lvlm.n_layers(), score=settings.carrier_score)
-            store = GenerationStore(stage.directory / SEARCH)
+            store = search_store(stage.directory, study)
             choice = chosen(
                 stage,
                 out,

@@ -175,3 +175,16 @@ def test_answers_are_generated_once(small, suites, tmp_path, monkeypatch):
     whole = generate_all(small, asked, store=GenerationStore(path), **options)
     assert sizes == [3, 2] and whole[:3] == first
     assert whole == generate_all(small, asked, store=GenerationStore(), **options)
+
+
+def test_a_folder_keeps_the_store_it_has_and_a_new_one_suits_the_number_of_answers(tmp_path):
+    kind = GenerationStore.in_folder(tmp_path, expected=20_000)
+    assert kind.path.name == "answers.jsonl" and not kind.path.exists()
+    many = GenerationStore.in_folder(tmp_path, "search", expected=20_001)
+    assert many.path.name == "search.sqlite" and not many.path.exists()
+    kind.add([answer("a")])
+    assert GenerationStore.in_folder(tmp_path, expected=10**6).answers() == kind.answers()  # what is there is kept on with
+    many.add([answer("b")])
+    assert GenerationStore.in_folder(tmp_path, "search").answers() == many.answers()
+    kind.copied(tmp_path / "answers.sqlite")
+    assert GenerationStore.in_folder(tmp_path).path.name == "answers.sqlite"

@@ -11,6 +11,7 @@ import torch
 from sharded_job import job, suites
 from zoo.tiny import make_llava
 
+from care_lens.core.processes import Process
 from care_lens.evaluation import GenerationSettings, GenerationStore, SubstringRefusalJudge, evaluate_sharded
 from care_lens.lvlm import HookedLVLM
 
@@ -85,6 +86,22 @@ def test_a_job_goes_on_in_another_number_of_processes(both, monkeypatch):
             settings=GenerationSettings(max_new_tokens=4),
         )  # fmt: skip
     pd.testing.assert_frame_equal(table.trials, alone["tables"]["greedy"].trials)
+
+
+def test_a_large_job_is_kept_in_an_sqlite_file_which_any_later_one_takes_over(both, tmp_path, monkeypatch):
+    _, alone, _ = both
+    options = {"judge": SubstringRefusalJudge(), "batch_size": 2, "n_boot": 50, "progress": False}
+    asked = {**options, "settings": GenerationSettings(max_new_tokens=4)}
+    with HookedLVLM.from_hf(*make_llava()) as lvlm:
+        monkeypatch.setattr("care_lens.evaluation.store.MANY", 3)
+        table = evaluate_sharded(lvlm, suites(), {"none": None}, directory=tmp_path, **asked)
+        assert [path.name for path in tmp_path.glob("answers.*")] == ["answers.sqlite"]
+        monkeypatch.setattr(HookedLVLM, "generate", lambda *_, **__: pytest.fail("generated again"))
+        process = Process(0, 2)
+        monkeypatch.setattr("care_lens.evaluation.sharded.wait_for", lambda *_, **__: None)  # the other had nothing to do
+        again = evaluate_sharded(lvlm, suites(), {"none": None}, directory=tmp_path, process=process, **asked)
+    for found in (table, again):
+        pd.testing.assert_frame_equal(found.trials, alone["tables"]["greedy"].trials)
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampled"])
