@@ -120,7 +120,7 @@ class RunSettings:
             epsilons=(0.02,),
             candidates=2,
             random_seeds=2,
-            printed_alphas=(1.0, 4.5),
+            printed_alphas=(4.5,),
             steering=(0.5,),
         )
 

@@ -183,7 +183,9 @@ def test_a_folder_keeps_the_store_it_has_and_a_new_one_suits_the_number_of_answe
     many = GenerationStore.in_folder(tmp_path, "search", expected=20_001)
     assert many.path.name == "search.sqlite" and not many.path.exists()
     kind.add([answer("a")])
-    assert GenerationStore.in_folder(tmp_path, expected=10**6).answers() == kind.answers()  # what is there is kept on with
+    assert (
+        GenerationStore.in_folder(tmp_path, expected=10**6).answers() == kind.answers()
+    )  # what is there is kept on with
     many.add([answer("b")])
     assert GenerationStore.in_folder(tmp_path, "search").answers() == many.answers()
     kind.copied(tmp_path / "answers.sqlite")

@@ -98,7 +98,9 @@ def test_a_large_job_is_kept_in_an_sqlite_file_which_any_later_one_takes_over(bo
         assert [path.name for path in tmp_path.glob("answers.*")] == ["answers.sqlite"]
         monkeypatch.setattr(HookedLVLM, "generate", lambda *_, **__: pytest.fail("generated again"))
         process = Process(0, 2)
-        monkeypatch.setattr("care_lens.evaluation.sharded.wait_for", lambda *_, **__: None)  # the other had nothing to do
+        monkeypatch.setattr(
+            "care_lens.evaluation.sharded.wait_for", lambda *_, **__: None
+        )  # the other had nothing to do
         again = evaluate_sharded(lvlm, suites(), {"none": None}, directory=tmp_path, process=process, **asked)
     for found in (table, again):
         pd.testing.assert_frame_equal(found.trials, alone["tables"]["greedy"].trials)
