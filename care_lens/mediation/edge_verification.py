@@ -17,14 +17,13 @@ from torch import Tensor
 from care_lens.core import Outcome, PairedExamples, Site, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.core.progress import Steps
-from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.edge_nodes import ATTN, END, MLP, Node, nodes, position_of
 from care_lens.mediation.edges import EdgeResult, edge_batches
 from care_lens.mediation.mediators import HEADS
 from care_lens.mediation.pairs import PairBatch, bound_to_rows, logits_needed
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.rank_measures import rank_measures
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import require_options
 

@@ -16,7 +16,7 @@ tokens after its end) is left out of that cell; ``n`` counts the pairs of a cell
 n = 0. Effects that cannot be told from rounding are 0 (``care_lens.mediation.resolution``).
 
 Cost: for each mediator and position the twins whose activations differ there are run once. In the language tower only
-what the patch can change is run (``care_lens.mediation.replay``); in the vision tower whole forward passes are.
+what the patch can change is run (``care_lens.lvlm.replay``); in the vision tower whole forward passes are.
 Memory: the activations of one layer's sites (of a group's sites) for one batch, and what replay keeps.
 """
 

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from care_lens.core import Outcome, Site
-from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.mediation_cells import Cell, needs_image
 from care_lens.mediation.mediators import Mediator
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed
 from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.sweep import Part
 
 

@@ -22,11 +22,10 @@ from jaxtyping import Bool
 from care_lens.core import Outcome, PairedExamples, Site, SiteLike
 from care_lens.core.details import DetailedResult, metric_name, sampling, site_columns, tidy
 from care_lens.core.spans import PatchGrid
-from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.regions import Region, region_settings
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
 

@@ -4,7 +4,7 @@ A patch replaces, at one or several sites, some positions of a row by its donor'
 heads or neurons of it. A patch that would write what is there already is not run, since its outcome is the untouched
 one, and patches that come to the same are run once. (Twins that share their picture have the same activations in
 the vision tower and, with a causal language model, at the image positions.) Where a
-:class:`~care_lens.mediation.replay.Replay` of the batch is given, only what a patch can change is run; as passes are
+:class:`~care_lens.lvlm.Replay` of the batch is given, only what a patch can change is run; as passes are
 then shorter, more patches go together, as many as take the memory of a whole batch. Hooks return new tensors and
 write nowhere in place.
 """
@@ -22,8 +22,7 @@ from torch import Tensor
 from care_lens.core import Outcome, Site, require_outcome
 from care_lens.core.display import ShortRepr
 from care_lens.core.verdicts import read_out
-from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.mediation.replay import Edit, Replay
+from care_lens.lvlm import Edit, HookedLVLM, LVLMInputs, Replay
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,14 +24,13 @@ import torch
 
 from care_lens.core import Outcome, PairedExamples, Site, content_digest, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, sampling, tidy
-from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.attribution import AttributionResult
 from care_lens.mediation.attribution_units import patch_places
 from care_lens.mediation.errors import MediationError
 from care_lens.mediation.pairs import PairBatch, bound_to_rows, logits_needed, pair_batches, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.rank_measures import rank_measures
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
 

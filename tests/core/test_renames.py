@@ -112,6 +112,9 @@ def test_signatures_show_the_present_name():
         ("pipeline.choose", "offline", "repair", "captured_scores"),
         ("pipeline.place", "reader_layers", "mediation", "reader_layers"),
         ("mediation.frames", "tidy", "core.details", "tidy"),
+        ("mediation", "Replay", "lvlm", "Replay"),
+        ("mediation.replay", "Replay", "lvlm", "Replay"),
+        ("mediation.replay", "Edit", "lvlm", "Edit"),
     ],
 )
 def test_earlier_names_are_still_imported_with_a_warning(module, old, home, new):
@@ -128,7 +131,7 @@ def test_the_package_does_not_use_its_earlier_names():
     root = Path(care_lens.__file__).parents[1]
     files = [p for room in ("care_lens", "benchmarks", "tutorials", "docs") for p in (root / room).rglob("*.py")]
     former = re.compile(
-        r"\b(NothingToLocalise|TooManyMissing|NoRefusalDirection|NoCandidate)\b|from care_lens\.(baselines|mediation\.frames|mediation\.separability|pipeline\.place)\b"
+        r"\b(NothingToLocalise|TooManyMissing|NoRefusalDirection|NoCandidate)\b|from care_lens\.(baselines|mediation\.frames|mediation\.replay|mediation\.separability|pipeline\.place)\b"
     )
     used = [
         f"{path.relative_to(root)}: {line.strip()}"
