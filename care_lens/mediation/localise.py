@@ -21,7 +21,7 @@ import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, ratio_of_means
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, ratio_of_means
 from care_lens.core.details import sampling, tidy
 from care_lens.core.errors import CareLensError
 from care_lens.core.results import FrameResult
@@ -84,7 +84,7 @@ def localise(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     sites: Sequence[SiteLike | Mediator] | None = None,
     spans: int = 3,
     batch_size: int = 32,
@@ -211,7 +211,7 @@ def rank_places(
 
 
 def refine(
-    lvlm: HookedLVLM, pairs: PairedExamples, place: SiteLike, *, outcome: Outcome, **options: Any
+    lvlm: HookedLVLM, pairs: PairedExamples, place: SiteLike, *, outcome: Outcome | BaseOutcome, **options: Any
 ) -> Localisation:
     """The heads of an attention output or the neurons of an MLP output, ranked in the same way.
 
