@@ -24,7 +24,8 @@ OTHER_WORDS = {
     "batch_size": {"bs", "batchsize"},
     "seed": {"random_state", "random_seed"},
     "progress": {"verbose", "quiet", "show_progress"},
-    "confidence": {"confidence_level", "ci"},
+    "confidence": {"confidence_level", "ci", "level"},
+    "significance": {"p_level", "alpha_level", "sig"},
 }
 KINDS = {"n_boot": "int", "batch_size": "int", "seed": "int", "progress": "bool", "n_permutations": "int"}
 """What an option is wherever it has that name and a default; None stands for what the model or the settings say."""
@@ -96,6 +97,30 @@ def test_signatures_show_the_present_name():
     with pytest.warns(FutureWarning, match="old of call is called new"):
         assert call(old=5) == 5
     assert call() == 3 and call(4) == 4
+
+
+def test_a_probability_of_a_false_find_is_called_significance_everywhere():
+    """``confidence`` is that of intervals, ``alpha`` the strength of a write."""
+    from care_lens.evaluation import paper_table, rank
+    from care_lens.mediation import localise
+    from care_lens.subspace import PermutationRank
+
+    with pytest.warns(FutureWarning, match="level of PermutationRank is called significance now") as told:
+        rule = PermutationRank(draws=39, level=0.1)  # pyright: ignore[reportCallIssue]
+    assert told[0].filename == __file__
+    assert rule == PermutationRank(39, 0.1) and [*inspect.signature(PermutationRank).parameters] == [
+        "draws",
+        "significance",
+    ]
+    with pytest.warns(FutureWarning, match="level of PermutationRank is called significance now"):
+        assert rule.level == 0.1  # pyright: ignore[reportAttributeAccessIssue]
+    for call, new in ((rank, "significance"), (paper_table, "significance"), (localise, "n_spans")):
+        assert new in inspect.signature(call).parameters
+    with (
+        pytest.warns(FutureWarning, match="alpha of rank is called significance"),
+        pytest.raises(ValueError, match="significance must be"),
+    ):
+        rank(None, metric="asr", alpha=2.0)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize(
