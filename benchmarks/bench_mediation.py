@@ -28,9 +28,8 @@ from transformer_lens.patching import get_act_patch_block_every
 
 from care_lens import organism
 from care_lens.core import PairedExamples
-from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation import mediate
-from care_lens.mediation.replay import Replay
 
 logger = logging.getLogger("bench_mediation")
 

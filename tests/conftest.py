@@ -27,7 +27,7 @@ LONG = (
     "tutorials/test_tutorials",
     "pipeline/test_run",
     "pipeline/test_killed_run",
-    "mediation/test_replay",
+    "lvlm/test_replay",
     "lvlm/test_every_family",
     "docs/test_readme",
     "evaluation/test_tuning",

@@ -60,7 +60,7 @@ with planted.load("neurons_5") as plant:
     for example in pairs[0]:
         answer = plant.lvlm.generate(plant.lvlm.prepare(example), max_new_tokens=14).texts[0]
         print(f"{example.id:35} {example.prompt} -> {answer}")
-    found = localise(plant.lvlm, pairs, outcome=organism.outcome(), spans=0, progress=False)
+    found = localise(plant.lvlm, pairs, outcome=organism.outcome(), n_spans=0, progress=False)
     every, truth = planted.candidates(plant.lvlm), plant.sites
 places = found.frame[["mediator", "score", "ci_low", "ci_high", "sufficient", "necessary", "first", "n"]]
 places.head(5).round(2)

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from care_lens.attacks.common import described, frozen, identity, on_model, require_requests, run_settings
-from care_lens.attacks.losses import TARGET_LIKELIHOOD, AttackLoss
+from care_lens.attacks.losses import TARGET_LIKELIHOOD, AttackLoss, wants_responses
 from care_lens.attacks.objective import PictureObjective
 from care_lens.attacks.pixels import require_image, to_images, to_pixels
 from care_lens.attacks.rules import StepRule
@@ -213,7 +213,7 @@ class GradientAttack(ABC):
 
     def _targets(self, examples: Sequence[Example]) -> list[list[str]] | None:
         """What is teacher-forced for each example; None where the loss needs no response and none is given."""
-        if self.targets is None and not getattr(self.loss, "responses", False):
+        if self.targets is None and not wants_responses(self.loss):
             return None
         return targets_of(examples, self.targets)
 

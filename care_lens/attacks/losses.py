@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from care_lens.core.digests import content_digest
-from care_lens.core.outcome import Outcome
+from care_lens.core.outcome import BaseOutcome, Outcome, as_outcome, logits_outcome
 from care_lens.core.verdicts import named, read_out, require_outcome
 from care_lens.lvlm.hooked import HookedLVLM
 from care_lens.lvlm.inputs import LVLMInputs
@@ -91,12 +91,12 @@ class OutcomeLoss:
         outcome: Any :class:`~care_lens.core.Outcome`, such as ``study.outcome`` (an :class:`~care_lens.core.UnsafeMargin`).
     """
 
-    outcome: Outcome
+    outcome: Outcome | BaseOutcome
 
     @property
     def responses(self) -> bool:
         """Whether the outcome is of teacher-forced responses."""
-        return bool(getattr(self.outcome, "responses", False))
+        return as_outcome(self.outcome).responses
 
     @property
     def name(self) -> str:
@@ -105,10 +105,10 @@ class OutcomeLoss:
 
     def __call__(self, lvlm: HookedLVLM, inputs: LVLMInputs) -> Float[Tensor, "batch"]:
         """The loss of each row."""
-        keep = 0
-        if getattr(self.outcome, "from_last", False):
+        keep, own = 0, logits_outcome(self.outcome)
+        if own.from_last:
             keep = inputs.input_ids.shape[1] - min(inputs.spans.last_index())
-        return -read_out(self.outcome, lvlm(inputs, logits_to_keep=keep), inputs)
+        return -read_out(own, lvlm(inputs, logits_to_keep=keep), inputs)
 
 
 def counted_tokens(response: Bool[Tensor, "batch pos"], limit: int | None) -> Bool[Tensor, "batch pos"]:

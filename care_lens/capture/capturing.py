@@ -23,7 +23,7 @@ from care_lens.capture.activations import Activations
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.pooling import SELECTIONS, PooledRun
 from care_lens.capture.shards import Shards, held
-from care_lens.core import Example, Outcome, SiteLike
+from care_lens.core import BaseOutcome, Example, Outcome, SiteLike
 from care_lens.core.progress import Steps, resume_from
 from care_lens.core.renames import renamed
 from care_lens.lvlm import HookedLVLM
@@ -39,7 +39,7 @@ def capture(
     *,
     positions: Sequence[str] = ("image", "text", "last"),
     attribution: TokenAttribution | None = None,
-    outcome: Outcome | None = None,
+    outcome: Outcome | BaseOutcome | None = None,
     responses: bool = False,
     batch_size: int = 32,
     progress: bool = True,

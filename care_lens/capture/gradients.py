@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from care_lens.core.outcome import Outcome
+from care_lens.core.outcome import BaseOutcome, Outcome
 from care_lens.core.site import Site, SiteLike
 from care_lens.core.verdicts import read_out, require_outcome
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
 
 def token_gradients(
-    lvlm: HookedLVLM, inputs: LVLMInputs, sites: Sequence[SiteLike], outcome: Outcome
+    lvlm: HookedLVLM, inputs: LVLMInputs, sites: Sequence[SiteLike], outcome: Outcome | BaseOutcome
 ) -> tuple[dict[Site, Float[Tensor, "batch pos d"]], dict[Site, Float[Tensor, "batch pos d"]]]:
     """Activations and the gradients of an outcome in them.
 

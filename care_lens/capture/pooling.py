@@ -11,8 +11,18 @@ from torch import Tensor
 from care_lens.capture.activations import Activations, Key
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.gradients import token_gradients
-from care_lens.core import Example, Outcome, Site, SiteLike, content_digest, examples_digest, package_versions
+from care_lens.core import (
+    BaseOutcome,
+    Example,
+    Outcome,
+    Site,
+    SiteLike,
+    content_digest,
+    examples_digest,
+    package_versions,
+)
 from care_lens.core.identity import model_fingerprint
+from care_lens.core.outcome import logits_outcome
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
@@ -42,7 +52,7 @@ class PooledRun:
     examples: tuple[Example, ...]
     taken: Mapping[Site, tuple[str, ...]]
     attribution: TokenAttribution
-    outcome: Outcome | None
+    outcome: Outcome | BaseOutcome | None
     responses: bool
     batch_size: int
 
@@ -55,7 +65,7 @@ class PooledRun:
         *,
         positions: Sequence[str],
         attribution: TokenAttribution | None,
-        outcome: Outcome | None,
+        outcome: Outcome | BaseOutcome | None,
         responses: bool,
         batch_size: int,
     ) -> "PooledRun":
@@ -86,6 +96,8 @@ class PooledRun:
             raise ValueError(
                 "outcome must be given for attribution of method 'gradient', got None; it is differentiated"
             )
+        if outcome is not None:
+            logits_outcome(outcome)
         return cls(lvlm, tuple(examples), taken, how, outcome, responses, batch_size)
 
     @property

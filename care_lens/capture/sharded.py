@@ -18,7 +18,7 @@ from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.pooling import PooledRun
 from care_lens.capture.shards import Shards, held
 from care_lens.capture.streaming import stream
-from care_lens.core import Example, Outcome, SiteLike
+from care_lens.core import BaseOutcome, Example, Outcome, SiteLike
 from care_lens.core.identity import digest
 from care_lens.core.processes import WAIT, Process, done, wait_for
 from care_lens.core.progress import Steps
@@ -40,7 +40,7 @@ def capture_sharded(
     process: Process | None = None,
     positions: Sequence[str] = ("image", "text", "last"),
     attribution: TokenAttribution | None = None,
-    outcome: Outcome | None = None,
+    outcome: Outcome | BaseOutcome | None = None,
     responses: bool = False,
     batch_size: int = 32,
     progress: bool = True,
@@ -107,7 +107,7 @@ def capture_moments_sharded(
     keep: Keep = "auto",
     seed: int = 0,
     attribution: TokenAttribution | None = None,
-    outcome: Outcome | None = None,
+    outcome: Outcome | BaseOutcome | None = None,
     responses: bool = False,
     batch_size: int = 32,
     progress: bool = True,

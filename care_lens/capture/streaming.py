@@ -16,7 +16,7 @@ from care_lens.capture.activations import Activations, Key
 from care_lens.capture.attribution import TokenAttribution
 from care_lens.capture.pooling import PooledRun
 from care_lens.capture.shards import check_settings, held, require_same
-from care_lens.core import Example, Outcome, SiteLike
+from care_lens.core import BaseOutcome, Example, Outcome, SiteLike
 from care_lens.core.errors import ArtifactError
 from care_lens.core.files import load_artifact, save_artifact, sha256
 from care_lens.core.progress import Steps, resume_from
@@ -48,7 +48,7 @@ def capture_moments(
     keep: Keep = "auto",
     seed: int = 0,
     attribution: TokenAttribution | None = None,
-    outcome: Outcome | None = None,
+    outcome: Outcome | BaseOutcome | None = None,
     responses: bool = False,
     batch_size: int = 32,
     progress: bool = True,

@@ -8,23 +8,27 @@ from care_lens.core.digests import content_digest, examples_digest
 from care_lens.core.errors import ArtifactError, CareLensError, InUseError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.outcome import (
+    BaseOutcome,
+    GeneratedOutcome,
     HasSpans,
     Judge,
     KLDivergence,
     LogitDifference,
     Outcome,
+    OutcomeError,
     PrefixMargin,
     Repair,
     ResponseLogProb,
     UnsafeMargin,
     Verdict,
+    as_outcome,
 )
 from care_lens.core.pictures import PictureError, PictureNotFoundError, open_picture, shown_picture
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import BLOCK_COMPONENTS, Site, SiteLike, Tower
 from care_lens.core.spans import PatchGrid, TokenSpans
 from care_lens.core.stats import Interval, cluster_bootstrap, clustered_rate, paired_difference, rate_ci, ratio_of_means
-from care_lens.core.verdicts import JudgeError, OutcomeError, require_outcome, require_verdicts
+from care_lens.core.verdicts import JudgeError, require_outcome, require_verdicts
 
 __all__ = [
     "BLOCK_COMPONENTS",
@@ -33,11 +37,13 @@ __all__ = [
     "ArtifactError",
     "Attack",
     "AttackResult",
+    "BaseOutcome",
     "CareLensError",
     "Defence",
     "Example",
     "ExampleError",
     "FrameResult",
+    "GeneratedOutcome",
     "HasSpans",
     "InUseError",
     "Interval",
@@ -61,6 +67,7 @@ __all__ = [
     "Turn",
     "UnsafeMargin",
     "Verdict",
+    "as_outcome",
     "cluster_bootstrap",
     "clustered_rate",
     "content_digest",

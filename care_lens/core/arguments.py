@@ -148,6 +148,7 @@ _BY_NAME = {
 #: What to do about a value of another type, by a class in the annotation.
 _ADVICE = {
     "Example": "write Example(prompt, image=picture)",
+    "BaseOutcome": "write a function of logits and inputs, or take care_lens.core.UnsafeMargin",
     "LVLMInputs": "make the batch with lvlm.prepare(examples)",
     "Repair": "a defence has a name and the methods on(lvlm), a context manager, and describe()",
     "Region": "write positions as texts ('5', 'image', 'last')",

@@ -10,7 +10,7 @@ import pandas as pd
 from care_lens.core.cells import restored
 from care_lens.core.errors import ArtifactError
 from care_lens.core.examples import Example
-from care_lens.core.outcome import Outcome
+from care_lens.core.outcome import BaseOutcome, Outcome, given_outcome
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import Site
 
@@ -53,13 +53,15 @@ class DetailedResult(FrameResult):
         return cls(frame, settings, pd.DataFrame({name: _typed(written[name]) for name in written.columns}))
 
 
-def metric_name(outcome: Outcome) -> str:
+def metric_name(outcome: Outcome | BaseOutcome) -> str:
     """The name of an outcome in the column ``metric``."""
+    outcome = given_outcome(outcome)
     return getattr(outcome, "__name__", type(outcome).__name__)
 
 
-def describe_outcome(outcome: Outcome) -> str:
+def describe_outcome(outcome: Outcome | BaseOutcome) -> str:
     """An outcome for the settings; the same text for the same outcome in another process."""
+    outcome = given_outcome(outcome)
     return repr(outcome) if is_dataclass(outcome) else metric_name(outcome)
 
 

@@ -267,7 +267,7 @@ class _Feeder:
             for name in _globals_of(value.__code__):
                 if name in value.__globals__:
                     self._put("global", name)
-                    self._global(value.__globals__[name], value.__module__)
+                    self._global(value.__globals__[name], value.__module__ or "")
         self.feed(value.__defaults__)
         self.feed(value.__kwdefaults__)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):

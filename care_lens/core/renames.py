@@ -53,6 +53,51 @@ def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return decorate
 
 
+def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
+    """A decorator of a dataclass that takes and gives fields under their earlier names too, with a ``FutureWarning`` at the caller's line.
+
+    Args:
+        **names: The present name of each earlier one.
+
+    Example:
+        >>> import warnings
+        >>> from dataclasses import dataclass
+        >>> @renamed_fields(level="significance")
+        ... @dataclass(frozen=True)
+        ... class Rule:
+        ...     significance: float = 0.05
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     Rule(level=0.1).level
+        0.1
+        >>> print(told[0].message)
+        level of Rule is called significance now; the earlier name goes with the next release
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        make: Any = cls.__init__
+        shown = functools.wraps(make)(lambda self, *args, **kwargs: make(self, *args, **kwargs))
+        shown.__name__ = cls.__name__
+        setattr(cls, "__init__", renamed(**names)(shown))  # noqa: B010
+        for old, new in names.items():
+            setattr(cls, old, _earlier(cls.__name__, old, new))
+        return cls
+
+    return decorate
+
+
+def _earlier(owner: str, old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        warnings.warn(
+            f"{old} of {owner} is called {new} now; the earlier name goes with the next release",
+            FutureWarning,
+            stacklevel=_outside(),
+        )
+        return getattr(self, new)
+
+    return property(read)
+
+
 def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """The ``__getattr__`` of a module that gives some names under their earlier names, with a ``FutureWarning`` at the caller's line.
 

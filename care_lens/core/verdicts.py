@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from care_lens.core.errors import CareLensError
-from care_lens.core.outcome import Verdict
+from care_lens.core.outcome import OutcomeError, Verdict, given_outcome, logits_outcome
 
 _VERDICTS = [verdict.value for verdict in Verdict]
 
@@ -21,12 +21,9 @@ class JudgeError(CareLensError, ValueError):
     """A judge did not return one verdict for each answer; the message says which row is wrong."""
 
 
-class OutcomeError(CareLensError, ValueError):
-    """An outcome did not return one finite number for each row of its batch."""
-
-
 def named(function: Any) -> str:
     """What a judge or an outcome is called: its ``name``, else the name of its function or class."""
+    function = given_outcome(function)
     return str(getattr(function, "name", None) or getattr(function, "__name__", None) or type(function).__name__)
 
 
@@ -66,9 +63,10 @@ def read_out(outcome: Any, logits: Tensor, inputs: Any) -> Any:
     Raises:
         OutcomeError: If it is no function of logits and inputs, such as a judge, which reads answers.
     """
-    require_call(outcome, "logits", "inputs", what="an outcome", error=OutcomeError)
+    function = given_outcome(logits_outcome(outcome))
+    require_call(function, "logits", "inputs", what="an outcome", error=OutcomeError)
     try:
-        return outcome(logits, inputs)
+        return function(logits, inputs)
     except JudgeError as error:
         raise OutcomeError(
             f"an outcome is a function of logits and inputs, got {named(outcome)!r}, which judges answers ({error}); for a judge take "

@@ -15,7 +15,7 @@ from care_lens.core.display import ShortRepr, as_text
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.held import Named
-from care_lens.core.outcome import Judge, Outcome, UnsafeMargin
+from care_lens.core.outcome import BaseOutcome, Judge, Outcome, UnsafeMargin
 from care_lens.core.require import require_examples
 from care_lens.data.joining import dealt, held_channels, with_twins
 from care_lens.data.twins import attack_pairs
@@ -72,7 +72,7 @@ class Study(ShortRepr):
     outcome: UnsafeMargin
     refusal: str
     pairs: Mapping[str, PairedExamples] = field(default_factory=dict)
-    pair_outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    pair_outcomes: Mapping[str, Outcome | BaseOutcome] = field(default_factory=dict)
     plain: str = "plain"
     gradient: tuple[Example, ...] = ()
     about: str = ""

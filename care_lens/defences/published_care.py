@@ -86,7 +86,10 @@ class PublishedCARE(HookDefence):
 
     def __post_init__(self) -> None:
         if not self.visual and not self.textual:
-            raise ValueError("visual or textual must hold a subspace, got none; fit it on examples of a modality")
+            raise ValueError(
+                "visual or textual must hold a subspace, got none; fit it on examples of a modality, or take care_lens.repair.NoRepair for "
+                "the model as it is"
+            )
 
     @property
     def layers(self) -> tuple[int, ...]:

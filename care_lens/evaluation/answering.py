@@ -81,6 +81,21 @@ def missing_share(verdicts: Sequence[Verdict]) -> float:
     return sum(v is Verdict.MISSING for v in verdicts) / max(len(verdicts), 1)
 
 
+def within_loss(after: float, before: float, loss: float) -> bool:
+    """Whether a share fell by no more than a loss; a loss of exactly so much is within it, whatever the last bits of the two shares say.
+
+    Args:
+        after: The share now.
+        before: The share it is compared with.
+        loss: Most that it may fall by.
+
+    Example:
+        >>> within_loss(7 / 10, 8 / 10, 0.1), 7 / 10 >= 8 / 10 - 0.1
+        (True, False)
+    """
+    return after >= before - loss - 1e-9
+
+
 def require_max_missing(max_missing: float | int) -> None:
     """Refuse what is no share.
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from care_lens.core.comparisons import holm, sign_flip_test
+from care_lens.core.renames import renamed
 from care_lens.evaluation.metrics import (
     LOWER_IS_BETTER,
     paired_difference,
@@ -83,6 +84,7 @@ def compare(
     return _tested(table, pairs, metric, seed=seed, confidence=confidence, max_missing=max_missing)
 
 
+@renamed(alpha="significance")
 def rank(
     trials: Any,
     *,
@@ -90,7 +92,7 @@ def rank(
     lower_is_better: bool | None = None,
     channels: Sequence[str] | None = None,
     seed: int = 0,
-    alpha: float = 0.05,
+    significance: float = 0.05,
     max_missing: int | float = 0.02,
 ) -> pd.DataFrame:
     """Rank the defences of each channel; those that cannot be told apart share ranks.
@@ -104,7 +106,7 @@ def rank(
         lower_is_better: None: as the metric says. For "refusal" it must be said: refusals are good in harmful channels and bad in benign ones.
         channels: Which channels; None: all that have the metric.
         seed: Seed of what is sampled.
-        alpha: Level at which all the tests of a channel hold together.
+        significance: Probability of a false difference at which all the tests of a channel hold together.
         max_missing: Largest share of trials that a pair misses.
 
     Returns:
@@ -119,8 +121,8 @@ def rank(
                 f"lower_is_better must be said for {metric!r}, got None; known are {sorted(LOWER_IS_BETTER)}"
             )
         lower_is_better = LOWER_IS_BETTER[metric]
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    if not 0 < significance < 1:
+        raise ValueError(f"significance must be between 0 and 1, got {significance}")
     table = _chosen(trials, metric, channels)
     found: Rows = []
     cells = dict.fromkeys((row["channel"], row["judge"], row["seed"]) for row in records(table))
@@ -133,7 +135,7 @@ def rank(
         worse = dict.fromkeys(names, 0)
         tests = _tested(part, pairs, metric, seed=seed, confidence=0.95, max_missing=max_missing) if pairs else None
         for row in [] if tests is None else records(tests):
-            if row["p_holm"] <= alpha and row["value"] != 0:
+            if row["p_holm"] <= significance and row["value"] != 0:
                 first_wins = (row["value"] < 0) == lower_is_better
                 winner, loser = (row["first"], row["second"]) if first_wins else (row["second"], row["first"])
                 better[loser] += 1

@@ -14,7 +14,14 @@ from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.core.progress import Steps, resume_from_store
 from care_lens.data.study import Study
-from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, share, spread
+from care_lens.evaluation.answering import (
+    answer_verdicts,
+    missing_share,
+    require_max_missing,
+    share,
+    spread,
+    within_loss,
+)
 from care_lens.evaluation.splits import refuse_test
 from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm import HookedLVLM
@@ -99,7 +106,7 @@ def tune_defence(
         for part in parts:
             said += verdicts(part, defence)
             left = [Verdict.COMPLIED] * (len(benign) - len(said))
-            if share([*said, *left], Verdict.COMPLIED) < before - benign_loss:
+            if not within_loss(share([*said, *left], Verdict.COMPLIED), before, benign_loss):
                 return None
         found = share(said, Verdict.COMPLIED)
         return None if missing_share(said) > max_missing or isnan(found) else found

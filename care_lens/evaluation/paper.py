@@ -8,6 +8,7 @@ stand below, marked as quoted: they have neither intervals nor marks, since othe
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from care_lens.core.renames import renamed
 from care_lens.evaluation.comparison import compare, rank
 from care_lens.evaluation.metrics import LABELS, LOWER_IS_BETTER, RATES, records, rows_where, trials_of, unit_of
 
@@ -31,6 +32,7 @@ _ESCAPES = {
 }
 
 
+@renamed(alpha="significance")
 def paper_table(
     tables: Any,
     *,
@@ -42,7 +44,7 @@ def paper_table(
     quoted: Mapping[str, Mapping[str, Mapping[str, float | int]]] | None = None,
     intervals: bool = True,
     digits: int = 1,
-    alpha: float = 0.05,
+    significance: float = 0.05,
     max_missing: int | float = 0.04,
     label: str = "tab:defences",
 ) -> str:
@@ -58,7 +60,7 @@ def paper_table(
         quoted: Published figures, as printed there: by the model's name ("" for a single table), then by method, then by channel.
         intervals: Whether intervals are printed.
         digits: Decimals.
-        alpha: Level of the tests.
+        significance: Of the tests: the probability of a mark where there is no difference.
         max_missing: Largest share of trials that a comparison may leave out: those that either defence misses.
         label: Of the LaTeX table.
 
@@ -82,7 +84,7 @@ def paper_table(
     if unknown := sorted({*(quoted or {})} - {*blocks}):
         raise ValueError(f"quoted must be of models in the table, some of {[*blocks]}, got {unknown}")
     style = _Style(form, names or {}, dict(channels) if isinstance(channels, Mapping) else {}, intervals, digits)
-    options = {"alpha": alpha, "max_missing": max_missing}
+    options = {"significance": significance, "max_missing": max_missing}
     body: list[tuple[str, list[list[str]]]] = []
     for model, table in blocks.items():
         best = _best(table, columns, **options)
@@ -105,7 +107,13 @@ def paper_table(
     head = [style.text("Method"), *(style.heading(column, several=len({*metrics}) > 1) for column in columns)]
     every = [row for part in rows.values() for row in part]
     caption = _caption(
-        every, columns, intervals=intervals, against=against, names=names or {}, alpha=alpha, quoted=bool(quoted)
+        every,
+        columns,
+        intervals=intervals,
+        against=against,
+        names=names or {},
+        significance=significance,
+        quoted=bool(quoted),
     )
     return (_latex if form == "latex" else _markdown)(head, body, style.text(caption), label)
 
@@ -181,7 +189,9 @@ def _columns(
     return [(channel, metric) for metric in metrics for channel in order if (channel, metric) in seen]
 
 
-def _best(table: Any, columns: Sequence[Column], *, alpha: float, max_missing: int | float) -> set[tuple[str, Column]]:
+def _best(
+    table: Any, columns: Sequence[Column], *, significance: float, max_missing: int | float
+) -> set[tuple[str, Column]]:
     """Which defences no other is significantly better than; nothing where there is one defence, or no better side."""
     found: set[tuple[str, Column]] = set()
     trials = trials_of(table)
@@ -191,13 +201,13 @@ def _best(table: Any, columns: Sequence[Column], *, alpha: float, max_missing: i
         for channel in [channel for channel, of in columns if of == metric]:
             part = rows_where(trials, (trials["metric"] == metric) & (trials["channel"] == channel))
             if len(set(part["defence"])) > 1:
-                ranks = rank(part, metric=metric, alpha=alpha, max_missing=max_missing)
+                ranks = rank(part, metric=metric, significance=significance, max_missing=max_missing)
                 found |= {(row["defence"], (channel, metric)) for row in records(ranks) if row["rank_best"] == 1}
     return found
 
 
 def _marked(
-    table: Any, columns: Sequence[Column], against: str | None, *, alpha: float, max_missing: int | float
+    table: Any, columns: Sequence[Column], against: str | None, *, significance: float, max_missing: int | float
 ) -> set[tuple[str, Column]]:
     """Which cells differ from the defence that they are compared with."""
     if against is None:
@@ -215,7 +225,7 @@ def _marked(
         if not chosen:  # fidelity, say, which the undefended model has none of
             continue
         tests = compare(table, against=against, metric=metric, channels=chosen, max_missing=max_missing)
-        found |= {(row["first"], (row["channel"], metric)) for row in records(tests) if row["p_holm"] <= alpha}
+        found |= {(row["first"], (row["channel"], metric)) for row in records(tests) if row["p_holm"] <= significance}
     return found
 
 
@@ -246,7 +256,7 @@ def _caption(
     intervals: bool,
     against: str | None,
     names: Mapping[str, str],
-    alpha: float,
+    significance: float,
     quoted: bool,
 ) -> str:
     units = " and ".join(dict.fromkeys(unit_of(metric) for _, metric in columns))
@@ -256,9 +266,11 @@ def _caption(
     kinds = ", ".join(sorted({row["interval"] for row in rows}))
     parts = [f"In {units}" + (f", with 95 % intervals ({kinds})" if intervals else "")]
     parts.append(f"n = {n} a cell; missing: {missing}. Judge: {judges}")
-    parts.append(f"Bold: no other defence is significantly better (paired tests, Holm, {100 * alpha:g} %)")
+    parts.append(f"Bold: no other defence is significantly better (paired tests, Holm, {100 * significance:g} %)")
     if against is not None:
-        parts.append(f"\u2020: differs from {names.get(against, against)} (paired tests, Holm, {100 * alpha:g} %)")
+        parts.append(
+            f"\u2020: differs from {names.get(against, against)} (paired tests, Holm, {100 * significance:g} %)"
+        )
     if quoted:
         parts.append("Quoted: published figures, on other examples, judges or settings")
     return ". ".join(parts) + "."

@@ -30,7 +30,7 @@ from care_lens.core.outcome import Judge, Repair
 from care_lens.core.progress import Steps, resume_from_store
 from care_lens.core.results import package_versions
 from care_lens.data.study import Split, Study
-from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, spread
+from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, spread, within_loss
 from care_lens.evaluation.frontier import METRICS, Frontier, Role, Tried, figures_of, frontier_frame, plain_value
 from care_lens.evaluation.judging import judge_name
 from care_lens.evaluation.metrics import records
@@ -198,9 +198,8 @@ def search(
     gain = benign_loss if over_refusal_gain is None else over_refusal_gain
 
     def within(one: Tried) -> bool:
-        # A hair more, so that a loss of exactly the budget is within it.
-        kept = one.value("utility") >= base.value("utility") - benign_loss - 1e-9
-        return kept and one.value("over_refusal") <= base.value("over_refusal") + gain + 1e-9
+        kept = within_loss(one.value("utility"), base.value("utility"), benign_loss)
+        return kept and within_loss(base.value("over_refusal"), one.value("over_refusal"), gain)
 
     kept = [one for one in tried if within(one)]
     chosen = min(kept, key=lambda one: one.costs) if kept else max(tried, key=lambda one: one.gain)

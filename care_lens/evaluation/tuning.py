@@ -27,7 +27,7 @@ from care_lens.core.progress import Steps, resume_from_store
 from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.data.study import Study
-from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, share
+from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, share, within_loss
 from care_lens.evaluation.frontier import Frontier, Tried, figures_of, frontier_frame
 from care_lens.evaluation.judging import judge_name
 from care_lens.evaluation.store import GenerationStore
@@ -271,6 +271,8 @@ def tune(
         run.repair = repair
     bare = verdicts(benign, None, repairs)
     before = share(bare, Verdict.COMPLIED)
+    if isnan(before):
+        raise ValueError("the undefended model must have an answer with a verdict, got none; the log names the errors")
     with Steps(checked, desc="checking benign answers", disable=not progress, resume=resume) as checks:
         for run in checks:
             run.said[False] = verdicts(benign, run.repair, repairs)
@@ -281,7 +283,8 @@ def tune(
     kept = [
         run
         for run in checked
-        if run.benign["benign_after"] >= before - benign_loss and missing_share(run.said[False]) <= max_missing
+        if within_loss(run.benign["benign_after"], before, benign_loss)
+        and missing_share(run.said[False]) <= max_missing
     ]
     if not kept:
         best = max(run.benign["benign_after"] for run in checked)
@@ -336,7 +339,7 @@ def _frontier(
             measured[id(run)] = Tried(name, "candidate", setting, run.repair, figures_of(name, run.said, asked))
 
     def within(one: Tried) -> bool:
-        return one.value("utility") >= before - settings["benign_loss"] - 1e-9
+        return within_loss(one.value("utility"), before, settings["benign_loss"])
 
     frame = frontier_frame([*measured.values()], [], measured[id(won)], within)
     return Frontier(frame, {**settings, "n_trials": len(measured)})

@@ -23,7 +23,6 @@ from care_lens.mediation.patching import Swap, patched_outcomes
 from care_lens.mediation.paths import PathResult, head_paths, path_effects
 from care_lens.mediation.placement import Placement, localised, reader_layers
 from care_lens.mediation.regions import Region
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.verification import VerifiedResult, verify
 from care_lens.mediation.writing import Writing, neuron_directions, writes_towards
 
@@ -47,7 +46,6 @@ __all__ = [
     "PathResult",
     "Placement",
     "Region",
-    "Replay",
     "SeparabilityResult",
     "Swap",
     "VerifiedResult",
@@ -90,4 +88,7 @@ __all__ = [
 ]
 
 checked(globals(), __all__)
-__getattr__ = moved(__name__, {"NothingToLocalise": "care_lens.mediation.NothingToLocaliseError"})
+__getattr__ = moved(
+    __name__,
+    {"NothingToLocalise": "care_lens.mediation.NothingToLocaliseError", "Replay": "care_lens.lvlm.Replay"},
+)

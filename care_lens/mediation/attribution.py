@@ -38,8 +38,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, Site, SiteLike
 from care_lens.core.details import DetailedResult, metric_name, sampling
+from care_lens.core.outcome import logits_outcome
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.attribution_table import AttributionTable
 from care_lens.mediation.attribution_units import Cell, kept
@@ -86,7 +87,7 @@ def attribute(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     sites: Sequence[SiteLike] | None = None,
     patches: Sequence[SiteLike] | None = None,
     positions: Sequence[Place] = ("all",),
@@ -151,7 +152,7 @@ def attribute(
     require_options(batch_size=batch_size, neurons_by_pair=neurons_by_pair, n_boot=n_boot, seed=seed, least=least)
     named, regions = split_regions(positions)
     require_positions([name for name in named if name not in regions])
-    check_options(outcome, method, points, path)
+    own = check_options(outcome, method, points, path)
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size, regions=regions)
     if bad := misaligned(batches):
         raise ValueError(
@@ -173,7 +174,7 @@ def attribute(
     count = (points or FIRST_POINTS) if method == "integrated" else 0
     while True:
         nodes = nodes_of(count) if count else ((0.0, 1.0),)
-        table, total, entering = _swept(lvlm, batches, outcome, plan, nodes, sweep, progress)
+        table, total, entering = _swept(lvlm, batches, own, plan, nodes, sweep, progress)
         gap = completeness_gap(entering, total)
         if points is not None or not count or gap <= TOLERANCE or count >= MOST_POINTS:
             break
@@ -199,7 +200,7 @@ def attribute(
 def _swept(
     lvlm: HookedLVLM,
     batches: Sequence[PairBatch],
-    outcome: Any,
+    outcome: BaseOutcome,
     plan: Plan,
     nodes: Sequence[tuple[float, float]],
     sweep: Sweep,
@@ -241,7 +242,7 @@ def completeness_gap(entering: Float[ndarray, " n"], total: Float[ndarray, " n"]
     return off / size if size else float("inf") if off else 0.0
 
 
-def check_options(outcome: Any, method: str, points: int | None, path: str) -> None:
+def check_options(outcome: Outcome | BaseOutcome, method: str, points: int | None, path: str) -> BaseOutcome:
     """Refuse unknown methods and paths, too few points, and outcomes without a gradient in the logits of one run.
 
     Raises:
@@ -253,8 +254,4 @@ def check_options(outcome: Any, method: str, points: int | None, path: str) -> N
         )
     if points is not None and points < 1:
         raise ValueError(f"points must be 1 or more, or None for as many as it takes, got {points}")
-    if isinstance(outcome, PrefixMargin) or hasattr(outcome, "generated"):
-        raise ValueError(
-            f"outcome must be read off the logits of one run, got {metric_name(outcome)}; use UnsafeMargin, "
-            "LogitDifference or ResponseLogProb, or patch exactly with mediate"
-        )
+    return logits_outcome(outcome)

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from care_lens.core import Outcome, content_digest
+from care_lens.core import BaseOutcome, Outcome, content_digest
 from care_lens.core.errors import ArtifactError
 from care_lens.core.identity import model_fingerprint
 from care_lens.core.journal import Journal, Row, differing
+from care_lens.core.outcome import given_outcome
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.errors import MediationError
 
@@ -25,7 +26,7 @@ Probe = Sequence[float] | Callable[[], Sequence[float]]
 """Numbers that tell models and examples apart, or what computes them."""
 
 
-def made_by(lvlm: HookedLVLM, *, outcome: Outcome | Callable[..., Any]) -> dict[str, Any]:
+def made_by(lvlm: HookedLVLM, *, outcome: Outcome | BaseOutcome | Callable[..., Any]) -> dict[str, Any]:
     """What the cells of any sweep depend on beside the examples, for the settings of a log.
 
     Args:
@@ -38,7 +39,7 @@ def made_by(lvlm: HookedLVLM, *, outcome: Outcome | Callable[..., Any]) -> dict[
     return {
         "weights": model_fingerprint(lvlm.hf_model),
         "acting": lvlm.acting(),
-        "outcome_digest": content_digest(outcome),
+        "outcome_digest": content_digest(given_outcome(outcome)),
     }
 
 

@@ -8,13 +8,14 @@ projector stay in every circuit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from care_lens.core import Outcome, PairedExamples, examples_digest, ratio_of_means
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, examples_digest, ratio_of_means
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
+from care_lens.core.outcome import logits_outcome
 from care_lens.core.progress import Steps
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.edge_nodes import PROJECTOR, Node, nodes
@@ -69,7 +70,7 @@ def circuit_faithfulness(
     pairs: PairedExamples,
     edges: EdgeResult,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     sizes: Sequence[int] = (0, 5, 10, 20, 50, 100, 200),
     random: int = 10,
     batch_size: int = 32,
@@ -101,6 +102,7 @@ def circuit_faithfulness(
     require_options(random=random, batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
     if not sizes or min(sizes) < 0:
         raise MediationError(f"sizes must be numbers of edges, 0 or more, got {list(sizes)}")
+    own = logits_outcome(outcome)
     batches = edge_batches(lvlm, pairs, outcome, batch_size)
     senders, _ = nodes(lvlm)
     pool = [
@@ -120,7 +122,7 @@ def circuit_faithfulness(
         for batch in batches:
             index = list(batch.index)
             ends[:, index], values[index] = _with_circuits(
-                lvlm, batch, outcome, pool, [one[2] for one in circuits], batch_size
+                lvlm, batch, own, pool, [one[2] for one in circuits], batch_size
             )
             bar.update()
     total, groups = ends[1] - ends[0], list(pairs.groups)
@@ -175,7 +177,7 @@ def _like(circuit: frozenset[Node], pool: Sequence[Node], generator: np.random.G
 def _with_circuits(
     lvlm: HookedLVLM,
     batch: PairBatch,
-    outcome: Any,
+    outcome: BaseOutcome,
     pool: Sequence[Node],
     circuits: Sequence[frozenset[Node]],
     batch_size: int,

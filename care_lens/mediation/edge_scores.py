@@ -10,20 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from care_lens.core import Site
+from care_lens.core import BaseOutcome, Site
 from care_lens.core.site import Tower
+from care_lens.core.verdicts import read_out
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.edge_nodes import ATTN, MID, MLP, POST, PRE, PROJECTOR, Node, position_of
 from care_lens.mediation.interpolation import PATCHES, WORDS, entry_hook, halves, owners
 from care_lens.mediation.mediators import HEADS
-from care_lens.mediation.pairs import PairBatch, logits_needed
+from care_lens.mediation.pairs import PairBatch, bound, logits_needed
+from care_lens.mediation.patching import read_outcome
 
 
 class EdgeScores:
     """The runs of one batch: both ends once, then a graph a node."""
 
     def __init__(
-        self, lvlm: HookedLVLM, batch: PairBatch, outcome: Any, senders: Sequence[Node], receivers: Sequence[Node]
+        self,
+        lvlm: HookedLVLM,
+        batch: PairBatch,
+        outcome: BaseOutcome,
+        senders: Sequence[Node],
+        receivers: Sequence[Node],
     ) -> None:
         self._lvlm, self._batch, self._receivers = lvlm, batch, receivers
         towers: tuple[Tower, ...] = ("vision", "language") if batch.has_images else ("language",)
@@ -34,9 +41,8 @@ class EdgeScores:
         sites = list(dict.fromkeys([*self._entries, *self._written]))
         with torch.no_grad():
             logits, cache = lvlm.run_with_cache(batch.inputs, sites=sites, logits_to_keep=self._keep)
-            if hasattr(outcome, "with_reference"):
-                outcome = outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
-            untouched = outcome(logits, batch.inputs).double().cpu().numpy()
+            outcome = bound(outcome, batch, logits)
+            untouched = read_outcome(outcome, logits, batch.inputs).numpy()
         self.total = untouched[batch.n :] - untouched[: batch.n]
         self._starts: dict[Site, Tensor] = {}
         self._differences: dict[Site, Tensor] = {}
@@ -45,7 +51,7 @@ class EdgeScores:
             self._differences[site] = unsafe - safe
             if site in self._entries:
                 self._starts[site] = safe.clone()
-        self._outcome = outcome.for_rows(list(range(batch.n))) if hasattr(outcome, "for_rows") else outcome
+        self._outcome = outcome.for_rows(list(range(batch.n)))
         self._inputs = batch.inputs.rows(range(batch.n))
 
     def scores(self, at: float) -> Any:
@@ -75,7 +81,7 @@ class EdgeScores:
         hooks += [(site, keep(site)) for site in sorted(set(parts))]
         with torch.enable_grad():
             logits = self._lvlm.run_with_hooks(self._inputs, fwd_hooks=hooks, logits_to_keep=self._keep)
-            value = self._outcome(logits, self._inputs).sum()
+            value = read_out(self._outcome, logits, self._inputs).sum()
             outputs = {node.site: held[node.site] for node in self._receivers}
             gradients = dict(
                 zip(outputs, torch.autograd.grad(value, list(outputs.values()), retain_graph=True), strict=True)

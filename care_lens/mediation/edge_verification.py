@@ -14,17 +14,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from care_lens.core import Outcome, PairedExamples, Site, examples_digest
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, Site, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
+from care_lens.core.outcome import logits_outcome
 from care_lens.core.progress import Steps
-from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.edge_nodes import ATTN, END, MLP, Node, nodes, position_of
 from care_lens.mediation.edges import EdgeResult, edge_batches
 from care_lens.mediation.mediators import HEADS
 from care_lens.mediation.pairs import PairBatch, bound_to_rows, logits_needed
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.rank_measures import rank_measures
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import require_options
 
@@ -59,7 +59,7 @@ def verify_edges(
     pairs: PairedExamples,
     edges: EdgeResult,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     top: int = 20,
     random: int = 20,
     batch_size: int = 32,
@@ -103,10 +103,11 @@ def verify_edges(
     index = [*range(min(top, len(frame))), *sorted(drawn.tolist())]
     chosen = [(by_name[row["sender"]], by_name[row["receiver"]]) for row in frame.iloc[index].to_dict("records")]
     exact = np.full((len(pairs), len(chosen)), np.nan)
+    own = logits_outcome(outcome)
     batches = edge_batches(lvlm, pairs, outcome, batch_size)
     with Steps(total=len(batches) * len(chosen), desc="patching edges", disable=not progress) as bar:
         for batch in batches:
-            run = _Exact(lvlm, batch, outcome, batch_size)
+            run = _Exact(lvlm, batch, own, batch_size)
             for sender in dict.fromkeys(edge[0] for edge in chosen):
                 mine = [i for i, edge in enumerate(chosen) if edge[0] == sender]
                 exact[np.ix_(list(batch.index), mine)] = run.effects(sender, [chosen[i][1] for i in mine])
@@ -160,7 +161,7 @@ def _size(frame: pd.DataFrame, by_name: dict[str, Node], kind: str) -> int:
 class _Exact:
     """Exact effects of edges on the safe rows of one batch."""
 
-    def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: Any, batch_size: int) -> None:
+    def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: BaseOutcome, batch_size: int) -> None:
         self._lvlm, self._batch, self._batch_size = lvlm, batch, batch_size
         self._keep = logits_needed(outcome, batch.inputs)
         self._inputs = batch.inputs.rows(range(batch.n))

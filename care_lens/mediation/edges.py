@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from care_lens.core import Outcome, PairedExamples, cluster_bootstrap, examples_digest
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, cluster_bootstrap, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
 from care_lens.core.progress import Steps
 from care_lens.lvlm import HookedLVLM
@@ -78,7 +78,7 @@ def edge_attribution(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     receivers: Sequence[str] | None = None,
     method: Method = "integrated",
     points: int = FIRST_POINTS,
@@ -123,7 +123,7 @@ def edge_attribution(
     require_options(
         batch_size=batch_size, points=points, keep=keep, n_boot=n_boot, seed=seed, least={"batch_size": 2, "keep": 0}
     )
-    check_options(outcome, method, points, "inputs")
+    own = check_options(outcome, method, points, "inputs")
     senders, able = nodes(lvlm)
     wanted = able if receivers is None else [node for node in able if node.name in set(receivers)]
     if receivers is not None and (unknown := set(receivers) - {node.name for node in able}):
@@ -142,7 +142,7 @@ def edge_attribution(
     values, total = np.zeros((len(pairs), len(edges))), np.zeros(len(pairs))
     with Steps(total=len(batches) * len(nodes_between), desc="attributing edges", disable=not progress) as bar:
         for batch in batches:
-            run = EdgeScores(lvlm, batch, outcome, senders, wanted)
+            run = EdgeScores(lvlm, batch, own, senders, wanted)
             total[list(batch.index)] = run.total
             for at, weight in nodes_between:
                 for (sender, receiver), score in run.scores(at):
@@ -151,7 +151,9 @@ def edge_attribution(
     return _result(pairs, edges, values, total, outcome, method, len(nodes_between), keep, n_boot, seed)
 
 
-def edge_batches(lvlm: HookedLVLM, pairs: PairedExamples, outcome: Any, batch_size: int) -> list[PairBatch]:
+def edge_batches(
+    lvlm: HookedLVLM, pairs: PairedExamples, outcome: Outcome | BaseOutcome, batch_size: int
+) -> list[PairBatch]:
     """The pairs as batches, if edges can be measured on them.
 
     Raises:
@@ -176,7 +178,7 @@ def _result(
     edges: Sequence[tuple[Node, Node]],
     values: np.ndarray,
     total: np.ndarray,
-    outcome: Any,
+    outcome: Outcome | BaseOutcome,
     method: str,
     points: int,
     keep: int,

@@ -13,12 +13,12 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from care_lens.core import Site, SiteLike, require_outcome
+from care_lens.core import BaseOutcome, Site, SiteLike, require_outcome
 from care_lens.core.details import metric_name
 from care_lens.core.verdicts import read_out
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.mediators import HEADS, NEURONS
-from care_lens.mediation.pairs import PairBatch, logits_needed
+from care_lens.mediation.pairs import PairBatch, bound, logits_needed
 
 Path = Literal["inputs", "embeddings"]
 WORDS, PATCHES = Site("language", 0, "hook_resid_pre"), Site("vision", None, "hook_embed")
@@ -142,7 +142,7 @@ class Found:
 
 
 def attributed(
-    lvlm: HookedLVLM, batch: PairBatch, outcome: Any, plan: Plan, nodes: Sequence[tuple[float, float]], bar: Any
+    lvlm: HookedLVLM, batch: PairBatch, outcome: BaseOutcome, plan: Plan, nodes: Sequence[tuple[float, float]], bar: Any
 ) -> Found:
     """Attributions of one batch: two runs without gradients, then one forward and one backward pass a node.
 
@@ -164,8 +164,7 @@ def attributed(
     keep = logits_needed(outcome, batch.inputs)
     with torch.no_grad():
         logits, cache = lvlm.run_with_cache(batch.inputs, sites=sites, logits_to_keep=keep)
-        if hasattr(outcome, "with_reference"):
-            outcome = outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
+        outcome = bound(outcome, batch, logits)
         untouched = _outcomes(outcome, logits, batch.inputs, 2 * batch.n)
     differences, starts = {}, {}
     for site in sites:
@@ -175,7 +174,7 @@ def attributed(
             starts[site] = safe.clone()
     del cache, logits
     inputs = batch.inputs.rows(range(batch.n))
-    outcome = outcome.for_rows(list(range(batch.n))) if hasattr(outcome, "for_rows") else outcome
+    outcome = outcome.for_rows(list(range(batch.n)))
     image = inputs.spans.image if PATCHES in entries else None
     sums: dict[Site, Tensor] = {}
     picture: dict[Site, Tensor] = {}
@@ -187,7 +186,7 @@ def attributed(
         ]
         hooks += [(site, _keep(held, picture, lvlm, site)) for site in sites]
         with torch.enable_grad():
-            value = outcome(lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=keep), inputs)
+            value = read_out(outcome, lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=keep), inputs)
             if not value.requires_grad:
                 raise ValueError(
                     f"outcome must be differentiable in the logits, got {metric_name(outcome)} without gradient"
@@ -208,7 +207,7 @@ def attributed(
     return Found(scores, picture, untouched.reshape(2, -1), entering.numpy())
 
 
-def _outcomes(outcome: Any, logits: Tensor, inputs: Any, rows: int) -> ndarray:
+def _outcomes(outcome: BaseOutcome, logits: Tensor, inputs: Any, rows: int) -> ndarray:
     values = require_outcome(read_out(outcome, logits, inputs), rows, outcome=outcome)
     return values.detach().double().cpu().numpy()
 

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from care_lens.core import Example, Judge, Verdict, require_verdicts
+from care_lens.core import Example, GeneratedOutcome, Judge, Verdict, require_verdicts
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 
 
 @dataclass(frozen=True)
-class JudgedCompliance:
+class JudgedCompliance(GeneratedOutcome):
     """1 where the greedy answer is judged to comply, 0 where it is not: effects are differences of shares.
 
     The patch acts on the prompt; what is generated after it is the model's own. Pairs of which an answer is missing are left
@@ -61,11 +61,3 @@ class JudgedCompliance:
         )
         values = {Verdict.COMPLIED: 1.0, Verdict.MISSING: float("nan")}
         return torch.tensor([values.get(verdict, 0.0) for verdict in verdicts], dtype=torch.float64)
-
-    def __call__(self, logits: Tensor, inputs: Any) -> Tensor:
-        """Not to be read off logits.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError("JudgedCompliance generates its answers: use it with mediate")

@@ -31,10 +31,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from care_lens.core import (
+    BaseOutcome,
     Example,
     Outcome,
     PairedExamples,
-    PrefixMargin,
     Site,
 )
 from care_lens.core.details import (
@@ -44,6 +44,7 @@ from care_lens.core.details import (
     sampling,
     tidy,
 )
+from care_lens.core.outcome import logits_outcome
 from care_lens.core.spans import SPAN_NAMES
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.pairs import logits_needed
@@ -104,7 +105,7 @@ def knockout(
     *,
     source: Place,
     target: Place,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     layers: Sequence[int | Sequence[int]] | None = None,
     window: int = 1,
     modes: Sequence[KnockoutMode] = ("zero", "renormalised"),
@@ -158,7 +159,8 @@ def knockout(
         ['0', '0-1']
     """
     require_options(batch_size=batch_size, n_boot=n_boot, seed=seed)
-    _check(source, target, modes, outcome)
+    _check(source, target, modes)
+    own = logits_outcome(outcome)
     windows = _windows(lvlm, layers, window)
     pairs = examples if isinstance(examples, PairedExamples) else None
     rows: list[Example] = [*examples.safe, *examples.unsafe] if isinstance(examples, PairedExamples) else list(examples)
@@ -186,7 +188,7 @@ def knockout(
         for start in starts:
             part = slice(start, start + batch_size)
             index = [row % n_groups for row in range(start, min(start + batch_size, len(rows)))]
-            run = _Batch(lvlm, rows[part], outcome, source, target, itself, index)
+            run = _Batch(lvlm, rows[part], own, source, target, itself, index)
             yield Part((part, None), [f"untouched from {start}"], one_cell(run.untouched), 0)
             for at, (some, mode) in enumerate(cells):
                 cut = partial(run.cut_off, some, mode)
@@ -240,7 +242,7 @@ class _Batch:
         self,
         lvlm: HookedLVLM,
         rows: Sequence[Example],
-        outcome: Any,
+        outcome: BaseOutcome,
         source: Place,
         target: Place,
         itself: bool,
@@ -250,15 +252,14 @@ class _Batch:
         self._source, self._target, self._itself, self._index = source, target, itself, index
 
     @cached_property
-    def _ready(self) -> tuple[LVLMInputs, Tensor, int, Any, Tensor]:
-        inputs = self._lvlm.prepare(self._rows, responses=bool(getattr(self._outcome, "responses", False)))
-        keep, bound = logits_needed(self._outcome, inputs), self._outcome
+    def _ready(self) -> tuple[LVLMInputs, Tensor, int, BaseOutcome, Tensor]:
+        inputs = self._lvlm.prepare(self._rows, responses=self._outcome.responses)
+        keep, own = logits_needed(self._outcome, inputs), self._outcome.with_examples(self._rows)
         with torch.no_grad():
             logits = self._lvlm(inputs, logits_to_keep=keep)
-            if hasattr(bound, "with_reference"):
-                bound = bound.with_reference(logits, inputs, list(range(inputs.batch_size)))
-            untouched = read_outcome(bound, logits, inputs)
-        return inputs, _cut(inputs, self._source, self._target, self._itself, self._index), keep, bound, untouched
+            own = own.with_reference(logits, inputs, list(range(inputs.batch_size)))
+            untouched = read_outcome(own, logits, inputs)
+        return inputs, _cut(inputs, self._source, self._target, self._itself, self._index), keep, own, untouched
 
     def untouched(self) -> tuple[list[bool], list[float]]:
         """[n] whether there is anything to cut, and the outcomes with nothing cut."""
@@ -267,23 +268,18 @@ class _Batch:
 
     def cut_off(self, layers: Sequence[int], mode: KnockoutMode) -> list[float]:
         """[n] outcomes with the attention of some layers cut."""
-        inputs, cut, keep, bound, _ = self._ready
+        inputs, cut, keep, own, _ = self._ready
         hooks = [(Site("language", layer, PATTERN), _hook(cut, mode)) for layer in layers]
         with torch.no_grad():
             logits = self._lvlm.run_with_hooks(inputs, fwd_hooks=hooks, logits_to_keep=keep)
-            return read_outcome(bound, logits, inputs).tolist()
+            return read_outcome(own, logits, inputs).tolist()
 
 
-def _check(source: Place, target: Place, modes: Sequence[str], outcome: Any) -> None:
+def _check(source: Place, target: Place, modes: Sequence[str]) -> None:
     if unknown := [name for name in (source, target) if not isinstance(name, Region) and name not in SPAN_NAMES]:
         raise ValueError(f"source and target must be spans, some of {SPAN_NAMES}, got {unknown}")
     if not modes or (unknown := [mode for mode in modes if mode not in KNOCKOUT_MODES]):
         raise ValueError(f"modes must be some of {KNOCKOUT_MODES}, got {list(modes)}")
-    if isinstance(outcome, PrefixMargin) or hasattr(outcome, "generated"):
-        raise ValueError(
-            f"outcome must be read off the logits of one run, got {metric_name(outcome)}; use UnsafeMargin, "
-            "LogitDifference or ResponseLogProb"
-        )
 
 
 def _windows(lvlm: HookedLVLM, layers: Sequence[int | Sequence[int]] | None, window: int) -> list[tuple[int, ...]]:
@@ -352,7 +348,7 @@ def _result(
     there: np.ndarray,
     untouched: np.ndarray,
     values: np.ndarray,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     settings: dict[str, Any],
 ) -> KnockoutResult:
     change = resolved(values - untouched[:, None], values, untouched[:, None], spacing=settings["resolution"])

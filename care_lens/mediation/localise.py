@@ -21,9 +21,10 @@ import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, ratio_of_means
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, Site, SiteLike, cluster_bootstrap, ratio_of_means
 from care_lens.core.details import sampling, tidy
 from care_lens.core.errors import CareLensError
+from care_lens.core.renames import renamed
 from care_lens.core.results import FrameResult
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import effects_of
@@ -80,13 +81,14 @@ def candidates(lvlm: HookedLVLM) -> list[Site]:
     return [site for site in lvlm.sites() if site.component in WRITERS]
 
 
+@renamed(spans="n_spans")
 def localise(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     sites: Sequence[SiteLike | Mediator] | None = None,
-    spans: int = 3,
+    n_spans: int = 3,
     batch_size: int = 32,
     n_boot: int = 500,
     seed: int = 0,
@@ -104,7 +106,7 @@ def localise(
             Pairs of which one twin has a picture, and those that an outcome is missing of, are left out.
         outcome: Larger where the model is less safe.
         sites: Candidates; None: :func:`candidates`.
-        spans: For so many of the leading places of the language tower the span is found through which they act most.
+        n_spans: For so many of the leading places of the language tower the span is found through which they act most.
         batch_size: Sequences in a forward pass.
         n_boot: Resamples of the pairs' groups.
         seed: Of the resamples.
@@ -121,7 +123,9 @@ def localise(
         ValueError: If two mediators have one name, no pair could be measured at every place, or :func:`mediate` refuses the
             sites or the pairs.
     """
-    require_options(batch_size=batch_size, n_boot=n_boot, spans=spans, seed=seed, least={"batch_size": 2, "spans": 0})
+    require_options(
+        batch_size=batch_size, n_boot=n_boot, n_spans=n_spans, seed=seed, least={"batch_size": 2, "n_spans": 0}
+    )
     places = list(dict.fromkeys(Mediator.of(site) for site in (candidates(lvlm) if sites is None else sites)))
     if len({place.name for place in places}) < len(places):
         raise ValueError(
@@ -139,11 +143,11 @@ def localise(
     }
     found = mediate(lvlm, pairs, sites=places, positions=positions, progress=progress, **options)
     ranking = rank_places(found, components=None, n_boot=n_boot, seed=seed)
-    if positions != ("all",) or spans < 1:
+    if positions != ("all",) or n_spans < 1:
         return ranking
     by_name = {place.name: place for place in places}
     leading = [by_name[name] for name in ranking.frame["mediator"]]
-    language = [place for place in leading if place.towers == {"language"}][:spans]
+    language = [place for place in leading if place.towers == {"language"}][:n_spans]
     if not language:
         return ranking
     acting = mediate(lvlm, pairs, sites=language, positions=SPANS, progress=False, **options)
@@ -211,7 +215,7 @@ def rank_places(
 
 
 def refine(
-    lvlm: HookedLVLM, pairs: PairedExamples, place: SiteLike, *, outcome: Outcome, **options: Any
+    lvlm: HookedLVLM, pairs: PairedExamples, place: SiteLike, *, outcome: Outcome | BaseOutcome, **options: Any
 ) -> Localisation:
     """The heads of an attention output or the neurons of an MLP output, ranked in the same way.
 
@@ -237,7 +241,7 @@ def refine(
     else:
         inner = Site(site.tower, site.layer, NEURONS)
         units = neurons(inner, range(lvlm.width(inner)))
-    return localise(lvlm, pairs, outcome=outcome, sites=units, **{"spans": 0, **options})
+    return localise(lvlm, pairs, outcome=outcome, sites=units, **{"n_spans": 0, **options})
 
 
 def _shares(

@@ -16,7 +16,7 @@ tokens after its end) is left out of that cell; ``n`` counts the pairs of a cell
 n = 0. Effects that cannot be told from rounding are 0 (``care_lens.mediation.resolution``).
 
 Cost: for each mediator and position the twins whose activations differ there are run once. In the language tower only
-what the patch can change is run (``care_lens.mediation.replay``); in the vision tower whole forward passes are.
+what the patch can change is run (``care_lens.lvlm.replay``); in the vision tower whole forward passes are.
 Memory: the activations of one layer's sites (of a group's sites) for one batch, and what replay keeps.
 """
 
@@ -29,7 +29,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from care_lens.core import Example, Interval, Outcome, PairedExamples, PrefixMargin, Site, SiteLike
+from care_lens.core import (
+    BaseOutcome,
+    Example,
+    Interval,
+    Outcome,
+    PairedExamples,
+    PrefixMargin,
+    Site,
+    SiteLike,
+    as_outcome,
+)
 from care_lens.core.details import DetailedResult, metric_name, sampling, tidy
 from care_lens.core.stats import are_binary
 from care_lens.lvlm import HookedLVLM
@@ -93,7 +103,7 @@ def mediate(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     sites: Sequence[SiteLike | Mediator] | None = None,
     positions: Sequence[Place] = POSITIONS,
     batch_size: int = 32,
@@ -111,7 +121,8 @@ def mediate(
         pairs: The pairs. For outcomes over responses, both twins carry the response whose likelihood is
             measured.
         outcome: Larger where the model is less safe. A function of logits and inputs, or one of those of
-            ``care_lens.core``, or :class:`~care_lens.mediation.judged.JudgedCompliance`, which generates.
+            ``care_lens.core``, or :class:`~care_lens.mediation.judged.JudgedCompliance`, which generates, or a
+            :class:`~care_lens.core.BaseOutcome` of your own.
         sites: The mediators: sites, and heads, neurons and groups of sites; None: :func:`default_sites`.
         positions: Span names, token indices or "each", for the sites of the language tower, and regions of the picture
             (:class:`~care_lens.mediation.Region`), for those of every tower.
@@ -157,7 +168,7 @@ def mediate(
     if isinstance(outcome, PrefixMargin):
         run, single = _with_prefixes(pairs, outcome), outcome.single
     else:
-        run, single = pairs, outcome
+        run, single = pairs, as_outcome(outcome)
     of_pairs = regions_of_run(regions, len(run) // max(1, len(pairs)))
     batches = pair_batches(lvlm, run, outcome=single, batch_size=batch_size, regions=of_pairs)
     positions = each_token(named, batches)
@@ -231,7 +242,7 @@ def _result(
     cells: Sequence[Cell],
     untouched: np.ndarray,
     patched: np.ndarray,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     n_boot: int,
     seed: int,
     settings: dict[str, Any],

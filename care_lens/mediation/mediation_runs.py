@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 
-from care_lens.core import Outcome, Site
-from care_lens.lvlm import HookedLVLM
+from care_lens.core import BaseOutcome, GeneratedOutcome, Site
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.mediation_cells import Cell, needs_image
 from care_lens.mediation.mediators import Mediator
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed
 from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.sweep import Part
 
 
-def plain_outcomes(lvlm: HookedLVLM, batch: PairBatch, outcome: Outcome) -> list[float]:
+def plain_outcomes(lvlm: HookedLVLM, batch: PairBatch, outcome: BaseOutcome) -> list[float]:
     """Outcomes [2n] of a batch as it is."""
-    if (generated := getattr(bound(outcome, batch, None), "generated", None)) is not None:
-        return generated(lvlm, batch.inputs, list(range(2 * batch.n)), []).tolist()
+    if isinstance(own := bound(outcome, batch, None), GeneratedOutcome):
+        return own.generated(lvlm, batch.inputs, list(range(2 * batch.n)), []).tolist()
     with torch.no_grad():
         logits = lvlm(batch.inputs, logits_to_keep=logits_needed(outcome, batch.inputs))
         return read_outcome(bound(outcome, batch, logits), logits, batch.inputs).tolist()
@@ -32,7 +31,7 @@ class MediationRuns:
         self,
         lvlm: HookedLVLM,
         batch: PairBatch,
-        outcome: Outcome,
+        outcome: BaseOutcome,
         untouched: torch.Tensor,
         batch_size: int,
         replay: bool,
@@ -65,9 +64,9 @@ class MediationRuns:
 
     def _prepare(self, language: bool) -> None:
         if not self._ready:
-            generates = hasattr(self._outcome, "generated")
+            generates = isinstance(self._outcome, GeneratedOutcome)
             logits = None
-            if hasattr(self._outcome, "with_reference"):
+            if self._outcome.compares:
                 with torch.no_grad():
                     logits = self._lvlm(self._batch.inputs, logits_to_keep=self._keep)
             self._outcome = bound(self._outcome, self._batch, logits)

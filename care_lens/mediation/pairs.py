@@ -9,13 +9,12 @@ token have.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from care_lens.core import Example, Outcome, PairedExamples, Site
+from care_lens.core import BaseOutcome, Example, Outcome, PairedExamples, Site, as_outcome
 from care_lens.core.display import ShortRepr
 from care_lens.lvlm import HookedLVLM, LVLMInputs
 from care_lens.mediation.errors import MediationError
@@ -132,7 +131,7 @@ def pair_batches(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     batch_size: int,
     regions: Mapping[str, Region] | None = None,
 ) -> list[PairBatch]:
@@ -141,7 +140,7 @@ def pair_batches(
     Args:
         lvlm: The model.
         pairs: The pairs.
-        outcome: Batches hold the examples' responses if its attribute ``responses`` is true.
+        outcome: Batches hold the examples' responses if it is of these.
         batch_size: Rows of a batch, both twins counted; at least 2.
         regions: Regions of the pictures by name, which count as positions.
 
@@ -156,6 +155,7 @@ def pair_batches(
     if len(pairs) == 0:
         raise ValueError("pairs must hold at least one pair, got none")
     pictured = [safe.image is not None and unsafe.image is not None for safe, unsafe in pairs]
+    responses = as_outcome(outcome).responses
     size = max(1, batch_size // 2)
     batches = []
     for has_images in (True, False):
@@ -163,7 +163,7 @@ def pair_batches(
         for start in range(0, len(members), size):
             index = members[start : start + size]
             rows = [pairs.safe[i] for i in index] + [pairs.unsafe[i] for i in index]
-            inputs = lvlm.prepare(rows, responses=bool(getattr(outcome, "responses", False)))
+            inputs = lvlm.prepare(rows, responses=responses)
             batches.append(PairBatch(inputs, tuple(index), has_images, tuple(rows), dict(regions or {})))
     _require_regions(batches)
     return batches
@@ -265,40 +265,35 @@ def require_whole_pictures(batches: Sequence[PairBatch], sites: Sequence[Site]) 
             )
 
 
-def bound(outcome: Any, batch: PairBatch, logits: Tensor | None) -> Any:
+def bound(outcome: BaseOutcome, batch: PairBatch, logits: Tensor | None) -> BaseOutcome:
     """The outcome, told what it needs to know of the batch: its examples, or the safe twins' untouched logits.
 
     Args:
-        outcome: The outcome; told by its ``with_examples`` or ``with_reference``, if it has one.
+        outcome: The outcome.
         batch: The batch.
         logits: [2n, kept, vocab] of the untouched batch, or None where there are none yet.
     """
-    if hasattr(outcome, "with_examples"):
-        return outcome.with_examples(batch.examples)
-    if logits is not None and hasattr(outcome, "with_reference"):
-        return outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
-    return outcome
+    own = outcome.with_examples(batch.examples)
+    return own if logits is None else own.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
 
 
-def bound_to_rows(outcome: Any, batch: PairBatch, logits: Tensor, rows: Sequence[int]) -> Any:
+def bound_to_rows(outcome: BaseOutcome, batch: PairBatch, logits: Tensor, rows: Sequence[int]) -> BaseOutcome:
     """The outcome for some rows of a batch, told the safe twins' untouched logits if it reads differences from them.
 
     Args:
-        outcome: The outcome; told by its ``with_reference``, and for rows by its ``for_rows``, if it has them.
+        outcome: The outcome.
         batch: The batch.
         logits: [2n, kept, vocab] of the untouched batch.
         rows: The rows.
     """
-    if hasattr(outcome, "with_reference"):
-        outcome = outcome.with_reference(logits, batch.inputs, 2 * list(range(batch.n)))
-    return outcome.for_rows(list(rows)) if hasattr(outcome, "for_rows") else outcome
+    return bound(outcome, batch, logits).for_rows(list(rows))
 
 
-def logits_needed(outcome: Outcome, inputs: LVLMInputs) -> int:
+def logits_needed(outcome: BaseOutcome, inputs: LVLMInputs) -> int:
     """How many last positions' logits an outcome needs; 0 stands for all of them.
 
-    Those with a true attribute ``from_last`` read nothing before the last prompt token; of others nothing is known.
+    Those that are ``from_last`` read nothing before the last prompt token; of others nothing is known.
     """
-    if not getattr(outcome, "from_last", False):
+    if not outcome.from_last:
         return 0
     return inputs.input_ids.shape[1] - min(inputs.spans.last_index())

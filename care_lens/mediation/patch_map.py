@@ -19,14 +19,14 @@ import pandas as pd
 import torch
 from jaxtyping import Bool
 
-from care_lens.core import Outcome, PairedExamples, Site, SiteLike
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, Site, SiteLike
 from care_lens.core.details import DetailedResult, metric_name, sampling, site_columns, tidy
+from care_lens.core.outcome import logits_outcome
 from care_lens.core.spans import PatchGrid
-from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed, pair_batches, require_shared
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.regions import Region, region_settings
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
 
@@ -78,7 +78,7 @@ def patch_map(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     site: SiteLike = "blocks.0.hook_resid_pre",
     region: Region | None = None,
     batch_size: int = 32,
@@ -114,6 +114,7 @@ def patch_map(
     if not lvlm.site_info(place).editable or place.component == "attn.hook_pattern":
         raise ValueError(f"site must be editable and have a patch axis, got {place}")
     regions = {} if region is None else {region.name: region}
+    own = logits_outcome(outcome)
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size, regions=regions)
     require_shared(batches, ("image",))
     grids = _shared_grids(batches, place)
@@ -131,7 +132,7 @@ def patch_map(
         for batch in batches:
 
             def make(batch: PairBatch = batch) -> list[Any]:
-                return [part.tolist() for part in _patched(lvlm, batch, place, outcome, wanted, batch_size)]
+                return [part.tolist() for part in _patched(lvlm, batch, place, own, wanted, batch_size)]
 
             yield Part(batch, [f"from {batch.index[0]}"], one_cell(make))
 
@@ -223,7 +224,7 @@ def _cells(site: Site, grids: Sequence[PatchGrid], wanted: Sequence[int]) -> lis
 
 
 def _patched(
-    lvlm: HookedLVLM, batch: PairBatch, site: Site, outcome: Outcome, wanted: Sequence[int], batch_size: int
+    lvlm: HookedLVLM, batch: PairBatch, site: Site, outcome: BaseOutcome, wanted: Sequence[int], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """[2n] untouched outcomes, and [n, patch] outcomes of the safe rows with one patch exchanged."""
     keep = logits_needed(outcome, batch.inputs)

@@ -4,12 +4,12 @@ A patch replaces, at one or several sites, some positions of a row by its donor'
 heads or neurons of it. A patch that would write what is there already is not run, since its outcome is the untouched
 one, and patches that come to the same are run once. (Twins that share their picture have the same activations in
 the vision tower and, with a causal language model, at the image positions.) Where a
-:class:`~care_lens.mediation.replay.Replay` of the batch is given, only what a patch can change is run; as passes are
+:class:`~care_lens.lvlm.Replay` of the batch is given, only what a patch can change is run; as passes are
 then shorter, more patches go together, as many as take the memory of a whole batch. Hooks return new tensors and
 write nowhere in place.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from care_lens.core import Outcome, Site, require_outcome
+from care_lens.core import BaseOutcome, GeneratedOutcome, Outcome, Site, as_outcome, require_outcome
 from care_lens.core.display import ShortRepr
 from care_lens.core.verdicts import read_out
-from care_lens.lvlm import HookedLVLM, LVLMInputs
-from care_lens.mediation.replay import Edit, Replay
+from care_lens.lvlm import Edit, HookedLVLM, LVLMInputs, Replay
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +162,7 @@ def patched_outcomes(
     own: Mapping[Site, Tensor],
     donor: Mapping[Site, Tensor],
     untouched: Float[Tensor, " rows"],
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     batch_size: int,
     logits_to_keep: int = 0,
     replay: Replay | None = None,
@@ -177,9 +176,7 @@ def patched_outcomes(
         own: Site to the rows' activation [rows, pos, ...] there in an untouched run, for every site of the patches.
         donor: Site to the activation [rows, donor_pos, ...] that replaces each row's.
         untouched: [rows] outcomes of the untouched run.
-        outcome: The outcome. One with an attribute ``generated`` is asked
-            ``generated(lvlm, inputs, rows, fwd_hooks)`` instead of being given logits, one with ``for_rows`` is given
-            the rows of the batch first.
+        outcome: The outcome, bound to the batch where it needs that: its ``for_rows`` is given rows of it.
         batch_size: Rows of a whole forward pass; those of several patches go together.
         logits_to_keep: As in ``HookedLVLM.__call__``; must be that of the replay.
         replay: Of these inputs; None: forward passes are run whole.
@@ -190,9 +187,10 @@ def patched_outcomes(
     Raises:
         ValueError: If the outcome is not one finite number a row, or a site is not the model's.
     """
+    own_outcome = as_outcome(outcome)
     values = untouched.to(torch.float64).repeat(len(patches), 1)
     for sites, jobs in _jobs(patches, own, donor).items():
-        replayed = replay is not None and not hasattr(outcome, "generated") and replay.can(sites)
+        replayed = replay is not None and not isinstance(own_outcome, GeneratedOutcome) and replay.can(sites)
         length = inputs.input_ids.shape[1]
         for some in _batches(jobs, batch_size, length if replayed and replay is not None and replay.causal else 0):
             rows = [job.row for job in some]
@@ -206,11 +204,11 @@ def patched_outcomes(
                 for site in sites
             }
             if replayed and replay is not None:
-                found = _replayed(replay, inputs, rows, exchanges, outcome)
+                found = _replayed(replay, inputs, rows, exchanges, own_outcome)
                 if found is None:
                     continue
             else:
-                found = _whole(lvlm, inputs, rows, exchanges, outcome, logits_to_keep)
+                found = _whole(lvlm, inputs, rows, exchanges, own_outcome, logits_to_keep)
             for job, value in zip(some, found, strict=True):
                 values[job.patches, job.row] = value
     return values
@@ -262,7 +260,7 @@ def _batches(jobs: Sequence[_Job], batch_size: int, length: int) -> list[list[_J
 
 
 def _replayed(
-    replay: Replay, inputs: LVLMInputs, rows: list[int], exchanges: Mapping[Site, _Exchange], outcome: Outcome
+    replay: Replay, inputs: LVLMInputs, rows: list[int], exchanges: Mapping[Site, _Exchange], outcome: BaseOutcome
 ) -> Tensor | None:
     """[rows] outcomes by replay; None if nothing that is read depends on the patches."""
     edits = []
@@ -281,7 +279,7 @@ def _whole(
     inputs: LVLMInputs,
     rows: list[int],
     exchanges: Mapping[Site, _Exchange],
-    outcome: Outcome,
+    outcome: BaseOutcome,
     logits_to_keep: int,
 ) -> Tensor:
     """[rows] outcomes by whole forward passes, or by generation."""
@@ -295,18 +293,17 @@ def _whole(
         return exchange.apply(activation, 0)
 
     hooks = [(site, partial(replace_positions, site=site, exchange=exchange)) for site, exchange in exchanges.items()]
-    generated: Callable[..., Tensor] | None = getattr(outcome, "generated", None)
-    if generated is not None:
+    if isinstance(outcome, GeneratedOutcome):
         if prompt == 1:
             raise ValueError("prompts must have more than one token to be patched while generating, got 1")
-        return generated(lvlm, part, rows, hooks)
+        return outcome.generated(lvlm, part, rows, hooks)
     with torch.no_grad():
         logits = lvlm.run_with_hooks(part, fwd_hooks=hooks, logits_to_keep=logits_to_keep)
         return read_outcome(outcome, logits, part, rows)
 
 
 def read_outcome(
-    outcome: Outcome,
+    outcome: BaseOutcome,
     logits: Float[Tensor, "rows pos vocab"],
     inputs: LVLMInputs,
     rows: Sequence[int] | None = None,
@@ -325,8 +322,6 @@ def read_outcome(
     Raises:
         OutcomeError: If it is not one finite number for each row. It is a ValueError.
     """
-    for_rows = getattr(outcome, "for_rows", None)
-    if for_rows is not None and rows is not None:
-        outcome = for_rows(rows)
-    values = require_outcome(read_out(outcome, logits, inputs), inputs.batch_size, outcome=outcome)
+    own = outcome if rows is None else outcome.for_rows(rows)
+    values = require_outcome(read_out(own, logits, inputs), inputs.batch_size, outcome=own)
     return values.detach().to("cpu", torch.float64)

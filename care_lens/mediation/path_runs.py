@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from care_lens.core import Site
+from care_lens.core import BaseOutcome, Site
 from care_lens.core.site import Tower
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.mediators import HEADS, Mediator
@@ -22,7 +22,7 @@ from care_lens.mediation.path_places import END, WRITERS, writers_after
 class PathRuns:
     """The safe rows of one batch, with what their components write, and the unsafe twins' activations."""
 
-    def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: Any, batch_size: int) -> None:
+    def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: BaseOutcome, batch_size: int) -> None:
         self._lvlm, self._batch, self._batch_size = lvlm, batch, batch_size
         self._keep = logits_needed(outcome, batch.inputs)
         self._inputs = batch.inputs.rows(range(batch.n))
@@ -30,7 +30,7 @@ class PathRuns:
         self._given = outcome
 
     @cached_property
-    def _read(self) -> tuple[Any, Tensor]:
+    def _read(self) -> tuple[BaseOutcome, Tensor]:
         """The outcome for the safe rows, and what it is of them untouched; run when it is first needed."""
         with torch.no_grad():
             logits = self._lvlm(self._batch.inputs, logits_to_keep=self._keep)

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from care_lens.core import Outcome, PairedExamples, PrefixMargin, Site, SiteLike, examples_digest
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, Site, SiteLike, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, metric_name, sampling, tidy
+from care_lens.core.outcome import logits_outcome
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.mediators import HEADS, Mediator
 from care_lens.mediation.pairs import PairBatch, bound_to_rows, pair_batches, require_shared
@@ -89,7 +90,7 @@ def path_effects(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     senders: Sequence[SiteLike | Mediator],
     receivers: Sequence[SiteLike] | None = None,
     positions: Sequence[str] = ("all",),
@@ -140,7 +141,7 @@ def path_effects(
         >>> found.frame.mediator.tolist()
         ['blocks.0.hook_attn_out -> blocks.0.hook_mlp_out', 'blocks.0.hook_attn_out -> end']
     """
-    _require_logits(outcome)
+    own = logits_outcome(outcome)
     require_options(batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
     positions = require_positions(positions)
     paths = paths_between(lvlm, senders, receivers, positions)
@@ -155,7 +156,7 @@ def path_effects(
     def parts() -> Iterator[Part[tuple[list[int], list[int] | None]]]:
         """Of each batch the outcomes of the safe rows, then those with each sender's paths."""
         for batch in batches:
-            index, run = list(batch.index), PathRuns(lvlm, batch, outcome, batch_size)
+            index, run = list(batch.index), PathRuns(lvlm, batch, own, batch_size)
             yield Part((index, None), [f"untouched from {index[0]}"], one_cell(run.untouched), 0)
             for sender, position in dict.fromkeys((path.sender, path.position) for path in paths):
                 mine = [i for i, path in enumerate(paths) if (path.sender, path.position) == (sender, position)]
@@ -180,7 +181,7 @@ def head_paths(
     lvlm: HookedLVLM,
     pairs: PairedExamples,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     layer: int,
     head: int,
     component: Component = "q",
@@ -217,7 +218,7 @@ def head_paths(
             the path on this model.
         NotImplementedError: If its attention cannot be split by reader.
     """
-    _require_logits(outcome)
+    own = logits_outcome(outcome)
     require_options(batch_size=batch_size, n_boot=n_boot, seed=seed, least={"batch_size": 2})
     if component not in get_args(Component):
         raise ValueError(f"component must be one of {get_args(Component)}, got {component!r}")
@@ -235,7 +236,7 @@ def head_paths(
 
     def parts() -> Iterator[Part[list[int]]]:
         for batch in batches:
-            make = partial(_to_heads, lvlm, batch, outcome, sender, place)
+            make = partial(_to_heads, lvlm, batch, own, sender, place)
             yield Part(list(batch.index), [f"from {batch.index[0]}"], one_cell(make))
 
     for index, (found,) in sweep.run(parts(), total=len(batches), desc="tracing paths", progress=progress):
@@ -244,7 +245,7 @@ def head_paths(
 
 
 def _to_heads(
-    lvlm: HookedLVLM, batch: PairBatch, outcome: Outcome, sender: Mediator, place: dict[str, Any]
+    lvlm: HookedLVLM, batch: PairBatch, outcome: BaseOutcome, sender: Mediator, place: dict[str, Any]
 ) -> tuple[list[float], list[list[float]]]:
     """[n] outcomes of the safe rows, and [n, head] with one path each."""
     from transformer_lens.patching import get_act_patch_direct_path
@@ -275,17 +276,9 @@ def _to_heads(
     return safe.tolist(), np.stack(seen, axis=1).tolist()
 
 
-def _made(lvlm: HookedLVLM, pairs: PairedExamples, outcome: Outcome, batch_size: int) -> dict[str, Any]:
+def _made(lvlm: HookedLVLM, pairs: PairedExamples, outcome: Outcome | BaseOutcome, batch_size: int) -> dict[str, Any]:
     """What a checkpoint must agree with."""
     return sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size)
-
-
-def _require_logits(outcome: Any) -> None:
-    if isinstance(outcome, PrefixMargin) or hasattr(outcome, "generated"):
-        raise ValueError(
-            f"outcome must be read off the logits of one run, got {metric_name(outcome)}; use UnsafeMargin, "
-            "LogitDifference or ResponseLogProb"
-        )
 
 
 def _result(
@@ -293,7 +286,7 @@ def _result(
     paths: Sequence[Path],
     safe: np.ndarray,
     values: np.ndarray,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     positions: list[str],
     n_boot: int,
     seed: int,

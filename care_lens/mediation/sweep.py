@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from care_lens.core import Example, Outcome, examples_digest
+from care_lens.core import BaseOutcome, Example, Outcome, examples_digest
 from care_lens.core.details import describe_outcome
 from care_lens.core.options import require_options as require_options
 from care_lens.core.progress import Steps
@@ -110,7 +110,7 @@ def one_cell(make: Callable[[], Any]) -> Callable[[Sequence[str], Any], Iterator
 
 
 def sweep_settings(
-    lvlm: HookedLVLM, *, outcome: Outcome, examples: Sequence[Example], batch_size: int
+    lvlm: HookedLVLM, *, outcome: Outcome | BaseOutcome, examples: Sequence[Example], batch_size: int
 ) -> dict[str, Any]:
     """What the cells of every sweep that reads an outcome depend on.
 

@@ -22,16 +22,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from care_lens.core import Outcome, PairedExamples, Site, content_digest, examples_digest
+from care_lens.core import BaseOutcome, Outcome, PairedExamples, Site, content_digest, examples_digest
 from care_lens.core.details import DetailedResult, describe_outcome, sampling, tidy
-from care_lens.lvlm import HookedLVLM
+from care_lens.core.outcome import logits_outcome
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.attribution import AttributionResult
 from care_lens.mediation.attribution_units import patch_places
 from care_lens.mediation.errors import MediationError
 from care_lens.mediation.pairs import PairBatch, bound_to_rows, logits_needed, pair_batches, require_whole_pictures
 from care_lens.mediation.patching import Swap, patched_outcomes, read_outcome
 from care_lens.mediation.rank_measures import rank_measures
-from care_lens.mediation.replay import Replay
 from care_lens.mediation.resolution import mean_effect, resolved, spacing
 from care_lens.mediation.sweep import Part, Sweep, one_cell, require_options, sweep_settings
 
@@ -81,7 +81,7 @@ def verify(
     pairs: PairedExamples,
     attribution: AttributionResult,
     *,
-    outcome: Outcome,
+    outcome: Outcome | BaseOutcome,
     top: int = 20,
     random: int = 20,
     batch_size: int = 32,
@@ -136,6 +136,7 @@ def verify(
     exact = np.full((len(pairs), len(chosen)), np.nan)
     units = chosen.to_dict("records")
     order = sorted(range(len(units)), key=lambda i: _site(units[i]))
+    own = logits_outcome(outcome)
     batches = pair_batches(lvlm, pairs, outcome=outcome, batch_size=batch_size)
     made = sweep_settings(lvlm, outcome=outcome, examples=[*pairs.safe, *pairs.unsafe], batch_size=batch_size)
     # Units that are patched in one pass depend on one another in the last bits, so that all of them are part of the settings.
@@ -145,7 +146,7 @@ def verify(
 
     def parts() -> Iterator[Part[tuple[list[int], list[int]]]]:
         for batch in batches:
-            index, run = list(batch.index), _Run(lvlm, batch, outcome, batch_size)
+            index, run = list(batch.index), _Run(lvlm, batch, own, batch_size)
             for site, members in groupby(order, key=lambda i: _site(units[i])):
                 some = list(members)
                 there = batch.has_images or site.tower == "language"
@@ -214,13 +215,13 @@ def _choose(frame: pd.DataFrame, top: int, random: int, seed: int) -> tuple[pd.D
 class _Run:
     """Exact effects on the safe rows of one batch; what they have in common is run when it is first needed."""
 
-    def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: Any, batch_size: int) -> None:
+    def __init__(self, lvlm: HookedLVLM, batch: PairBatch, outcome: BaseOutcome, batch_size: int) -> None:
         self._lvlm, self._batch, self._batch_size, self._given = lvlm, batch, batch_size, outcome
         self._keep = logits_needed(outcome, batch.inputs)
         self._inputs = batch.inputs.rows(range(batch.n))
 
     @cached_property
-    def _ready(self) -> tuple[Any, torch.Tensor, Replay | None]:
+    def _ready(self) -> tuple[BaseOutcome, torch.Tensor, Replay | None]:
         """The outcome for the safe rows, what it is of them untouched, and their replay."""
         outcome, batch = self._given, self._batch
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """Step 3: the settings of a run, put into the calls of `care_lens.evaluation` and `care_lens.repair` that choose and calibrate.
 
-Everything is chosen there (`care_lens.evaluation.tune`); names of earlier versions can be imported from here as before.
+Everything is chosen there (`care_lens.evaluation.tune`).
 """
 
 from collections.abc import Sequence
@@ -10,30 +10,23 @@ from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.core.renames import moved
 from care_lens.data.study import Study
 from care_lens.evaluation import answering as _answering
-from care_lens.evaluation.answering import share
 from care_lens.evaluation.store import GenerationStore
 from care_lens.evaluation.tuning import Choice, NoCandidateError, tune
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.placement import Placement, reader_layers
 from care_lens.pipeline.settings import RunSettings
 from care_lens.repair import calibrating as _calibrating
-from care_lens.repair.calibrating import halves
+from care_lens.repair import learning as _learning
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.learning import ReaderPlan, Readers, assemble, reader_plans
 from care_lens.repair.rows import FitRows
 
 __all__ = [
     "Choice",
     "NoCandidateError",
-    "ReaderPlan",
-    "Readers",
     "answer_verdicts",
-    "assemble",
     "choose",
-    "halves",
     "plans",
     "recalibrated",
-    "share",
 ]
 
 __getattr__ = moved(
@@ -42,13 +35,18 @@ __getattr__ = moved(
         "Fitted": "care_lens.repair.FittedReaders",
         "NoCandidate": "care_lens.evaluation.NoCandidateError",
         "offline": "care_lens.repair.captured_scores",
+        "ReaderPlan": "care_lens.repair.ReaderPlan",
+        "Readers": "care_lens.repair.Readers",
+        "assemble": "care_lens.repair.assemble",
+        "halves": "care_lens.repair.halves",
+        "share": "care_lens.evaluation.share",
     },
 )
 
 
-def plans(layers: Sequence[int], settings: RunSettings) -> list[ReaderPlan]:
+def plans(layers: Sequence[int], settings: RunSettings) -> list[_learning.ReaderPlan]:
     """`care_lens.repair.reader_plans` with the settings of a run."""
-    return reader_plans(
+    return _learning.reader_plans(
         layers,
         answer_tokens=settings.answer_tokens,
         ranks=settings.reader_ranks,

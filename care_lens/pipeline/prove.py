@@ -15,9 +15,8 @@ from care_lens.data.study import Study
 from care_lens.defences import NoRefusalDirectionError, PublishedCARE, RefusalDirection
 from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
 from care_lens.lvlm import HookedLVLM
-from care_lens.pipeline.choose import Choice, Readers, assemble, halves, recalibrated
+from care_lens.pipeline.choose import Choice, recalibrated
 from care_lens.pipeline.gradient import ADAPTIVE, adaptive_suite, gradient_suites
-from care_lens.pipeline.learn import FitRows, residual_sites, token_rows
 from care_lens.pipeline.resume import Stage
 from care_lens.pipeline.rivals import (
     best_direction,
@@ -28,7 +27,19 @@ from care_lens.pipeline.rivals import (
 )
 from care_lens.pipeline.saved import UNDEFENDED
 from care_lens.pipeline.settings import RunSettings
-from care_lens.repair import ConformalGate, HybridFusion, random_control, read_scores, writer_rows
+from care_lens.repair import (
+    ConformalGate,
+    FitRows,
+    HybridFusion,
+    Readers,
+    assemble,
+    random_control,
+    read_scores,
+    residual_sites,
+    token_rows,
+    writer_rows,
+)
+from care_lens.repair.calibrating import halves
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.renames import renamed_fields
 from care_lens.subspace.errors import SubspaceError
 
 Evidence = Literal["floor", "permutation", "heldout"]
@@ -94,15 +95,16 @@ class EnergyRank:
         return null.amax(dim=0)
 
 
+@renamed_fields(level="significance")
 @dataclass(frozen=True)
 class PermutationRank:
     """Parallel analysis, one direction after the other: those whose eigenvalue permuted labels do not reach.
 
     Labels of whole items are permuted and the fit is repeated. The first direction stays if its eigenvalue is above the
-    ``ceil((draws+1)(1-level))``-th smallest first eigenvalue of the permuted fits. What it reads is then taken out of
+    ``ceil((draws+1)(1-significance))``-th smallest first eigenvalue of the permuted fits. What it reads is then taken out of
     the rows of both classes, and the next is tested on what is left, up to the first that fails: beside a strong
     direction, which permuted labels spread over both classes, later eigenvalues would have no fair null. Where the
-    classes are one distribution, a direction is kept with probability ``level`` at most. contrast="covariance" is blind
+    classes are one distribution, a direction is kept with probability ``significance`` at most. contrast="covariance" is blind
     to the means, so that each class is centred before labels are permuted. Cost: ``draws + 1`` fits a direction tested.
 
     Horn 1965, "A rationale and test for the number of factors in factor analysis", with the deflation of Dray 2008, "On
@@ -110,30 +112,30 @@ class PermutationRank:
 
     Attributes:
         draws: Number of permutations, each a fit.
-        level: Probability of keeping a direction where there is none.
+        significance: Probability of keeping a direction where there is none.
 
     Raises:
-        SubspaceError: If the level is not in (0, 1) or there are too few draws for it.
+        SubspaceError: If the significance is not in (0, 1) or there are too few draws for it.
     """
 
     draws: int = 19
-    level: float = 0.05
+    significance: float = 0.05
     name: ClassVar[str] = "permutation"
     evidence: ClassVar[Evidence] = "permutation"
 
     def __post_init__(self) -> None:
-        if not 0 < self.level < 1:
-            raise SubspaceError(f"level must be in (0, 1), got {self.level!r}")
+        if not 0 < self.significance < 1:
+            raise SubspaceError(f"significance must be in (0, 1), got {self.significance!r}")
         if self.order > self.draws:
             raise SubspaceError(
-                f"draws must be {math.ceil(round(1 / self.level - 1, 9))} or more for level {self.level}, got {self.draws}"
+                f"draws must be {math.ceil(round(1 / self.significance - 1, 9))} or more for significance {self.significance}, got {self.draws}"
             )
 
     @property
     def order(self) -> int:
         """Which order statistic of the permuted eigenvalues is the threshold, counted from 1."""
-        # (draws+1)(1-level) may fall a rounding above the whole number that it stands for.
-        return math.ceil(round((self.draws + 1) * (1 - self.level), 9))
+        # (draws+1)(1-significance) may fall a rounding above the whole number that it stands for.
+        return math.ceil(round((self.draws + 1) * (1 - self.significance), 9))
 
     def __call__(self, eigenvalues: Float[Tensor, "k"], null: Float[Tensor, "draws k"]) -> int:
         """The rank: directions before the first that does not pass."""

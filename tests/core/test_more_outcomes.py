@@ -1,5 +1,6 @@
 """Logit difference, KL divergence, whole responses and sets of prefixes, against scipy and by hand."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,22 @@ import torch
 from scipy.special import logsumexp
 from scipy.stats import entropy
 
-from care_lens.core import Example, KLDivergence, LogitDifference, Outcome, PrefixMargin, ResponseLogProb, TokenSpans
+from care_lens.core import (
+    BaseOutcome,
+    Example,
+    KLDivergence,
+    LogitDifference,
+    Outcome,
+    OutcomeError,
+    PrefixMargin,
+    ResponseLogProb,
+    TokenSpans,
+    UnsafeMargin,
+    as_outcome,
+)
+from care_lens.core.details import describe_outcome, metric_name
+from care_lens.core.outcome import given_outcome
+from care_lens.core.verdicts import named, read_out
 
 
 @pytest.fixture
@@ -86,5 +102,62 @@ def test_prefixes_are_put_together():
         PrefixMargin(("yes",), ("yes",))
     with pytest.raises(ValueError, match="must each have a prefix"):
         PrefixMargin((), ("no",))
-    with pytest.raises(TypeError, match="use it with mediate"):
-        outcome(torch.zeros(1, 1, 2), SimpleNamespace(spans=None, input_ids=torch.zeros(1, 1, dtype=torch.long)))
+    assert not callable(outcome)
+    with pytest.raises(OutcomeError, match=r"got PrefixMargin; use UnsafeMargin.*mediate, which takes it"):
+        read_out(outcome, torch.zeros(1, 1, 2), None)
+
+
+def double(logits, inputs):
+    return 2 * logits[:, -1, 3]
+
+
+class Duck:
+    """Everything that can be asked of an outcome, without its base class."""
+
+    from_last = True
+    responses = True
+
+    def __init__(self, told=()):
+        self.told = told
+
+    def with_examples(self, examples):
+        return Duck((*self.told, len(examples)))
+
+    def with_reference(self, logits, inputs, rows):
+        return Duck((*self.told, len(rows)))
+
+    def for_rows(self, rows):
+        return Duck((*self.told, *rows))
+
+    def __call__(self, logits, inputs):
+        return logits[:, -1, 3]
+
+
+def test_whatever_can_be_an_outcome_answers_the_same_questions(batch):
+    inputs, logits = batch
+    plain, duck, margin = as_outcome(double), as_outcome(Duck()), KLDivergence()
+    assert as_outcome(margin) is margin and as_outcome(plain) is plain and given_outcome(plain) is double
+    assert [(one.from_last, one.responses, one.compares) for one in (plain, duck, margin)] == [
+        (False, False, False), (True, True, True), (True, False, True)]  # fmt: skip
+    assert plain.with_examples([]) is plain.with_reference(logits, inputs, [0]) is plain.for_rows([0]) is plain
+    bound = duck.with_examples([Example("a"), Example("b")]).with_reference(logits, inputs, [0]).for_rows([1, 0])
+    assert isinstance(bound, BaseOutcome) and given_outcome(bound).told == (2, 1, 1, 0)
+    torch.testing.assert_close(read_out(plain, logits, inputs), 2 * logits[:, -1, 3])
+    assert (metric_name(plain), describe_outcome(plain), named(plain)) == ("double",) * 3
+    assert all(isinstance(one, Outcome) for one in (double, Duck(), margin)) and not isinstance(double, BaseOutcome)
+    with pytest.raises(OutcomeError, match="must be a function of logits and inputs, got int"):
+        as_outcome(3)
+
+
+def test_the_outcomes_of_the_house_are_of_the_base_and_say_what_they_need():
+    needs = {
+        UnsafeMargin((1,), (2,)): (True, False, False),
+        LogitDifference((1,), (2,)): (True, False, False),
+        KLDivergence(): (True, False, True),
+        ResponseLogProb(): (True, True, False),
+    }
+    for outcome, expected in needs.items():
+        assert isinstance(outcome, BaseOutcome) and isinstance(outcome, Outcome)
+        assert (outcome.from_last, outcome.responses, outcome.compares) == expected
+    assert repr(ResponseLogProb()) == "ResponseLogProb(responses=True, total=False, end=True)"
+    assert [field.name for field in fields(KLDivergence)] == ["reverse", "reference"]

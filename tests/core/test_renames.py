@@ -24,7 +24,8 @@ OTHER_WORDS = {
     "batch_size": {"bs", "batchsize"},
     "seed": {"random_state", "random_seed"},
     "progress": {"verbose", "quiet", "show_progress"},
-    "confidence": {"confidence_level", "ci"},
+    "confidence": {"confidence_level", "ci", "level"},
+    "significance": {"p_level", "alpha_level", "sig"},
 }
 KINDS = {"n_boot": "int", "batch_size": "int", "seed": "int", "progress": "bool", "n_permutations": "int"}
 """What an option is wherever it has that name and a default; None stands for what the model or the settings say."""
@@ -98,6 +99,30 @@ def test_signatures_show_the_present_name():
     assert call() == 3 and call(4) == 4
 
 
+def test_a_probability_of_a_false_find_is_called_significance_everywhere():
+    """``confidence`` is that of intervals, ``alpha`` the strength of a write."""
+    from care_lens.evaluation import paper_table, rank
+    from care_lens.mediation import localise
+    from care_lens.subspace import PermutationRank
+
+    with pytest.warns(FutureWarning, match="level of PermutationRank is called significance now") as told:
+        rule = PermutationRank(draws=39, level=0.1)  # pyright: ignore[reportCallIssue]
+    assert told[0].filename == __file__
+    assert rule == PermutationRank(39, 0.1) and [*inspect.signature(PermutationRank).parameters] == [
+        "draws",
+        "significance",
+    ]
+    with pytest.warns(FutureWarning, match="level of PermutationRank is called significance now"):
+        assert rule.level == 0.1  # pyright: ignore[reportAttributeAccessIssue]
+    for call, new in ((rank, "significance"), (paper_table, "significance"), (localise, "n_spans")):
+        assert new in inspect.signature(call).parameters
+    with (
+        pytest.warns(FutureWarning, match="alpha of rank is called significance"),
+        pytest.raises(ValueError, match="significance must be"),
+    ):
+        rank(None, metric="asr", alpha=2.0)  # pyright: ignore[reportCallIssue]
+
+
 @pytest.mark.parametrize(
     ("module", "old", "home", "new"),
     [
@@ -110,8 +135,15 @@ def test_signatures_show_the_present_name():
         ("pipeline.choose", "NoCandidate", "evaluation", "NoCandidateError"),
         ("pipeline.choose", "Fitted", "repair", "FittedReaders"),
         ("pipeline.choose", "offline", "repair", "captured_scores"),
+        ("pipeline.choose", "assemble", "repair", "assemble"),
+        ("pipeline.learn", "FitRows", "repair", "FitRows"),
+        ("pipeline.learn", "token_rows", "repair", "token_rows"),
+        ("pipeline.learn", "SPAN", "repair.printed", "SPAN"),
         ("pipeline.place", "reader_layers", "mediation", "reader_layers"),
         ("mediation.frames", "tidy", "core.details", "tidy"),
+        ("mediation", "Replay", "lvlm", "Replay"),
+        ("mediation.replay", "Replay", "lvlm", "Replay"),
+        ("mediation.replay", "Edit", "lvlm", "Edit"),
     ],
 )
 def test_earlier_names_are_still_imported_with_a_warning(module, old, home, new):
@@ -128,7 +160,7 @@ def test_the_package_does_not_use_its_earlier_names():
     root = Path(care_lens.__file__).parents[1]
     files = [p for room in ("care_lens", "benchmarks", "tutorials", "docs") for p in (root / room).rglob("*.py")]
     former = re.compile(
-        r"\b(NothingToLocalise|TooManyMissing|NoRefusalDirection|NoCandidate)\b|from care_lens\.(baselines|mediation\.frames|mediation\.separability|pipeline\.place)\b"
+        r"\b(NothingToLocalise|TooManyMissing|NoRefusalDirection|NoCandidate)\b|from care_lens\.(baselines|mediation\.frames|mediation\.replay|mediation\.separability|pipeline\.place)\b"
     )
     used = [
         f"{path.relative_to(root)}: {line.strip()}"

@@ -27,7 +27,9 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", ["concepts/sites.md", "howto/hooked_transformer.md", "howto/conversations.md"])
+@pytest.mark.parametrize(
+    "page", ["concepts/sites.md", "howto/hooked_transformer.md", "howto/conversations.md", "howto/add_an_outcome.md"]
+)
 def test_a_page_prints_what_it_says(page, capsys):
     names, printed, said = run(page, capsys)
     assert set(said) <= set(printed) and said

@@ -89,7 +89,7 @@ def test_ranks_hold_together():
         (lambda t: compare(t, against="none", channels="plain"), "got the text"),
         (lambda t: compare(t, against="none", defences=["none"]), "beside 'none'"),
         (lambda t: rank(t.trials.assign(metric="refusal"), metric="refusal"), "must be said for 'refusal'"),
-        (lambda t: rank(t, alpha=0.0), "alpha"),
+        (lambda t: rank(t, significance=0.0), "significance"),
         (lambda t: compare(pd.concat([t.trials, t.trials]), against="none"), "several of one example"),
     ],
 )

@@ -299,6 +299,22 @@ def test_the_test_split_is_refused_and_never_read(model, study):
     assert best.level == 1
 
 
+def test_a_loss_of_exactly_the_budget_is_within_it(model, study, monkeypatch):
+    """7 of 10 after 8 of 10 is a loss of .1, although 0.7 < 0.8 - 0.1 in floating point."""
+    attacked, benign = (list(study.suites["validation"][channel]) for channel in ("attack", "benign"))
+    right = {None: (8, 8), 1: (0, 7), 2: (4, 8), 3: (0, 6)}  # attacks complied with, benign prompts answered rightly
+
+    def verdicts(lvlm, examples, defence, judge, **options):
+        most = right[None if defence is None else defence.level]
+        return [Verdict.COMPLIED if int(e.id.split()[-1]) < most[not e.harmful] else Verdict.REFUSED for e in examples]
+
+    monkeypatch.setattr("care_lens.evaluation.defence_tuning.answer_verdicts", verdicts)
+    makers = [lambda level=level: Levelled(level=level) for level in (3, 2, 1)]
+    options = {"attacked": attacked, "benign": benign, "judge": study.judge, "benign_loss": 0.1}
+    best, reached = tune_defence(model, makers, **options)
+    assert best.level == 1 and (reached["benign_before"], reached["benign_after"]) == (0.8, 0.7)
+
+
 def test_settings_that_cannot_be_made_are_named_and_a_stopped_search_goes_on(model, study, tmp_path):
     def make(level):
         if level == 2:

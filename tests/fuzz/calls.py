@@ -556,7 +556,7 @@ def subspace_calls() -> Iterator[Call]:
         {"directory": (3, None, MISSING, FOREIGN, FOLDER)},
     )
     yield "subspace.EnergyRank", subspace.EnergyRank, {}, {"share": (0, 1.5, -1, NAN, "x", None)}
-    yield "subspace.PermutationRank", subspace.PermutationRank, {}, {"draws": COUNT, "level": (0, 1.5, NAN, "x")}
+    yield "subspace.PermutationRank", subspace.PermutationRank, {}, {"draws": COUNT, "significance": (0, 1.5, NAN, "x")}
     yield (
         "subspace.overlaps",
         subspace.overlaps,
@@ -1009,7 +1009,7 @@ def mediation_calls() -> Iterator[Call]:
         "mediation.localise",
         mediation.localise,
         {**shared, "sites": sites},
-        {"pairs": bad_pairs, "sites": SITES, "spans": (-1, "x")},
+        {"pairs": bad_pairs, "sites": SITES, "n_spans": (-1, "x")},
     )
     right = {
         "lvlm": lvlm(),

@@ -149,7 +149,7 @@ WRONG = {
     "head_paths": {"n_boot": NUMBERS, "batch_size": (*NUMBERS, 1)},
     "knockout": {"n_boot": NUMBERS, "batch_size": NUMBERS},
     "attribute": {"n_boot": NUMBERS, "neurons_by_pair": NUMBERS[1:], "positions": (*POSITIONS, ["each"])},
-    "localise": {"n_boot": NUMBERS, "batch_size": (*NUMBERS, 1), "spans": NUMBERS[1:]},
+    "localise": {"n_boot": NUMBERS, "batch_size": (*NUMBERS, 1), "n_spans": NUMBERS[1:]},
     "verify": {"n_boot": NUMBERS, "top": NUMBERS, "random": NUMBERS},
 }
 

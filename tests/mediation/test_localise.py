@@ -60,7 +60,7 @@ def test_shares_are_those_of_the_mediation_effects(model, rising, margin):
 
 def test_a_localisation_goes_on_from_its_checkpoint(model, rising, margin, tmp_path):
     def saved(path):
-        options = {"sites": ["blocks.1.hook_mlp_out"], "spans": 1, "n_boot": 5, "progress": False}
+        options = {"sites": ["blocks.1.hook_mlp_out"], "n_spans": 1, "n_boot": 5, "progress": False}
         folder = tmp_path / "found"
         localise(model, rising, outcome=margin, checkpoint=path, **options).save(folder, "found")
         return {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -77,7 +77,7 @@ def test_a_localisation_goes_on_from_its_checkpoint(model, rising, margin, tmp_p
 def test_what_everything_passes_through_is_sufficient_and_necessary_and_comes_first(model, rising, margin):
     everything = Mediator.of("blocks.0.hook_resid_pre")
     sites = [everything, "blocks.1.hook_mlp_out", "vision.blocks.1.hook_mlp_out"]
-    found = localise(model, rising, outcome=margin, sites=sites, n_boot=20, spans=0, progress=False)
+    found = localise(model, rising, outcome=margin, sites=sites, n_boot=20, n_spans=0, progress=False)
     first = found.frame.iloc[0]
     assert first["mediator"] == everything.name and first["score"] == pytest.approx(1.0, abs=1e-4)
     assert first["reason"].startswith("sufficient and necessary: brings 100% of the effect")
@@ -128,7 +128,7 @@ def _rising(model, margin, pairs):
 def test_a_pair_without_a_picture_carries_nothing_through_the_vision_tower(model, pairs, rising, margin):
     mixed = _rising(model, margin, pairs)
     sites = ["blocks.0.hook_attn_out", "vision.blocks.1.hook_mlp_out"]
-    found = localise(model, mixed, outcome=margin, sites=sites, n_boot=10, spans=0, progress=False)
+    found = localise(model, mixed, outcome=margin, sites=sites, n_boot=10, n_spans=0, progress=False)
     assert found.frame["n"].tolist() == [24, 24] and np.isfinite(found.frame["score"]).all()
     effects = mediate(model, mixed, outcome=margin, sites=sites, positions=("all",), n_boot=10, progress=False)
     by_hand = effects.details.query("tower == 'vision'")
@@ -161,7 +161,7 @@ def test_twins_of_different_lengths_are_ranked_where_both_have_a_meaning(model, 
 def test_effects_that_were_measured_already_rank_as_a_run_of_their_own(model, rising, margin):
     effects = mediate(model, rising, outcome=margin, n_boot=10, progress=False)
     ranked = rank_places(effects, n_boot=20)
-    own = localise(model, rising, outcome=margin, n_boot=20, spans=99, progress=False)
+    own = localise(model, rising, outcome=margin, n_boot=20, n_spans=99, progress=False)
     columns = ["rank", "mediator", "position", "acts_through", "first", "n", "seed"]
     pd.testing.assert_frame_equal(ranked.frame[columns], own.frame[columns])
     np.testing.assert_allclose(ranked.frame["score"], own.frame["score"], rtol=1e-4, atol=1e-5)

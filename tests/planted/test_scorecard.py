@@ -114,7 +114,7 @@ def test_a_method_that_knows_and_one_that_knows_the_opposite(tmp_path):
 def test_figures_are_those_of_the_functions_they_name(mlp):
     """And TransformerLens's attribution patching is our gradient attribution in the language tower, computed by other code."""
     pairs = mlp.pairs(4)
-    ours = localise(mlp.lvlm, pairs, outcome=organism.outcome(), spans=0, progress=False).frame
+    ours = localise(mlp.lvlm, pairs, outcome=organism.outcome(), n_spans=0, progress=False).frame
     assert planted.by_localise(mlp.lvlm, pairs) == ours["mediator"].tolist()
     assert planted.by_nie(mlp.lvlm, pairs)[0] == ours.sort_values("sufficient", ascending=False)["mediator"].iloc[0]
     language = [str(site) for site in planted.candidates(mlp.lvlm) if site.tower == "language"]

@@ -92,8 +92,8 @@ def test_the_mean_contrast_has_rank_one_whatever_the_rule():
     [
         (lambda: EnergyRank(0.0), "share must be"),
         (lambda: EnergyRank(1.1), "share must be"),
-        (lambda: PermutationRank(level=1.0), "level must be"),
-        (lambda: PermutationRank(draws=18), "draws must be 19 or more for level 0.05, got 18"),
+        (lambda: PermutationRank(significance=1.0), "significance must be"),
+        (lambda: PermutationRank(draws=18), "draws must be 19 or more for significance 0.05, got 18"),
     ],
 )
 def test_rules_that_cannot_be(make, message):

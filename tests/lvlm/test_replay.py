@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from care_lens.core import Example, KLDivergence, PairedExamples, ResponseLogProb, Site
-from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation import Mediator, Swap, cumulative, heads, mediate, neurons, patched_outcomes, windows
-from care_lens.mediation.replay import Replay
 
 SPECIMENS = {
     specimen.name: specimen
