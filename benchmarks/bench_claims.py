@@ -1,0 +1,209 @@
+"""Which findings of the CARE paper (Fu et al. 2026, arXiv:2603.27240) hold in the bundled world? `python benchmarks/bench_claims.py`.
+
+Four of them are measured here, one table each, all in `claims.csv`; the other two (transfer to attacks that no fit saw, utility kept) are
+columns of `bench_defences.py`.
+
+- places: what each attention and MLP carries in pairs of requests (mean of the share of the total effect that it brings and of the
+  share that its removal takes), by set of pairs.
+- skipped: the paper's own scan. Blocks {l, l+1} are skipped, or the attention or the MLP of one block is replaced by its mean, and the
+  share of attacks that still succeed, and of benign requests that are still answered rightly, is counted (validation split).
+- separability: the paper's three measures and a cross-validated probe between attacks and benign requests, after every block, at the last
+  prompt token (fit split).
+- modalities: published CARE, as it is and without its faults, with the visual edit alone, the textual alone and both, on the test split;
+  and how well a classifier of the image tokens, the text tokens or the last token alone tells unseen attacks from benign requests.
+
+Nothing is chosen here: blocks, rank and strength of published CARE are those that `bench_defences.py` chose most often.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import rankdata
+
+from care_lens import Example, HookedLVLM, organism
+from care_lens.capture import capture
+from care_lens.core import Site, cluster_bootstrap
+from care_lens.core.files import write_whole
+from care_lens.core.memory import keep_freed_memory
+from care_lens.data.study import Split, Study
+from care_lens.defences import PublishedCARE
+from care_lens.evaluation import evaluate
+from care_lens.lens import separability
+from care_lens.mediation import ablate, mediate, rank_places
+from care_lens.subspace import classifier_direction
+
+log = logging.getLogger("bench_claims")
+TOKENS = 14
+LAYERS, RANK, ALPHA = (4, 5, 6), 8, 4.5
+COLUMNS = ["table", "of", "where", "measure", "value", "ci_low", "ci_high", "n"]
+Rows = list[dict[str, object]]
+
+
+def spread(study: Study, split: Split, *, harmful: bool, each: int) -> list[Example]:
+    """Some examples of every benign channel, or of the attack channels of the fit."""
+    seen = {channel for channels in study.seen.values() for channel in channels}
+    suites = study.channels(split, harmful=harmful)
+    return [e for channel, suite in suites.items() if not harmful or channel in seen for e in suite[:each]]
+
+
+def places(lvlm: HookedLVLM, study: Study, n: int) -> Rows:
+    """What attention and MLP outputs carry, by set of pairs."""
+    rows: Rows = []
+    for name, pairs in study.pairs.items():
+        found = mediate(
+            lvlm,
+            pairs[:n],
+            outcome=study.pair_outcomes.get(name, study.outcome),
+            sites=[
+                site for site in lvlm.sites(tower="language") if site.component in ("hook_attn_out", "hook_mlp_out")
+            ],
+            positions=("all",),
+            batch_size=64,
+            n_boot=200,
+            progress=False,
+        )
+        for one in rank_places(found).to_dataframe().to_dict("records"):
+            rows.append({"table": "places", "of": name, "where": one["mediator"], "measure": "carried", "value": one["score"],
+                         "ci_low": one["ci_low"], "ci_high": one["ci_high"], "n": one["n"]})  # fmt: skip
+    return rows
+
+
+def skipped(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
+    """The paper's scan by skipping two blocks, and single components replaced by their means."""
+    attacked = spread(study, "validation", harmful=True, each=3 * each)
+    benign = spread(study, "validation", harmful=False, each=each)
+    reference = spread(study, "fit", harmful=False, each=3)
+    rows: Rows = []
+    for of, examples in (("attacks", attacked), ("benign", benign)):
+        common = {"judge": study.judge, "max_new_tokens": TOKENS, "batch_size": 128, "progress": False}
+        parts = [
+            ablate(lvlm, examples, components=("block",), mode="skip", window=2, **common),
+            ablate(lvlm, examples, mode="mean", reference=reference, **common),
+        ]
+        for place, part in enumerate(parts):
+            frame = part.to_dataframe()
+            for one in frame[(frame["metric"] == "complied") & (frame["effect"] == "share")].to_dict("records"):
+                baseline = one["component"] == "none"
+                if baseline and place:
+                    continue
+                where = "nothing" if baseline else f"{one['component']} {one['layer']}"
+                rows.append({"table": "skipped", "of": of, "where": where, "measure": "complied", **_figures(one)})
+    return rows
+
+
+def apart(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
+    """Separability after every block."""
+    sites = [Site("language", layer, "hook_resid_post") for layer in range(lvlm.n_layers())]
+    held = [
+        capture(lvlm, spread(study, "fit", harmful=harmful, each=n), sites, positions=("last",), progress=False)
+        for harmful, n in ((False, each), (True, 6 * each))
+    ]
+    frame = separability(*held, n_permutations=100, n_boot=200).to_dataframe()
+    return [
+        {"table": "separability", "of": "last token", "where": f"block {one['layer']}", "measure": one["metric"], **_figures(one)}
+        for one in frame.to_dict("records")
+    ]  # fmt: skip
+
+
+def one_modality(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
+    """Published CARE with one edit or both."""
+    malicious = spread(study, "fit", harmful=True, each=10**6)
+    shared = {"benign": spread(study, "fit", harmful=False, each=2 * each), "malicious": malicious, "refusals": [study.refusal],
+              "layers": LAYERS, "rank": RANK, "alpha_visual": ALPHA, "alpha_textual": ALPHA, "progress": False}  # fmt: skip
+    defences: dict[str, PublishedCARE | None] = {"undefended": None}
+    for kind, fitted in (
+        ("published CARE", PublishedCARE.fit(lvlm, **shared)),
+        ("CARE, sound", PublishedCARE.sound(lvlm, **shared)),
+    ):
+        for name, options in (
+            ("both", {}),
+            ("visual alone", {"alpha_textual": 0.0}),
+            ("textual alone", {"alpha_visual": 0.0}),
+        ):
+            defences[f"{kind}, {name}"] = replace(fitted.restricted(**options), name=f"{kind}, {name}")
+    seen = [c for channels in study.seen.values() for c in channels]
+    suites = {c: study.suites["test"][c][:each] for c in [*seen, *study.held_out()]}
+    benign = [
+        replace(e, id=f"{e.channel}/{e.id}", channel="benign")
+        for e in spread(study, "test", harmful=False, each=max(2, each // 6))
+    ]
+    table = evaluate(lvlm, {**suites, "benign": benign}, defences, judge=study.judge, max_new_tokens=TOKENS, batch_size=128,
+                     fidelity=False, n_boot=200, progress=False)  # fmt: skip
+    frame = table.frame
+    frame = frame[frame["metric"].isin(["asr"]) | ((frame["metric"] == "accuracy") & (frame["channel"] == "benign"))]
+    return [
+        {"table": "modalities", "of": one["channel"], "where": one["defence"], "measure": one["metric"], **_figures(one)}
+        for one in frame.to_dict("records")
+    ]  # fmt: skip
+
+
+def told_by(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
+    """How well classifiers of one kind of tokens tell unseen attacks with pictures from benign requests with pictures."""
+    sites = [Site("language", layer, "hook_resid_post") for layer in range(lvlm.n_layers())]
+    tokens = ("image", "text", "last")
+
+    def held(split: Split, harmful: bool) -> list:
+        found = [e for e in spread(study, split, harmful=harmful, each=each) if e.images]
+        return [found, capture(lvlm, found, sites, positions=tokens, progress=False)]
+
+    (_, b), (_, m) = held("fit", False), held("fit", True)
+    (calm, new_b), (attacks, new_m) = held("test", False), held("test", True)
+    labels = np.repeat([0.0, 1.0], [len(calm), len(attacks)])
+    groups = [*(e.group for e in calm), *(e.group for e in attacks)]
+    rows: Rows = []
+    for site in sites:
+        for kind in tokens:
+            direction = classifier_direction(b.rows(site, kind), m.rows(site, kind))
+            score = torch.cat([new_b.rows(site, kind), new_m.rows(site, kind)]).float() @ direction
+            ci = cluster_bootstrap(
+                {"score": score.double().numpy(), "label": labels}, groups, statistic=_auc, bounds=(0, 1), n_boot=500
+            )
+            rows.append({"table": "told by", "of": kind, "where": f"block {site.layer}", "measure": "auc", "value": ci.estimate,
+                         "ci_low": ci.low, "ci_high": ci.high, "n": len(labels)})  # fmt: skip
+    return rows
+
+
+def _auc(drawn: dict[str, np.ndarray]) -> float:
+    ranks, label = rankdata(drawn["score"]), drawn["label"] > 0
+    n, rest = label.sum(), (~label).sum()
+    return float((ranks[label].sum() - n * (n + 1) / 2) / (n * rest)) if n and rest else float("nan")
+
+
+def _figures(row: dict[str, object]) -> dict[str, object]:
+    return {name: row[name] for name in ("value", "ci_low", "ci_high", "n")}
+
+
+def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a few examples; its figures are not to be quoted")
+    parser.add_argument("--out", type=Path, default=Path("results/claims"))
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    lvlm, study = organism.load(), organism.study()
+    few = options.short
+    rows: Rows = []
+    for make, n in ((places, 4 if few else 24), (skipped, 1 if few else 8), (apart, 2 if few else 8),
+                    (told_by, 4 if few else 40), (one_modality, 3 if few else 28)):  # fmt: skip
+        rows += make(lvlm, study, n)
+        log.warning("%s: done", make.__name__)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_whole(options.out / "claims.csv", pd.DataFrame(rows)[COLUMNS].to_csv(index=False))
+    frame = pd.DataFrame(rows)[COLUMNS]
+    for name, part in frame.groupby("table", sort=False):
+        log.warning("%s\n%s", name, part.round(2).head(60).to_string(index=False))
+    lvlm.close()
+    return frame
+
+
+if __name__ == "__main__":
+    main()
