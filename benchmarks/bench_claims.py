@@ -10,7 +10,7 @@ columns of `bench_defences.py`.
 - separability: the paper's three measures and a cross-validated probe between attacks and benign requests, after every block, at the last
   prompt token (fit split).
 - modalities: published CARE, as it is and without its faults, with the visual edit alone, the textual alone and both, on the test split;
-  and how well a classifier of the image tokens, the text tokens or the last token alone tells unseen attacks from benign requests.
+  and ("told by") how well a classifier of the image tokens, the text tokens or the last token alone tells unseen attacks from benign requests.
 
 Nothing is chosen here: blocks, rank and strength of published CARE are those that `bench_defences.py` chose most often.
 """
@@ -27,7 +27,7 @@ import torch
 from scipy.stats import rankdata
 
 from care_lens import Example, HookedLVLM, organism
-from care_lens.capture import capture
+from care_lens.capture import Activations, capture
 from care_lens.core import Site, cluster_bootstrap
 from care_lens.core.files import write_whole
 from care_lens.core.memory import keep_freed_memory
@@ -144,28 +144,44 @@ def one_modality(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
 
 
 def told_by(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
-    """How well classifiers of one kind of tokens tell unseen attacks with pictures from benign requests with pictures."""
+    """How well classifiers of one kind of tokens tell unseen attacks from benign requests, all with pictures.
+
+    Twice: attacks of the fit against all benign channels, where the same forbidden word may be pictured and asked about harmlessly; and pictured
+    requests for steps alone, where nothing but the pictured item differs.
+    """
     sites = [Site("language", layer, "hook_resid_post") for layer in range(lvlm.n_layers())]
     tokens = ("image", "text", "last")
-
-    def held(split: Split, harmful: bool) -> list:
-        found = [e for e in spread(study, split, harmful=harmful, each=each) if e.images]
-        return [found, capture(lvlm, found, sites, positions=tokens, progress=False)]
-
-    (_, b), (_, m) = held("fit", False), held("fit", True)
-    (calm, new_b), (attacks, new_m) = held("test", False), held("test", True)
-    labels = np.repeat([0.0, 1.0], [len(calm), len(attacks)])
-    groups = [*(e.group for e in calm), *(e.group for e in attacks)]
+    held: dict[tuple[str, bool], tuple[list[Example], Activations]] = {}
+    for split in ("fit", "test"):
+        for harmful in (False, True):
+            found = [e for e in spread(study, split, harmful=harmful, each=each) if e.images]
+            held[split, harmful] = found, capture(lvlm, found, sites, positions=tokens, progress=False)
     rows: Rows = []
-    for site in sites:
-        for kind in tokens:
-            direction = classifier_direction(b.rows(site, kind), m.rows(site, kind))
-            score = torch.cat([new_b.rows(site, kind), new_m.rows(site, kind)]).float() @ direction
-            ci = cluster_bootstrap(
-                {"score": score.double().numpy(), "label": labels}, groups, statistic=_auc, bounds=(0, 1), n_boot=500
-            )
-            rows.append({"table": "told by", "of": kind, "where": f"block {site.layer}", "measure": "auc", "value": ci.estimate,
-                         "ci_low": ci.low, "ci_high": ci.high, "n": len(labels)})  # fmt: skip
+    for name, channels in (
+        ("all channels", None),
+        ("pictured requests for steps", ("typographic", "benign typographic")),
+    ):
+        kept = {
+            key: torch.tensor([channels is None or e.channel in channels for e in found])
+            for key, (found, _) in held.items()
+        }
+        labels = np.repeat([0.0, 1.0], [int(kept["test", harmful].sum()) for harmful in (False, True)])
+        groups = [
+            e.group
+            for harmful in (False, True)
+            for e, keep in zip(held["test", harmful][0], kept["test", harmful].tolist(), strict=True)
+            if keep
+        ]
+        for site in sites:
+            for kind in tokens:
+                at = {key: some.rows(site, kind)[kept[key]].float() for key, (_, some) in held.items()}
+                direction = classifier_direction(at["fit", False], at["fit", True])
+                score = (torch.cat([at["test", False], at["test", True]]) @ direction).double().numpy()
+                ci = cluster_bootstrap(
+                    {"score": score, "label": labels}, groups, statistic=_auc, bounds=(0, 1), n_boot=500
+                )
+                rows.append({"table": "told by", "of": f"{kind} tokens, {name}", "where": f"block {site.layer}", "measure": "auc",
+                             "value": ci.estimate, "ci_low": ci.low, "ci_high": ci.high, "n": len(labels)})  # fmt: skip
     return rows
 
 
@@ -179,12 +195,23 @@ def _figures(row: dict[str, object]) -> dict[str, object]:
     return {name: row[name] for name in ("value", "ci_low", "ci_high", "n")}
 
 
+#: The tables, how they are made, and how many pairs or examples a channel a short and a whole run take.
+STEPS = {
+    "places": (places, 4, 24),
+    "skipped": (skipped, 1, 8),
+    "separability": (apart, 2, 8),
+    "told by": (told_by, 4, 40),
+    "modalities": (one_modality, 3, 28),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few examples; its figures are not to be quoted")
     parser.add_argument("--out", type=Path, default=Path("results/claims"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=[*STEPS], default=[*STEPS], help="some of the tables")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     torch.set_num_threads(options.threads)
@@ -192,10 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
     lvlm, study = organism.load(), organism.study()
     few = options.short
     rows: Rows = []
-    for make, n in ((places, 4 if few else 24), (skipped, 1 if few else 8), (apart, 2 if few else 8),
-                    (told_by, 4 if few else 40), (one_modality, 3 if few else 28)):  # fmt: skip
-        rows += make(lvlm, study, n)
-        log.warning("%s: done", make.__name__)
+    for name in options.only:
+        make, short, whole = STEPS[name]
+        rows += make(lvlm, study, short if few else whole)
+        log.warning("%s: done", name)
         options.out.mkdir(parents=True, exist_ok=True)
         write_whole(options.out / "claims.csv", pd.DataFrame(rows)[COLUMNS].to_csv(index=False))
     frame = pd.DataFrame(rows)[COLUMNS]
