@@ -185,7 +185,7 @@ def _warn_of_others(
 
     def said(result: DetailedResult, column: str, number: str = "example") -> str:
         details = result.details
-        rows = details[details[number] == example]
+        rows = pd.DataFrame(details[details[number] == example])
         return "" if column not in details.columns or rows.empty else str(rows[column].iloc[0])
 
     differ = []
