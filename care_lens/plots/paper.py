@@ -273,22 +273,23 @@ def _spaced(data: list[dict[str, Any]], layout: dict[str, Any]) -> None:
 
 
 def _thinned(layout: dict[str, Any]) -> None:
-    """Upright labels of an x axis that would stand on each other left out: longest first (the folded picture), then from the left."""
+    """Upright labels of an x axis that would stand on each other left out: the folded picture stays, then what comes first from the left."""
     for axis in _axes(layout, "x").values():
         at, texts = axis.get("tickvals"), axis.get("ticktext")
         if at is None or texts is None or axis.get("tickangle") not in (-90, 90) or len(at) < 2:
             continue
-        at, texts = np.asarray(at, dtype=float).tolist(), [str(text) for text in texts]
+        at, named = np.asarray(at, dtype=float).tolist(), [str(text) for text in texts]
         left, right = axis.get("domain") or (0, 1)
-        low, high = axis.get("range") or (at[0] - 0.5, at[-1] + 0.5)
+        ends = axis.get("range")
+        low, high = (at[0] - 0.5, at[-1] + 0.5) if ends is None else (float(ends[0]), float(ends[1]))
         room = layout["width"] - _BESIDE - (_BESIDE if any(name.startswith("coloraxis") for name in layout) else 0)
         pixel = room * (right - left) / abs(float(high) - float(low))
         kept: list[int] = []
-        for index in sorted(range(len(at)), key=lambda k: (not texts[k].startswith("image ("), k)):
+        for index in sorted(range(len(at)), key=lambda k: (not named[k].startswith("image ("), k)):
             if all(abs(at[index] - at[other]) * pixel >= FONT * 0.85 for other in kept):
                 kept.append(index)
         kept.sort()
-        axis |= {"tickvals": [at[k] for k in kept], "ticktext": [texts[k] for k in kept]}
+        axis |= {"tickvals": [at[k] for k in kept], "ticktext": [named[k] for k in kept]}
 
 
 def _titled(layout: dict[str, Any], names: Mapping[str, str], width: int) -> dict[str, Any]:
