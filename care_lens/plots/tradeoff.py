@@ -86,7 +86,7 @@ def plot_tradeoff(result: FrameResult | pd.DataFrame) -> go.Figure:
         height=460,
         showlegend=True,
         xaxis={"title": {"text": titles["accuracy"]}, "tickformat": ".0%", "range": _range(figure, "x")},
-        yaxis={"title": {"text": titles["asr"]}, "tickformat": ".0%", "range": [-0.03, 1.03]},
+        yaxis={"title": {"text": titles["asr"].replace(" (n", "<br>(n")}, "tickformat": ".0%", "range": [-0.03, 1.03]},
     )
     return figure
 
