@@ -145,7 +145,7 @@ shares = ablation.frame.query("effect == 'share' and metric == 'complied'")
 shares[["layer", "component", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# Without either part of block 0 the model answers nothing. Above it, the attention of block 6, which reads the wrapper, costs most (0.50 [0.29, 0.71] of 0.83 [0.59, 0.96] without ablation), then the MLP of block 7 (0.67 [0.43, 0.85]). With 24 attacks these intervals overlap: that attention matters here as well as MLPs is shown, an order among them is not.
+# Without either part of block 0 the model answers none of the attacks. Above it, the attention of block 6, which reads the wrapper, costs most (0.50 [0.29, 0.71] of 0.83 [0.59, 0.96] without ablation), then the MLP of block 7 (0.67 [0.43, 0.85]). With 24 attacks these intervals overlap: that attention matters here as well as MLPs is shown, an order among them is not.
 
 # %% [markdown]
 # ## Exercises

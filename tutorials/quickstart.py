@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # Quickstart: diagnose, learn, repair, prove
+# # Quickstart: diagnose, learn, repair, evaluate
 #
 # We take the bundled vision-language model, which refuses forbidden requests in plain words and answers the same requests when the
 # item is written in the picture, find out where that answer comes from, learn a safety subspace from a few dozen
@@ -185,7 +185,7 @@ with repair.on(lvlm):
 # %% [markdown]
 # `repair.fwd_hooks(inputs)` gives plain TransformerLens hooks, `repair.save(folder)` keeps it.
 #
-# ## 4. Prove
+# ## 4. Evaluate
 #
 # Test items, wordings and type faces that neither the fit nor the calibration saw, the same settings for safety and utility, and a
 # control: the same readers and gate with random writers of equal rank and equal edit norm. Twenty-four examples a channel and one draw here; `care-lens run` takes all, and five draws.

@@ -43,7 +43,8 @@ judge = organism.OrganismJudge()
 # ## Ten defences, as they were measured
 #
 # The whole comparison takes hours: each defence had at most twelve settings, chosen on validation by one rule (least attack success among those that lose at most two points of right answers). Per cent with 95 % intervals, from
-# "Defences on the bundled model" in the results (`benchmarks/bench_defences.py`; seen n = 84, held-out n = 196, benign n = 672); the repair's row is of its own run (README, 56 a channel).
+# "Defences on the bundled model" in the results (`benchmarks/bench_defences.py`; seen n = 84, held-out n = 196, benign n = 672). The rows are of the earlier of the two runs on that page, whose settings are used below; the repair's row is of the
+# later run, where it had twelve settings, too. The two runs drew other settings, and this matters: in the later one CAST was chosen with alpha 1, and left 19 % [11, 30] of the seen and 61 % [54, 68] of the held-out attacks.
 #
 # | defence | seen attacks | held-out attacks | benign, right | chosen |
 # | --- | --- | --- | --- | --- |
@@ -58,7 +59,7 @@ judge = organism.OrganismJudge()
 # | SafeSteer | 73 [61, 82] | 92 [87, 96] | 97 [95, 98] | layer 2, alpha 0.2 |
 # | LEACE | 81 [70, 89] | 94 [89, 98] | 97 [95, 98] | layer 1, last token |
 # | CAA | 83 [73, 91] | 94 [88, 97] | 95 [93, 97] | layer 7, alpha 1 |
-# | the repair | 2 | 16 | 94 | block 6, a classifier |
+# | the repair (later run) | 4 [0, 12] | 16 [11, 22] | 94 [92, 96] | block 6, a classifier |
 #
 # ## Four of them and the repair, fitted here
 #
@@ -177,7 +178,8 @@ px.bar(
 # - **The blind attack understates.** Made without the defence, the same PGD reaches 0.50 [0.21, 0.79] against CAST; made against it, 0.92 [0.62, 1.00]. For the repair 0.17 [0.02, 0.48] and 0.42 [0.15, 0.72]. The intervals overlap; that an attack which sees more does no worse is to be expected.
 # - **Noise is a control that is needed.** It changes nothing for CAST (0.33 before and after), but for the repair 0.08 [0.00, 0.38] becomes 0.25 [0.05, 0.57] by noise alone. Five of twelve under PGD against three of twelve under noise is no difference that
 #   twelve requests could show.
-# - **It matters where the attack starts.** The README attacks the repair from plain requests over clean pictures, which the undefended model refuses by itself, and 8 % [1, 27] of 24 get through (with a repair that learned from more). Here the defence is all that stands in the way.
+# - **It matters where the attack starts, and how long it goes on.** From plain requests over clean pictures, which the undefended model refuses by itself, 8 % [1, 27] of 24 get through the repair of the README ("The bundled model, line by line" in the results). From pictured requests, as here, the
+#   defence is all that stands in the way: with 40 steps in place of our four, at the same 16 of 255, 100 % [86, 100] of 24 get through, with random noise 8 % [1, 27]. Four steps understate what an attacker can do.
 #
 # ## Exercises
 #
@@ -233,7 +235,7 @@ px.bar(
 # - A small closed world and eight or twelve requests a cell: an interval spans up to seventy points. The order of two defences is not shown by bars whose intervals overlap.
 # - One family of attacks, one draw (seed 0), four steps. An attack that fails proves nothing about the defence; one that succeeds does.
 # - The defences were fitted on few examples with settings that were chosen elsewhere; the repair here is weaker than the README's. Only CAST and the repair were attacked.
-# - Safety tuning, the strongest rival of the table, was left out because its training takes longer than this page.
+# - Safety tuning, the strongest baseline of the table, was left out because its training takes longer than this page.
 
 # %%
 print(date.today(), package_versions())

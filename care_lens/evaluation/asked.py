@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from care_lens.core.display import ShortRepr, brief
 from care_lens.core.examples import Example
 from care_lens.core.identity import digest
 from care_lens.core.outcome import Verdict
@@ -98,7 +99,7 @@ class EndpointJudge:
         return checked_prompt(self.instructions, {"request": request, "answer": text[: self._most]})
 
 
-class MMVetGrader:
+class MMVetGrader(ShortRepr):
     """Grades open answers from 0 to 1 by asking a chat model, in the way of MM-Vet (Yu et al. 2023, arXiv:2308.02490).
 
     The figure depends on the model that is asked; name it. :class:`~care_lens.evaluation.graders.OpenAnswerGrader` needs none.
@@ -120,6 +121,13 @@ class MMVetGrader:
     ) -> None:
         self.endpoint, self.instructions, self.progress = endpoint, instructions, progress
         self.name = name or f"mmvet-{endpoint.model}"
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its name and settings."""
+        return type(self).__name__, {
+            "name": brief(self.name),
+            "model": brief(self.endpoint.model),
+        }
 
     def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
         """A score for each answer: 0 for an empty one; NaN without a truth (the example's ``response``), for a missing answer, and where no score could be had.

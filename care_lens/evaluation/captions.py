@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from care_lens.core.display import ShortRepr, brief
 from care_lens.core.examples import Example
 from care_lens.core.verdicts import JudgeError, require_texts
 from care_lens.evaluation.graders import listed
@@ -23,7 +24,7 @@ _SIGMA, _LONGEST = 6.0, 4
 NGram = tuple[str, ...]
 
 
-class CaptionGrader:
+class CaptionGrader(ShortRepr):
     """CIDEr-D of captions. The references are ``meta["captions"]``, as JSON, else the example's ``response``.
 
     Args:
@@ -45,6 +46,13 @@ class CaptionGrader:
 
     def __init__(self, *, corpus: Sequence[Sequence[str]] | None = None, name: str = "cider-d") -> None:
         self._corpus, self.name = corpus, name
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its name and settings."""
+        return type(self).__name__, {
+            "name": brief(self.name),
+            "corpus": "of the captions it is given" if self._corpus is None else f"{len(self._corpus)} pictures",
+        }
 
     def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
         """The score of each caption; NaN for a missing one or a picture without references.

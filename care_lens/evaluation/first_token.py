@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from care_lens.core.display import ShortRepr, brief
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Verdict
 from care_lens.core.verdicts import JudgeError, require_texts, require_verdicts
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 Words = str | Sequence[str]
 
 
-class FirstTokenJudge:
+class FirstTokenJudge(ShortRepr):
     """Complied if the model finds the first token of ``yes`` likelier than that of ``no``. A subclass says by :meth:`format` what the model is shown.
 
     Rows of a batch are padded on the left, their positions counted without the padding, so that a verdict does not depend on the answers beside it. Where it says no, a
@@ -73,6 +74,13 @@ class FirstTokenJudge:
         self._max_answer_tokens, self._batch_size = max_answer_tokens, batch_size
         self._min_mass, self._special = min_mass, special
         self._control = self._control_tokens()
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its name and settings."""
+        return type(self).__name__, {
+            "name": brief(self.name),
+            "model": type(self.model).__name__,
+        }
 
     def __call__(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[Verdict]:
         """One verdict an answer; "missing" where the prompt is longer than the model's context, or the model says neither yes nor no.

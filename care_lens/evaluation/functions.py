@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from care_lens.core.display import ShortRepr, brief
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Verdict
 from care_lens.core.verdicts import JudgeError, named, require_texts, require_verdicts
@@ -9,7 +10,7 @@ from care_lens.core.verdicts import JudgeError, named, require_texts, require_ve
 Says = Verdict | str | bool | None
 
 
-class FunctionJudge:
+class FunctionJudge(ShortRepr):
     """A judge of a function that is given one request and one answer.
 
     Args:
@@ -42,6 +43,13 @@ class FunctionJudge:
             raise ValueError("false must be another verdict than True's, got 'complied'; take 'refused' or 'other'")
         self.function, self.name = function, name or named(function)
         self.false = Verdict(false)
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its name and settings."""
+        return type(self).__name__, {
+            "name": brief(self.name),
+            "false": self.false.value,
+        }
 
     def __call__(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[Verdict]:
         """One verdict an answer; missing answers are not shown to the function.

@@ -11,6 +11,7 @@ leaving it out would make a defence that breaks the model look harmless.
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+from care_lens.core.display import ShortRepr, brief
 from care_lens.core.examples import Example
 from care_lens.core.verdicts import JudgeError, require_texts
 from care_lens.evaluation.choice_letters import choices_of, chosen_letter
@@ -19,7 +20,7 @@ from care_lens.evaluation.normalise import plain_words, vqa_normalised
 from care_lens.evaluation.refusal import own_words, says_something
 
 
-class ChoiceGrader:
+class ChoiceGrader(ShortRepr):
     """Multiple choice: right if the letter that the answer names is the example's ``response``. For MMBench and ScienceQA.
 
     The choices are the lines "A. ..." at the end of the prompt, as the readers of both write them. :func:`chosen_letter` says how a letter is read.
@@ -48,6 +49,13 @@ class ChoiceGrader:
     ) -> None:
         self.circular, self.name, self.metric = circular, name, "circular" if circular else "accuracy"
         self._extract = extract or chosen_letter
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its name and settings."""
+        return type(self).__name__, {
+            "name": brief(self.name),
+            "metric": brief(self.metric),
+        }
 
     def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
         """1 for the right letter, 0 for another or none; NaN for a missing answer or an example without a right letter.
@@ -87,7 +95,7 @@ class ChoiceGrader:
         return float(self._extract(own_words(example, text) or "", choices) == right)
 
 
-class VQAGrader:
+class VQAGrader(ShortRepr):
     """VQA accuracy: the share of people who gave this answer, over 3, at most 1 (Antol et al. 2015, Goyal et al. 2017).
 
     As the official evaluation computes it: averaged over leaving out each of the ten people, with punctuation, articles, numbers and contractions normalised, on both sides. The truth is ``meta["answers"]``, as JSON.
@@ -110,6 +118,13 @@ class VQAGrader:
 
     def __init__(self, *, leave_one_out: bool = True, name: str = "vqa-accuracy") -> None:
         self.leave_one_out, self.name = leave_one_out, name
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its name and settings."""
+        return type(self).__name__, {
+            "name": brief(self.name),
+            "leave_one_out": brief(self.leave_one_out),
+        }
 
     def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
         """The accuracy of each answer; NaN for a missing one or an example without answers.
@@ -135,7 +150,7 @@ class VQAGrader:
         return sum(min((sum(same) - own) / 3, 1.0) for own in same) / len(people)
 
 
-class OpenAnswerGrader:
+class OpenAnswerGrader(ShortRepr):
     """Open answers with a short truth, without asking a model: the share of the parts of the truth that the answer holds. In the way of MM-Vet (Yu et al. 2023).
 
     ``response`` is the truth; <AND> joins parts that must all be there, <OR> ways to say it. A part is held if its words stand in the answer in a row, case, punctuation and
@@ -158,6 +173,12 @@ class OpenAnswerGrader:
 
     def __init__(self, *, name: str = "open-answer") -> None:
         self.name = name
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its name and settings."""
+        return type(self).__name__, {
+            "name": brief(self.name),
+        }
 
     def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
         """The share of the truth in each answer; NaN for a missing one or an example without a truth.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from care_lens.core.display import ShortRepr, brief
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Verdict
 from care_lens.core.require import require_path
@@ -140,7 +141,7 @@ def own_words(example: Example, text: str | None) -> str | None:
     return text[len(given) :] if text is not None and given and text.startswith(given) else text
 
 
-class SubstringRefusalJudge:
+class SubstringRefusalJudge(ShortRepr):
     """Refused if a phrase of a list occurs in the answer, complied otherwise.
 
     The common and cheap convention of Zou et al. 2023. It cannot tell an answer that does what was asked from
@@ -261,6 +262,15 @@ class SubstringRefusalJudge:
             exceptions=(),
             name=name,
         )
+
+    def shown(self) -> tuple[str, dict[str, str]]:
+        """Its name and settings."""
+        return type(self).__name__, {
+            "name": brief(self.name),
+            "phrases": str(len(self.phrases)),
+            "exceptions": str(len(self.exceptions)),
+            "position": brief(self.position),
+        }
 
     def __call__(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[Verdict]:
         """One verdict a text; of the examples only the beginning of the answer that they give matters.

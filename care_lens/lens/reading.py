@@ -14,6 +14,7 @@ mean effect over the pairs must exclude 0) demand more.
     picture_reading(words, effects, example=0, neighbours=near, image=pairs.unsafe[0].image).plot()
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,12 @@ import pandas as pd
 from PIL import Image
 from scipy.stats import rankdata
 
-from care_lens.core import SiteLike, cluster_bootstrap
+from care_lens.core import Example, SiteLike, cluster_bootstrap
 from care_lens.core.details import DetailedResult
 from care_lens.core.results import FrameResult, package_versions
 from care_lens.core.site import Site
 from care_lens.lens.errors import LensError
-from care_lens.lens.measures import LensMeasures
+from care_lens.lens.measures import LensMeasures, thumbnails
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -101,6 +102,10 @@ def picture_reading(
         The patches. A patch is legible where a target of the example is among its words (``logit_lens(targets=...)``); without targets
         where the first word's probability is above that of the median patch's.
 
+    Warns:
+        UserWarning: If the results are told to be of different items or pictures: the item (group) of the example and of the pair, the example that
+            the neighbours are of, the picture that is given. The warning names what differs.
+
     Raises:
         LensError: If the results do not hold that example and site, or their patches differ; if ``acts`` is no share, ``min_effect`` is below 0,
             or ``significant`` is asked for and ``effects`` has no intervals.
@@ -121,6 +126,7 @@ def picture_reading(
             f"effects must hold the patches of example {example}, {len(first)} of them, got {len(held)} of pair {example}; measure "
             "them with patch_map on the same examples, in the same order"
         )
+    _warn_of_others(words, effects, neighbours, image, example)
     targets = words.settings.get("targets") or []
     own = set(targets[example]) if targets else set()
     ranks = _target_ranks(lens, own, first.index)
@@ -166,6 +172,57 @@ def picture_reading(
         "versions": package_versions(),
     }
     return PictureReading(pd.DataFrame(frame), settings, image)
+
+
+def _warn_of_others(
+    words: LensMeasures,
+    effects: DetailedResult,
+    neighbours: LensMeasures | None,
+    image: Image.Image | None,
+    example: int,
+) -> None:
+    """Warn where what stands side by side is not of one item and one picture, as far as the results say of what they are."""
+
+    def said(result: DetailedResult, column: str, number: str = "example") -> str:
+        details = result.details
+        rows = pd.DataFrame(details[details[number] == example])
+        return "" if column not in details.columns or rows.empty else str(rows[column].iloc[0])
+
+    differ = []
+    item, pair = said(words, "group"), said(effects, "group", "pair")
+    # Examples without an item go by their id or their number, pairs by their number: these say nothing of each other.
+    named = item not in ("", said(words, "id"), str(example)) and pair not in ("", str(example))
+    if named and item != pair:
+        differ.append(f"words are of item {item!r}, effects of item {pair!r}")
+    if neighbours is not None:
+        for column, what in (("group", "item"), ("id", "example")):
+            one, other = said(words, column), said(neighbours, column)
+            if one and other and one != other:
+                differ.append(f"words are of {what} {one!r}, neighbours of {what} {other!r}")
+                break
+        differ += _pictures_differ(words, neighbours.pictures, example, "the picture of neighbours")
+    if image is not None:
+        shown = thumbnails([Example("", image=image)]).assign(example=example)
+        differ += _pictures_differ(words, shown, example, "image")
+    if differ:
+        warnings.warn(
+            f"the results must be of one picture and item to be read side by side, got others at example {example}: {'; '.join(differ)}; "
+            "give every step the same examples in the same order (patch_map: pairs whose unsafe twins are these examples)",
+            stacklevel=3,
+        )
+
+
+def _pictures_differ(words: LensMeasures, others: pd.DataFrame, example: int, name: str) -> list[str]:
+    """That pictures of two results are not the same, where both have kept theirs."""
+    if not {"example", "image", "data"} <= {*words.pictures.columns} & {*others.columns}:
+        return []
+    kept = [
+        pd.DataFrame(table[(table["example"] == example) & (table["image"] == 0)]) for table in (words.pictures, others)
+    ]
+    if any(table.empty for table in kept) or kept[0]["data"].iloc[0] == kept[1]["data"].iloc[0]:
+        return []
+    sizes = [f"{table['width'].iloc[0]} x {table['height'].iloc[0]}" for table in kept]
+    return [f"{name} ({sizes[1]} pixels) is not the picture of words ({sizes[0]})"]
 
 
 def _patches(result: LensMeasures, example: int, site: Site) -> pd.DataFrame:

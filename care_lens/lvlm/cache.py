@@ -20,6 +20,14 @@ _PICTURES = ("vision", "projector.")
 """How the names of activations about pictures begin, the sites' and TransformerLens's own."""
 
 
+def _lacking(scale: str, what: str) -> str:
+    """What to do where a norm's scale is not in the cache."""
+    return (
+        f"the cache must hold {scale!r} for {what}, which is no site; take it with "
+        "lvlm.bind(inputs).run_with_cache(inputs.input_ids)"
+    )
+
+
 class LVLMCache(ActivationCache):
     """Activations of a vision-language model, with all of TransformerLens's methods.
 
@@ -127,10 +135,7 @@ class LVLMCache(ActivationCache):
             ValueError: If the final norm's scale is not in the cache, or that norm is not an RMS norm.
         """
         if _SCALE not in self.cache_dict:
-            raise ValueError(
-                f"the cache must hold {_SCALE!r} for logits, which is no site; take it with "
-                "lvlm.bind(inputs).run_with_cache(inputs.input_ids)"
-            )
+            raise ValueError(_lacking(_SCALE, "logits"))
         if self._uses_ln_centering(self.model.cfg.n_layers):
             raise ValueError(
                 "the final norm must be an RMS norm: a layer norm's weight cannot be applied before it centres"
@@ -274,6 +279,35 @@ class LVLMCache(ActivationCache):
         if after is None or before is None or torch.equal(after, before):
             return None
         return before - after
+
+    def apply_ln_to_stack(
+        self, residual_stack: Tensor, layer: int | None = None, mlp_input: bool = False, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As in TransformerLens: the stack divided by the scale of the norm before a block, or of the final norm.
+
+        Args:
+            residual_stack: [component, ..., d_model].
+            layer: The block whose input it is; the number of layers, -1 or None: the unembedding, whose norm is the final one.
+            mlp_input: Whether it is the input of the block's MLP; of no meaning at the unembedding.
+            args: As in TransformerLens.
+            kwargs: As in TransformerLens.
+
+        Raises:
+            ValueError: If there is no such layer, or the scale of its norm is not in the cache.
+        """
+        n_layers = self.model.cfg.n_layers
+        if layer is not None and not -1 <= layer <= n_layers:
+            raise ValueError(
+                f"layer must be from 0 to {n_layers} ({n_layers}, -1 or None: the unembedding), got {layer}"
+            )
+        final = layer in (None, -1, n_layers)
+        scale = _SCALE if final else f"blocks.{layer}.ln{2 if mlp_input else 1}.hook_scale"
+        # Without the model's own norm of that name TransformerLens says what kind of block it is.
+        known = scale in getattr(self.model, "hook_dict", {})
+        anew = final and (kwargs.get("recompute_ln") or (len(args) > 3 and args[3]))
+        if known and not anew and scale not in self.cache_dict:
+            raise ValueError(_lacking(scale, "a norm"))
+        return super().apply_ln_to_stack(residual_stack, layer, mlp_input, *args, **kwargs)
 
     def decompose_resid(
         self,

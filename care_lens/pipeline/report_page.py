@@ -36,7 +36,7 @@ details { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .9re
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; min-width: 0; } .card h4 { margin: 0 0 .2rem; }
 .card img { float: right; width: 72px; height: 72px; object-fit: contain; image-rendering: pixelated; margin: 0 0 .4rem .7rem; border: 1px solid var(--line); }
 .card p { margin: .3rem 0; } .card dl { margin: .5rem 0 0; clear: both; } .card dt { color: var(--soft); font-size: 13px; } .card dd { margin: 0 0 .35rem; font-family: ui-monospace, monospace; font-size: 13px; white-space: pre-wrap; }
-@media (max-width: 640px) { body { font-size: 15px; padding: 1rem .7rem 3rem; } nav ul { columns: 1; } table { font-size: 12.5px; } th, td { padding: .25rem .4rem; } }
+@media (max-width: 640px) { body { font-size: 15px; padding: 1rem .7rem 3rem; } td { white-space: normal; } td.w { min-width: 9rem; } th[scope=row] { min-width: 4.5rem; } nav ul { columns: 1; } table { font-size: 12.5px; } th, td { padding: .25rem .4rem; } }
 """
 
 SCRIPT = """

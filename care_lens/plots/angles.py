@@ -100,7 +100,7 @@ def plot_angles_by_layer(
     """
     if not pairs or not all(pairs.values()):
         raise ValueError("pairs must hold at least one layer of each model, got none; fit two subspaces at one site")
-    figure = go.Figure()
+    figure, drawn = go.Figure(), set()
     for index, (name, layers) in enumerate(pairs.items()):
         at = sorted(layers)
         angles = [_degrees(compare_bases(layers[k][0].basis, layers[k][1].basis).angles, which) for k in at]
@@ -113,11 +113,15 @@ def plot_angles_by_layer(
             "line": {"width": 0},
             "mode": "lines",
         }
-        figure.add_trace(
-            go.Scatter(
-                x=[*at, *at[::-1]], y=[*high, *low[::-1]], **shade, hoverinfo="skip", showlegend=False, name="chance"
-            )
-        )
+        band = tuple(zip(at, low, high, strict=True))
+        if band not in drawn:  # models of one width have one band; laid on each other they would hide what lies below
+            figure.add_trace(
+                go.Scatter(
+                    x=[*at, *at[::-1]], y=[*high, *low[::-1]], **shade, hoverinfo="skip", showlegend=not drawn,
+                    name="90 % of random subspaces",
+                )
+            )  # fmt: skip
+        drawn.add(band)
         figure.add_trace(
             go.Scatter(
                 x=at,
@@ -128,9 +132,10 @@ def plot_angles_by_layer(
                 name=name,
             )
         )
-    figure.update_xaxes(title_text="layer")
+    layers = sorted({k for one in pairs.values() for k in one})
+    figure.update_xaxes(title_text="layer", tick0=0, dtick=max(1, (layers[-1] - layers[0]) // 8))
     figure.update_yaxes(title_text=f"{which} angle, degrees", range=[-2, 94], tickvals=[0, 30, 60, 90])
-    figure.update_layout(template=theme.TEMPLATE, height=400, showlegend=len(pairs) > 1)
+    figure.update_layout(template=theme.TEMPLATE, height=400, showlegend=True)
     return figure
 
 

@@ -6,9 +6,10 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths, largest_of, marked, n_text, only, where, with_n
+from care_lens.plots.frames import component_label, frame_of, half_widths, largest_of, marked, only, where, with_n
 
 _INTERVAL = ("value", "ci_low", "ci_high", "n")
+_UNITS = {"site": "sites", "head": "heads", "neuron": "neurons", "patch": "patches"}
 
 
 def plot_attribution(result: FrameResult | pd.DataFrame, *, top: int = 12) -> go.Figure:
@@ -51,21 +52,38 @@ def plot_verified(result: FrameResult | pd.DataFrame) -> go.Figure:
         result: A ``VerifiedResult`` or its frame.
 
     Returns:
-        The figure: one curve a measure.
+        The figure: one curve a measure. Kinds of units whose effects are all the same, as those of a tower that gets the same picture in both
+        twins, have no rank: they are left out, and named under the axis.
 
     Raises:
         ValueError: If the frame is not such.
     """
     frame = frame_of(result, ("tower", "component", "effect", *_INTERVAL))
+    units = [
+        f"{row['tower']} {_UNITS.get(str(row['kind']), str(row['kind']))}, {component_label(str(row['component']))}"
+        for row in frame.to_dict("records")
+    ]
+    frame = frame.assign(unit=units)
+    known = set(frame.loc[frame["value"].notna(), "unit"])
+    unknown = [unit for unit in dict.fromkeys(units) if unit not in known] if known else []
+    frame = pd.DataFrame(frame[~frame["unit"].isin(unknown)])
     figure = go.Figure()
     for index, effect in enumerate(dict.fromkeys(frame["effect"])):
         part = where(frame, effect=effect)
-        labels = (part["tower"] + " " + part["kind"] + " " + part["component"]).tolist()
-        figure.add_trace(_points(part, labels, str(effect), index))
+        figure.add_trace(_points(part, part["unit"].tolist(), str(effect), index))
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(title_text=n_text(frame, "units"))
-    figure.update_layout(template=theme.TEMPLATE, height=180 + 30 * len(frame))
+    beneath = f"<br>no effect to rank: {_told(unknown, known)}" if unknown else ""
+    figure.update_xaxes(title_text=f"{with_n('correlation or share', frame, 'units')}{beneath}")
+    figure.update_layout(template=theme.TEMPLATE, height=180 + 60 * frame["unit"].nunique() + 20 * bool(unknown))
     return figure
+
+
+def _told(unknown: list[str], known: set[str]) -> str:
+    """Units by name, or their tower alone where it has no others."""
+    others = {unit.partition(" ")[0] for unit in known}
+    towers = dict.fromkeys(unit.partition(" ")[0] for unit in unknown if unit.partition(" ")[0] not in others)
+    whole = [tower if tower == "projector" else f"{tower} tower" for tower in towers]
+    return "; ".join([*whole, *(unit for unit in unknown if unit.partition(" ")[0] in others)])
 
 
 def plot_knockout(result: FrameResult | pd.DataFrame) -> go.Figure:

@@ -92,11 +92,7 @@ def _markers(part: pd.DataFrame, name: str, index: int, *, legend: bool) -> go.S
         customdata=part[columns].to_numpy(dtype=float),
         hovertemplate=hover,
         mode="markers",
-        marker={
-            "size": 9,
-            "color": theme.COLOURS[index % len(theme.COLOURS)],
-            "symbol": theme.SYMBOLS[index % len(theme.SYMBOLS)],
-        },
+        marker=theme.marker(index, size=9),
         offsetgroup=name,
         legendgroup=name,
         showlegend=legend,

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths
+from care_lens.plots.frames import frame_of, half_widths, with_n
 
 _INTERVAL = ("value", "ci_low", "ci_high", "n")
 
@@ -36,7 +36,7 @@ def plot_edges(result: FrameResult | pd.DataFrame, *, top: int = 20) -> go.Figur
     )  # fmt: skip
     figure.add_vline(x=0, line={"width": 1})
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(title_text="edge estimate, in the outcome's unit")
+    figure.update_xaxes(title_text=with_n("edge estimate, in the outcome's unit", part, "pairs"))
     figure.update_layout(template=theme.TEMPLATE, height=140 + 22 * len(part), margin={"t": 20})
     return figure
 
@@ -73,7 +73,7 @@ def plot_edge_verification(result: FrameResult | pd.DataFrame) -> go.Figure:
             x=ends, y=ends, mode="lines", line={"color": "#8a929b", "dash": "dash"}, name="equal", hoverinfo="skip"
         )
     )
-    figure.update_xaxes(title_text="edge estimate")
+    figure.update_xaxes(title_text=with_n("edge estimate", details, "pairs"))
     figure.update_yaxes(title_text="exact effect of the edge")
     figure.update_layout(template=theme.TEMPLATE, height=420)
     return figure
@@ -123,7 +123,7 @@ def plot_faithfulness(result: FrameResult | pd.DataFrame) -> go.Figure:
         )
     )  # fmt: skip
     figure.add_hline(y=1, line={"width": 1, "dash": "dot"})
-    figure.update_xaxes(title_text="leading edges in the circuit")
+    figure.update_xaxes(title_text=with_n("leading edges in the circuit", frame, "pairs"))
     figure.update_yaxes(title_text="faithfulness (share of TE)")
     figure.update_layout(template=theme.TEMPLATE, height=420)
     return figure

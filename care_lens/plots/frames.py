@@ -91,6 +91,22 @@ def is_token(position: object) -> bool:
     return isinstance(position, str) and position.lstrip("-").isdigit()
 
 
+LONGEST_TOKEN = 16
+"""Characters of a token under an axis; longer ones are cut."""
+
+
+def literal(text: str) -> str:
+    """A text that plotly is to write as it stands: it takes <s>, <b> and others for marks, and writes nothing for a token that is called so."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def token_label(token: str) -> str:
+    """The text of a token as an axis writes it: without the spaces around it, long ones cut, white space and what cannot be printed as its code."""
+    text = token.strip()
+    text = (text if text.isprintable() else repr(text)[1:-1]) if text else repr(token)
+    return literal(text if len(text) <= LONGEST_TOKEN else f"{text[: LONGEST_TOKEN - 1]}\N{HORIZONTAL ELLIPSIS}")
+
+
 def n_text(frame: pd.DataFrame, what: str = "") -> str:
     """How many the values are of: "n = 10 pairs", "n = 24 to 56"; empty where the frame does not say."""
     if "n" not in frame.columns:

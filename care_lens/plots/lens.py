@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from care_lens.core.pictures import shown_picture
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths, where
+from care_lens.plots.frames import frame_of, half_widths, literal, where, with_n
 
 _COLUMNS = ("tower", "layer", "component", "span", "metric", "value", "ci_low", "ci_high", "chance", "n")
 _PATCHES = (
@@ -80,7 +80,9 @@ def plot_lens(result: FrameResult | pd.DataFrame) -> go.Figure:
             )  # fmt: skip
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=sites)
     figure.update_xaxes(
-        title_text="residual stream (v: after a vision block; before a language block)", row=len(metrics), col=1
+        title_text=with_n("residual stream, v: after a vision block, else before a language block", frame),
+        row=len(metrics),
+        col=1,
     )
     figure.update_layout(
         template=theme.TEMPLATE, height=140 + 190 * len(metrics), legend={"y": 1.06 if len(metrics) > 2 else 1.12}
@@ -139,8 +141,9 @@ def plot_picture_reading(
     for number, (title, word, value) in enumerate(panels):
         place: dict[str, Any] = {"row": number + 1, "col": 1} if stacked else {"row": 1, "col": number + 1}
         signed = value == "effect"
-        words = spread(part[word], "") if word else np.full((rows, cols), "", dtype=object)
+        words = spread(part[word].fillna(""), "") if word else np.full((rows, cols), "", dtype=object)
         length = max((len(str(text)) for text in words.flat), default=1)
+        words = np.vectorize(lambda text: literal(str(text)), otypes=[object])(words)
         written = word != "" and max(rows, cols) <= _FITS
         figure.add_trace(
             go.Heatmap(

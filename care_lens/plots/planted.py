@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, half_widths, only
+from care_lens.plots.frames import frame_of, half_widths, only, with_n
 
 
 def plot_scorecard(result: FrameResult | pd.DataFrame) -> go.Figure:
@@ -51,7 +51,7 @@ def plot_scorecard(result: FrameResult | pd.DataFrame) -> go.Figure:
     most = float(np.nanmax([chance, *(details["of"].tolist() if details is not None and len(details) else [])]))
     figure.update_yaxes(tickvals=list(range(len(methods))), ticktext=methods, range=[len(methods) - 0.5, -0.5])
     figure.update_xaxes(
-        title_text="rank of the planted place",
+        title_text=with_n("rank of the planted place", part, "plants and doses"),
         type="log",
         range=[-0.05, float(np.log10(most)) + 0.03],
         tickvals=[1, 2, 3, 5, 10, 20],

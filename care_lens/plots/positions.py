@@ -18,6 +18,7 @@ from care_lens.plots.frames import (
     largest_of,
     marked,
     only,
+    token_label,
     with_n,
 )
 
@@ -110,7 +111,7 @@ def _columns(positions: Sequence[int], tokens: Sequence[str] | None, image_token
             if tokens[at] == image_token:
                 run = [at]
             else:
-                columns.append((tokens[at].strip() or repr(tokens[at]), [at]))
+                columns.append((token_label(tokens[at]), [at]))
     return columns
 
 

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.spans import PatchGrid
 from care_lens.plots import theme
+from care_lens.plots.frames import literal, token_label
 from care_lens.plots.patches import add_picture
 
 _MODALITIES = ("visual", "textual")
@@ -102,7 +103,7 @@ def plot_recording(
     if tokens is not None:
         pictured = set(at_image.tolist())
         named = [p for p in sorted(set(frame.position)) if p not in pictured]
-        labels = [str(tokens[p]).strip() or repr(tokens[p]) for p in named]
+        labels = [token_label(str(tokens[p])) for p in named]
         if pictured:
             named, labels = [*named, (min(pictured) + max(pictured)) // 2], [*labels, f"image ({len(pictured)})"]
         figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, row=1, col=1)
@@ -167,8 +168,8 @@ def plot_trace(frame: pd.DataFrame, *, threshold: float | int | None = None) -> 
                     mode=mode,
                     showlegend=column == "score",
                     line=look,
-                    marker={"color": look["color"], "symbol": theme.SYMBOLS[i % len(theme.SYMBOLS)], "size": 6},
-                    text=rows.token,
+                    marker={"color": look["color"], "symbol": theme.symbol(i), "size": 6},
+                    text=[literal(str(token)) for token in rows.token],
                     hovertemplate="%{x} %{text}: %{y:.3g}<extra>%{fullData.name}</extra>",
                 )
             )

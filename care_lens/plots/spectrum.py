@@ -47,7 +47,7 @@ def plot_spectrum(subspace: SafetySubspace) -> go.Figure:
         template=theme.TEMPLATE,
         height=400,
         title=where or None,
-        xaxis={"title": {"text": "direction"}, "dtick": max(1, max(len(values), len(seen), len(held)) // 6)},
+        xaxis={"title": {"text": f"direction{_rows(subspace)}"}, **theme.whole(max(len(values), len(seen), len(held)))},
         yaxis={"title": {"text": "malicious / benign energy"}, **theme.log_axis([*values, *seen, *held])},
         showlegend=len(tuple(figure.data)) > 1,
     )
@@ -86,11 +86,19 @@ def plot_spectra(subspaces: Mapping[str, SafetySubspace]) -> go.Figure:
         return figure
     for index, (name, values) in enumerate(spectra.items()):
         _add(figure, values, name, index)
-    figure.add_hline(y=1, **rule)
-    figure.update_layout(
-        template=theme.TEMPLATE, height=400, xaxis={"title": {"text": "direction"}}, yaxis=energy, showlegend=True
-    )
+    longest = max(map(len, spectra.values()))
+    _null(figure, [1.0, 1.0], "1: as much as benign rows", last=longest)
+    direction: dict[str, Any] = {"title": {"text": "direction"}, **theme.whole(longest)}
+    figure.update_layout(template=theme.TEMPLATE, height=400, xaxis=direction, yaxis=energy, showlegend=True)
     return figure
+
+
+def _rows(subspace: SafetySubspace) -> str:
+    """How many rows it was fitted to, where it says so."""
+    notes = subspace.diagnostics
+    if "n_benign" not in notes or "n_malicious" not in notes:
+        return ""
+    return f" (n: benign {notes['n_benign']}, malicious {notes['n_malicious']})"
 
 
 _NULLS = {"energy": "noise floor", "permutation": "permuted labels"}

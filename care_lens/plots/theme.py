@@ -106,9 +106,20 @@ def log_axis(values: Sequence[float]) -> dict[str, Any]:
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
+def whole(last: int) -> dict[str, Any]:
+    """An axis of whole numbers from 1, such as directions: ticks at whole numbers alone, some six of them."""
+    step = max(1, last // 6)
+    return {"tick0": 0 if step > 1 else 1, "dtick": step}
+
+
 def marker(index: int, *, size: int = 8) -> dict[str, Any]:
     """Colour and symbol of the curve of that number: the same in every figure, so that no curve is told by colour alone."""
-    return {"color": COLOURS[index % len(COLOURS)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": size}
+    return {"color": COLOURS[index % len(COLOURS)], "symbol": symbol(index), "size": size}
+
+
+def symbol(index: int) -> str:
+    """The symbol of the curve of that number; from the ninth on each colour has another symbol than before."""
+    return SYMBOLS[(index + index // len(COLOURS)) % len(SYMBOLS)]
 
 
 def series(index: int, *, size: int = 8, width: float | int = 2) -> dict[str, Any]:

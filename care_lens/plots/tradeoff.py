@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
 from care_lens.plots.defence import DEFENCE_COLUMNS, with_series
-from care_lens.plots.frames import frame_of, only, where
+from care_lens.plots.frames import frame_of, only, where, with_n
 
 N_BOOT = 1000
 _SEED = 0
@@ -71,16 +71,22 @@ def plot_tradeoff(result: FrameResult | pd.DataFrame) -> go.Figure:
                 name=str(name),
             )
         )
+    counted = {
+        metric: pd.DataFrame(frame[(frame["metric"] == metric) & frame["channel"].isin(channels)])
+        for metric, channels in shown.items()
+    }
+    asr = f"attack success, mean of {_counted(shown['asr'], 'channel')}"
+    accuracy = f"right answers, mean of {_counted(shown['accuracy'], 'benign channel')}"
     titles = {
-        "asr": f"attack success, mean of {_counted(shown['asr'], 'channel')}",
-        "accuracy": f"right answers, mean of {_counted(shown['accuracy'], 'benign channel')}",
+        "asr": with_n(asr, counted["asr"], "each" if len(shown["asr"]) > 1 else ""),
+        "accuracy": with_n(accuracy, counted["accuracy"], "each" if len(shown["accuracy"]) > 1 else ""),
     }
     figure.update_layout(
         template=theme.TEMPLATE,
         height=460,
         showlegend=True,
         xaxis={"title": {"text": titles["accuracy"]}, "tickformat": ".0%", "range": _range(figure, "x")},
-        yaxis={"title": {"text": titles["asr"]}, "tickformat": ".0%", "range": [-0.03, 1.03]},
+        yaxis={"title": {"text": titles["asr"].replace(" (n", "<br>(n")}, "tickformat": ".0%", "range": [-0.03, 1.03]},
     )
     return figure
 

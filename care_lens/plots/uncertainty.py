@@ -40,11 +40,13 @@ def plot_uncertainty(result: SubspaceUncertainty) -> go.Figure:
                 name=name,
             )
         )
-    figure.add_hline(y=1, line={"dash": "dash", "color": theme.INK, "width": 1})
+    last = int(result.frame["direction"].max())
+    same = {"mode": "lines", "line": {"dash": "dash", "color": theme.INK, "width": 2}, "hoverinfo": "skip"}
+    figure.add_trace(go.Scatter(x=[1, last], y=[1, 1], name="1: as much as benign rows", **same))
     figure.update_layout(
         template=theme.TEMPLATE,
         height=400,
-        xaxis={"title": {"text": "direction"}},
+        xaxis={"title": {"text": "direction"}, **theme.whole(last)},
         yaxis={
             "title": {"text": "malicious / benign energy"},
             **theme.log_axis(

@@ -6,7 +6,7 @@ from plotly.subplots import make_subplots
 
 from care_lens.core.results import FrameResult
 from care_lens.plots import theme
-from care_lens.plots.frames import frame_of, where
+from care_lens.plots.frames import frame_of, token_label, where
 
 _COLUMNS = ("kind", "of", "sign", "rank", "unit", "value", "chance")
 
@@ -49,7 +49,7 @@ def plot_writing(result: FrameResult | pd.DataFrame, *, kind: str = "token", top
             part = where(frame, of=name).sort_values("value", ascending=False)
             trace = go.Scatter(
                 x=part["value"].tolist(),
-                y=[f"{name}: {unit}" for unit in part["unit"]],
+                y=[f"{name}: {token_label(str(unit))}" for unit in part["unit"]],
                 mode="markers",
                 marker=theme.marker(index),
                 customdata=part["chance"].tolist(),

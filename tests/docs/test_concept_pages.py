@@ -1,7 +1,9 @@
 """Pages whose code runs as it stands print what they say they print."""
 
+import importlib.util
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -62,3 +64,30 @@ def test_a_family_is_registered_as_the_page_does(capsys, monkeypatch):
     run("howto/new_family.md", capsys)
     (mine,) = [family for family in families() if family.name == "my llava"]
     assert mine.architectures == ("MyLlavaForConditionalGeneration",)
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "concepts").glob("*.md")), ids=lambda page: page.stem)
+def test_a_concept_page_has_a_picture_of_its_own_that_is_described(page):
+    (described, name) = re.search(
+        r"!\[([^\]]+)\]\(\.\./figures/(\w+\.svg)\)", page.read_text(encoding="utf-8")
+    ).groups()
+    assert name == f"{page.stem}.svg" and len(described) > 30
+    assert ElementTree.parse(DOCS / "figures" / name).getroot().tag.endswith("svg")
+
+
+def test_the_diagrams_are_those_that_the_script_draws():
+    spec = importlib.util.spec_from_file_location("concept_pictures", DOCS / "concept_pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert {*module.DIAGRAMS, *module.RESULTS} == {page.stem for page in (DOCS / "concepts").glob("*.md")}
+    for name, draw in module.DIAGRAMS.items():
+        assert (DOCS / "figures" / f"{name}.svg").read_text(encoding="utf-8") == draw(), "run docs/concept_pictures.py"
+
+
+@pytest.mark.parametrize("page", ["lens", "mediation", "defences", "evaluation", "intervals"])
+def test_the_code_of_the_page_runs_from_its_first_line_to_its_last(page, capsys):
+    names, printed, _ = run(f"concepts/{page}.md", capsys)
+    if page == "evaluation":
+        assert any("steered" in line for line in printed) and names["found"].setting
+    if page == "mediation":
+        assert {"sign", "image"} <= {*names["found"].frame["position"]}

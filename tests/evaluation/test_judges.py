@@ -320,3 +320,26 @@ def test_judges_have_names():
 
     assert judge_name(plain) == "plain"
     assert judge_name(SubstringRefusalJudge()) == "refusal-substring"
+
+
+def test_judges_and_graders_introduce_themselves_in_one_line():
+    from care_lens.evaluation import CaptionGrader, ChoiceGrader, FunctionJudge, OpenAnswerGrader, VQAGrader
+    from care_lens.organism.judge import OrganismJudge
+
+    def says_sorry(example, text):
+        return "sorry" in text
+
+    shown = {
+        "OrganismJudge(strict=True)": OrganismJudge(strict=True),
+        "ChoiceGrader(name='choice', metric='accuracy')": ChoiceGrader(),
+        "VQAGrader(name='vqa-accuracy', leave_one_out=True)": VQAGrader(),
+        "OpenAnswerGrader(name='open-answer')": OpenAnswerGrader(),
+        "CaptionGrader(name='cider-d', corpus=of the captions it is given)": CaptionGrader(),
+        "FunctionJudge(name='says_sorry', false=other)": FunctionJudge(says_sorry),
+        "SubstringRefusalJudge(name='mine', phrases=1, exceptions=0, position='start')": SubstringRefusalJudge(
+            ["no"], exceptions=(), position="start", name="mine"
+        ),
+    }
+    for text, one in shown.items():
+        assert repr(one) == text
+        assert one._repr_html_().startswith("<table>")

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -187,6 +188,26 @@ def test_a_picture_is_read_patch_by_patch(model, bank, seen, picture, margin):
     assert list(drawn[2].colorbar.tickvals) == [-most, 0, most]
     with pytest.raises(LensError, match="example 7"):
         picture_reading(words, effects, example=7)
+
+
+def test_results_of_other_items_or_pictures_are_told(model, bank, seen, picture, margin):
+    pairs = PairedExamples.from_pairs([(replace(row, image=picture(5 + i)), row) for i, row in enumerate(seen)])
+    effects = patch_map(model, pairs, outcome=margin, n_boot=2, progress=False)
+    words = logit_lens(model, seen, top_k=2, n_boot=2, progress=False)
+    near = nearest_text(model, seen, bank, n_boot=2, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture_reading(words, effects, example=1, neighbours=near, image=seen[1].image, n_boot=2)
+    turned = replace(
+        effects, details=effects.details.assign(group=effects.details["group"].map(lambda g: f"other {g}"))
+    )
+    with pytest.warns(UserWarning, match=r"words are of item '\w+', effects of item 'other \w+'"):
+        picture_reading(words, turned, example=1, n_boot=2)
+    reversed_near = nearest_text(model, seen[::-1], bank, n_boot=2, progress=False)
+    with pytest.warns(UserWarning, match=r"words are of \w+ '\w+', neighbours of .*the picture of neighbours"):
+        picture_reading(words, effects, example=0, neighbours=reversed_near, n_boot=2)
+    with pytest.warns(UserWarning, match=r"image \(.* pixels\) is not the picture of words"):
+        picture_reading(words, effects, example=1, image=picture(17), n_boot=2)
 
 
 def test_a_map_without_an_effect_has_patches_that_act_unless_more_is_demanded(model, seen, picture, margin):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformer_lens import ActivationCache
 
 from care_lens.core import Example
 from care_lens.lvlm import LVLMCache
@@ -56,3 +57,29 @@ def test_a_copy_of_a_cache_knows_whose_the_pictures_are(lvlm, inputs):
     assert taken.image_rows == expected.image_rows == (0,) and len(taken.cache_dict) == 2
     for name, value in expected.items():
         assert torch.equal(taken[name], value)
+
+
+@torch.no_grad()
+def test_the_norm_of_every_layer_and_of_the_end_is_transformer_lens_s(lvlm, inputs):
+    bound = lvlm.bind(inputs)
+    _, cache = bound.run_with_cache(inputs.input_ids)
+    n = lvlm.n_layers("language")
+    plain = ActivationCache(cache.cache_dict, lvlm.bridge)
+    for layer, mlp_input in ((0, False), (1, True), (n, False), (n, True), (None, False), (-1, False)):
+        stack = cache.decompose_resid(layer=layer, mlp_input=mlp_input and layer != n)
+        ours = cache.apply_ln_to_stack(stack, layer, mlp_input)
+        assert torch.equal(ours, plain.apply_ln_to_stack(stack, layer, mlp_input)), layer
+    end = cache.apply_ln_to_stack(cache.decompose_resid(), layer=n)
+    assert torch.equal(end, cache.decompose_resid() / cache["ln_final.hook_scale"])
+    _, sites = lvlm.run_with_cache(inputs, sites=lvlm.sites(tower="language"))
+    stack = sites.decompose_resid()
+    for layer in (n, None, -1):  # TransformerLens looks for a block of that number, and finds none: IndexError
+        with pytest.raises(ValueError, match=r"must hold 'ln_final.hook_scale' for a norm.*lvlm.bind\(inputs\)"):
+            sites.apply_ln_to_stack(stack, layer)
+    with pytest.raises(ValueError, match=r"must hold 'blocks.1.ln2.hook_scale'"):
+        sites.apply_ln_to_stack(stack, 1, mlp_input=True)
+    with pytest.raises(ValueError, match=rf"layer must be from 0 to {n} .* got {n + 1}"):
+        sites.apply_ln_to_stack(stack, n + 1)
+    with pytest.raises(ValueError, match=r"must hold 'ln_final\.hook_scale'"):
+        sites.decompose_resid(apply_ln=True)
+    assert sites.apply_ln_to_stack(stack, n, recompute_ln=True).shape == stack.shape

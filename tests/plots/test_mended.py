@@ -182,3 +182,44 @@ def test_figures_say_of_how_many():
     rows = [{**setting, "metric": m, "value": v, "n": 8 if m == "asr" else 12} for m, v in figures.items()]
     layout = plot_frontier(pd.DataFrame(rows)).layout
     assert "n = 12" in layout.xaxis.title.text and "n = 8" in layout.yaxis.title.text
+
+
+def test_from_the_ninth_curve_on_symbols_are_others():
+    from care_lens.plots import theme
+
+    looks = [(theme.marker(k)["color"], theme.marker(k)["symbol"]) for k in range(64)]
+    assert len(set(looks)) == 64
+    assert looks[:8] == list(zip(theme.COLOURS, theme.SYMBOLS, strict=True))
+
+
+def test_kinds_of_units_without_an_effect_are_left_out_and_named():
+    from care_lens.plots.attribution import plot_verified
+
+    rows = [
+        {"tower": tower, "component": component, "kind": kind, "effect": effect, "n": 8}
+        | ({"value": np.nan, "ci_low": np.nan, "ci_high": np.nan} if nothing else {"value": 0.5, "ci_low": 0.1, "ci_high": 0.9})
+        for tower, component, kind, nothing in (
+            ("vision", "hook_attn_out", "site", True), ("projector", "hook_out", "site", True),
+            ("language", "hook_attn_out", "site", False), ("language", "hook_resid_pre", "patch", True),
+        )
+        for effect in ("spearman", "miss rate")
+    ]  # fmt: skip
+    figure = plot_verified(pd.DataFrame(rows))
+    assert {*figure.data[0].y} == {"language sites, attn_out"}
+    title = figure.layout.xaxis.title.text
+    assert "no effect to rank: vision tower; projector; language patches, resid_pre" in title and "n = 8 units" in title
+    assert len(plot_verified(pd.DataFrame(rows[:2])).data[0].y) == 1  # a frame of nothing else is drawn as it is
+
+
+def test_tokens_that_look_like_marks_of_a_page_are_written_as_they_are():
+    from care_lens.plots import plot_positions, plot_writing
+    from care_lens.plots.frames import token_label
+
+    assert token_label("<s>") == "&lt;s&gt;"  # plotly would strike through what follows, and write nothing
+    assert token_label("  ") == "'  '" and token_label(" a\n") == "a" and token_label("\x00b") == "\\x00b"
+    assert token_label("m" * 40) == "m" * 15 + "\N{HORIZONTAL ELLIPSIS}"
+    each = frame(*(cell(0, str(at), 1.0) for at in range(2)))
+    labels = plot_positions(each, tokens=["</s>", "b"]).layout.xaxis.ticktext
+    assert labels == ("&lt;/s&gt;", "b")
+    written = {"kind": "token", "of": "direction 0", "sign": "+", "rank": 1, "unit": "<b>", "value": 1.0, "chance": 0.1}
+    assert plot_writing(pd.DataFrame([written])).data[0].y[0] == "direction 0: &lt;b&gt;"

@@ -166,7 +166,8 @@ def test_spectra_of_rank_one_are_points_and_others_curves():
     assert list(figure.data[0].y) == ["visual", "textual"]
     assert list(figure.data[0].x) == pytest.approx([float(one.eigenvalues[0]) for one in ones.values()])
     figure = plot_spectra({**ones, "wide": fitted(0, 1, rank=3)})
-    assert [len(trace.y) for trace in figure.data] == [1, 1, 3]
+    assert [len(trace.y) for trace in figure.data] == [1, 1, 3, 2]  # and the line of 1
+    assert figure.layout.xaxis.dtick == 1
     with pytest.raises(ValueError, match="at least one"):
         plot_spectra({})
 

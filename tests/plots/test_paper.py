@@ -182,8 +182,13 @@ def test_words_in_cells_are_cut_to_what_a_cell_holds():
     assert cells(2) == words.tolist()
     assert cells(10) == [["fula", "pic\N{HORIZONTAL ELLIPSIS}"], ["", dot]]
     assert cells(20) == [["", ""], ["", dot]]
-    numbers = go.Heatmap(z=np.zeros((1, 40)), text=np.full((1, 40), "0.123"), texttemplate="%{text}")
-    assert set(np.ravel(paper(go.Figure(numbers)).data[0].text)) == {"0.123"}
+
+    def numbers(cols):
+        heat = go.Heatmap(z=np.zeros((1, cols)), text=np.full((1, cols), f"0.123 {dot}"), texttemplate="%{text}")
+        return set(np.ravel(paper(go.Figure(heat)).data[0].text))
+
+    assert numbers(4) == {f"0.123 {dot}"}
+    assert numbers(40) == {dot}  # a cell of 6 pixels holds a dot, but no number of 7 points
 
 
 def test_flat_figures_of_pictures_are_as_wide_as_two_columns():
