@@ -36,7 +36,11 @@ details { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .9re
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; min-width: 0; } .card h4 { margin: 0 0 .2rem; }
 .card img { float: right; width: 72px; height: 72px; object-fit: contain; image-rendering: pixelated; margin: 0 0 .4rem .7rem; border: 1px solid var(--line); }
 .card p { margin: .3rem 0; } .card dl { margin: .5rem 0 0; clear: both; } .card dt { color: var(--soft); font-size: 13px; } .card dd { margin: 0 0 .35rem; font-family: ui-monospace, monospace; font-size: 13px; white-space: pre-wrap; }
-@media (max-width: 640px) { body { font-size: 15px; padding: 1rem .7rem 3rem; } td { white-space: normal; } td.w { min-width: 9rem; } th[scope=row] { min-width: 4.5rem; } nav ul { columns: 1; } table { font-size: 12.5px; } th, td { padding: .25rem .4rem; } }
+@media (max-width: 640px) { body { font-size: 15px; padding: 1rem .7rem 3rem; } td { white-space: normal; } td.w { min-width: 9rem; } th[scope=row] { min-width: 4.5rem; } nav ul { columns: 1; } table { font-size: 12.5px; } th, td { padding: .25rem .4rem; }
+.wide, .wide tbody, .wide tr { display: block; } .wide thead { position: absolute; left: -9999px; } .wide tr { border-bottom: 2px solid var(--line); padding: .4rem 0; }
+.wide th[scope=row] { display: block; position: static; border: 0; text-align: left; font-weight: 600; } .wide td, .wide td.w { display: flex; justify-content: space-between; gap: 1rem; border: 0; min-width: 0; text-align: right; padding: .1rem .4rem; }
+.wide td::before { content: attr(data-label); color: var(--soft); text-align: left; font-weight: 400; min-width: 30%; }
+.scroll pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
 """
 
 SCRIPT = """

@@ -133,7 +133,7 @@ def table(
     strong: int | None = None,
     prose: int | None = None,
 ) -> str:
-    """A table within a wrapper that scrolls by itself, so that the page never does.
+    """A table within a wrapper that scrolls by itself, so that the page never does; on a narrow screen the rows of a wide one are lists.
 
     Args:
         head: Names of the columns, text.
@@ -151,15 +151,20 @@ def table(
 
     def cell(text: str, at: int) -> str:
         named = named_of(at)
-        return f"<th scope='row'{named}>{html.escape(text)}</th>" if at == 0 else f"<td{named}>{html.escape(text)}</td>"
+        if at == 0:
+            return f"<th scope='row'{named}>{html.escape(text)}</th>"
+        label = f' data-label="{html.escape(head[at])}"' if wide else ""
+        return f"<td{named}{label}>{html.escape(text)}</td>"
 
     def title(text: str, at: int) -> str:
         return f"<th scope='col'{named_of(at)}>{html.escape(text)}</th>"
 
+    wide = len(head) > 3
+    kind = "wide" if wide else "plain"
     body = "\n".join("<tr>" + "".join(cell(str(text), i) for i, text in enumerate(row)) + "</tr>" for row in rows)
     told = f"<p class='caption'>{html.escape(caption)}</p>" if caption else ""
     return (
-        f"{told}<div class='scroll' tabindex='0'><table><thead><tr>{''.join(title(h, i) for i, h in enumerate(head))}</tr></thead>"
+        f"{told}<div class='scroll' tabindex='0'><table class='{kind}'><thead><tr>{''.join(title(h, i) for i, h in enumerate(head))}</tr></thead>"
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 

@@ -193,6 +193,8 @@ def test_the_page_in_a_browser(written, made_run):
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
                 wide = "[...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, svg, .figure')).map((e) => e.tagName)"
                 assert page.evaluate(wide) == []
+                hidden = "[...document.querySelectorAll('.scroll')].filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent.slice(0, 60))"
+                assert page.evaluate(hidden) == [], width  # no column must be looked for
                 dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
                 assert dark == ("rgb(20, 24, 31)" if scheme == "dark" else "rgb(255, 255, 255)")
                 for name in names:
