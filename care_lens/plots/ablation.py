@@ -27,10 +27,12 @@ def plot_ablation(result: FrameResult | pd.DataFrame, *, metric: str = "complied
         The figure: a band (its interval) and a curve for each component.
 
     Raises:
-        ValueError: If the frame is not such, has no such share, or lacks the baseline.
+        ValueError: If the frame is not such, has no such share, or lacks the baseline or an ablated component.
     """
     frame = only(only(frame_of(result, _COLUMNS), "effect", "share"), "metric", metric)
     baseline = only(frame, "component", BASELINE).to_dict("records")[0]
+    if frame["layer"].isna().all():
+        raise ValueError("frame must hold an ablated component, got the baseline alone; ablate a layer or more")
     figure = go.Figure()
     for index, component in enumerate(in_order(set(frame["component"]) - {BASELINE})):
         curve = where(frame, component=component).sort_values(by="layer")

@@ -60,10 +60,14 @@ def plot_effects(result: FrameResult | pd.DataFrame, *, effect: str = "NIE") -> 
         The figure: one heat map an effect and panel, of which those of ``effect`` are visible.
 
     Raises:
-        ValueError: If the frame is not such, or has no such effect.
+        ValueError: If the frame is not such, has no such effect, or no value at all.
     """
     frame = frame_of(result, _COLUMNS)
     only(frame, "effect", effect)
+    if frame["value"].isna().all():
+        raise ValueError(
+            f"frame must hold a value, got {len(frame)} rows whose values are all missing; the log of the run names what failed"
+        )
     single = frame["position"].map(is_token)
     if single.any():
         spans = pd.DataFrame(frame[~single])

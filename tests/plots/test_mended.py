@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from care_lens.plots import (
+    plot_ablation,
     plot_effects,
     plot_frontier,
     plot_heads,
@@ -223,3 +224,14 @@ def test_tokens_that_look_like_marks_of_a_page_are_written_as_they_are():
     assert labels == ("&lt;/s&gt;", "b")
     written = {"kind": "token", "of": "direction 0", "sign": "+", "rank": 1, "unit": "<b>", "value": 1.0, "chance": 0.1}
     assert plot_writing(pd.DataFrame([written])).data[0].y[0] == "direction 0: &lt;b&gt;"
+
+
+def test_frames_that_would_give_axes_alone_are_refused():
+    columns = {"tower": "language", "layer": [0, 1], "component": "hook_mlp_out", "position": "last", "effect": "NIE",
+               "ci_low": np.nan, "ci_high": np.nan, "n": 0}  # fmt: skip
+    with pytest.raises(ValueError, match="2 rows whose values are all missing"):
+        plot_effects(pd.DataFrame({**columns, "value": np.nan}))
+    alone = {"tower": "language", "layer": [pd.NA], "component": "none", "mode": "mean", "metric": "complied", "effect": "share",
+             "value": 0.5, "ci_low": 0.2, "ci_high": 0.8, "n": 9, "seed": 0}  # fmt: skip
+    with pytest.raises(ValueError, match="ablated component, got the baseline alone"):
+        plot_ablation(pd.DataFrame(alone))
