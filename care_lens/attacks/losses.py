@@ -87,6 +87,8 @@ TARGET_LIKELIHOOD = TargetLikelihood()
 class OutcomeLoss:
     """Minus an outcome, which is larger where an answer is less safe: what an attack without a target answer uses.
 
+    It has batches and not the examples behind them: the outcome's ``with_examples``, ``with_reference`` and ``for_rows`` are not called.
+
     Attributes:
         outcome: Any :class:`~care_lens.core.Outcome`, such as ``study.outcome`` (an :class:`~care_lens.core.UnsafeMargin`).
     """
@@ -108,7 +110,8 @@ class OutcomeLoss:
         keep, own = 0, logits_outcome(self.outcome)
         if own.from_last:
             keep = inputs.input_ids.shape[1] - min(inputs.spans.last_index())
-        return -read_out(own, lvlm(inputs, logits_to_keep=keep), inputs)
+        values = read_out(own, lvlm(inputs, logits_to_keep=keep), inputs)
+        return -require_outcome(values, inputs.batch_size, outcome=own)
 
 
 def counted_tokens(response: Bool[Tensor, "batch pos"], limit: int | None) -> Bool[Tensor, "batch pos"]:

@@ -21,6 +21,7 @@ from care_lens.core import (
     examples_digest,
     package_versions,
 )
+from care_lens.core.details import describe_outcome
 from care_lens.core.identity import model_fingerprint
 from care_lens.core.outcome import logits_outcome
 from care_lens.core.spans import SPAN_NAMES
@@ -114,7 +115,7 @@ class PooledRun:
         """The pooled activations of one batch."""
         examples = [self.examples[i] for i in batch]
         inputs = self.lvlm.prepare(examples, responses=self.responses)
-        slopes = self._slopes(inputs)
+        slopes = self._slopes(inputs, examples)
         pooled: dict[Key, _Pooled] = {}
         seen = [site for site in self.taken if site.tower == "language" or inputs.pixel_values is not None]
         hooks = [(site, self._reader(inputs, site, slopes.get(site), pooled)) for site in seen]
@@ -135,7 +136,7 @@ class PooledRun:
             "model": type(self.lvlm.hf_model).__name__,
             "responses": self.responses,
             "attribution": asdict(self.attribution),
-            "outcome": None if self.outcome is None else repr(self.outcome),
+            "outcome": None if self.outcome is None else describe_outcome(self.outcome),
             "n": len(self.examples),
             "versions": package_versions(),
         }
@@ -152,12 +153,13 @@ class PooledRun:
             **{name: value for name, value in self.provenance().items() if name != "versions"},
         }
 
-    def _slopes(self, inputs: LVLMInputs) -> dict[Site, Tensor]:
+    def _slopes(self, inputs: LVLMInputs, examples: Sequence[Example]) -> dict[Site, Tensor]:
         """Gradients at the sites whose tokens are chosen by them; nothing where none are."""
         wanted = [site for site, names in self.taken.items() if any(name in ATTRIBUTED for name in names)]
         if not wanted or self.attribution.method != "gradient" or self.outcome is None:
             return {}
-        return token_gradients(self.lvlm, inputs, wanted, self.outcome)[1]
+        own = logits_outcome(self.outcome).with_examples(examples)
+        return token_gradients(self.lvlm, inputs, wanted, own)[1]
 
     def _reader(
         self, inputs: LVLMInputs, site: Site, gradient: Tensor | None, pooled: dict[Key, _Pooled]

@@ -80,7 +80,8 @@ def forked(function: Callable[[Job], Made], jobs: Sequence[Job], *, alone: bool 
         alone: Whether this process does all, as it must with a GPU.
 
     Yields:
-        One for each job. Where a copy dies (killed for memory, say), this process does what is left.
+        One for each job. Where a copy dies (killed for memory, say), this process does what is left. Where a job raises, this process is
+        interrupted, or no more is read, copies end at once, in the middle of what they are at.
     """
     n = 1 if alone else min(workers(), len(jobs))
     if n <= 1:
@@ -98,6 +99,10 @@ def forked(function: Callable[[Job], Made], jobs: Sequence[Job], *, alone: bool 
     except BrokenProcessPool:
         log.warning("a worker process died; the jobs that are left are done here")
         yield from map(function, jobs[done:])
+    except BaseException:  # nobody reads what the copies are at, which may take minutes
+        for copy in [*(copies._processes or {}).values()]:
+            copy.kill()
+        raise
     finally:
         copies.shutdown(cancel_futures=True)
 

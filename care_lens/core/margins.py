@@ -6,6 +6,7 @@ spares the logits of other positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -238,6 +239,7 @@ class PrefixMargin(BaseOutcome):
 
     comply: tuple[str, ...]
     refuse: tuple[str, ...]
+    _one_run: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "comply", tuple(self.comply))

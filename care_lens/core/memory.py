@@ -7,6 +7,8 @@ import platform
 #: which up to 1 GiB that is free at its end is kept.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
 _KEPT = {_MMAP_THRESHOLD: 1 << 28, _TRIM_THRESHOLD: 1 << 30, _TOP_PAD: 1 << 28}
+#: Most that earlier versions of glibc take for the first.
+_MOST_MAPPED = 1 << 25
 
 
 def keep_freed_memory() -> bool:
@@ -17,7 +19,7 @@ def keep_freed_memory() -> bool:
     call it once in a notebook, at any time.
 
     Returns:
-        Whether it was set; where the C library is another, nothing is done.
+        Whether it was set, for pieces up to 32 MiB in earlier versions of glibc; where the C library is another, nothing is done.
 
     Example:
         >>> from care_lens.core.memory import keep_freed_memory
@@ -27,4 +29,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    return all(library.mallopt(option, value) == 1 for option, value in _KEPT.items())
+    done = {option: library.mallopt(option, value) == 1 for option, value in _KEPT.items()}
+    if not done[_MMAP_THRESHOLD]:
+        done[_MMAP_THRESHOLD] = library.mallopt(_MMAP_THRESHOLD, _MOST_MAPPED) == 1
+    return all(done.values())

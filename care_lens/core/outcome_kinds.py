@@ -13,7 +13,7 @@ What runs outcomes asks :class:`BaseOutcome`'s questions of all of them; :func:`
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -89,11 +89,12 @@ class BaseOutcome:
 
     from_last: bool = False
     responses: bool = False
+    _one_run: ClassVar[bool] = True  # whether it is read off the logits of one run
 
     @property
     def compares(self) -> bool:
         """Whether it is told a reference: where :meth:`with_reference` is its own."""
-        return type(self).with_reference is not BaseOutcome.with_reference
+        return getattr(self.with_reference, "__func__", None) is not BaseOutcome.with_reference
 
     def with_examples(self, examples: Sequence[Example]) -> "BaseOutcome":
         """The same for a batch of these examples.
@@ -122,6 +123,8 @@ class BaseOutcome:
 
 class GeneratedOutcome(BaseOutcome, ABC):
     """An outcome of the answers that the model generates, which cannot be read off the logits of one run."""
+
+    _one_run: ClassVar[bool] = False
 
     @abstractmethod
     def generated(
@@ -192,6 +195,10 @@ def as_outcome(outcome: Any) -> BaseOutcome:
     """
     if isinstance(outcome, BaseOutcome):
         return outcome
+    if isinstance(outcome, type):
+        raise OutcomeError(
+            f"an outcome must be an object, got the class {outcome.__name__}; write {outcome.__name__}(...)"
+        )
     if hasattr(outcome, "generated"):
         return _GivenGenerated(outcome)
     if callable(outcome):
@@ -209,10 +216,16 @@ def logits_outcome(outcome: Any) -> BaseOutcome:
         OutcomeError: If it is measured otherwise.
     """
     own = as_outcome(outcome)
+    name = type(given_outcome(own)).__name__
+    if not own._one_run:
+        raise OutcomeError(
+            f"outcome must be read off the logits of one run, got {name}; use UnsafeMargin, "
+            "LogitDifference or ResponseLogProb here, or measure with care_lens.mediation.mediate, which takes it"
+        )
     if not callable(own):
         raise OutcomeError(
-            f"outcome must be read off the logits of one run, got {type(given_outcome(own)).__name__}; use UnsafeMargin, "
-            "LogitDifference or ResponseLogProb here, or measure with care_lens.mediation.mediate, which takes it"
+            f"outcome must have __call__(logits, inputs), got {name} without it; write it, or derive {name} from "
+            "care_lens.core.GeneratedOutcome if it reads generated answers"
         )
     return own
 

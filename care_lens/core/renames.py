@@ -78,7 +78,18 @@ def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
         make: Any = cls.__init__
         shown = functools.wraps(make)(lambda self, *args, **kwargs: make(self, *args, **kwargs))
         shown.__name__ = cls.__name__
-        setattr(cls, "__init__", renamed(**names)(shown))  # noqa: B010
+        take = renamed(**names)(shown)
+
+        @functools.wraps(take)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            if (
+                sys._getframe(_outside() - 2).f_globals.get("__name__") == "dataclasses"
+            ):  # replace() gives each present field too
+                for new in {names[old] for old in names if old in kwargs}:
+                    kwargs.pop(new, None)
+            take(self, *args, **kwargs)
+
+        setattr(cls, "__init__", init)  # noqa: B010
         for old, new in names.items():
             setattr(cls, old, _earlier(cls.__name__, old, new))
         return cls
@@ -120,9 +131,24 @@ def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     return getattr_of
 
 
-def _outside() -> int:
-    """The ``stacklevel`` of the first frame outside of the package and of the import system, for a warning of the function that calls this one."""
-    level = 1
-    while str(sys._getframe(level).f_globals.get("__name__", "")).split(".")[0] in ("care_lens", "importlib"):
-        level += 1
+# Without annotations, since the check that the tests put around annotated functions would be one more frame.
+def _outside():
+    """The ``stacklevel`` of the first frame outside of the package, of the import system and of ``dataclasses``, for a warning of the function
+    that calls this one. Frames of ``importlib._bootstrap`` do not count: ``warnings.warn`` passes over them."""
+    level, frame = 1, sys._getframe(1)
+    while _room(frame) in ("care_lens", "importlib", "dataclasses") and frame.f_back is not None:
+        frame = frame.f_back
+        level += "importlib._bootstrap" not in str(frame.f_globals.get("__name__", ""))
     return level
+
+
+def _called_by(room):
+    """Whether the first frame outside of the package is of a library, for the function that calls this one."""
+    frame = sys._getframe(1)
+    while _room(frame) == "care_lens" and frame.f_back is not None:
+        frame = frame.f_back
+    return _room(frame) == room
+
+
+def _room(frame):
+    return str(frame.f_globals.get("__name__", "")).split(".")[0]

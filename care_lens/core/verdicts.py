@@ -130,13 +130,14 @@ def require_texts(examples: Sequence[Any], texts: Sequence[Any]) -> None:
             )
 
 
-def require_outcome(values: Any, rows: int, *, outcome: Any = "outcome") -> Tensor:
+def require_outcome(values: Any, rows: int, *, outcome: Any = "outcome", missing: bool = False) -> Tensor:
     """The numbers that an outcome returned, if there is a finite one for each row.
 
     Args:
         values: What it returned.
         rows: Number of rows of the batch.
         outcome: The outcome, or what to call it.
+        missing: Whether NaN stands for a row that nothing could be measured of.
 
     Raises:
         OutcomeError: If it is no tensor of shape [rows], is not of real numbers, or holds NaN or infinity; the message names the row.
@@ -149,7 +150,8 @@ def require_outcome(values: Any, rows: int, *, outcome: Any = "outcome") -> Tens
         raise OutcomeError(
             f"outcome {name!r} must return one finite number a row, a tensor [{rows}] of real numbers, got {got}; {advice}"
         )
-    if wrong := torch.nonzero(~values.detach().isfinite())[:, 0].tolist():
+    held = values.detach()
+    if wrong := torch.nonzero(~(held.isfinite() | held.isnan()) if missing else ~held.isfinite())[:, 0].tolist():
         raise OutcomeError(
             f"outcome {name!r} must return one finite number a row, got {values[wrong[0]].item()} in row {wrong[0]}; use log "
             "probabilities rather than logarithms of probabilities"

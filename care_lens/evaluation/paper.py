@@ -68,7 +68,8 @@ def paper_table(
         The text; its caption says units, intervals, numbers, judges and what the marks mean.
 
     Raises:
-        ValueError: If a table has none of the metrics, or several judges or seeds in a column, or a quoted figure is of a model or channel that is not there.
+        ValueError: If a table has none of the metrics, or several judges or seeds in a column, or a quoted figure is of a model or channel that is not
+            there, or the significance is not between 0 and 1.
     """
     if form not in get_args(Form):
         raise ValueError(f"form must be one of {get_args(Form)}, got {form!r}")
@@ -76,6 +77,8 @@ def paper_table(
         raise ValueError(
             f"metrics and channels must be lists of names, got {metrics!r} and {channels!r}; write ('asr',)"
         )
+    if not 0 < significance < 1:
+        raise ValueError(f"significance must be between 0 and 1, got {significance}")
     blocks = dict(tables) if isinstance(tables, Mapping) else {"": tables}
     if not blocks:
         raise ValueError("tables must hold one table or more, got none")

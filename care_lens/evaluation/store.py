@@ -132,7 +132,8 @@ class GenerationStore(LinesRepr):
             directory: The folder.
             name: The file's name without its ending.
             expected: How many answers a new store is to hold, about: an SQLite file for more than 20,000, else JSON lines. What is there
-                is kept on with, whatever it is; of an SQLite file and JSON lines of one name the former, into which the latter is copied.
+                is kept on with, whatever it is. Of an SQLite file and JSON lines of one name it is the SQLite file; what only the JSON lines
+                have is not read (:meth:`copied` puts it into the SQLite file).
 
         Example:
             >>> GenerationStore.in_folder("results", expected=200_000).path.name

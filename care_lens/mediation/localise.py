@@ -214,6 +214,7 @@ def rank_places(
     return Localisation(_with_spans(tidy(rows, COLUMNS), details), settings)
 
 
+@renamed(spans="n_spans")
 def refine(
     lvlm: HookedLVLM, pairs: PairedExamples, place: SiteLike, *, outcome: Outcome | BaseOutcome, **options: Any
 ) -> Localisation:

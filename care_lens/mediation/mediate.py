@@ -32,6 +32,7 @@ import torch
 from care_lens.core import (
     BaseOutcome,
     Example,
+    GeneratedOutcome,
     Interval,
     Outcome,
     PairedExamples,
@@ -41,6 +42,7 @@ from care_lens.core import (
     as_outcome,
 )
 from care_lens.core.details import DetailedResult, metric_name, sampling, tidy
+from care_lens.core.outcome import logits_outcome
 from care_lens.core.stats import are_binary
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.effects import EFFECTS, effects_of, p_values, summarise
@@ -169,6 +171,8 @@ def mediate(
         run, single = _with_prefixes(pairs, outcome), outcome.single
     else:
         run, single = pairs, as_outcome(outcome)
+        if not isinstance(single, GeneratedOutcome):
+            logits_outcome(single)
     of_pairs = regions_of_run(regions, len(run) // max(1, len(pairs)))
     batches = pair_batches(lvlm, run, outcome=single, batch_size=batch_size, regions=of_pairs)
     positions = each_token(named, batches)

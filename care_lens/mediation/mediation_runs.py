@@ -11,14 +11,14 @@ from care_lens.lvlm import HookedLVLM, Replay
 from care_lens.mediation.mediation_cells import Cell, needs_image
 from care_lens.mediation.mediators import Mediator
 from care_lens.mediation.pairs import PairBatch, bound, logits_needed
-from care_lens.mediation.patching import Patch, Swap, patched_outcomes, read_outcome
+from care_lens.mediation.patching import Patch, Swap, generated_outcome, patched_outcomes, read_outcome
 from care_lens.mediation.sweep import Part
 
 
 def plain_outcomes(lvlm: HookedLVLM, batch: PairBatch, outcome: BaseOutcome) -> list[float]:
     """Outcomes [2n] of a batch as it is."""
     if isinstance(own := bound(outcome, batch, None), GeneratedOutcome):
-        return own.generated(lvlm, batch.inputs, list(range(2 * batch.n)), []).tolist()
+        return generated_outcome(own, lvlm, batch.inputs, list(range(2 * batch.n)), []).tolist()
     with torch.no_grad():
         logits = lvlm(batch.inputs, logits_to_keep=logits_needed(outcome, batch.inputs))
         return read_outcome(bound(outcome, batch, logits), logits, batch.inputs).tolist()
@@ -66,7 +66,7 @@ class MediationRuns:
         if not self._ready:
             generates = isinstance(self._outcome, GeneratedOutcome)
             logits = None
-            if self._outcome.compares:
+            if bound(self._outcome, self._batch, None).compares:
                 with torch.no_grad():
                     logits = self._lvlm(self._batch.inputs, logits_to_keep=self._keep)
             self._outcome = bound(self._outcome, self._batch, logits)

@@ -296,10 +296,34 @@ def _whole(
     if isinstance(outcome, GeneratedOutcome):
         if prompt == 1:
             raise ValueError("prompts must have more than one token to be patched while generating, got 1")
-        return outcome.generated(lvlm, part, rows, hooks)
+        return generated_outcome(outcome, lvlm, part, rows, hooks)
     with torch.no_grad():
         logits = lvlm.run_with_hooks(part, fwd_hooks=hooks, logits_to_keep=logits_to_keep)
         return read_outcome(outcome, logits, part, rows)
+
+
+def generated_outcome(
+    outcome: GeneratedOutcome, lvlm: HookedLVLM, inputs: LVLMInputs, rows: Sequence[int], fwd_hooks: Sequence[Any]
+) -> Float[Tensor, " rows"]:
+    """The outcome of generated answers to every row.
+
+    Args:
+        outcome: The outcome.
+        lvlm: The model.
+        inputs: The rows.
+        rows: Which rows of the batch they are.
+        fwd_hooks: Pairs of a place and a function.
+
+    Returns:
+        [rows] in float64, on the CPU; NaN where there is no answer.
+
+    Raises:
+        OutcomeError: If it is not one number for each row. It is a ValueError.
+    """
+    made: Any = outcome.generated(lvlm, inputs, rows, fwd_hooks)
+    values = torch.from_numpy(made) if isinstance(made, np.ndarray) else made
+    values = require_outcome(values, inputs.batch_size, outcome=outcome, missing=True)
+    return values.detach().to("cpu", torch.float64)
 
 
 def read_outcome(

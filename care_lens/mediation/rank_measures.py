@@ -44,8 +44,8 @@ def miss_rate(top: np.ndarray, others: np.ndarray, *, size: int) -> Interval:
         size: Number of units in all.
 
     Returns:
-        The share in [0, 1] and its interval; missing where no effect is other than 0. With nothing left out of the top
-        ones it is 0.
+        The share in [0, 1] and its interval; missing where no effect is other than 0, or none of the rest was drawn. With nothing left out
+        of the top ones it is 0.
     """
     threshold = float(np.median(np.abs(top)))
     if threshold == 0:
@@ -55,6 +55,8 @@ def miss_rate(top: np.ndarray, others: np.ndarray, *, size: int) -> Interval:
         return Interval(0.0, 0.0, 0.0)
     large = int((np.abs(others) >= threshold).sum())
     rest = size - len(top)
+    if len(others) == 0:
+        return Interval(np.nan, np.nan, np.nan)
     if len(others) == rest:
         exact = large / (large + found)
         return Interval(exact, exact, exact)

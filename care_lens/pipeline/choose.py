@@ -37,6 +37,7 @@ __getattr__ = moved(
         "offline": "care_lens.repair.captured_scores",
         "ReaderPlan": "care_lens.repair.ReaderPlan",
         "Readers": "care_lens.repair.Readers",
+        "reader_plans": "care_lens.repair.reader_plans",
         "assemble": "care_lens.repair.assemble",
         "halves": "care_lens.repair.halves",
         "share": "care_lens.evaluation.share",

@@ -26,6 +26,7 @@ __getattr__ = moved(
             "reader_of",
             "refusal_writer",
             "residual_sites",
+            "study_rows",
             "token_rows",
         )
     },

@@ -78,6 +78,31 @@ def test_copies_end_with_what_reads_them():
     assert not multiprocessing.active_children()
 
 
+def test_copies_are_not_waited_for_where_nobody_reads_what_they_make():
+    def job(i):
+        if i == 1:
+            raise KeyError(i)
+        return time.sleep(60 * i) or i
+
+    def interrupted(i):
+        if i == 0:
+            os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+
+    begun = time.monotonic()
+    with in_workers(2):
+        made = forked(job, range(9))
+        assert next(made) == 0
+        with pytest.raises(KeyError):
+            next(made)
+        made = forked(lambda i: time.sleep(60 * i) or i, range(9))
+        assert next(made) == 0
+        made.close()
+        with pytest.raises(KeyboardInterrupt):
+            list(forked(interrupted, range(9)))
+    assert time.monotonic() - begun < 30 and not multiprocessing.active_children()
+
+
 KILLED = """
 import os, sys, time
 from care_lens.core.files import in_use

@@ -1,9 +1,11 @@
 """Freed memory that is kept, and the one thread of iterative fits."""
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +45,21 @@ def test_freed_memory_is_not_mapped_anew_for_the_next_tensor():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False
+
+
+def test_an_earlier_glibc_that_takes_smaller_pieces_alone_keeps_those(monkeypatch):
+    """It refuses a threshold above 32 MiB; all was left undone then."""
+    told = {}
+
+    def mallopt(option, value):
+        if option == -3 and value > 1 << 25:
+            return 0
+        told[option] = value
+        return 1
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory() and told == {-3: 1 << 25, -1: 1 << 30, -2: 1 << 28}
 
 
 def blas():

@@ -3,6 +3,7 @@
 import inspect
 import re
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -114,6 +115,11 @@ def test_a_probability_of_a_false_find_is_called_significance_everywhere():
     ]
     with pytest.warns(FutureWarning, match="level of PermutationRank is called significance now"):
         assert rule.level == 0.1  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.warns(FutureWarning, match="level of PermutationRank is called significance now") as told:
+        assert replace(rule, level=0.2) == PermutationRank(39, 0.2)  # pyright: ignore[reportCallIssue]
+    assert told[0].filename == __file__ and replace(rule, significance=0.2) == PermutationRank(39, 0.2)
+    with pytest.raises(TypeError, match="got significance and level"):
+        PermutationRank(significance=0.1, level=0.2)  # pyright: ignore[reportCallIssue]
     for call, new in ((rank, "significance"), (paper_table, "significance"), (localise, "n_spans")):
         assert new in inspect.signature(call).parameters
     with (
@@ -136,8 +142,10 @@ def test_a_probability_of_a_false_find_is_called_significance_everywhere():
         ("pipeline.choose", "Fitted", "repair", "FittedReaders"),
         ("pipeline.choose", "offline", "repair", "captured_scores"),
         ("pipeline.choose", "assemble", "repair", "assemble"),
+        ("pipeline.choose", "reader_plans", "repair", "reader_plans"),
         ("pipeline.learn", "FitRows", "repair", "FitRows"),
         ("pipeline.learn", "token_rows", "repair", "token_rows"),
+        ("pipeline.learn", "study_rows", "repair", "study_rows"),
         ("pipeline.learn", "SPAN", "repair.printed", "SPAN"),
         ("pipeline.place", "reader_layers", "mediation", "reader_layers"),
         ("mediation.frames", "tidy", "core.details", "tidy"),
@@ -150,7 +158,8 @@ def test_earlier_names_are_still_imported_with_a_warning(module, old, home, new)
     with pytest.warns(FutureWarning, match=f"{old} is care_lens.* now") as told:
         exec(f"from care_lens.{module} import {old} as found", scope := {"__name__": "a_notebook"})
     assert scope["found"] is getattr(import_module(f"care_lens.{home}"), new)
-    assert {one.filename for one in told} == {"<string>"}
+    # Importing asks twice; a warning of one line is shown once.
+    assert {(one.filename, one.lineno) for one in told} == {("<string>", 1)}
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         exec(f"from care_lens.{module} import nothing", {"__name__": "a_notebook"})
 

@@ -189,4 +189,6 @@ def test_a_folder_keeps_the_store_it_has_and_a_new_one_suits_the_number_of_answe
     many.add([answer("b")])
     assert GenerationStore.in_folder(tmp_path, "search").answers() == many.answers()
     kind.copied(tmp_path / "answers.sqlite")
-    assert GenerationStore.in_folder(tmp_path).path.name == "answers.sqlite"
+    kind.add([answer("later")])
+    taken = GenerationStore.in_folder(tmp_path)  # what came to the JSON lines since is not read
+    assert taken.path.name == "answers.sqlite" and [one.id for one in taken.answers()] == ["a"]

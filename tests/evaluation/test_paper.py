@@ -151,3 +151,15 @@ def test_what_cannot_be_printed_is_named(measured):
     ):
         with pytest.raises(ValueError, match=message):
             paper_table(tables, **options)
+
+
+@pytest.mark.parametrize("significance", [0.0, 5.0, float("nan")])
+def test_a_significance_that_is_no_probability_is_refused_where_no_side_is_better(significance):
+    """The ranks, which check it, are not asked of refusals; every cell was marked, at 500 %."""
+    with pytest.raises(ValueError, match="significance must be between 0 and 1"):
+        paper_table(
+            table({"none": 0.5, "mine": 0.5}, metric="refusal"),
+            metrics=("refusal",),
+            against="none",
+            significance=significance,
+        )

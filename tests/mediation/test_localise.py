@@ -88,6 +88,9 @@ def test_heads_add_up_to_names(model, rising, margin):
     assert sorted(found.frame["head"].astype(int)) == [0, 1, 2, 3]
     neurons = refine(model, rising, "blocks.1.hook_mlp_out", outcome=margin, n_boot=10, progress=False)
     assert len(neurons.frame) == 48 and neurons.frame["neuron"].notna().all()
+    with pytest.warns(FutureWarning, match="spans of refine is called n_spans now"):
+        again = refine(model, rising, "blocks.1.hook_attn_out", outcome=margin, n_boot=10, progress=False, spans=0)
+    assert again.frame.equals(found.frame)
     with pytest.raises(ValueError, match="attention or MLP output"):
         refine(model, rising, "blocks.1.hook_resid_pre", outcome=margin)
 

@@ -89,6 +89,12 @@ def test_miss_rate_by_hand():
     p_low, p_high = beta.ppf(0.025, 1, 4), beta.ppf(0.975, 2, 3)
     assert (low, high) == (pytest.approx(97 * p_low / (97 * p_low + 2)), pytest.approx(97 * p_high / (97 * p_high + 2)))
     assert miss_rate(top, others, size=7) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    # Nothing of the rest was drawn, as of a kind of edges that is rare: it ended a verification after its last run.
+    assert np.isnan(miss_rate(top, others[:0], size=100)).all() and miss_rate(top, others[:0], size=len(top)) == (
+        0,
+        0,
+        0,
+    )
     assert miss_rate(top, others[:0], size=3) == (0, 0, 0)
     assert np.isnan(miss_rate(np.zeros(3), others, size=7)).all()
 
