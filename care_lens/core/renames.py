@@ -82,9 +82,8 @@ def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(take)
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            if (
-                sys._getframe(_outside() - 2).f_globals.get("__name__") == "dataclasses"
-            ):  # replace() gives each present field too
+            # replace() gives each present field too; it is the last frame before the caller's.
+            if sys._getframe(_outside() - 2).f_globals.get("__name__") == "dataclasses":
                 for new in {names[old] for old in names if old in kwargs}:
                     kwargs.pop(new, None)
             take(self, *args, **kwargs)
@@ -140,14 +139,6 @@ def _outside():
         frame = frame.f_back
         level += "importlib._bootstrap" not in str(frame.f_globals.get("__name__", ""))
     return level
-
-
-def _called_by(room):
-    """Whether the first frame outside of the package is of a library, for the function that calls this one."""
-    frame = sys._getframe(1)
-    while _room(frame) == "care_lens" and frame.f_back is not None:
-        frame = frame.f_back
-    return _room(frame) == room
 
 
 def _room(frame):
