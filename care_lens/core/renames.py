@@ -122,7 +122,12 @@ def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 def _outside() -> int:
     """The ``stacklevel`` of the first frame outside of the package and of the import system, for a warning of the function that calls this one."""
-    level = 1
-    while str(sys._getframe(level).f_globals.get("__name__", "")).split(".")[0] in ("care_lens", "importlib"):
-        level += 1
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        # warnings.warn counts no frame of the import system itself; ``from package import name`` asks the package out of one.
+        counted = not ("importlib" in frame.f_code.co_filename and "_bootstrap" in frame.f_code.co_filename)
+        room = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        if counted and room not in ("care_lens", "importlib"):
+            break
+        level, frame = level + counted, frame.f_back
     return level
