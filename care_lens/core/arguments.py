@@ -13,7 +13,7 @@ import os
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from beartype import BeartypeConf, FrozenDict
@@ -150,6 +150,8 @@ _ADVICE = {
     "Example": "write Example(prompt, image=picture)",
     "BaseOutcome": "write a function of logits and inputs, or take care_lens.core.UnsafeMargin",
     "LVLMInputs": "make the batch with lvlm.prepare(examples)",
+    "HookedLVLM": "make it with HookedLVLM.from_pretrained(name), or with organism.load()",
+    "Judge": "take study.judge, or one of care_lens.evaluation such as SubstringRefusalJudge()",
     "Repair": "a defence has a name and the methods on(lvlm), a context manager, and describe()",
     "Region": "write positions as texts ('5', 'image', 'last')",
 }
@@ -158,6 +160,7 @@ _BY_KINDS = {
     ("ndarray", "Tensor"): "write torch.from_numpy(array)",
     ("list", "Tensor"): "write torch.tensor(values)",
     ("tuple", "Tensor"): "write torch.tensor(values)",
+    ("TransformerBridge", "HookedLVLM"): "give the HookedLVLM that has this bridge",
     ("HookedLVLM", "Module"): "give the plain Hugging Face model, lvlm.unwrap()",
 }
 
@@ -176,7 +179,16 @@ def _advice(name: str, wanted: str, value: Any, hint: Any) -> str:
     if name in _BY_NAME:
         advice.append(_BY_NAME[name])
     advice += [text for asked, text in _ADVICE.items() if asked in named]
+    if choices := _choices(hint):
+        advice.append(f"give {' or '.join(map(repr, choices))}")
     return f"; {advice[0]}" if advice else ""
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a ``Literal`` names, if the annotation is one, or one beside None."""
+    arms = get_args(hint) if isinstance(hint, types.UnionType) or get_origin(hint) is Union else (hint,)
+    named = [arm for arm in arms if arm is not type(None)]
+    return get_args(named[0]) if len(named) == 1 and get_origin(named[0]) is Literal else ()
 
 
 def _fits(value: Any, hint: Any) -> bool:

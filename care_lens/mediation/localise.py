@@ -188,8 +188,13 @@ def rank_places(
     total = cluster_bootstrap(shares[:, 0, 0], groups, kind=kind, n_boot=n_boot, seed=seed)
     if not total.low > 0:
         raise NothingToLocaliseError(
-            f"unsafe twins must be less safe by the outcome, got a total effect of {total.estimate:.3g} "
-            f"[{total.low:.3g}, {total.high:.3g}]"
+            f"unsafe twins must be less safe by the outcome, with an interval above 0, got a total effect of {total.estimate:.3g} "
+            f"[{total.low:.3g}, {total.high:.3g}] of {len(set(groups))} items; "
+            + (
+                "give pairs about more items"
+                if total.estimate > 0
+                else "give the twins, or the outcome's sign, the other way round"
+            )
         )
     boot = _resampled(shares, groups, n_boot=n_boot, seed=seed)
     mean = shares.mean(axis=0)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from care_lens.core import CareLensError, Example
 from care_lens.core.arguments import _CONF, ArgumentError, checked
+from care_lens.core.protocols import Judge
+from care_lens.lvlm import HookedLVLM
 
 HINTS = (
     int, float, bool, str, bytes, Path, Tensor, int | None, str | Path, float | None, list[int] | None, Sequence[str], Mapping[str, int],
@@ -134,6 +136,10 @@ def test_a_class_refuses_in_its_own_words(room):
         (str, ["a"], "write 'a', without a list"),
         (Tensor, np.zeros(2), r"write torch.from_numpy\(array\)"),
         (Tensor, [0.0, 1.0], r"write torch.tensor\(values\)"),
+        (Literal[1, 2] | None, 3, "give 1 or 2"),
+        (Literal["zero", "mean"], "none", "give 'zero' or 'mean'"),
+        (Judge, None, r"take study.judge, or one of care_lens.evaluation such as SubstringRefusalJudge\(\)"),
+        (HookedLVLM, "llava", r"make it with HookedLVLM.from_pretrained\(name\), or with organism.load\(\)"),
         (Mapping[str, Sequence[Example]], [Example("a")], None),
     ],
     ids=str,

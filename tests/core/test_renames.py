@@ -2,16 +2,20 @@
 
 import inspect
 import re
+import sys
 import warnings
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 
 import pytest
 
 import care_lens
 from care_lens.capture import capture
+from care_lens.core import renames
 from care_lens.core.renames import renamed
 
 OTHER_WORDS = {
@@ -162,6 +166,21 @@ def test_earlier_names_are_still_imported_with_a_warning(module, old, home, new)
     assert {(one.filename, one.lineno) for one in told} == {("<string>", 1)}
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         exec(f"from care_lens.{module} import nothing", {"__name__": "a_notebook"})
+
+
+def test_an_earlier_name_imported_in_a_function_is_told_at_its_line_and_not_at_the_callers(monkeypatch):
+    """``from package import name`` asks the package twice, once out of the import system. The module is loaded as users have it, without the checks of the tests."""
+    spec = spec_from_file_location("care_lens.core.renames_of_users", renames.__file__)
+    of_users = module_from_spec(spec)
+    spec.loader.exec_module(of_users)
+    package = ModuleType("a_package")
+    package.__path__ = []
+    package.__getattr__ = of_users.moved("a_package", {"Old": "care_lens.core.Site"})
+    monkeypatch.setitem(sys.modules, "a_package", package)
+    exec(compile("def mine():\n    from a_package import Old", "mine.py", "exec"), scope := {})
+    with pytest.warns(FutureWarning, match="Old is care_lens.core.Site now") as told:
+        scope["mine"]()
+    assert {(one.filename, one.lineno) for one in told} == {("mine.py", 2)}
 
 
 def test_the_package_does_not_use_its_earlier_names():

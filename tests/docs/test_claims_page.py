@@ -62,3 +62,15 @@ def test_every_figure_of_the_tables_is_measured():
         for cell, channel in zip(cells, channels, strict=True):
             where = edits.get(edit, f"published CARE, {edit}")
             assert FIGURE.fullmatch(cell).groups() == at("modalities", channel, where), (edit, channel)
+
+
+def test_sentences_about_the_least_and_the_none_hold():
+    """Above block 0 no other skip stops more than 5 and 6 or 6 and 7; without its faults no form of CARE lowers attack success."""
+    frame = pd.read_csv(ROOT / "benchmarks" / "measured" / "claims.csv")
+    skipped = frame[(frame["table"] == "skipped") & (frame["of"] == "attacks")].set_index("where")["value"]
+    above = skipped[[f"block {k}" for k in range(1, 8)]]
+    assert {*above.nsmallest(2).index} == {"block 5", "block 6"} and skipped["block 0"] == 0
+    rates = frame[(frame["table"] == "modalities") & (frame["measure"] == "asr")]
+    by = rates.pivot(index="of", columns="where", values="value")
+    sound = by.filter(like="CARE, sound")
+    assert sound.shape[1] == 3 and sound.ge(by["undefended"], axis=0).all(axis=None)

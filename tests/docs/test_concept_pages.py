@@ -35,6 +35,7 @@ def elsewhere(monkeypatch, tmp_path):
 def test_a_page_prints_what_it_says(page, capsys):
     names, printed, said = run(page, capsys)
     assert set(said) <= set(printed) and said
+    assert printed == said or page == "howto/conversations.md"  # which shows some of what it prints
     names["lvlm"].close()
 
 

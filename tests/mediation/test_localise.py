@@ -97,7 +97,9 @@ def test_heads_add_up_to_names(model, rising, margin):
 
 def test_twins_that_are_no_less_safe_are_refused(model, rising, margin):
     turned = UnsafeMargin(comply=margin.refuse, refuse=margin.comply)
-    with pytest.raises(NothingToLocaliseError, match="total effect of -"):
+    with pytest.raises(
+        NothingToLocaliseError, match=r"total effect of -.*; give the twins, or the outcome's sign, the other way"
+    ):
         localise(model, rising, outcome=turned, n_boot=5, progress=False)
 
 
@@ -232,6 +234,15 @@ def test_the_span_a_place_acts_through(nie, through):
         cells["language", "hook_mlp_out", span] = dict.fromkeys(range(3), (0.0, 2.0, value, 0.0))
     frame = rank_places(_found(cells), n_boot=10).frame
     assert frame["acts_through"].tolist() == [through] and frame["position"].tolist() == ["all"]
+
+
+def test_an_effect_that_few_items_do_not_tell_from_0_is_refused_with_what_to_do():
+    """The mean is above 0 and its interval is not: more items are wanted, and nothing is the wrong way round."""
+    unsure = _found({("language", "hook_mlp_out", "all"): {0: (0.0, 9.0, 9.0, 0.0), 1: (0.0, 1.0, 1.0, 0.0)}})
+    with pytest.raises(
+        NothingToLocaliseError, match=r"total effect of 5 \[-.* of 2 items; give pairs about more items"
+    ):
+        rank_places(unsure, n_boot=5)
 
 
 def test_what_cannot_be_ranked_is_said(model, rising, margin):
