@@ -110,7 +110,7 @@ def test_it_is_reproducible_saved_and_plotted(measured, rows, tmp_path):
     result.save(tmp_path, "sure")
     assert SubspaceUncertainty.load(tmp_path, "sure").frame.equals(result.frame)
     figure = result.plot()
-    assert [trace.name for trace in figure.data] == ["fit", "held out"]
+    assert [trace.name for trace in figure.data] == ["fit", "held out", "1: as much as benign rows"]
     assert list(figure.data[0].y) == pytest.approx(fitted.eigenvalues.tolist())
 
 
