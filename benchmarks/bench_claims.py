@@ -88,7 +88,8 @@ def skipped(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
         ]
         for place, part in enumerate(parts):
             frame = part.to_dataframe()
-            for one in frame[(frame["metric"] == "complied") & (frame["effect"] == "share")].to_dict("records"):
+            kept = pd.DataFrame(frame[(frame["metric"] == "complied") & (frame["effect"] == "share")])
+            for one in kept.to_dict("records"):
                 baseline = one["component"] == "none"
                 if baseline and place:
                     continue
@@ -121,12 +122,13 @@ def one_modality(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
         ("published CARE", PublishedCARE.fit(lvlm, **shared)),
         ("CARE, sound", PublishedCARE.sound(lvlm, **shared)),
     ):
-        for name, options in (
-            ("both", {}),
-            ("visual alone", {"alpha_textual": 0.0}),
-            ("textual alone", {"alpha_visual": 0.0}),
+        for name, visual, textual in (
+            ("both", ALPHA, ALPHA),
+            ("visual alone", ALPHA, 0.0),
+            ("textual alone", 0.0, ALPHA),
         ):
-            defences[f"{kind}, {name}"] = replace(fitted.restricted(**options), name=f"{kind}, {name}")
+            one = fitted.restricted(alpha_visual=visual, alpha_textual=textual)
+            defences[f"{kind}, {name}"] = replace(one, name=f"{kind}, {name}")
     seen = [c for channels in study.seen.values() for c in channels]
     suites = {c: study.suites["test"][c][:each] for c in [*seen, *study.held_out()]}
     benign = [
@@ -136,7 +138,7 @@ def one_modality(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
     table = evaluate(lvlm, {**suites, "benign": benign}, defences, judge=study.judge, max_new_tokens=TOKENS, batch_size=128,
                      fidelity=False, n_boot=200, progress=False)  # fmt: skip
     frame = table.frame
-    frame = frame[frame["metric"].isin(["asr"]) | ((frame["metric"] == "accuracy") & (frame["channel"] == "benign"))]
+    frame = pd.DataFrame(frame[frame["metric"].isin(["asr"]) | ((frame["metric"] == "accuracy") & (frame["channel"] == "benign"))]
     return [
         {"table": "modalities", "of": one["channel"], "where": one["defence"], "measure": one["metric"], **_figures(one)}
         for one in frame.to_dict("records")
@@ -224,8 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
         rows += make(lvlm, study, short if few else whole)
         log.warning("%s: done", name)
         options.out.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out / "claims.csv", pd.DataFrame(rows)[COLUMNS].to_csv(index=False))
-    frame = pd.DataFrame(rows)[COLUMNS]
+        write_whole(options.out / "claims.csv", pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
+    frame = pd.DataFrame(rows, columns=COLUMNS)
     for name, part in frame.groupby("table", sort=False):
         log.warning("%s\n%s", name, part.round(2).head(60).to_string(index=False))
     lvlm.close()
