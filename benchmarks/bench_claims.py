@@ -138,7 +138,8 @@ def one_modality(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
     table = evaluate(lvlm, {**suites, "benign": benign}, defences, judge=study.judge, max_new_tokens=TOKENS, batch_size=128,
                      fidelity=False, n_boot=200, progress=False)  # fmt: skip
     frame = table.frame
-    frame = pd.DataFrame(frame[frame["metric"].isin(["asr"]) | ((frame["metric"] == "accuracy") & (frame["channel"] == "benign"))]
+    wanted = (frame["metric"] == "asr") | ((frame["metric"] == "accuracy") & (frame["channel"] == "benign"))
+    frame = pd.DataFrame(frame[wanted])
     return [
         {"table": "modalities", "of": one["channel"], "where": one["defence"], "measure": one["metric"], **_figures(one)}
         for one in frame.to_dict("records")
