@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 
 from care_lens import Example, HookedLVLM, organism
 from care_lens.capture import Activations, capture
@@ -181,17 +181,15 @@ def told_by(lvlm: HookedLVLM, study: Study, each: int) -> Rows:
                 direction = classifier_direction(at["fit", False], at["fit", True])
                 score = (torch.cat([at["test", False], at["test", True]]) @ direction).double().numpy()
                 ci = cluster_bootstrap(
-                    {"score": score, "label": labels}, groups, statistic=_auc, bounds=(0, 1), n_boot=500
+                    {"score": score, "label": labels},
+                    groups,
+                    statistic=lambda a: roc_auc_score(a["label"], a["score"]),
+                    bounds=(0, 1),
+                    n_boot=500,
                 )
                 rows.append({"table": "told by", "of": f"{kind} tokens, {name}", "where": f"block {site.layer}", "measure": "auc",
                              "value": ci.estimate, "ci_low": ci.low, "ci_high": ci.high, "n": len(labels)})  # fmt: skip
     return rows
-
-
-def _auc(drawn: dict[str, np.ndarray]) -> float:
-    ranks, label = rankdata(drawn["score"]), drawn["label"] > 0
-    n, rest = label.sum(), (~label).sum()
-    return float((ranks[label].sum() - n * (n + 1) / 2) / (n * rest)) if n and rest else float("nan")
 
 
 def _figures(row: dict[str, object]) -> dict[str, object]:

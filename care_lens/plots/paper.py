@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from html import unescape
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -11,14 +10,12 @@ import plotly.graph_objects as go
 
 from care_lens.plots import theme
 from care_lens.plots.frames import MARK, literal
+from care_lens.plots.panels import BESIDE, FONT, axes, has_bar, least, on, spaced, thinned, wide
 
 WIDTHS: dict[int, float] = {1: 3.3, 2: 7.0}
 """Inches, by columns: of the usual two-column layouts."""
 PIXELS_PER_INCH = 96
 """Of a layout: a PDF of 96 pixels is one inch wide."""
-FONT = 10
-"""Pixels: 7.5 points on paper."""
-
 TALLEST = 9.0
 """Inches: no figure is higher than the text of a page, unless it is told to be."""
 
@@ -26,10 +23,6 @@ _SHRINK = 0.62
 _CHARACTER = 0.5 * FONT
 _LINE = FONT * 1.5
 _ITEM = 30
-_PANEL = 40
-"""Pixels of a panel, at least."""
-_BESIDE = 50
-"""Pixels of a colour bar with its labels."""
 _EMS = dict.fromkeys("fijlrtI.,:;'|!() ", 0.3) | dict.fromkeys("mwMW@%", 0.85)
 """Widths of the letters that are far from the usual 0.56 em in Arial."""
 _LABEL, _NAME, _TITLE = {1: 30, 2: 44}, {1: 24, 2: 34}, {1: 48, 2: 110}
@@ -116,7 +109,7 @@ def paper(
     entry, lines = _legend(data, layout, width)
     top = _head(layout) + lines
     tallest = round((height or TALLEST) * PIXELS_PER_INCH)
-    wanted = max(_height(figure, layout, width) + round(top), round(top + _least(data, layout)))
+    wanted = max(_height(figure, layout, width) + round(top), round(top + least(data, layout)))
     layout |= {
         "width": width,
         "height": tallest if height else min(wanted, tallest),
@@ -152,8 +145,8 @@ def paper(
             _axis(part)
         elif re.fullmatch(r"coloraxis\d*", name):
             _bar(part.setdefault("colorbar", {}))
-    _spaced(data, layout)
-    _thinned(layout)
+    spaced(data, layout)
+    thinned(layout)
     for trace in data:
         if trace["type"] == "heatmap" and trace.get("texttemplate"):
             _fit_words(trace, layout)
@@ -171,136 +164,15 @@ def _height(figure: go.Figure, layout: dict[str, Any], width: int) -> int:
     return round((own.height or 420) * _SHRINK)
 
 
-def _axes(layout: dict[str, Any], letter: str) -> dict[str, dict[str, Any]]:
-    """The axes of one letter, by what traces call them: x, x2, ..."""
-    return {name.replace("axis", ""): part for name, part in layout.items() if re.fullmatch(rf"{letter}axis\d*", name)}
-
-
-def _on(data: list[dict[str, Any]], axis: str) -> list[str]:
-    """The categories along an axis: the texts that traces have there, in their printed form."""
-    traces = (trace for trace in data if trace.get(f"{axis[0]}axis", axis[0]) == axis)
-    return list(dict.fromkeys(v for trace in traces for v in trace.get(axis[0]) or () if isinstance(v, str)))
-
-
-def _wide(text: str) -> float:
-    """Pixels of the longest line of a text."""
-    return max(len(line) for line in unescape(text).split("<br>")) * FONT * 0.53
-
-
-def _beneath(data: list[dict[str, Any]], axis: dict[str, Any], name: str) -> float:
-    """Pixels that an x axis takes below its panel: its labels, which may stand upright, and its title."""
-    title = axis.get("title") or {}
-    title = title if isinstance(title, str) else title.get("text") or ""
-    labels = [str(text) for text in axis.get("ticktext") or _on(data, name)]
-    if axis.get("showticklabels") is False:
-        took = 4.0
-    elif labels and axis.get("tickangle") in (-90, 90):
-        took = max(map(_wide, labels)) + 8
-    else:
-        took = FONT * 1.3 * max((label.count("<br>") + 1 for label in labels), default=1) + 8
-    return took + (FONT * 1.3 * (title.count("<br>") + 1) + 4 if title else 0)
-
-
-def _has_bar(data: list[dict[str, Any]], layout: dict[str, Any]) -> bool:
-    """Whether a colour bar stands beside the panels."""
-    return any(name.startswith("coloraxis") for name in layout) or any(
-        trace["type"] == "heatmap" and "coloraxis" not in trace and trace.get("showscale", True) for trace in data
-    )
-
-
-def _rows_of(layout: dict[str, Any]) -> list[tuple[float, float]]:
-    """The panels' places from the top, as shares of the height; none where they overlap other than as whole rows."""
-    domains = [axis.get("domain") or (0.0, 1.0) for axis in _axes(layout, "y").values()]
-    rows = sorted({(float(low), float(high)) for low, high in domains}, reverse=True)
-    return [] if any(upper[0] < lower[1] for upper, lower in pairwise(rows)) else rows
-
-
-def _least(data: list[dict[str, Any]], layout: dict[str, Any]) -> float:
-    """Pixels below the head that a figure needs, so that each category has its lines and each panel a height that is seen."""
-    need = 0.0
-    for name, axis in _axes(layout, "y").items():
-        low, high = axis.get("domain") or (0.0, 1.0)
-        lines = [label.count("<br>") + 1 for label in _on(data, name)]
-        need = max(need, max(sum(lines) and max(lines) * len(lines) * FONT * 1.25, _PANEL) / max(high - low, 1e-3))
-    last = [_beneath(data, axis, name) for name, axis in _axes(layout, "x").items()]
-    if any(name.startswith("coloraxis") for name in layout):
-        need = max(need, 2.0 * _PANEL)
-    return need + max(last, default=0.0)
-
-
-def _spaced(data: list[dict[str, Any]], layout: dict[str, Any]) -> None:
-    """Panels that stand below each other set as far apart as the labels and titles between them need, and no farther."""
-    rows = _rows_of(layout)
-    notes = [n for n in layout.get("annotations", []) if n.get("yref") == "paper" and not n.get("showarrow", True)]
-    if len(rows) < 2:
-        return
-    x_axes, y_axes = _axes(layout, "x"), _axes(layout, "y")
-    took = []
-    for low, high in rows:
-        below = [
-            _beneath(data, x_axes[str(y.get("anchor", "x"))], str(y.get("anchor", "x")))
-            for y in y_axes.values()
-            if tuple(y.get("domain") or (0, 1)) == (low, high) and str(y.get("anchor", "x")) in x_axes
-        ]
-        heads = [str(n.get("text", "")).count("<br>") + 1 for n in notes if abs(n.get("y", -1) - high) < 1e-6]
-        took.append((max(below, default=0.0), max(heads, default=0) * FONT * 1.4 + 4 if heads else 0.0))
-    gaps = [took[at][0] + took[at + 1][1] + 4 for at in range(len(rows) - 1)]
-    whole = layout["height"] - layout["margin"]["t"] - layout["margin"]["b"] - took[-1][0]
-    if (left := whole - sum(gaps)) < _PANEL * len(rows) / 2:
-        return
-    share = sum(high - low for low, high in rows)
-    placed, top = {}, 1.0
-    for at, (low, high) in enumerate(rows):
-        size = (high - low) / share * left / whole
-        placed[low, high] = (max(top - size, 0.0), top)
-        top -= size + (gaps[at] / whole if at < len(gaps) else 0)
-
-    def moved(y: float) -> float:
-        for (low, high), (new_low, new_high) in placed.items():
-            if low - 1e-6 <= y <= high + 1e-6:
-                return new_low + (y - low) / (high - low) * (new_high - new_low)
-        return y
-
-    for axis in y_axes.values():
-        axis["domain"] = list(placed[tuple(axis.get("domain") or (0, 1))])
-    for note in notes:
-        note["y"] = moved(note["y"])
-    for name, part in [*layout.items(), *((f"trace {k}", trace) for k, trace in enumerate(data))]:
-        bar = part.get("colorbar") if isinstance(part, dict) else None
-        if bar and bar.get("y") is not None and bar.get("len") is not None and not name.startswith("coloraxis"):
-            ends = [moved(bar["y"] + sign * bar["len"] / 2) for sign in (-1, 1)]
-            bar |= {"y": sum(ends) / 2, "len": ends[1] - ends[0]}
-
-
-def _thinned(layout: dict[str, Any]) -> None:
-    """Upright labels of an x axis that would stand on each other left out: the folded picture stays, then what comes first from the left."""
-    for axis in _axes(layout, "x").values():
-        at, texts = axis.get("tickvals"), axis.get("ticktext")
-        if at is None or texts is None or axis.get("tickangle") not in (-90, 90) or len(at) < 2:
-            continue
-        at, named = np.asarray(at, dtype=float).tolist(), [str(text) for text in texts]
-        left, right = axis.get("domain") or (0, 1)
-        ends = axis.get("range")
-        low, high = (at[0] - 0.5, at[-1] + 0.5) if ends is None else (float(ends[0]), float(ends[1]))
-        room = layout["width"] - _BESIDE - (_BESIDE if any(name.startswith("coloraxis") for name in layout) else 0)
-        pixel = room * (right - left) / abs(float(high) - float(low))
-        kept: list[int] = []
-        for index in sorted(range(len(at)), key=lambda k: (not named[k].startswith("image ("), k)):
-            if all(abs(at[index] - at[other]) * pixel >= FONT * 0.85 for other in kept):
-                kept.append(index)
-        kept.sort()
-        axis |= {"tickvals": [at[k] for k in kept], "ticktext": [named[k] for k in kept]}
-
-
 def _titled(layout: dict[str, Any], names: Mapping[str, str], width: int) -> dict[str, Any]:
     """Titles of panels that stand side by side broken to the width of their panel."""
-    domains = [tuple(axis.get("domain") or (0.0, 1.0)) for axis in _axes(layout, "x").values()]
+    domains = [tuple(axis.get("domain") or (0.0, 1.0)) for axis in axes(layout, "x").values()]
 
     def fitted(note: dict[str, Any]) -> dict[str, Any]:
         over = [right - left for left, right in domains if abs((left + right) / 2 - note.get("x", -1)) < 1e-6]
         if note.get("xref") != "paper" or not over or min(over) > 0.6 or note.get("text") in names:
             return note
-        room = int((width - _BESIDE) * min(over) / _CHARACTER)
+        room = int((width - BESIDE) * min(over) / _CHARACTER)
         return {**note, "text": _broken(short_site(str(note["text"])), max(room, 6))}
 
     return {**layout, "annotations": [fitted(note) for note in layout.get("annotations", [])]}
@@ -380,13 +252,13 @@ def _fit_words(trace: dict[str, Any], layout: dict[str, Any]) -> None:
     x, y = (layout.get(f"{name}axis{trace.get(f'{name}axis', name)[1:]}", {}) for name in "xy")
     (left, right), (low, up) = (axis.get("domain") or (0, 1) for axis in (x, y))
     margin = layout["margin"]
-    side = (layout["width"] - margin["l"] - margin["r"] - _BESIDE) * (right - left) / text.shape[1]
+    side = (layout["width"] - margin["l"] - margin["r"] - BESIDE) * (right - left) / text.shape[1]
     if y.get("scaleanchor"):
         side = min(side, (layout["height"] - margin["t"] - margin["b"]) * (up - low) / text.shape[0])
     if any(re.search("[^\\W\\d]", str(word)) for word in text.flat):
         trace["text"] = [[_cut(str(word), (side - 1) / FONT) for word in row] for row in text]
         return
-    high = (layout["height"] - margin["t"] - margin["b"] - _BESIDE) * (up - low) / text.shape[0]
+    high = (layout["height"] - margin["t"] - margin["b"] - BESIDE) * (up - low) / text.shape[0]
     if not any(re.search(r"\d", str(word)) for word in text.flat):
         trace["textfont"] = {**trace.get("textfont", {}), "size": round(min(FONT, max(2.0, 0.7 * min(side, high))), 1)}
         return
@@ -436,11 +308,11 @@ def _legend(data: list[dict[str, Any]], layout: dict[str, Any], width: int) -> t
     entry = max(len(line) for lines in named for line in lines) * _CHARACTER
     # Plotly sets entries beside each other in the width of the panels alone: without labels, titles and colour bars.
     beside = [
-        max(map(_wide, _on(data, name) or [str(text) for text in axis.get("ticktext") or ()]), default=24.0)
+        max(map(wide, on(data, name) or [str(text) for text in axis.get("ticktext") or ()]), default=24.0)
         + (_LINE if axis.get("title") else 0)
-        for name, axis in _axes(layout, "y").items()
+        for name, axis in axes(layout, "y").items()
     ]
-    room = width - 14 - max(beside, default=0.0) - (_BESIDE if _has_bar(data, layout) else 0)
+    room = width - 14 - max(beside, default=0.0) - (BESIDE if has_bar(data, layout) else 0)
     across = max(1, int(room // (entry + _ITEM + 16)))
     rows = [named[start : start + across] for start in range(0, len(named), across)]
     return round(entry), sum(max(map(len, row)) * FONT * 1.3 + 6 for row in rows) + 8
