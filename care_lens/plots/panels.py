@@ -62,6 +62,29 @@ def _rows_of(layout: dict[str, Any]) -> list[tuple[float, float]]:
     return [] if any(upper[0] < lower[1] for upper, lower in pairwise(rows)) else rows
 
 
+def _notes(layout: dict[str, Any]) -> list[dict[str, Any]]:
+    """The titles of the panels."""
+    return [n for n in layout.get("annotations", []) if n.get("yref") == "paper" and not n.get("showarrow", True)]
+
+
+def _between(
+    data: list[dict[str, Any]], layout: dict[str, Any]
+) -> tuple[list[tuple[float, float]], list[float], float]:
+    """The rows of panels, the pixels that stand between them (labels and titles), and those below the last; no rows where they overlap."""
+    rows, x_axes, y_axes = _rows_of(layout), axes(layout, "x"), axes(layout, "y")
+    took = []
+    for low, high in rows:
+        below = [
+            _beneath(data, x_axes[str(y.get("anchor", "x"))], str(y.get("anchor", "x")))
+            for y in y_axes.values()
+            if tuple(y.get("domain") or (0, 1)) == (low, high) and str(y.get("anchor", "x")) in x_axes
+        ]
+        heads = [str(n.get("text", "")).count("<br>") + 1 for n in _notes(layout) if abs(n.get("y", -1) - high) < 1e-6]
+        took.append((max(below, default=0.0), max(heads, default=0) * FONT * 1.4 + 4 if heads else 0.0))
+    gaps = [took[at][0] + took[at + 1][1] + 4 for at in range(len(rows) - 1)]
+    return rows, gaps, took[-1][0] if took else 0.0
+
+
 def least(data: list[dict[str, Any]], layout: dict[str, Any]) -> float:
     """Pixels below the head that a figure needs, so that each category has its lines and each panel a height that is seen."""
     need = 0.0
@@ -70,29 +93,19 @@ def least(data: list[dict[str, Any]], layout: dict[str, Any]) -> float:
         lines = [label.count("<br>") + 1 for label in on(data, name)]
         need = max(need, max(sum(lines) and max(lines) * len(lines) * FONT * 1.25, _PANEL) / max(high - low, 1e-3))
     last = [_beneath(data, axis, name) for name, axis in axes(layout, "x").items()]
+    rows, gaps, _ = _between(data, layout)
     if any(name.startswith("coloraxis") for name in layout):
         need = max(need, 2.0 * _PANEL)
-    return need + max(last, default=0.0)
+    return max(need, _PANEL * len(rows) + sum(gaps)) + max(last, default=0.0)
 
 
 def spaced(data: list[dict[str, Any]], layout: dict[str, Any]) -> None:
     """Panels that stand below each other set as far apart as the labels and titles between them need, and no farther."""
-    rows = _rows_of(layout)
-    notes = [n for n in layout.get("annotations", []) if n.get("yref") == "paper" and not n.get("showarrow", True)]
+    rows, gaps, last = _between(data, layout)
     if len(rows) < 2:
         return
-    x_axes, y_axes = axes(layout, "x"), axes(layout, "y")
-    took = []
-    for low, high in rows:
-        below = [
-            _beneath(data, x_axes[str(y.get("anchor", "x"))], str(y.get("anchor", "x")))
-            for y in y_axes.values()
-            if tuple(y.get("domain") or (0, 1)) == (low, high) and str(y.get("anchor", "x")) in x_axes
-        ]
-        heads = [str(n.get("text", "")).count("<br>") + 1 for n in notes if abs(n.get("y", -1) - high) < 1e-6]
-        took.append((max(below, default=0.0), max(heads, default=0) * FONT * 1.4 + 4 if heads else 0.0))
-    gaps = [took[at][0] + took[at + 1][1] + 4 for at in range(len(rows) - 1)]
-    whole = layout["height"] - layout["margin"]["t"] - layout["margin"]["b"] - took[-1][0]
+    y_axes, notes = axes(layout, "y"), _notes(layout)
+    whole = layout["height"] - layout["margin"]["t"] - layout["margin"]["b"] - last
     if (left := whole - sum(gaps)) < _PANEL * len(rows) / 2:
         return
     share = sum(high - low for low, high in rows)

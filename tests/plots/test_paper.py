@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from in_browser import chromium
+from plotly.subplots import make_subplots
 
 from care_lens.plots import ExportError, paper, plot_effects, save_figure, short_site, theme
 from care_lens.plots.theme import COLOURS, DARK, INK, LESS_SAFE, SAFER, in_dark
@@ -198,3 +199,18 @@ def test_flat_figures_of_pictures_are_as_wide_as_two_columns():
 
     assert height(1200, 300, 2) - height(1200, 300, 1) == pytest.approx((672 - 317) / 4, abs=2)
     assert height(500, 500, 2) == pytest.approx(height(500, 500, 1), abs=2)
+
+
+@pytest.mark.parametrize("label", ["a", "a label that takes some room"])
+def test_panels_are_as_far_apart_as_what_stands_between_them(label):
+    figure = make_subplots(rows=2, cols=1, subplot_titles=["above", "below"], vertical_spacing=0.02)
+    for row in (1, 2):
+        figure.add_trace(go.Heatmap(z=[[1, 2]], x=[0, 1], y=["one"], showscale=False), row=row, col=1)
+        figure.update_xaxes(tickvals=[0, 1], ticktext=[label, label], tickangle=-90, row=row, col=1)
+    printed = paper(figure, columns=1)
+    (low, _), (_, high) = printed.layout.yaxis.domain, printed.layout.yaxis2.domain
+    margin, labels = printed.layout.margin, len(label) * 10 * 0.5  # upright ones, of 10 pixels, below both panels
+    gap = (low - high) * (printed.layout.height - margin.t - margin.b - labels)
+    assert labels + 10 < gap < labels + 50  # and the title of the lower panel
+    titles = {note.text: note.y for note in printed.layout.annotations}
+    assert titles["above"] == pytest.approx(1) and titles["below"] == pytest.approx(high)
