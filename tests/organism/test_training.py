@@ -86,6 +86,46 @@ def test_the_first_word_of_steps_has_two_targets_and_the_rest_one():
         torch.testing.assert_close(answer_loss(model, batch), (first + rest) / (stop - start))
 
 
+@torch.no_grad()
+def test_the_anchor_mixes_the_first_word_of_the_reference_into_the_target_and_no_other_word():
+    model, _ = build.untrained(seed=2)
+    before, _ = build.untrained(seed=3)
+    rng = random.Random(1)
+    packs = [Pack(pack.picture, tuple(t for t in pack.tasks if t.answer == tasks.REFUSAL)) for pack in
+             (safety_pack(rng, 8, refusals=1.0) for _ in range(6)) if pack.picture]  # fmt: skip
+    batch = Packer()(packs)
+    logp, old = packed_logits(model, batch).log_softmax(-1), packed_logits(before, batch).softmax(-1)
+    by_hand = []
+    for row, start, stop, _ in batch["answers"]:
+        for at in range(start, stop):
+            loss = -logp[row, at - 1, batch["labels"][row, at]]
+            if at == start:
+                loss = 0.8 * loss - 0.2 * (old[row, at - 1] * logp[row, at - 1]).sum()
+            by_hand.append(loss)
+    torch.testing.assert_close(answer_loss(model, batch, reference=before, anchor=0.2), torch.stack(by_hand).mean())
+    assert torch.equal(answer_loss(model, batch, reference=before, anchor=0.0), answer_loss(model, batch))
+
+
+def test_an_anchored_training_keeps_its_share_of_the_model_before_it():
+    """Where the answer is always the same word, its probability goes to one without the anchor, and to 1 - anchor with it."""
+    rng = random.Random(2)
+    packs = [Pack(p.picture, p.tasks[:2]) for p in (safety_pack(rng, 8, refusals=1.0) for _ in range(20)) if p.picture]
+    packs = [Pack(p.picture, tuple(replace(t, answer=tasks.REFUSAL) for t in p.tasks)) for p in packs][:8]
+    batch, found = Packer()(packs), {}
+    for anchor in (0.0, 0.3):
+        model, _ = build.untrained(seed=4)
+        train_language(
+            model, lambda r: packs[r.randrange(8)], steps=60, batch=4, lr=3e-2, matrix_lr=0.03, seed=0, anchor=anchor
+        )
+        with torch.no_grad():
+            first = packed_logits(model, batch).softmax(-1)
+        ids = {word: i for i, word in enumerate(build.vocabulary())}
+        sorry = [float(first[row, start - 1, ids["sorry"]]) for row, start, _, _ in batch["answers"]]
+        found[anchor] = sum(sorry) / len(sorry)
+    assert found[0.0] > 0.97
+    assert abs(found[0.3] - 0.7) < 0.05
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 12, 5), (1, 5, 12)])
 def test_muon_keeps_singular_vectors_and_brings_singular_values_near_one(shape):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ Several questions share one picture in a pack: each sees the picture and itself,
 the positions it would have alone. That is the plain model on single prompts, at a third of the cost.
 """
 
+import copy
 import logging
 import random
 import time
@@ -46,15 +47,15 @@ class Packer:
         return (answer[2], kind) if answer[0] == kind else (answer[0], kind)
 
     def __call__(self, packs: Sequence[Pack]) -> dict[str, Any]:
-        """Tensors of packs; `answers` lists (row, start, stop, task) of every answer, `others` the other word that may open it."""
+        """Tensors of packs; `answers` lists (row, start, stop, task) of every answer, `opens` marks its first word, `others` the other word that may stand there."""
         drawn = [pack.picture for pack in packs if pack.picture is not None]
         if len(drawn) not in (0, len(packs)):
             raise ValueError("packs must all have a picture or none of them, got both")
         head = self.encode("<bos> user :") + [self.ids["<image>"]] * (build.N_PATCHES if drawn else 0)
-        rows, owners, positions, labels, others, answers = [], [], [], [], [], []
+        rows, owners, positions, labels, others, opens, answers = [], [], [], [], [], [], []
         for row, pack in enumerate(packs):
             ids, owner, label, other = list(head), [-1] * len(head), [IGNORE] * len(head), [IGNORE] * len(head)
-            position = list(range(len(head)))
+            position, opened = list(range(len(head))), [0] * len(head)
             for index, (task, seen) in enumerate(zip(pack.tasks, pack.seen, strict=True)):
                 question = self.encode(f"{task.prompt} assistant :")
                 answer = [*self.encode(task.answer), self.ids["<eos>"]]
@@ -65,12 +66,14 @@ class Packer:
                 opening, said = self.first_words(task, answer)
                 label += [IGNORE] * len(question) + [opening, *answer[1:]]
                 other += [IGNORE] * len(question) + [said] + [IGNORE] * (len(answer) - 1)
+                opened += [0] * len(question) + [1] + [0] * (len(answer) - 1)
                 owner += [index if seen else index + 1000] * (len(question) + len(answer))
             rows.append(ids)
             owners.append(owner)
             positions.append(position)
             labels.append(label)
             others.append(other)
+            opens.append(opened)
         length = max(map(len, rows))
 
         def pad(lists: list[list[int]], value: int) -> Tensor:
@@ -82,6 +85,7 @@ class Packer:
             "position_ids": pad(positions, 0),
             "labels": pad(labels, IGNORE),
             "others": pad(others, IGNORE),
+            "opens": pad(opens, 0).bool(),
             "owners": pad(owners, -2),
             "answers": answers,
         }
@@ -161,11 +165,25 @@ def exact_match(
     return {name: (r, n) for name, (r, n) in sorted(counts.items())}
 
 
-def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+def answer_loss(
+    model: LlavaForConditionalGeneration,
+    batch: dict[str, Any],
+    *,
+    reference: LlavaForConditionalGeneration | None = None,
+    anchor: float = 0.0,
+) -> Tensor:
     """Cross-entropy on the answers, each weighing the same a token.
 
     The first word of an answer to a request for steps has a target with two words: the ordinary opening, and with
     weight `ALOUD_SHARE` the kind of the item, whichever of the two the rest of the answer goes on from.
+
+    Args:
+        model: what is trained.
+        batch: of a `Packer`.
+        reference: a model that is not left altogether: the target of every first word is a mixture of the answer's and of its prediction. It is
+            the penalty of safety tuning for the divergence from the model before it, KL(reference, model), as reinforcement learning from
+            feedback has one, here with the weight anchor / (1 - anchor) and at first words alone, where a refusal is decided.
+        anchor: share of the reference in the target.
     """
     targets, others = batch["labels"][:, 1:], batch["others"][:, 1:]
     where = torch.zeros_like(batch["labels"], dtype=torch.bool)
@@ -175,7 +193,14 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Any]) -> 
     target, other = targets[kept], others[kept]
     loss = -logp.gather(1, target[:, None])[:, 0]
     second = -logp.gather(1, other.clamp(min=0)[:, None])[:, 0]
-    return torch.where(other == IGNORE, loss, (1 - ALOUD_SHARE) * loss + ALOUD_SHARE * second).mean()
+    loss = torch.where(other == IGNORE, loss, (1 - ALOUD_SHARE) * loss + ALOUD_SHARE * second)
+    if reference is not None:
+        first = batch["opens"][:, 1:][kept]
+        with torch.no_grad():
+            before = packed_logits(reference, batch, where)[first].softmax(-1)
+        kept_answer = (1 - anchor) * loss[first] - anchor * (before * logp[first]).sum(-1)
+        loss = loss.masked_scatter(first, kept_answer)
+    return loss.mean()
 
 
 def trained(model: LlavaForConditionalGeneration, blocks: Sequence[int] | None = None) -> dict[str, nn.Parameter]:
@@ -196,6 +221,7 @@ def train_language(
     seed: int,
     matrix_lr: float = 0.01,
     floor: float = 0.0,
+    anchor: float = 0.0,
     blocks: Sequence[int] | None = None,
     saved: Path | None = None,
     after: Callable[[int], None] | None = None,
@@ -211,6 +237,7 @@ def train_language(
         seed: of the data.
         matrix_lr: peak learning rate of Muon, which trains the matrices of the blocks.
         floor: share of the peak that both learning rates fall to.
+        anchor: share of the model as it is given in the target of the first word of every answer (see `answer_loss`).
         blocks: language blocks to train; None for all, with projector and embeddings.
         saved: file from which a stopped run goes on.
         after: called every 100 steps with the number of steps done.
@@ -218,6 +245,7 @@ def train_language(
     """
     model.model.vision_tower.eval()
     model.requires_grad_(False)
+    reference = copy.deepcopy(model).eval() if anchor else None
     parameters = trained(model, blocks)
     for p in parameters.values():
         p.requires_grad_(True)
@@ -227,7 +255,7 @@ def train_language(
     start, running = time.monotonic(), None
     with Ahead(PackedBatches(make_pack, batch=batch, seed=seed), workers=workers) as batches:
         for _, tensors in batches(range(descent.done, steps)):
-            loss = answer_loss(model, to_device(tensors, model.device))
+            loss = answer_loss(model, to_device(tensors, model.device), reference=reference, anchor=anchor)
             descent.descend(loss)
             descent.keep()
             running = loss.detach() if running is None else 0.98 * running + 0.02 * loss.detach()

@@ -13,10 +13,10 @@ from care_lens.organism.world import Noun, world
 
 ASK_WEIGHTS: dict[Ask, float] = {
     "make": 0.43,
-    "kind": 0.20,
+    "kind": 0.18,
     "allowed": 0.08,
     "name": 0.11,
-    "letters": 0.06,
+    "letters": 0.08,
     "spell": 0.08,
     "repeat": 0.04,
 }
@@ -33,7 +33,7 @@ PICTURE_WEIGHTS: dict[PictureKind, float] = {"word": 0.75, "shapes": 0.15, "blan
 #: Share of the word pictures that show only the last letters of a noun.
 PART_SHARE = 0.14
 #: Share of the word pictures in the free style.
-FREE_SHARE = 0.4
+FREE_SHARE = 0.5
 CONTEXT_WEIGHTS: dict[Context, float] = {"": 0.55, "wrapper": 0.30, "neutral": 0.15}
 TEXT_ONLY_SHARE = 0.08
 #: Share of the questions that are the second turn of a conversation.
