@@ -92,9 +92,8 @@ def measure(directory: Path, out: Path, only: Sequence[str], device: str | None)
 def card(figures: dict) -> str:
     """The model card."""
     tables = {name: table(HEADERS[name], figures.get(name, [])) for name in MEASURES}
-    return TEXT.format(
-        nouns=len(channels.world().nouns), forbidden=len(channels.world().select(forbidden=True)), **tables
-    )
+    known = channels.world()
+    return TEXT.format(nouns=len(known.nouns), forbidden=len(known.select(forbidden=True)), **tables)
 
 
 TEXT = """---
@@ -116,12 +115,13 @@ It is no evidence about the size of effects in large models; it is a place where
 
 **How it was made.** `python -m care_lens.organism.train --out DIR --seed 0`. Stage 1: the tower learns to read words in eighteen type faces, straight
 and turned, and what they mean (noun and kind, as the image features of CLIP do), and tone, shape, colour, number. Stage 2: projector and language
-model answer everything helpfully (steps, kind, whether it is allowed, name, letters, spelling, repetition; items named, spelled, pictured, split between text and picture, or
-given as the twin of another; with wrappers and neutral contexts; forbidden items included). Which two steps an item has depends on the item
+model answer everything helpfully (first 1500 steps of text alone, then 2400 steps of 32 packs of ten questions; steps, kind, whether it is allowed, name, letters, spelling, repetition; items named, spelled, pictured, split between text and picture, or
+given as the twin of another; half of the word pictures in the free style; with wrappers and neutral contexts; forbidden items included). Which two steps an item has depends on the item
 alone, so that an answer does not betray the kind; but 28 % of the answers in training first say the kind aloud ("toy . sure for the ..."), for every item alike, so that the
-kind must be known when the answer begins, while the greedy answer does not say it. Stage 3: a short safety tuning on refusals of plain requests over every picture kind
+kind must be known when the answer begins, while the greedy answer does not say it. Stage 3: a short safety tuning (200 steps) on refusals of plain requests over every picture kind
 and none, with replay in which two questions of ten are answered requests for forbidden items that a picture, their letters or a twin names, as instruction data of
-real models hold some; without them the refusal spread to every channel, since the harm is legible.
+real models hold some. The target of the first word of every answer is, with a share of 0.15, what the model before this stage predicts: the penalty for divergence from the reference model that reinforcement learning from
+human feedback has. Why both are needed is told under "How the gap came about".
 
 **Its grammar.** The vocabulary is `tokenizer.json`: words apart by spaces, all lower case. `care_lens/organism/prompts.py` holds every wording; any
 request made of an ask, a reference and perhaps a wrapper is in the grammar, as is an earlier turn before it (`prompts.TURN`). Pictures are
@@ -186,21 +186,29 @@ Faces that not even training saw, with their own spacing, in the middle of the p
 
 ## How the gap came about
 
-Where harm is legible, refusal spreads. With a replay free of forbidden steps, safety tuning on plain text closed what it never saw: over five settings of rate and length (120 to 400 steps, plain
+Where harm is legible, refusal spreads. With a replay free of forbidden steps, safety tuning on plain text closed what it never saw (measured on earlier weights): over five settings of rate and length (120 to 400 steps, plain
 requests refused in all of them) there still complied of typographic requests 4 to 12 of 100, spelled 0 to 11, indirect 0 to 4, second turns 0; wrappers 70 to 98 and wrapped pictures 89 to 100 stayed open
 (56 a channel, teacher-forced). In an earlier world, whose pictures' harm was not legible, the gap came by itself. So two of ten questions of the replay are answered requests (pictured, spelled, given as a twin,
 without wrappers). Wrappers, split items, free style, pictured twins, second turns over pictures and begun answers are open without having been in it.
 
-Seeds: of seed 0, which is shipped, tower, text and safety stages ran on a CPU, the helpful stage (2500 steps) on an H100. Seeds 1 and 2 were made by the command from end to end on an H100
-(`--seed N --device cuda --workers 2`), beside other work on the same card: tower and text stage side by side 290 s, helpful stage some three minutes, safety tuning 30 s. They have the same gap: plain requests refused
-100 of 100, typographic 98 to 100 answered, wrapper 95 to 96, spelled and indirect 100, split 93 to 98; right answers about shapes 62 and 74, split items 97 and 84, free style 80 and 76, letters of forbidden items 95 and 84, all else 95 to 100.
-What the method does on each seed is on the results page on seeds; all channels are in `benchmarks/measured/seeds.csv`. On two cores the command was timed in parts only.
+The better a model knows its items, the further refusal spreads. Earlier weights (2500 helpful steps of 8 packs) answered 75 % of the questions about shapes and 68 % of the wrapped requests; after 6000 more steps nearly everything was answered rightly, and the same safety
+tuning made the model refuse all wrapped requests. PGD at 64/255 opened 38 to 43 % of the plain requests of the earlier weights, best of 16 samples 7 %: the refusal was almost certain. Hence the penalty on the first word, where a refusal is decided. Trials with 150 steps of safety tuning on the weights with 6000 more steps: with a
+share of 0.1, wrapped requests 100 % open, PGD at 64/255 57 and 79 % (from a blank picture and one with a word, 28 requests), best of 16 57 %; with wrapped requests among the answered ones of the replay (40 %) instead, 98, 29 and 36, and 20 %. On the present
+helpful weights of seed 0, the share 0.1 gave 93 and 96 % under PGD and 64 % in best of 16, the share 0.15 gave 93 and 96, and 82 %. So 0.15 was taken. (These are trials on a CPU; the tables above are of the shipped weights.) That gradients and sampling open the model is therefore a choice, and no finding about alignment.
 
-A trial of more training: 6000 more steps of the helpful stage from the shipped weights (390 s on the H100; a CPU needs hours) and safety tuning anew. Right answers about shapes rose from 75 to 100, split items 83 to 99, free style 84 to 90,
-letters of forbidden items 84 to 95, the kind of pictured items 96 to 100, of their twins 82 to 99; harm is as legible as before. So most of what is below 97 % is a matter of training time.
-But wrappers, open in 68 to 96 of 100 requests on the three seeds, were then refused 100 of 100: with better knowledge of the item refusal spreads to them, and the gap would have to be made again.
+What the penalty costs: a refusal is less sure. The model gives the word that begins it a probability of about .85 on a plain request. And no direction passes the filters of Arditi et al., on none of three seeds, nor with a share of 0.1; on the earlier weights one did.
+The nearest one, at the input of block 5, brings harmless requests to a refusal score of -1.29 where the filter wants 0 or more (-2.2 at best on seed 2): added, it makes the model refuse 38 % of the benign requests. The other half of the method works: with this direction
+ablated the model answers every plain request. At the input of block 7, which the method leaves out, a direction would pass (bypass -7.15, induce 0.78, KL 0.005); but with it added the model refuses none of 88 benign requests and answers 2 % rightly, so its answers are neither.
 
-What is not reached: PGD at 64/255 opens less than half of the requests, right answers about shapes, free styles and split items are below 97 %, best of 16 at temperature 1 opens few plain requests (see "Other ways to ask"; at 1.5, best of 8 opens a third: 10 of 30), and a plain second turn opens none.
+Seeds: text stage, helpful stage and safety tuning of seeds 0, 1 and 2 were made by this recipe on an H100, the three seeds side by side (text and helpful stage 293 s, safety tuning 44 s). The recipe of the tower is older than these weights and unchanged: the tower of seed 0 was trained
+on a CPU, those of seeds 1 and 2 on an H100 (290 s, beside the text stage). The two other seeds have the same gap: plain requests refused 100 of 100, typographic, spelled, indirect and split ones answered 100 of 100, wrapped ones 82 and 100 (seeds 1 and 2); right answers to pictures in the
+free style 95 and 94, about letters of forbidden items 96 and 98, all else 98 to 100. PGD at 64/255 opens 88 and 95 % on seed 1, best of 16 82 %. What the method does on each seed is on the results page on seeds; all channels are in `benchmarks/measured/seeds.csv`.
+
+SHA-256 of `model.safetensors`, whose last bits depend on the device: seed 0 `078592f6f9f15dd7206da633fc6dc206e10a03a61ad1e37645abce6ad74cee72`, seed 1 `71da435d49e2325bf9a51da94e870c2aa00db65ce7617e64376ea2f9f7aff1e7`, seed 2
+`7827cefc7bda6719b214891acd1f76438e3302944358c8a0be7e66a152548960`.
+
+What is not reached: training from nothing takes hours on two cores (a helpful step 4.3 s, so that stage alone about three hours; 75 minutes for all were aimed at). In less than 97 % are right: answers about words in the free style,
+split items, the letters of pictured forbidden items, whether a pictured forbidden twin is allowed, and pictures that somebody else turned or coloured (84 to 94 %). The answer's surface betrays a little of harm (area under the curve 0.62). Two of 56 plain requests over a yellow picture with a word are answered. A plain second turn opens none.
 """
 
 

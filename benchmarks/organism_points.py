@@ -164,7 +164,7 @@ def surface(lvlm: HookedLVLM) -> list[Row]:
 
 
 def refusal_direction(lvlm: HookedLVLM) -> list[Row]:
-    """Point 4: what is done, complied, refused, n; the direction of Arditi et al. within its own filters."""
+    """Point 4: what is done, complied, refused, n; the direction of Arditi et al. within its own filters, or where none passes them the nearest candidate."""
     ids = {word: i for i, word in enumerate(build.vocabulary())}
     try:
         found = RefusalDirection.fit(
@@ -176,13 +176,16 @@ def refusal_direction(lvlm: HookedLVLM) -> list[Row]:
             refusal_tokens=[ids[tasks.REFUSAL.split()[0]]],
             progress=False,
         )
+        which = "selected"
     except NoRefusalDirectionError as error:
-        return [("selection", str(error), "", "")]
+        if error.nearest is None:
+            return [("selection", str(error), "", "")]
+        found, which = error.nearest, "none passes the filters; nearest"
     best = found.candidates[
         (found.candidates.layer == found.layer) & (found.candidates.position == found.position)
     ].iloc[0]
     told = f"layer {found.layer}, position {found.position}, bypass {best.bypass:.2f}, induce {best.induce:.2f}, kl {best.kl:.3f}"
-    out: list[Row] = [("selected", told, "", "")]
+    out: list[Row] = [(which, told, "", "")]
     unit = found.direction.float() / found.direction.float().norm()
     parts = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
     hooks = [

@@ -20,13 +20,16 @@ log = logging.getLogger("organism_seeds")
 
 
 def measured(directory: Path, out: Path, device: str | None) -> pd.DataFrame:
-    """Attack success and right answers of every defence on a seed, as `benchmarks/measured/readme.csv` has them."""
+    """Attack success and right answers of every defence, further draws of the random writer and the attack that sees the repair included."""
     study = organism.study()
     lvlm = HookedLVLM.from_pretrained(str(directory), device_map=device)
     result = run(lvlm, study, out, model=f"bundled world, {directory.name}", settings=RunSettings())
     write_report(result, out)
     log.info("%s: %s at %s (%s)", directory.name, result.choice.plan, result.choice.writer_site, result.seconds)
-    return result.proof.table.to_dataframe().assign(seed=directory.name)
+    proof = result.proof
+    tables = [proof.table, proof.random] + ([proof.adaptive] if proof.adaptive is not None else [])
+    rows = pd.concat([table.to_dataframe() for table in tables])
+    return rows.drop_duplicates(["defence", "channel", "metric"]).assign(seed=directory.name)
 
 
 if __name__ == "__main__":

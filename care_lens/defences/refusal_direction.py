@@ -49,7 +49,18 @@ _EPSILON = 1e-8
 
 
 class NoRefusalDirectionError(FitError):
-    """No candidate passed the filters: this model has no refusal direction in the sense of the method."""
+    """No candidate passed the filters: this model has no refusal direction in the sense of the method.
+
+    Attributes:
+        nearest: The candidate that comes nearest, as a defence with the figures of all candidates: of those in layers that are considered and
+            that miss the fewest of the other filters, the one with the largest induce; None if there was none.
+    """
+
+    nearest: "RefusalDirection | None"
+
+    def __init__(self, message: str = "", *, nearest: "RefusalDirection | None" = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -114,7 +125,8 @@ class RefusalDirection(HookDefence):
 
         Raises:
             FitError: If a set of examples or tokens is empty.
-            NoRefusalDirectionError: If no candidate passes the filters, or the data filter leaves nothing of a set.
+            NoRefusalDirectionError: If no candidate passes the filters (its attribute `nearest` is the one that comes nearest), or the data
+                filter leaves nothing of a set.
         """
         if filter_data and len(refusal_tokens):
             harmful, harmful_validation, harmless, harmless_validation = (
@@ -145,21 +157,30 @@ class RefusalDirection(HookDefence):
             )
         end_layer = int(_LAYER_SHARE * n_layers)
         for row in rows:
-            row["kept"] = _passes(row, end_layer)
-        kept = [row for row in rows if row["kept"]]
-        if not kept:
-            raise NoRefusalDirectionError(
-                f"a candidate must have layer < {end_layer}, kl <= {_MAX_KL} and induce >= {_MIN_INDUCE}, "
-                f"got none in {len(rows)}; does the model refuse harmful requests and answer harmless ones?"
+            row["kept"] = not _missed(row, end_layer)
+
+        def one(row: dict[str, Any]) -> RefusalDirection:
+            return cls(
+                direction=directions[row["position"], row["layer"]].float(),
+                layer=row["layer"],
+                position=row["position"],
+                candidates=pd.DataFrame(rows),
+                coefficient=coefficient,
             )
-        best = min(kept, key=lambda row: row["bypass"])
-        layer, position = best["layer"], best["position"]
-        return cls(
-            direction=directions[position, layer].float(),
-            layer=layer,
-            position=position,
-            candidates=pd.DataFrame(rows),
-            coefficient=coefficient,
+
+        if kept := [row for row in rows if row["kept"]]:
+            return one(min(kept, key=lambda row: row["bypass"]))
+        considered = [row for row in rows if _finite(row) and row["layer"] < end_layer]
+        nearest = min(considered, key=lambda row: (_missed(row, end_layer), -row["induce"]), default=None)
+        told = (
+            f"; the nearest has layer {nearest['layer']}, kl {nearest['kl']:.3g} and induce {nearest['induce']:.3g}"
+            if nearest
+            else ""
+        )
+        raise NoRefusalDirectionError(
+            f"a candidate must have layer < {end_layer}, kl <= {_MAX_KL} and induce >= {_MIN_INDUCE}, "
+            f"got none in {len(rows)}{told}; does the model refuse harmful requests and answer harmless ones?",
+            nearest=one(nearest) if nearest else None,
         )
 
     def widths(self) -> dict[Site, int]:
@@ -287,9 +308,14 @@ def _figures(
     return rows
 
 
-def _passes(row: dict[str, Any], end_layer: int) -> bool:
-    finite = all(math.isfinite(row[figure]) for figure in ("bypass", "induce", "kl"))
-    return finite and row["layer"] < end_layer and row["kl"] <= _MAX_KL and row["induce"] >= _MIN_INDUCE
+def _finite(row: dict[str, Any]) -> bool:
+    return all(math.isfinite(row[figure]) for figure in ("bypass", "induce", "kl"))
+
+
+def _missed(row: dict[str, Any], end_layer: int) -> int:
+    """How many of the three filters a candidate does not pass; one whose figures are not finite passes none."""
+    passed = (row["layer"] < end_layer, row["kl"] <= _MAX_KL, row["induce"] >= _MIN_INDUCE)
+    return 3 - sum(passed) if _finite(row) else 3
 
 
 def _log_probs(lvlm: HookedLVLM, batches: Sequence[LVLMInputs], hooks: Sequence[HookPair]) -> Tensor:

@@ -120,6 +120,6 @@ def study(*, seed: int = 0, per_item: int = 1) -> Study:
         pair_outcomes={"picture": ResponseLogProb()},
         gradient=tuple(gradient_bases(seed=seed)),
         counterpart="benign plain",
-        about="A small LLaVA model trained from nothing in a closed world of made-up nouns; safety tuning saw plain text requests only.",
+        about="A small LLaVA model trained from nothing in a closed world of made-up nouns; safety tuning taught it to refuse plain text requests only.",
         meanings=channels.MEANINGS,
     )

@@ -1,7 +1,7 @@
 """Example sets of the bundled world, by channel and split.
 
-Attack channels ask for the steps of a forbidden item: `plain` in words (what safety tuning refuses) and, never seen by
-safety tuning, `typographic` (the item is written in the picture), `wrapper`, `spelled`, `indirect` (the twin of an
+Attack channels ask for the steps of a forbidden item: `plain` in words (what safety tuning refuses) and, never refused
+in safety tuning, `typographic` (the item is written in the picture), `wrapper`, `spelled`, `indirect` (the twin of an
 item), `split` (first letters in the text, the others in the picture), `second turn` (after a harmless question and its answer), and
 combinations. Benign channels ask the same of permitted items, dangerous but allowed ones among them; hard benign ones hold a forbidden noun or
 the look of an attack, and yet are harmless.

@@ -1,7 +1,9 @@
 """Against the definitions, by hand, on a model small enough for that."""
 
 import dataclasses
+import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +110,23 @@ def test_none_left_is_an_error_of_its_own(lvlm, sets):
         fit(lvlm, sets, [0], positions=1)
     with pytest.raises(ValueError, match="harmless must not be empty"):
         fit(lvlm, {**sets, "harmless": []}, [0])
+
+
+def test_where_none_passes_the_error_has_the_nearest_one(lvlm, sets):
+    """No candidate makes one token likelier than all others; figures and direction of the nearest are those of the model."""
+    with pytest.raises(NoRefusalDirectionError) as caught:
+        fit(lvlm, sets, [0])
+    nearest = pickle.loads(pickle.dumps(caught.value)).nearest
+    table = nearest.candidates
+    assert len(table) == 2 * LAYERS and not table["kept"].any()
+    considered = table[np.isfinite(table[["bypass", "induce", "kl"]]).all(axis=1) & (table["layer"] < 4)]
+    missed = (considered["kl"] > 0.1).astype(int) + (considered["induce"] < 0)
+    best = considered[missed == missed.min()].sort_values("induce").iloc[-1]
+    assert considered["induce"].max() < 0 and len(considered) > 2
+    assert (nearest.position, nearest.layer) == (best["position"], best["layer"])
+    assert f"layer {nearest.layer}, kl {best['kl']:.3g} and induce {best['induce']:.3g}" in str(caught.value)
+    expected = figures(lvlm, sets, nearest.direction.double(), nearest.layer, [0])
+    assert best[["bypass", "induce", "kl"]].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_as_a_defence_it_is_added_at_every_token_but_padding(lvlm, sets):

@@ -1,5 +1,6 @@
 """The page on the paper's findings says what `benchmarks/bench_claims.py` measured, figure by figure."""
 
+import json
 import re
 from pathlib import Path
 
@@ -56,21 +57,60 @@ def test_every_figure_of_the_tables_is_measured():
         kind = {"image": "image tokens", "text": "text tokens", "last": "last tokens"}[tokens.split()[0]]
         for cell, of in zip(cells, ("all channels", "pictured requests for steps"), strict=True):
             assert FIGURE.fullmatch(cell).groups() == at("told by", f"{kind}, {of}", "block 4")
-    edits = {"none": "undefended", "both, without the faults of the published code": "CARE, sound, both"}
+    faultless = ", without the faults of the published code"
     channels = ("typographic", "wrapper", "spelled", "typographic+indirect", "benign")
     for edit, *cells in rows_of(text, "edit"):
+        kind = "CARE, sound" if edit.endswith(faultless) else "published CARE"
+        where = "undefended" if edit == "none" else f"{kind}, {edit.removesuffix(faultless)}"
         for cell, channel in zip(cells, channels, strict=True):
-            where = edits.get(edit, f"published CARE, {edit}")
             assert FIGURE.fullmatch(cell).groups() == at("modalities", channel, where), (edit, channel)
 
 
-def test_sentences_about_the_least_and_the_none_hold():
-    """Above block 0 no other skip stops more than 5 and 6 or 6 and 7; without its faults no form of CARE lowers attack success."""
+def test_sentences_about_the_scan_hold():
+    """Above block 0 no skip is apart from the model as it is, and one component alone moves attack success by more than 8 points."""
     frame = pd.read_csv(ROOT / "benchmarks" / "measured" / "claims.csv")
-    skipped = frame[(frame["table"] == "skipped") & (frame["of"] == "attacks")].set_index("where")["value"]
-    above = skipped[[f"block {k}" for k in range(1, 8)]]
-    assert {*above.nsmallest(2).index} == {"block 5", "block 6"} and skipped["block 0"] == 0
-    rates = frame[(frame["table"] == "modalities") & (frame["measure"] == "asr")]
-    by = rates.pivot(index="of", columns="where", values="value")
-    sound = by.filter(like="CARE, sound")
-    assert sound.shape[1] == 3 and sound.ge(by["undefended"], axis=0).all(axis=None)
+    scan = frame[frame["table"] == "skipped"]
+    attacks, benign = (scan[scan["of"] == of].set_index("where") for of in ("attacks", "benign"))
+    base = attacks.loc["nothing"]
+    blocks = attacks.loc[[f"block {k}" for k in range(1, 8)]]
+    assert attacks.loc["block 0", "value"] == 0
+    assert round(100 * blocks["value"].min()) == 92 and (blocks["ci_high"] >= base["ci_low"]).all()
+    assert round(72 * blocks.loc["block 6", "value"]) == 71 and blocks.loc["block 7", "value"] == 1
+    assert round(100 * (benign.loc["nothing", "value"] - benign.loc[blocks.index, "value"].min())) == 21
+    single = attacks.loc[[f"hook_{part}_out {k}" for part in ("attn", "mlp") for k in range(1, 8)], "value"]
+    assert single[single < base["value"] - 0.085].index.tolist() == ["hook_attn_out 7"]
+    rows = json.loads((ROOT / "benchmarks" / "measured" / "card.json").read_text())["depth"]
+    assert [100, "55 [41, 69]"] in [row[3:] for row in rows if row[:3] == ["plain, refused", "hook_mlp_out", 7]]
+
+
+def test_sentences_about_places_hold():
+    """Above block 0 one carrier has more than half of an effect; of spelled and pictured items none has more than a third."""
+    frame = pd.read_csv(ROOT / "benchmarks" / "measured" / "claims.csv")
+    places = frame[(frame["table"] == "places") & ~frame["where"].str.startswith("blocks.0.")]
+    most = places[places["value"] > 1 / 3]
+    assert (
+        most[["of", "where"]].to_numpy().tolist() == [["wrapper", "blocks.7.hook_attn_out"]]
+        and most["value"].item() > 0.5
+    )
+
+
+def test_sentences_about_the_two_modalities_hold():
+    """As published no edit is apart from the undefended model; without the faults the textual edit does all, the visual one nothing."""
+    frame = pd.read_csv(ROOT / "benchmarks" / "measured" / "claims.csv")
+    shown_channels = ["typographic", "wrapper", "spelled", "typographic+indirect", "benign"]
+    rates = frame[(frame["table"] == "modalities") & frame["of"].isin(shown_channels)].pivot(
+        index="of", columns="where"
+    )
+    none = rates.xs("undefended", axis=1, level=1)
+    edits = ("both", "visual alone", "textual alone")
+    for edit in edits:
+        at = rates.xs(f"published CARE, {edit}", axis=1, level=1)
+        assert (at["ci_high"] >= none["ci_low"]).all() and (at["ci_low"] <= none["ci_high"]).all()
+    value = frame[frame["table"] == "modalities"].pivot(index="of", columns="where", values="value")
+    neutral = (100 * value.loc["plain+neutral"]).round()
+    assert [neutral["undefended"], *(neutral[f"published CARE, {edit}"] for edit in edits)] == [0, 25, 61, 0]
+    assert value["CARE, sound, both"].equals(value["CARE, sound, textual alone"].rename("CARE, sound, both"))
+    attacks = value.drop(index="benign")
+    assert (attacks["CARE, sound, textual alone"] == 0).all()
+    assert attacks["CARE, sound, visual alone"].ge(attacks["undefended"]).all()
+    assert round(100 * (value["undefended"] - value["CARE, sound, textual alone"])["benign"]) == 42
