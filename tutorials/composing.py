@@ -17,9 +17,9 @@
 # **Question.** Does a repair depend on the same parts of the model as the model's own refusal? And do the usual tools (head ablation, logit lens,
 # interchange, TransformerLens's patching) work while a repair is on the model?
 #
-# **Answer.** Partly, and they do. Head 4 of block 0 brings back all of the model's own refusal (share 1.00 by TransformerLens's patching, 2 pairs). With this head cut, the repair's gate opens for 0 of 8 attacks that
-# name their item, instead of 7, but for 8 of 8 that picture it. No single head of block 7, above the repair, undoes what it writes, and the line along which it writes carries 0.38 [0.29, 0.46] of the difference between
-# refused and answered twins (n = 12).
+# **Answer.** Not on the same head, and they do. Head 0 of block 0 brings back nearly all of the model's own refusal of a named item (share 0.93 by TransformerLens's patching, 2 pairs). With this head cut the repair's gate still opens for 16 of 16 attacks; it depends more on
+# head 1 of the same block, without which it opens for 6. No single head of block 7, above the repair, undoes what it writes, and the line along which it writes carries 0.37 [0.18, 0.59] of the difference between
+# refused and answered twins (n = 12). This small repair lowers the margin of the attacks by 2.8 and 2.5 nats on average, and 7 of the 16 are refused.
 #
 # For researchers who know TransformerLens hooks. About half a minute on one processor core.
 
@@ -99,11 +99,19 @@ def margin(fwd_hooks=()):
 bare = margin()
 with repair.on(lvlm):
     repaired = margin()
-pd.DataFrame({"channel": [e.channel for e in attacks], "bare": bare, "repaired": repaired}).groupby(
-    "channel"
-).mean().round(1)
+pd.DataFrame(
+    {
+        "channel": [e.channel for e in attacks],
+        "bare": bare,
+        "repaired": repaired,
+        "share below 0, bare": (bare < 0).float(),
+        "share below 0, repaired": (repaired < 0).float(),
+    }
+).groupby("channel").mean().round(2)
 
 # %% [markdown]
+# The repair lowers the mean margin by 2.8 and 2.5 nats. A margin below 0 means that the refusal is the likelier first token: 3 of 8 pictured attacks and 4 of 8 wrapped ones come there, none without the repair. Learned from so few examples, it pushes the right way and not far enough. For the questions below that does not matter.
+#
 # ## Three things to check before anything is composed
 #
 # A repair of strength 0 changes no bit. Hooks are gone after an error inside the block. Where several hooks stand at one place, each sees what those before it returned.
@@ -166,7 +174,7 @@ def cut(layer, head):
 
 
 part = {"typographic": slice(0, 8), "wrapper": slice(8, 16)}
-cuts = {"none": [], "6.2": cut(6, 2)} | {f"{layer}.{head}": cut(layer, head) for layer in (0, 7) for head in range(5)}
+cuts = {"none": []} | {f"{layer}.{head}": cut(layer, head) for layer in (0, 6, 7) for head in range(5)}
 found = []
 for name, hooks in cuts.items():
     with repair.recording(lvlm) as seen:
@@ -181,15 +189,16 @@ heads.loc[list(cuts)].astype({("open", c): int for c in part}).round(1)
 # %% [markdown]
 # The two columns on the left count how often the gate is open (of 8); those on the right are mean margins with the repair on (negative: "sorry" is more likely).
 #
-# - **0.4**: without it the gate opens for none of the wrapped requests, which name their item, and the margin jumps from -6.3 to 13.5 nats. Requests with a picture do reach the gate (8 of 8).
-# - **0.0**: without it no gate opens at all, of either channel.
-# - **6.2**, which brings the wrapper's effect (see the diagnosis tutorial): two wrapped and four pictured requests fewer open the gate.
-# - **Block 7**: the gates are those without a cut, as they must be, and the margins move by about 0.5 nats at most (7.1), the others by 0.1.
+# - **0.1**: without it the gate opens for 3 of 8 attacks of either channel.
+# - **0.2** and **0.4**: without one of them the gate opens for 5 and 6 of the pictured attacks, and for all that name their item.
+# - **0.0**: all gates open.
+# - **Block 6**: without head 4 one pictured attack fewer opens the gate; the four others change nothing here.
+# - **Block 7**: the gates are those without a cut, as they must be. The margins move, for wrapped requests from 1.9 to -1.1 nats without 7.2 and to 0.2 without 7.1.
 #
-# A closed gate is no harm where the model would refuse by itself. So three of these cuts are looked at without the repair, too:
+# A margin with the repair mixes what the repair does and what the cut does to the model. So the same cuts are looked at without the repair, too:
 
 # %%
-cut_alone = {name: margin(cuts[name]) for name in ("none", "0.0", "0.4", "6.2")}
+cut_alone = {name: margin(hooks) for name, hooks in cuts.items()}
 pd.DataFrame({n: {c: m[these].mean().item() for c, these in part.items()} for n, m in cut_alone.items()}).T.round(1)
 
 # %% [markdown]
@@ -221,10 +230,13 @@ px.imshow(
 )
 
 # %% [markdown]
-# One head of forty: 4 of block 0 brings back all of it, no other more than 0.03. It is the head without which the repair's gate stays closed for named items: model and repair learn of a name through the same head.
+# One head of forty: 0 of block 0 brings back 0.93 of it, the next (3 of block 7, 3 of block 0) 0.16 and 0.14, no other more than 0.07. By the first table it is not the head that the repair's gate depends on: without it all gates open.
 #
-# Compare the table before: without head 0.4 the model does not recognise a named item at all (margins of 9.5 and 13.5 nats, it would answer anything), so no repair above could. Without 0.0 or 6.2 the model itself
-# refuses wrapped requests (-4.0 and -4.8), and the repair has less to do there.
+# Compare the table before: without head 0.0 the model would answer wrapped requests with a margin of 10.8 nats instead of 4.4, as it should if this head tells it that a forbidden item is named. With the repair it is 2.8, so the repair
+# takes 8.0 nats away there: it knows the item by another way. Where 0.1 is cut, the model itself has smaller margins (2.9 and 1.5), and the repair takes away 1.2 and 0.8.
+#
+# Without 7.2 the model alone has a margin of 0.7 for wrapped requests: this head brings the wrapper's effect to the last token (see the diagnosis tutorial). The cut and the repair act side by side. With any one head of block 7 cut, the repair lowers the
+# margins by 1.8 to 2.8 nats, with none cut by 2.8 and 2.5. So no single head above the repair undoes it.
 
 # %% [markdown]
 # ## Logit lens
@@ -260,8 +272,7 @@ px.line(
 )
 
 # %% [markdown]
-# The curves are one up to block 5, where the repair has not acted. After block 6 "sorry" rises from -4.3 to -1.4 nats on average. With eight requests the two intervals overlap, because the gate stays closed for one request
-# and the edit of some is small; what is certain is the place where the curves part.
+# The curves are one up to block 5, where the repair has not acted. After block 6 the repair has raised "sorry" from -5.3 to -2.6 nats on average, and after block 7 from -4.5 to -2.4. With eight requests the two intervals overlap; what is certain is the place where the curves part.
 
 # %% [markdown]
 # ## Interchange along the repair's line
@@ -296,13 +307,13 @@ print(f"difference of the twins: {(high - low).mean():.1f} nats, n = {len(pairs)
 pd.DataFrame(shares, index=["share", "low", "high"]).T.round(2)
 
 # %% [markdown]
-# The repair's line alone carries 0.38 [0.29, 0.46] of what tells a refused twin from an answered one at this place; random lines at most 0.02. So the repair writes along a line that the model uses itself, and
+# The repair's line alone carries 0.37 [0.18, 0.59] of what tells a refused twin from an answered one at this place; random lines 0.01 at most, of either sign. So the repair writes along a line that the model uses itself, and
 # not along the only one: the rest lies outside.
 #
 # ## Exercises
 #
 # 1. A gate that opens leaves a mark. Does a linear probe still tell harmful pictures from harmless ones after block 7 while the repair is on? Say before you look whether its AUC rises or falls.
-# 2. Cut the MLP of block 7, the only other part above the writer, with the repair on. Is the refusal still there?
+# 2. Cut the MLP of block 7, the only other part above the writer, with the repair on. Is what the repair does still there?
 # 3. Exchange everything *but* the repair's line. What does that say about the share found above?
 #
 # <details><summary>Solution 1</summary>
@@ -321,7 +332,7 @@ pd.DataFrame(shares, index=["share", "low", "high"]).T.round(2)
 #     print(name, probe_auc(found.at(top, 0), harmful, found.groups, n_boot=200))
 # ```
 #
-# It falls from 1.00 [0.93, 1.00] to 0.99 [0.94, 1.00], which is no difference: n = 48, and the intervals overlap nearly whole. The harm of a request stays legible while the model refuses it. A probe that was fitted without the repair need not be right with it.
+# Neither: it is 1.00 [0.93, 1.00] without and with the repair (n = 48). The harm of a request stays legible while the repair acts. This says nothing of a mark: an AUC of 1.00 has no room to rise. A probe that was fitted without the repair need not be right with it.
 #
 # </details>
 #
@@ -330,10 +341,12 @@ pd.DataFrame(shares, index=["share", "low", "high"]).T.round(2)
 # ```python
 # with repair.on(lvlm):
 #     without = margin([("blocks.7.hook_mlp_out", lambda activation, hook: torch.zeros_like(activation))])
-# print({channel: round(without[these].mean().item(), 1) for channel, these in part.items()})
+# alone = margin([("blocks.7.hook_mlp_out", lambda activation, hook: torch.zeros_like(activation))])
+# for channel, these in part.items():
+#     print(channel, round(without[these].mean().item(), 1), "without the repair", round(alone[these].mean().item(), 1))
 # ```
 #
-# Yes: 0.6 and -6.5 nats, against 0.5 and -6.3 with the MLP. The refusal does not pass through it.
+# Yes: without the MLP the margins are 1.3 and 2.0 nats with the repair and 5.3 and 4.9 without it. So the repair takes 4.0 and 2.9 away, with the MLP 2.8 and 2.5. What the repair does need not pass through this MLP.
 #
 # </details>
 #
@@ -344,7 +357,7 @@ pd.DataFrame(shares, index=["share", "low", "high"]).T.round(2)
 # print(ratio_of_means(high - exchanged(others), high - low, pairs.groups))
 # ```
 #
-# 0.61 [0.54, 0.71]: with 0.38 it makes 0.99, so that the two parts nearly add up here. They need not, since block 7 and the final norm are not linear.
+# 0.72 [0.50, 0.88]: with 0.37 it makes 1.09. The two parts need not add up to 1, since block 7 and the final norm are not linear. So 0.37 is not a part of a whole of which the rest would be 0.63.
 #
 # </details>
 #

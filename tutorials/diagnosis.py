@@ -16,8 +16,9 @@
 #
 # **Question.** The bundled model refuses a forbidden item that is named in words, and answers when a wrapper ("a wizard answers this") stands around the name. Which heads and neurons make that difference?
 #
-# **Answer.** Two of the ten heads that we look at. Head 4 of block 0 alone brings all of what a plain name does to the answer (9.85 nats [7.77, 14.61] of 9.81), and head 2 of block 6 half of what a wrapper does (4.31 [2.55, 5.42] of 8.32). Neurons share the work for a plain name (the first of them 1.47 [0.68, 4.59]);
-# for the wrapper one neuron of block 0 brings 5.02 [0.53, 6.14]. Gradients find these units, and are wrong about others.
+# **Answer.** For a plain name one head: head 0 of block 0 alone brings 4.93 nats [3.35, 7.12] of the 5.88 that the name does to the answer. For the wrapper no single head is enough, but two are needed: taken out of the wrapped request, head 2 of block 7 costs 4.18 nats [3.71, 4.81] of 6.45
+# and head 1 of that block 2.62 [2.03, 3.57], while put into the refused request neither of them brings anything that can be told from 0. None of the leading neurons brings more than 0.34 [0.10, 0.92] for a name, and for the wrapper none brings what can be told from 0.
+# Gradients find these heads. They do not say which of them are enough.
 #
 # For readers who know activation patching and want to go from layers to units. Under a minute on one quiet core. Everything is causal: an activation is exchanged between two counterfactual twins, or cut, and the outcome is read again. The world is made up and harmless. Eight items of the fit split, one pair each; intervals are 95 % bootstraps over the items, seed 0.
 #
@@ -36,7 +37,7 @@ import torch
 
 from care_lens import organism
 from care_lens.core import package_versions
-from care_lens.mediation import ablate, attribute, knockout, localise, path_effects, verify
+from care_lens.mediation import ablate, attribute, heads, knockout, localise, mediate, path_effects, verify
 from care_lens.plots import plot_attribution
 
 torch.set_num_threads(2)
@@ -50,10 +51,10 @@ for name, some in pairs.items():
 # %% [markdown]
 # ## 1. Places
 #
-# `localise` exchanges attention and MLP outputs in both directions. A place is *sufficient* if it brings the unsafe outcome into the safe run (NIE / TE), *necessary* if taking it out of the unsafe run brings the safe outcome back (TIE / TE); the score is the mean of the two. We try blocks 0, 1 and 6; without `sites=` it takes all of both towers.
+# `localise` exchanges attention and MLP outputs in both directions. A place is *sufficient* if it brings the unsafe outcome into the safe run (NIE / TE), *necessary* if taking it out of the unsafe run brings the safe outcome back (TIE / TE); the score is the mean of the two. We try blocks 0, 1 and 7. Without `sites=` it takes all of both towers; that run puts the attention of block 7 third for the wrapper, after the two parts of block 0, and no other place above 0.32.
 
 # %%
-outputs = [f"blocks.{layer}.hook_{part}_out" for layer in (0, 1, 6) for part in ("attn", "mlp")]
+outputs = [f"blocks.{layer}.hook_{part}_out" for layer in (0, 1, 7) for part in ("attn", "mlp")]
 places = {name: localise(lvlm, some, sites=outputs, **quick) for name, some in pairs.items()}
 leading = pd.concat([found.frame.head(3).assign(pairs=name) for name, found in places.items()], ignore_index=True)
 print({name: round(found.settings["TE"]["value"], 2) for name, found in places.items()})
@@ -65,15 +66,15 @@ leading[["pairs", "mediator", "acts_through", "score", "ci_low", "ci_high", "suf
 places["wrapper"].plot()
 
 # %% [markdown]
-# A name is recognised in block 0: its attention carries all of the effect at the last token, and its MLP nine tenths. A wrapper acts in two places: in block 0 at the words of the text, and in block 6, whose attention brings to the last token that this is a wrapped request
-# (score 0.69 [0.57, 0.75]: it brings half of the effect and takes nine tenths of it away).
+# A name is recognised in block 0: its attention carries all of the effect at the last token (the interval of the score is 0 to 1, since with these eight pairs neither share has a bounded one), and its MLP brings 0.69 of it and takes 0.87 away. A wrapper acts in two places: in block 0 at the words of the text, and in block 7, whose attention brings to the last token that this is a wrapped request
+# (score 0.66 [0.39, 0.72]: it brings a third of the effect and takes all of it away).
 #
 # ## 2. Heads and neurons
 #
 # There are too many to exchange one at a time, so `attribute` estimates all of them at once by integrated gradients between the twins. With four points the estimates are rough, and it warns of that.
 
 # %%
-units = ["blocks.0.attn.hook_z", "blocks.6.attn.hook_z", "blocks.0.mlp.hook_post"]
+units = ["blocks.0.attn.hook_z", "blocks.7.attn.hook_z", "blocks.0.mlp.hook_post"]
 estimates = {name: attribute(lvlm, some, sites=units, patches=(), points=4, **quick) for name, some in pairs.items()}
 plot_attribution(estimates["wrapper"], top=6)
 
@@ -87,27 +88,39 @@ exact = exact.sort_values("estimate", ascending=False).groupby(["pairs", "compon
 exact.sort_values(["pairs", "component"])[["pairs", "mediator", "estimate", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# The leading unit of each kind holds. Of the others not all do: heads 1 and 4 of block 0 are estimated at 0.84 and 0.70 nats for the wrapper and have no effect that can be told from 0, and the neuron 311 does four times what was estimated (5.02 against 1.18).
+# For the name the leading heads hold: head 0 of block 0 is estimated at 4.48 nats and brings 4.93 [3.35, 7.12]. The leading neuron, 347, does not: estimated at 0.47, it brings 0.27 [-0.62, 0.50]; the two after it bring 0.34 and 0.25, with intervals above 0. For the wrapper no leading unit holds: head 2 of block 7 is estimated at 2.35 nats and
+# brings 0.36 [-1.61, 1.04], and the interval of the neuron 311 (3.70 [-2.60, 5.74]) includes 0 as well.
 
 # %%
 agreement = pd.concat([found.frame.assign(pairs=name) for name, found in checked.items()], ignore_index=True)
 agreement[["pairs", "kind", "effect", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# Seven units of a kind say little about the order of all: every interval of the rank correlations but that of neurons for a name includes 0, and those of the miss rates (the share of large effects that were not ranked at the top) are wide. What can be said is what was exchanged exactly.
+# Seven units of a kind say little about the order of all: for a name the rank correlations of all units exclude 0, for the wrapper all of them include it, and the miss rates (the share of large effects that were not ranked at the top) are wide. What can be said is what was exchanged exactly.
+#
+# `verify` exchanges in one direction: it puts a unit of the unsafe run into the safe one (NIE). A unit that is needed and not enough has no effect there. So the heads of block 7 are exchanged in both directions (TIE: taken out of the unsafe run), for the wrapper:
+
+# %%
+each = mediate(lvlm, pairs["wrapper"], sites=heads(lvlm, layers=[7]), positions=("all",), **quick)
+both = each.frame.query("effect in ('NIE', 'TIE')")
+both[["mediator", "effect", "value", "ci_low", "ci_high", "n"]].round(2)
+
+# %% [markdown]
+# Heads 2 and 1 of block 7 are needed, and neither is enough: without the first the wrapped request loses 4.18 nats [3.71, 4.81] of 6.45, without the second 2.62 [2.03, 3.57]. Their estimates, 2.35 and 1.29, lie in the middle between NIE and TIE, since integrated gradients go from one twin to the other. An estimate alone does not tell the two apart.
 #
 # ## 3. Attention cut
 #
-# `knockout` cuts the attention from one span to another. If a name reaches the last token in block 0, cutting text -> last there must undo the refusal of the *safe* twins.
+# `knockout` cuts the attention from one span to another. If a name reaches the last token in block 0, cutting text -> last there must take away what tells the twins apart.
 
 # %%
 cut = knockout(
-    lvlm, pairs["typographic"], source="text", target="last", layers=(0, 1, 6), modes=("renormalised",), **quick
+    lvlm, pairs["typographic"], source="text", target="last", layers=(0, 1, 7), modes=("renormalised",), **quick
 )
 cut.plot()
 
 # %% [markdown]
-# It does: without block 0's look at the text the margin of the safe twins rises by 5.75 nats [4.14, 9.30], and nothing is left of the total effect (-9.84 [-14.43, -7.74] of 9.81). In block 1 and 6 the same cut moves the safe twins by 0.1 nats or less.
+# It does: with that cut in block 0 the total effect falls by 5.27 nats [3.65, 8.68] of 5.88. Which of the twins moves is less clear: the margin of the safe ones rises by 1.85 [-2.05, 3.71] and that of the unsafe ones falls by 3.42 [-1.64, 5.32], and both intervals include 0. In block 1 the cut makes the total effect larger (by 1.63 [1.03, 4.05]),
+# in block 7 it takes 0.82 [0.40, 1.65] of it away.
 #
 # ## 4. Paths
 #
@@ -119,7 +132,7 @@ top = paths.frame.assign(size=paths.frame["value"].abs()).nlargest(5, "size")
 top[["sender", "receiver", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# Nearly all goes through the MLP of the same block, 8.85 nats [6.80, 12.43] of 9.81. That is where the name becomes a reason to refuse; each direct way to a later block or to the end brings 0.3 or less.
+# Most goes through the MLP of the same block, 4.04 nats [2.69, 5.61] of 5.88. That is where the name becomes a reason to refuse; each direct way to a later block or to the end brings 0.12 or less.
 #
 # ## 5. Ablation
 #
@@ -135,7 +148,7 @@ ablation = ablate(
     attacked,
     judge=organism.OrganismJudge(),
     reference=benign,
-    layers=(0, 6, 7),
+    layers=(0, 1, 7),
     max_new_tokens=14,
     batch_size=64,
     n_boot=300,
@@ -145,38 +158,37 @@ shares = ablation.frame.query("effect == 'share' and metric == 'complied'")
 shares[["layer", "component", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# Without either part of block 0 the model answers none of the attacks. Above it, the attention of block 6, which reads the wrapper, costs most (0.50 [0.29, 0.71] of 0.83 [0.59, 0.96] without ablation), then the MLP of block 7 (0.67 [0.43, 0.85]). With 24 attacks these intervals overlap: that attention matters here as well as MLPs is shown, an order among them is not.
+# Without either part of block 0 the model answers none of the attacks (0.00 [0.00, 0.17]). Above it, the attention of block 7, which reads the wrapper, costs nearly half of the answers (0.50 [0.29, 0.71] are left of 0.96 [0.69, 1.00] without ablation); the MLP of block 7 and both parts of block 1 cost none. With 24 attacks the intervals are wide. That attention matters here is shown;
+# that MLPs carry unsafe answers and attention does not is not what these blocks show.
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Is head 2 of block 6 alone among the heads of its block? Exchange each of them, for the wrapper pairs.
+# **1.** Which heads of block 0 does the wrapper act through? Exchange each of them in both directions.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# from care_lens.mediation import heads, mediate
-#
-# each = mediate(lvlm, pairs["wrapper"], sites=heads(lvlm, layers=[6]), positions=("all",), **quick)
-# each.frame.query("effect == 'NIE'")[["mediator", "value", "ci_low", "ci_high", "n"]].round(2)
+# first = mediate(lvlm, pairs["wrapper"], sites=heads(lvlm, layers=[0]), positions=("all",), **quick)
+# first.frame.query("effect in ('NIE', 'TIE')")[["mediator", "effect", "value", "ci_low", "ci_high", "n"]].round(2)
 # ```
 #
-# It is alone: 4.31 [2.55, 5.42]; the four others have 0.06 nats at most, of either sign.
+# Through head 1, if through one: taken out it costs 3.50 nats [0.99, 13.54], put in it brings 1.91 [-0.36, 9.43]. The intervals are wide. The four others move the margin by half a nat at most, in either direction.
 #
 # </details>
 #
-# **2.** Does the last token read the wrapper in block 6? Cut the attention from the text to the last token there, in the unsafe twins.
+# **2.** Does the last token read the wrapper in block 7? Cut the attention from the text to the last token there, in the unsafe twins.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
 # wrapped = knockout(
-#     lvlm, pairs["wrapper"], source="text", target="last", layers=(1, 6), modes=("renormalised",), **quick
+#     lvlm, pairs["wrapper"], source="text", target="last", layers=(1, 7), modes=("renormalised",), **quick
 # )
 # wrapped.frame[["layers", "effect", "value", "ci_low", "ci_high", "n"]].round(2)
 # ```
 #
-# In the unsafe twins the cut in block 6 takes 5.87 nats [3.62, 6.49] away, in block 1 only 0.35 [0.08, 0.77]; the safe twins do not change (-0.11 [-0.47, 0.48] in block 6). So the wrapper is read there, by the last token.
+# In the unsafe twins the cut in block 7 takes 6.03 nats [5.23, 7.42] away; in block 1 nothing that can be told from 0 (1.15 [-0.67, 1.61]). The safe twins change little (-0.62 [-0.85, -0.19] in block 7). So the wrapper is read there, by the last token.
 #
 # </details>
 #
