@@ -196,7 +196,9 @@ tuning made the model refuse all wrapped requests. PGD at 64/255 opened 38 to 43
 share of 0.1, wrapped requests 100 % open, PGD at 64/255 57 and 79 % (from a blank picture and one with a word, 28 requests), best of 16 57 %; with wrapped requests among the answered ones of the replay (40 %) instead, 98, 29 and 36, and 20 %. On the present
 helpful weights of seed 0, the share 0.1 gave 93 and 96 % under PGD and 64 % in best of 16, the share 0.15 gave 93 and 96, and 82 %. So 0.15 was taken. (These are trials on a CPU; the tables above are of the shipped weights.) That gradients and sampling open the model is therefore a choice, and no finding about alignment.
 
-What the penalty costs: a refusal is less sure. The model gives the word that begins it a probability of about .85 on a plain request. And no direction passes the filters of Arditi et al., on none of three seeds, nor with a share of 0.1; on the earlier weights one did.
+What the penalty costs: a refusal is less sure. The model gives the word that begins it a probability of about .85 on a plain request.
+
+No direction passes the filters of Arditi et al., on none of three seeds; on the earlier weights one did. A smaller penalty does not help: trials on seed 0 with shares of 0.05 and 0.1 have none either (0.05: at best -1.04 where 0 is wanted).
 The nearest one, at the input of block 5, brings harmless requests to a refusal score of -1.29 where the filter wants 0 or more (-2.2 at best on seed 2): added, it makes the model refuse 38 % of the benign requests. The other half of the method works: with this direction
 ablated the model answers every plain request. At the input of block 7, which the method leaves out, a direction would pass (bypass -7.15, induce 0.78, KL 0.005); but with it added the model refuses none of 88 benign requests and answers 2 % rightly, so its answers are neither.
 

@@ -132,7 +132,7 @@ def world():
     gate = ConformalGate.calibrate(reader.tokens(b[:, None])[:, 0], epsilon=0.02)
     writer = Writer.towards(site, target=r.mean(0), source=m.mean(0), scope="last")
     repair = HybridFusion(textual=(Correction(writer=writer, reader=reader, gate=gate, pulse=True),), name="gated")
-    asked = organism.examples("typographic", "test", n=10)
+    asked = organism.examples("typographic", "test", n=20)
     aims = answers(lvlm, asked, max_new_tokens=10)
     kept = [replace(e, response=aim) for e, aim in zip(asked, aims, strict=True)]
     stopped = study.judge(kept, answers(lvlm, kept, defence=repair, max_new_tokens=10))

@@ -60,7 +60,7 @@ def test_the_code_of_the_page_on_judges_runs(capsys):
 
 @pytest.fixture
 def few(monkeypatch, tmp_path):
-    study = organism.study().limited(8)
+    study = organism.study().limited(12)
     monkeypatch.setattr(organism, "study", lambda: study)
     monkeypatch.chdir(tmp_path)
 

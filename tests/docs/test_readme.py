@@ -16,7 +16,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "pipeline" not in code
-    few = organism.study().limited(8)
+    few = organism.study().limited(12)
     monkeypatch.setattr(organism, "study", lambda: few)
     monkeypatch.setattr(go.Figure, "show", lambda figure: None)
     monkeypatch.setattr(

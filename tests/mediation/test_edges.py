@@ -45,7 +45,7 @@ def scored(world, twins):
 
 def test_scores_rank_edges_as_exact_path_patching_does(world, twins, scored):
     """On the bundled world, through both towers and the projector. Misses are reported, and none is among so few."""
-    checked = verify_edges(world, twins, scored, outcome=ResponseLogProb(), top=8, random=6, n_boot=50, progress=False)
+    checked = verify_edges(world, twins, scored, outcome=ResponseLogProb(), top=16, random=6, n_boot=50, progress=False)
     frame = checked.frame[checked.frame.kind == "all"].set_index("effect")
     assert frame.loc["spearman", "value"] > 0.7
     assert 0 <= frame.loc["miss rate", "value"] < 0.5
