@@ -127,7 +127,7 @@ card.plot()
 #
 # - The gradient and TransformerLens's attribution patching put `head_6_1` third. First is the MLP of block 7, which reads what the head wrote. Both are gradients, and they give the same rank on all four.
 # - The probe puts the eight neurons of `neurons_5` sixteenth, which is worse than chance (12.5). It says where the twins can be told apart, which need not be where the answer is decided.
-# - `largest_difference` puts `mlp_1` fourteenth: how far the twins are apart grows on the way up.
+# - `largest_difference` puts `mlp_1` fourteenth, behind the attention of block 2 and twelve others: how far the twins are apart at a place does not say where that began.
 # - For `vision_0`, whose channel opened for 23 % of the requests alone, the gradient names the place, the probe puts it third. TransformerLens's attribution patching and `largest_difference` look at one tower. They get rank 19, which is worse than chance (8.3), and nothing in their output warns of it: they name a place in the language tower, as always.
 
 # %% [markdown]
