@@ -183,7 +183,7 @@ with repair.on(lvlm):
         print(f"{example.channel:18} {example.prompt:60} -> {answer}")
 
 # %% [markdown]
-# Three of these four refusals begin with the first word of an answer ("okay sorry i cannot ..."): the edit reached the second token. One of the four harmless requests is refused, too.
+# Three of these four refusals begin with the first word of an answer ("okay sorry i cannot ..."). One of the four harmless requests is refused, too.
 #
 # `repair.fwd_hooks(inputs)` gives plain TransformerLens hooks, `repair.save(folder)` keeps it.
 #
