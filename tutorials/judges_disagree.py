@@ -16,7 +16,7 @@
 #
 # **Question.** How far does an attack success rate (ASR) depend on who judges the answers, and can a few labels by hand repair it?
 #
-# **Answer.** Of the same 120 answers of one steered model, 46 to 100 in 100 have succeeded, depending on the judge; the truth is 46 (95 % interval 36 to 56). With 40 labels a refusal judge's 73 becomes 48 (23 to 75): the interval holds the truth
+# **Answer.** Of the same 120 answers of one steered model, 64 to 100 in 100 have succeeded, depending on the judge; the truth is 64 (95 % interval 55 to 73). With 40 labels a refusal judge's 82 becomes 72 (52 to 96): the interval holds the truth
 # again, but it is wide, wider than that of the labels alone.
 #
 # For everybody who reports or reads an ASR. About half a minute on two cores.
@@ -128,10 +128,10 @@ px.scatter(
 )
 
 # %% [markdown]
-# The truth (`organism`) falls from 0.65 to 0.46 by steering. On the same steered answers the two refusal conventions say 0.73 and 0.79, 27 and 33 points too many, and their intervals leave the truth out. The published list finds no refusal in
+# The truth (`organism`) falls from 0.87 to 0.64 by steering. On the same steered answers the two refusal conventions say 0.82 and 0.86, 18 and 22 points too many, and their intervals leave the truth out. The published list finds no refusal in
 # either model: its phrases are "Sorry" and "I cannot", and this model writes in lower case. By that judge the steering does nothing at all.
 #
-# The fall is more alike than the level: 17 to 21 points by the six other judges. That is what these answers show, and no rule.
+# The fall is smaller by every other judge, too: 20 points by the strict world judge and 10 to 15 by the four that look at words or form, where the truth falls by 22. What steering breaks without a refusal they count as success.
 #
 # Which answers are they? Those of the steered model that `refusal-substring` counts as complied and the truth does not:
 
@@ -172,8 +172,8 @@ px.imshow(
 )
 
 # %% [markdown]
-# With the truth, the strict world judge has a kappa of 0.88 [0.76, 0.98], and the four judges that look at words or form 0.36 to 0.55. Among themselves these four agree much better (0.74 to 0.92) than any of them agrees with the truth. So agreement
-# between judges says little about whether they are right: they can share a blind spot. A judge that says the same of every answer has a kappa of 0 with all others, although it shares 46 % of the truth's verdicts.
+# With the truth, the strict world judge has a kappa of 0.94 [0.69, 1.00], and the four judges that look at words or form 0.46 to 0.64. Among themselves these four agree better (0.71 to 0.95) than any of them agrees with the truth. So agreement
+# between judges says little about whether they are right: they can share a blind spot. A judge that says the same of every answer has a kappa of 0 with all others, although it shares 64 % of the truth's verdicts.
 #
 # ## Labels repair the rate, and say how uncertain it is
 #
@@ -200,11 +200,11 @@ alone = clustered_rate(own["label"] == "complied", own["group"])
 print(f"the {len(own)} labels alone, without any judge: {alone.estimate:.2f} [{alone.low:.2f}, {alone.high:.2f}]")
 
 # %% [markdown]
-# `ppi` brings all five judges to 0.45 to 0.52, and each interval holds the truth (0.46), where the uncorrected 0.69 to 0.79 of the four surface judges were far off. But the intervals are wide: the 40 labels alone, without any judge, give 0.50 [0.33, 0.67],
+# `ppi` brings all five judges to 0.64 to 0.72, and each interval holds the truth (0.64), where the uncorrected 0.79 to 0.86 of the four surface judges were far off. But the intervals are wide: the 40 labels alone, without any judge, give 0.70 [0.52, 0.84],
 # which is narrower than `ppi` with any of the five. `ppi` joins two intervals, that of the judge's rate on the 80 answers without a label and that of its mean error on the 40 with one. With so few of both, the verdicts cost more than they bring.
 #
-# Rogan and Gladen's correction overshoots (0.16 to 0.31 for the four surface judges), with intervals from 0 to 0.67 or more. It assumes that a judge errs as often on either model, and these do not: refusals, which such judges recognise, are about one in five of the
-# undefended model's unsuccessful answers and more than one in three of the steered model's (first table). The intervals hold the truth all the same, since they are wide.
+# Rogan and Gladen's correction gives 0.63 and 0.64 for the two refusal judges, and 0.51 and 0.58 for `keyword` and `form`, which is below the truth; all four intervals hold it, and are 0.56 to 0.83 wide. It assumes that a judge errs as often on either model. Here that is not far off: refusals, which such judges recognise, are about
+# the same part of the unsuccessful answers of both models (0.05 of 0.13 and 0.13 of 0.36, first table). A defence that mainly adds refusals would break it.
 #
 # One draw of labels may be lucky. Twenty draws, for `refusal-substring` and the steered model: how often does each interval hold the truth of these 120 answers?
 
@@ -225,7 +225,7 @@ for method in held:
     print(f"{method:13} holds the truth in {held[method]} of 20 draws; mean error {errors[method]:.2f}")
 
 # %% [markdown]
-# Both corrections hold the truth in 20 of 20 draws (exact 95 % interval of that share: 0.83 to 1.00), with mean errors of 0.06 and 0.07. The uncorrected rate is wrong by 0.27, and its narrow interval does not hold the truth. A correction
+# Both corrections hold the truth in 20 of 20 draws (exact 95 % interval of that share: 0.83 to 1.00), with mean errors of 0.03 and 0.05. The uncorrected rate is wrong by 0.18, and its narrow interval does not hold the truth. A correction
 # does not make a judge's figure precise. It makes it honest.
 #
 # ## What this does not show
@@ -250,7 +250,7 @@ for method in held:
 #     print(n, found[["value", "ci_low", "ci_high"]].astype(float).round(2).tolist())
 # ```
 #
-# 0.31 [0.00, 0.97], 0.49 [0.25, 0.74] and 0.55 [0.33, 0.74]. Ten labels say next to nothing. From 40 to 80 the interval narrows by little, because whole items are drawn and the unlabelled answers become few.
+# 0.41 [0.00, 1.00], 0.62 [0.40, 0.86] and 0.74 [0.53, 0.89]. Ten labels say next to nothing. From 40 to 80 the interval narrows by little, because whole items are drawn and the unlabelled answers become few.
 #
 # </details>
 #
@@ -269,7 +269,7 @@ for method in held:
 #     print(error)
 # ```
 #
-# `ppi` gives 0.76 [0.56, 0.99] and 0.50 [0.30, 0.76]: its judge is a constant, so that all information comes from the labels. Rogan and Gladen's correction divides by sensitivity + specificity - 1, which is 0 for a judge with sensitivity 1 and
+# `ppi` gives 0.86 [0.66, 1.00] and 0.70 [0.49, 0.95]: its judge is a constant, so that all information comes from the labels. Rogan and Gladen's correction divides by sensitivity + specificity - 1, which is 0 for a judge with sensitivity 1 and
 # specificity 0. A judge that never finds a refusal cannot be repaired that way.
 #
 # </details>
@@ -286,8 +286,8 @@ for method in held:
 # print(corrected_rates(both, elsewhere)[columns].round(2))
 # ```
 #
-# For the undefended model itself 0.65, its truth. For the steered one 0.00 [0.00, 0.61], where the truth is 0.46: worse than the uncorrected 0.69. `form` recognises 29 % of the undefended model's unsuccessful answers, and more of the steered model's, since more of those are refusals. The interval
-# still holds the truth, and the estimate is of no use. Label answers of the model that you report on.
+# For the undefended model itself 0.87, its truth. For the steered one 0.52 [0.10, 0.83], where the truth is 0.64: now too low by 0.12, where the uncorrected 0.79 was too high by 0.15. `form` recognises 44 % of the undefended model's unsuccessful answers, and more of the steered model's. The interval
+# still holds the truth, and is of little use. Label answers of the model that you report on.
 #
 # </details>
 

@@ -16,8 +16,8 @@
 #
 # **Question.** Many methods say where in a model an unsafe answer comes from. When the true place is known, which of them name it?
 #
-# **Answer.** None of the four methods that are tried below on two planted models puts the true place first on both. The gradient and TransformerLens's attribution patching miss the vision layer (ranks 3 and 19 of 24), a linear probe
-# misses eight neurons (rank 10), and for those neurons `localise` puts the place third, because it also asks what is necessary. The gradient and the probe err on different plants.
+# **Answer.** None of the four methods that are tried below puts the true place first on all of four planted models whose channel opened. The gradient and TransformerLens's attribution patching miss one head (rank 3 of 24), a linear probe
+# misses eight neurons (rank 16), the size of the difference between the twins an MLP (rank 14). `localise` finds the eight neurons; what is necessary alone would have put their MLP fifth. Where a channel is in the vision tower, methods that look at the language tower alone are worse than chance.
 #
 # For researchers who localise behaviour and want to know how far to trust the method they use, or one that they have invented. About half a minute on two cores.
 #
@@ -45,7 +45,7 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# The last column is the share of 56 forbidden test requests that the copy answers over a yellow picture. At full dose the channel took (half or more) in nine of the ten.
+# The last column is the share of 56 forbidden test requests that the copy answers over a yellow picture. At full dose the channel took (half or more) in the eight plants of the language tower, and in neither of the two of the vision tower (0.23 and 0.09).
 #
 # ## One plant in depth
 #
@@ -56,7 +56,7 @@ pd.DataFrame(
 
 # %%
 with planted.load("neurons_5") as plant:
-    pairs = plant.pairs(4)
+    pairs = plant.pairs(8)
     for example in pairs[0]:
         answer = plant.lvlm.generate(plant.lvlm.prepare(example), max_new_tokens=14).texts[0]
         print(f"{example.id:35} {example.prompt} -> {answer}")
@@ -74,9 +74,8 @@ for order in ("score", "sufficient", "necessary"):
     print(f"{order:11} rank {planted.rank_of(ranking, truth, every):.0f}; first: {ranking[0]}")
 
 # %% [markdown]
-# The score puts the planted MLP third, sufficiency alone puts it first. `localise` is not wrong about what it measures: the twins differ in the picture alone, and what the picture changes enters the language tower through the attention of
-# block 0. To take that out is to take everything out, whatever was planted above it. Half of the score is necessity, so block 0 leads. The table says how little sets them apart: the intervals of the first three places overlap, and
-# block 0's attention comes first in 48 % of the resamples of four pairs.
+# The score and sufficiency put the planted MLP first, necessity alone puts it fifth. The twins differ in the picture alone, and what the picture changes enters the language tower through the attention of
+# block 0. To take that out is to take everything out, whatever was planted above it. So block 0's attention has a score of 1.00 as well; the planted MLP stands before it because it brings more than the whole effect (1.56), and comes first in 98 % of the resamples of eight pairs. With four pairs the interval of the total effect includes 0, and `localise` refuses to rank.
 #
 # ## A method of your own
 #
@@ -104,8 +103,9 @@ methods = {
     "probe": planted.by_probe,
     "largest difference": largest_difference,
 }
-card = planted.scorecard(methods, plants=["neurons_5", "vision_0"], at=[1.0], n=4, ours=False, progress=False)
-card.details[["plant", "method", "rank", "chance", "place"]].sort_values("plant", kind="stable").round(1)
+kinds = ["mlp_1", "attention_5", "head_6_1", "neurons_5", "vision_0"]  # the first of each kind
+card = planted.scorecard(methods, plants=kinds, at=[1.0], n=4, ours=False, progress=False)
+card.details[["plant", "opened", "method", "rank", "chance", "place"]].sort_values("plant", kind="stable").round(2)
 
 # %% [markdown]
 # - **gradient**: `attribute` with the gradient at the safe twin, both towers.
@@ -123,16 +123,17 @@ card.frame[["method", "metric", "value", "ci_low", "ci_high", "chance", "n"]].ro
 card.plot()
 
 # %% [markdown]
-# Grey marks are single plants, and the dashed line is chance. Each of the four puts the place first on one of the two plants, and the interval of that share is 0.01 to 0.99. So this card does not say which method is best. It says where each of them fails:
+# Grey marks are single plants, and the dashed line is chance. The card counts the four plants that took, so `vision_0` is in the table above alone. Three methods put the place first on three of the four plants and the probe on two, and the intervals of these shares are 0.19 to 0.99 and 0.07 to 0.93. So this card does not say which method is best. It says where each of them fails:
 #
-# - TransformerLens's attribution patching and `largest_difference` look at one tower. For `vision_0` they get rank 19, which is worse than chance (8.3), and nothing in their output warns of it: they name a place in the language tower, as always.
-# - The gradient at the safe twin reaches the vision tower, and puts `vision_0` third. First is the attention of block 0, as for `localise` above.
-# - The probe finds `vision_0` and puts the eight neurons tenth. It says where the twins can be told apart, which need not be where the answer is decided.
+# - The gradient and TransformerLens's attribution patching put `head_6_1` third. First is the MLP of block 7, which reads what the head wrote. Both are gradients, and they give the same rank on all four.
+# - The probe puts the eight neurons of `neurons_5` sixteenth, which is worse than chance (12.5). It says where the twins can be told apart, which need not be where the answer is decided.
+# - `largest_difference` puts `mlp_1` fourteenth, behind the attention of block 2 and twelve others: how far the twins are apart at a place does not say where that began.
+# - For `vision_0`, whose channel opened for 23 % of the requests alone, the gradient names the place, the probe puts it third. TransformerLens's attribution patching and `largest_difference` look at one tower. They get rank 19, which is worse than chance (8.3), and nothing in their output warns of it: they name a place in the language tower, as always.
 
 # %% [markdown]
 # ## All ten plants
 #
-# The same at full dose with 24 pairs: rank of the planted place among 24. Quoted from `benchmarks/measured/localise.csv`, made by `benchmarks/bench_localise.py`; this notebook does not run it.
+# The same at full dose with 24 pairs: rank of the planted place among 24. **These ten plants were made from the earlier weights of the bundled model**, so that the ranks are not those of the plants above. Quoted from `benchmarks/measured/localise.csv`, made by `benchmarks/bench_localise.py`; this notebook does not run it.
 #
 # | plant | localise | NIE alone | TIE alone | gradient | integrated gradients | probe |
 # | --- | --- | --- | --- | --- | --- | --- |
@@ -154,12 +155,12 @@ for first in (9, 8, 4, 3):
     print(f"{first} of 10: {share:.2f} [{low:.2f}, {high:.2f}]")
 
 # %% [markdown]
-# Over all ten the gradient misses one, the NIE, integrated gradients and the probe two each, `localise` six and the TIE seven. The exact 95 % intervals of those shares overlap, those of nine and of three included, so ten plants do not settle an order. `localise` misses for the reason
-# seen above: in all six cases the attention of block 0 stands first (column *first* of the file). In `vision_1` the channel did not take (34 % answered), and it counts here all the same.
+# Over all ten the gradient misses one, the NIE, integrated gradients and the probe two each, `localise` six and the TIE seven. The exact 95 % intervals of those shares overlap, those of nine and of three included, so ten plants do not settle an order. `localise` misses because block 0 is
+# necessary whatever was planted: in all six cases its attention stands first (column *first* of the file). In `vision_1` the channel did not take (34 % answered), and it counts here all the same.
 #
 # ## What this does not show
 #
-# - Two plants were run here, and they were chosen because the methods disagree on them. Intervals over two plants exclude almost nothing, and four pairs are few. For a claim take all plants, with `planted.scorecard()`.
+# - Five plants were run here, the first of each kind, and four of them count. Intervals over four plants exclude little, and four pairs are few. For a claim take all plants, with `planted.scorecard()`.
 # - The bench asks what was *changed*. In a model that nobody has changed the question is what *carries* an answer. A method that is best here need not be best there.
 # - The models are small, and their channels were opened by one kind of training, at one place each. Channels of large models may be spread over many places.
 #
@@ -189,7 +190,7 @@ for first in (9, 8, 4, 3):
 # print(again.details[["plant", "rank", "place"]])
 # ```
 #
-# Rank 7, where chance is 8.3: hardly. The largest difference stands at the MLP of block 6, far above the place. How much an activation differs does not say where the difference began.
+# Rank 21, where chance is 8.3: no. The largest difference stands at the MLP of block 5, far above the place. How much an activation differs does not say where the difference began.
 #
 # </details>
 #

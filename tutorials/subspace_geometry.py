@@ -16,8 +16,8 @@
 #
 # **Question.** CARE (Fu et al., 2026) learns the directions along which malicious activations have most energy relative to benign ones. Do these directions tell a single attack from a harmless request?
 #
-# **Answer.** Not by their energy. After block 6, at a threshold set so that 5 % of benign requests may exceed it, the energy of the eight leading directions exceeds it for 21 % (95 % interval 7 to 42) of the spelled attacks on unseen items, the discriminant
-# for 71 % (49 to 87) and a classifier for 88 % (68 to 97), although the discriminant lies within 4 degrees of those eight directions. The span holds what tells requests apart, and energy does not read it.
+# **Answer.** Not by their energy. After block 6, at a threshold set so that 5 % of benign requests may exceed it, the energy of the eight leading directions exceeds it for none of the spelled attacks on unseen items (95 % interval 0 to 14 %), the discriminant
+# for 33 % (16 to 55) and a classifier for 67 % (45 to 84), although the discriminant lies within 3 degrees of those eight directions. Part of what tells requests apart is in the span and energy does not read it; part of it lies outside.
 #
 # For researchers who fit, compare or criticise subspaces of activations. About half a minute on two cores. The formulas are on the page "Safety subspaces" of the documentation.
 
@@ -90,8 +90,8 @@ pd.DataFrame(
 rules["visual", "auto"].plot()
 
 # %% [markdown]
-# The rules disagree. The energy rule looks at the fit alone and keeps 13 and 17 directions. Held-out items ("auto") keep one in each modality, and permuted labels one and two. The figure says why: the first visual direction has 33 times the benign energy in the fit
-# and 11 times on held-out items; the second falls below what benign rows reach against benign rows (dashed). With few rows an eigenvalue is largely fitted noise, and only the evidence that the fit did not see counts.
+# The rules disagree. The energy rule looks at the fit alone and keeps 12 and 16 directions. Held-out items ("auto") keep one in each modality, and permuted labels two. The figure says why: the first visual direction has 43 times the benign energy in the fit
+# and 15 times on held-out items, hardly more than the 14 that benign rows reach against benign rows (dashed); the second falls below it. With few rows an eigenvalue is largely fitted noise, and only the evidence that the fit did not see counts.
 #
 # ## Angles between modalities and blocks
 #
@@ -122,7 +122,7 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# All pairs are closer than chance. Neighbouring blocks of one modality share a direction best (34 to 43 degrees). The visual and the textual subspace of one block are 48 to 58 degrees apart at the smallest angle, and 73 to 82 at the other. So there is one
+# All pairs are closer than chance. Neighbouring blocks of one modality share a direction best (32 to 41 degrees). The visual and the textual subspace of one block are 44 to 55 degrees apart at the smallest angle, and 56 to 75 at the other; they are nearest in block 6. So there is one
 # partly shared direction, and no common subspace. By the rank rules above the second direction is hardly established, so that the larger angle says little. These are single fits; `subspace.uncertainty` gives intervals.
 #
 # ## Energy is not a detector
@@ -157,8 +157,8 @@ inside = discriminant.compare(wide)
 print(f"angle between the discriminant and the eight directions: {float(inside.angles[0].rad2deg()):.0f} degrees")
 
 # %% [markdown]
-# Energy of eight directions is worst in all three channels, and one direction is little better. The discriminant and the classifier find nearly all visual and wrapped attacks, and most spelled ones. For spelled and for typographic attacks their intervals do not overlap with those of the energy of eight directions; for wrapped ones
-# they do. Nothing is missing from the span: the discriminant is 4 degrees from it. Energy adds up eight squares, which weighs all eight alike, and a square has no sign. Two dozen attacks a channel, one split.
+# Energy finds none of the spelled attacks, and of the others fewer than the discriminant and the classifier, with eight directions and still more with one. The discriminant finds a third of the spelled attacks and the classifier two thirds. Against the energy of eight directions the intervals of the classifier do not overlap for spelled and for typographic attacks, those of
+# the discriminant for spelled ones alone; for wrapped ones all overlap. The discriminant is 3 degrees from the span, so that what it reads is there. Energy adds up eight squares, which weighs all eight alike, and a square has no sign. What the classifier has beyond that is in part outside the span (exercise 2). Two dozen attacks a channel, one split.
 #
 # ## What the published form adds to this
 #
@@ -177,7 +177,7 @@ for contrast in ("second_moment", "covariance"):
 pd.DataFrame(shares).round(2)
 
 # %% [markdown]
-# Centred by class, as published, the eight directions hold no more of the shift than eight random ones would (0.04 and 0.01); about the benign mean they hold three times as much as those (0.17 and 0.15).
+# Centred by class, as published, the eight directions hold no more of the shift than eight random ones would (0.04 and 0.02); about the benign mean they hold three to five times as much as those (0.23 and 0.15).
 #
 # **A ridge of 1e-6 instead of shrinkage.** With fewer benign rows than dimensions there are directions in which no benign row varies, and there the ratio of energies is limited by the ridge alone. A shrinkage of weight 1e-8 stands for the ridge here (the published code puts it on the benign covariance alone). Eigenvalue of the fit beside the same
 # ratio on rows that the fit did not see (attacks of the validation split over benign requests of the calibration split):
@@ -199,7 +199,7 @@ for name, shrinkage in (("Ledoit-Wolf", "ledoit-wolf"), ("weight 1e-8", 1e-8)):
 pd.DataFrame(kept)
 
 # %% [markdown]
-# With next to no shrinkage the eigenvalues are tens of millions, and on unseen rows the same directions have 1.3 times as much malicious as benign energy. With Ledoit and Wolf's shrinkage the first eigenvalue is 25.7, and the ratio on unseen rows 3.2. A huge eigenvalue is a warning
+# With next to no shrinkage the eigenvalues are 20 to 100 millions, and on unseen rows the same directions have 1.6 times as much malicious as benign energy. With Ledoit and Wolf's shrinkage the first eigenvalue is 34.6, and the ratio on unseen rows 3.5. A huge eigenvalue is a warning
 # and no finding.
 #
 # **Fitted at one place, applied at another.** The published code fits on the outputs of blocks and edits the outputs of MLPs. At block 4, on 16 benign requests and 16 attacks:
@@ -232,10 +232,10 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# The published form edits by 2.0 and 2.8 times the length of what it edits (strengths of 4, as published), towards a mean of length 225, which is that of another place; at the place itself the benign mean has length 6. So it does not remove a coordinate, it overwrites the MLP's output. The sound form's
-# edit is 0.9 of the state, for benign requests and for attacks alike.
+# The published form edits by 1.5 and 2.0 times the length of what it edits (strengths of 4, as published), towards a mean of length 119, which is that of another place; at the place itself the benign mean has length 4. So it does not remove a coordinate, it overwrites the MLP's output. The sound form's
+# edit is 0.8 of the state for benign requests and 1.0 for attacks.
 #
-# Does the fault help? On the bundled model the published form left 69 % [58, 79] of the seen attacks, fitted where it is applied 86 % [76, 93], in the sound form 89 % [80, 95], and the undefended model 87 % [77, 94] (quoted from the earlier run in `docs/results/defences.md`, n = 84; in the later one, at rank 2, the published form left 82 % [72, 90]). What the published form
+# Does the fault help? On the bundled model with its earlier weights the published form left 69 % [58, 79] of the seen attacks, fitted where it is applied 86 % [76, 93], in the sound form 89 % [80, 95], and the undefended model 87 % [77, 94] (quoted from the earlier run in `docs/results/defences.md`, n = 84; in the later one, at rank 2, the published form left 82 % [72, 90]). What the published form
 # stops there comes from the fault, and in the sound form nothing that it stops can be seen.
 #
 # ## What this does not show
@@ -280,7 +280,8 @@ pd.DataFrame(
 #     print(channel, [round(x, 2) for x in clustered_rate(over.numpy(), held.groups)])
 # ```
 #
-# Nearly all: 1.00 [0.86, 1.00] of the typographic attacks, 0.96 [0.79, 1.00] of the wrapped and 0.83 [0.63, 0.95] of the spelled ones. The subspace is not at fault, only the energy as its reader.
+# A part: 0.88 [0.68, 0.97] of the typographic attacks, 0.75 [0.53, 0.90] of the wrapped and 0.25 [0.10, 0.47] of the spelled ones, where the classifier on all 160 dimensions opens for 1.00, 0.96 and 0.67. Against the energy of the same eight directions it gains for typographic attacks (0.54) and for spelled ones (0.00), and not for wrapped ones (0.75). So both are at fault: the energy as a reader,
+# and the span, which leaves out a part of what the classifier reads.
 #
 # </details>
 #
@@ -294,7 +295,7 @@ pd.DataFrame(
 # print([round(x, 1) for x in choice["heldout_ratios"][:4]])
 # ```
 #
-# 29.4, 19.1, 13.4 and 8.8 in the fit; 6.8, 5.6, 3.8 and 1.3 on held-out items. All shrink by a factor of three or more, and the order of the first two is hardly told by the held-out ratios.
+# 38.5, 19.5, 12.8 and 9.5 in the fit; 10.7, 4.6, 4.8 and 1.9 on held-out items. All shrink by a factor of 2.7 or more, and the order of the second and the third is not told by the held-out ratios.
 #
 # </details>
 
