@@ -70,7 +70,7 @@ def margin(logits: torch.Tensor) -> np.ndarray:
     """Unsafe margin of last-position logits."""
     outcome, p = organism.outcome(), logits.log_softmax(-1)
     comply, refuse = (p[:, list(ids)].logsumexp(-1) for ids in (outcome.comply, outcome.refuse))
-    return (comply - refuse).numpy()
+    return (comply - refuse).cpu().numpy()
 
 
 def figure(name: str, values: np.ndarray, groups: list[str]) -> dict[str, float]:

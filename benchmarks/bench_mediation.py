@@ -54,7 +54,7 @@ def theirs(lvlm: HookedLVLM, pairs: PairedExamples) -> np.ndarray:
                 reduce="none",
             ).values
         )
-    return torch.stack(found).double().numpy()
+    return torch.stack(found).double().cpu().numpy()
 
 
 def ours(lvlm: HookedLVLM, pairs: PairedExamples, batch_size: int) -> np.ndarray:
