@@ -74,7 +74,7 @@ def test_exact_effects_are_those_of_path_effects(world, twins, scored, tmp_path)
         progress=False,
     ).details.set_index("sender")
     for sender, receiver in names:
-        place = Mediator((Site.parse("blocks.0.attn.hook_z"),), (4,)) if "hook_z" in sender else sender
+        place = Mediator((Site.parse("blocks.0.attn.hook_z"),), (0,)) if "hook_z" in sender else sender
         path = path_effects(
             world, twins, outcome=ResponseLogProb(), senders=[place], receivers=[receiver], n_boot=2, progress=False
         ).frame
