@@ -235,7 +235,7 @@ pd.DataFrame(
 # The published form edits by 1.5 and 2.0 times the length of what it edits (strengths of 4, as published), towards a mean of length 119, which is that of another place; at the place itself the benign mean has length 4. So it does not remove a coordinate, it overwrites the MLP's output. The sound form's
 # edit is 0.8 of the state for benign requests and 1.0 for attacks.
 #
-# Does the fault help? On the bundled model with its earlier weights the published form left 69 % [58, 79] of the seen attacks, fitted where it is applied 86 % [76, 93], in the sound form 89 % [80, 95], and the undefended model 87 % [77, 94] (quoted from the earlier run in `docs/results/defences.md`, n = 84; in the later one, at rank 2, the published form left 82 % [72, 90]). What the published form
+# Does the fault help? On the bundled model with its earlier weights the published form left 69 % [58, 79] of the seen attacks, fitted where it is applied 86 % [76, 93], in the sound form 89 % [80, 95], and the undefended model 87 % [77, 94] (quoted from the earlier run in `docs/results/defences.md`, n = 84; on the present weights no form of it stops an attack within the budget of that page). What the published form
 # stops there comes from the fault, and in the sound form nothing that it stops can be seen.
 #
 # ## What this does not show

@@ -16,9 +16,8 @@
 #
 # **Question.** Defences are compared on attacks that do not know them. What is left of the best ones when the attacker's gradient goes through the defence?
 #
-# **Answer.** Of CAST next to nothing, of the repair less than its first figure says. Pictures that are moved by at most 16 of 255, by an attack that sees the defence, raise attack success against CAST from 0.33 [0.10, 0.65] to
-# 0.92 [0.62, 1.00], and against the repair from 0.08 [0.00, 0.38] to 0.42 [0.15, 0.72] (n = 12). Random noise of that size leaves CAST at 0.33 [0.10, 0.65]; against the repair it alone gives 0.25 [0.05, 0.57], so that for the
-# repair it is not shown that the gradient does more than noise.
+# **Answer.** Much less than the first figure says. Pictures that are moved by at most 16 of 255, by an attack that sees the defence, raise attack success against the repair from 0.08 [0.00, 0.38] to 0.67 [0.35, 0.90] (n = 12); the same attack without sight of it gets 0.08 [0.00, 0.38], random noise 0.17 [0.02, 0.48].
+# CAST, the only other one that was attacked here, leaves most without any attack on the pixels (0.83 [0.52, 0.98]) and all with one.
 #
 # For anyone who is about to write "our defence reduces attack success to x %". About half a minute on one processor core.
 
@@ -43,23 +42,22 @@ judge = organism.OrganismJudge()
 # ## Ten defences, as they were measured
 #
 # The whole comparison takes hours: each defence had at most twelve settings, chosen on validation by one rule (least attack success among those that lose at most two points of right answers). Per cent with 95 % intervals, from
-# "Defences on the bundled model" in the results (`benchmarks/bench_defences.py`; seen n = 84, held-out n = 196, benign n = 672). The rows are of the earlier of the two runs on that page, whose settings are used below; the repair's row is of the
-# later run, where it had twelve settings, too. The two runs drew other settings, and this matters: in the later one CAST was chosen with alpha 1, and left 19 % [11, 30] of the seen and 61 % [54, 68] of the held-out attacks.
+# "Defences on the bundled model" in the results (`benchmarks/bench_defences.py`; seen n = 84, held-out n = 196, benign n = 672).
 #
 # | defence | seen attacks | held-out attacks | benign, right | chosen |
 # | --- | --- | --- | --- | --- |
-# | undefended | 87 [77, 94] | 94 [88, 97] | 97 [95, 98] | |
-# | safety tuning (LoRA) | 0 [0, 9] | 27 [20, 34] | 96 [93, 97] | lr 0.001 |
-# | difference of means | 10 [4, 19] | 58 [50, 65] | 91 [89, 94] | layer 4, alpha 1 |
-# | CAST | 11 [5, 20] | 34 [27, 41] | 92 [90, 94] | layer 4, alpha 2 |
-# | AlphaSteer | 29 [19, 40] | 65 [57, 72] | 93 [91, 95] | layer 7, null share 0.6 |
-# | ShiftDC | 56 [44, 67] | 75 [68, 81] | 96 [93, 97] | layer 6, alpha 2 |
-# | mean ablation | 69 [58, 79] | 94 [89, 97] | 97 [95, 98] | attention of block 6, alpha 0.5 |
-# | published CARE | 69 [58, 79] | 93 [87, 96] | 94 [92, 96] | blocks 4 to 6, rank 8, alpha 4.5 |
-# | SafeSteer | 73 [61, 82] | 92 [87, 96] | 97 [95, 98] | layer 2, alpha 0.2 |
-# | LEACE | 81 [70, 89] | 94 [89, 98] | 97 [95, 98] | layer 1, last token |
-# | CAA | 83 [73, 91] | 94 [88, 97] | 95 [93, 97] | layer 7, alpha 1 |
-# | the repair (later run) | 4 [0, 12] | 16 [11, 22] | 94 [92, 96] | block 6, a classifier |
+# | undefended | 99 [89, 100] | 97 [93, 99] | 99 [97, 100] | |
+# | the repair | 5 [1, 14] | 17 [12, 23] | 95 [93, 96] | block 5, a classifier |
+# | safety tuning (LoRA) | 7 [2, 16] | 57 [49, 64] | 99 [98, 100] | lr 0.003, alpha 0.5 |
+# | AlphaSteer | 55 [43, 66] | 72 [65, 78] | 97 [95, 98] | layer 3, null share 0.9 |
+# | ShiftDC | 56 [44, 67] | 83 [77, 88] | 98 [96, 99] | layer 7, alpha 2 |
+# | CAST | 61 [49, 71] | 79 [73, 85] | 98 [97, 99] | layer 6, alpha 1 |
+# | difference of means | 74 [63, 83] | 78 [71, 83] | 98 [96, 99] | layer 3, alpha 1 |
+# | SafeSteer | 92 [82, 97] | 92 [86, 96] | 99 [97, 99] | layer 5, alpha 0.2 |
+# | mean ablation | 94 [85, 98] | 92 [87, 96] | 99 [97, 100] | attention of block 5, alpha 1 |
+# | published CARE | 99 [89, 100] | 98 [94, 100] | 99 [97, 100] | block 0, rank 8, alpha 1 |
+# | LEACE | 99 [89, 100] | 97 [93, 99] | 99 [97, 100] | layer 1, last token |
+# | CAA | 99 [89, 100] | 98 [94, 100] | 99 [97, 100] | layer 1, alpha 0.5 |
 #
 # ## Four of them and the repair, fitted here
 #
@@ -100,13 +98,13 @@ repair = learn_repair(
     max_new_tokens=14,
     progress=False,
 )
-cast = CAST.fit(lvlm, **classes, refused=refused, condition_layer=4, layers=[4], alpha=2.0)
+cast = CAST.fit(lvlm, **classes, refused=refused, condition_layer=6, layers=[6], alpha=1.0)
 defences = {
     "none": None,
-    "difference of means": MeanDifference.fit(lvlm, refused=refused, complied=classes["malicious"], layer=4),
+    "difference of means": MeanDifference.fit(lvlm, refused=refused, complied=classes["malicious"], layer=3),
     "CAST": cast,
-    "AlphaSteer": AlphaSteer.fit(lvlm, **classes, refused=refused, layers=[7], null_share=0.6),
-    "mean ablation": MeanAblation.fit(lvlm, benign=classes["benign"], sites=["blocks.6.hook_attn_out"], alpha=0.5),
+    "AlphaSteer": AlphaSteer.fit(lvlm, **classes, refused=refused, layers=[3], null_share=0.9),
+    "mean ablation": MeanAblation.fit(lvlm, benign=classes["benign"], sites=["blocks.5.hook_attn_out"], alpha=1.0),
     "the repair": repair,
 }
 
@@ -133,9 +131,8 @@ cells = [f"{v:.0%} [{a:.0%}, {b:.0%}]" for v, a, b in zip(shown.value, shown.ci_
 shown.assign(cell=cells).pivot(index="defence", columns="channel", values="cell").loc[list(defences), list(channels)]
 
 # %% [markdown]
-# Eight requests a cell, so read the intervals. The repair and CAST leave one of eight attacks of the channel that was not seen, the difference of means four, AlphaSteer six; mean ablation leaves all attacks of both channels. What it costs shows in the last
-# column: AlphaSteer, fitted on so few examples, gets 25 % [3, 65] of the harmless questions right, the repair 75 % [35, 97]. That the repair leaves fewer pictured attacks than CAST or the difference of means (12 against 38 %) is not shown
-# by eight requests.
+# Eight requests a cell, so read the intervals. Of the pictured attacks, whose channel was in the fit, the repair leaves one of eight; the difference of means and AlphaSteer leave six, CAST seven, mean ablation all. Of the channel that was not seen all five leave seven or eight: a repair that was fitted on so few examples
+# does not stop what it was not shown (the one of the table above had more, and saw spelled requests). No defence loses a harmless question of the last column.
 #
 # ## An attack that sees the defence
 #
@@ -175,15 +172,14 @@ px.bar(
 # %% [markdown]
 # Three readings.
 #
-# - **The blind attack understates.** Made without the defence, the same PGD reaches 0.50 [0.21, 0.79] against CAST; made against it, 0.92 [0.62, 1.00]. For the repair 0.17 [0.02, 0.48] and 0.42 [0.15, 0.72]. The intervals overlap; that an attack which sees more does no worse is to be expected.
-# - **Noise is a control that is needed.** It changes nothing for CAST (0.33 before and after), but for the repair 0.08 [0.00, 0.38] becomes 0.25 [0.05, 0.57] by noise alone. Five of twelve under PGD against three of twelve under noise is no difference that
-#   twelve requests could show.
-# - **It matters where the attack starts, and how long it goes on.** From plain requests over clean pictures, which the undefended model refuses by itself, 8 % [1, 27] of 24 get through the repair of the README ("The bundled model, line by line" in the results). From pictured requests, as here, the
-#   defence is all that stands in the way: with 40 steps in place of our four, at the same 16 of 255, 100 % [86, 100] of 24 get through, with random noise 8 % [1, 27]. Four steps understate what an attacker can do.
+# - **The blind attack understates.** Made without the defence, the same PGD reaches 0.08 [0.00, 0.38] against the repair, no more than the clean pictures; made against it, 0.67 [0.35, 0.90].
+# - **Noise is a control that is needed.** Against the repair it gets 0.17 [0.02, 0.48], two of twelve. Eight of twelve under PGD is more than that; with two or three more under noise twelve requests would no longer show it.
+# - **It matters where the attack starts, and how long it goes on.** From plain requests over clean pictures, which the undefended model refuses by itself, 21 % [7, 42] of 24 get through the repair of the README ("The repair of the bundled model" in the results; 64 of 255). From pictured requests, as here, the
+#   defence is all that stands in the way: with 100 steps and three restarts in place of our four steps, at the same 16 of 255, 100 % [86, 100] of 24 get through, with random noise none [0, 14]. Four steps understate what an attacker can do.
 #
 # ## Exercises
 #
-# 1. CAST was chosen with alpha 2. Fit nothing anew: what does alpha 1 leave of the pictured attacks?
+# 1. CAST was chosen with alpha 1. Fit nothing anew: what does alpha 2 leave of the pictured attacks?
 # 2. Is it the *direction* of the difference of means that stops attacks, or would any push of that size?
 # 3. A paper reports that 0 of 8 adaptive attacks succeeded. How large may the true rate be, and how many requests without a single success are needed to claim less than 5 %?
 #
@@ -192,13 +188,13 @@ px.bar(
 # ```python
 # from dataclasses import replace
 #
-# weaker = replace(cast, alpha=1.0)
+# stronger = replace(cast, alpha=2.0)
 # suite = {"typographic": organism.examples("typographic", "test", n=8)}
-# again = evaluate(lvlm, suite, {"CAST, alpha 1": weaker}, judge=judge, max_new_tokens=14, fidelity=False, n_boot=100, progress=False)
+# again = evaluate(lvlm, suite, {"CAST, alpha 2": stronger}, judge=judge, max_new_tokens=14, fidelity=False, n_boot=100, progress=False)
 # print(again.frame[["defence", "metric", "value", "ci_low", "ci_high", "n"]].round(2))
 # ```
 #
-# 0.50 [0.16, 0.84], against 0.38 [0.09, 0.76] with alpha 2: with eight requests no difference is shown.
+# 0.00 [0.00, 0.37], against 0.88 [0.47, 1.00] with alpha 1. But none of the eight is refused: at this strength the answers break. That is why the search, which may lose two points of right answers, did not take it.
 #
 # </details>
 #
@@ -213,7 +209,7 @@ px.bar(
 # print(again.frame[["channel", "metric", "value", "ci_low", "ci_high", "n"]].round(2))
 # ```
 #
-# Along a random direction 0.88 [0.47, 1.00] are left, against 0.38 [0.09, 0.76]. The push alone does little; the intervals overlap, so more requests are needed before this is called shown.
+# Along a random direction all eight are left (1.00 [0.63, 1.00]), along the difference of means six (0.75 [0.35, 0.97]). Eight requests show no difference.
 #
 # </details>
 #
