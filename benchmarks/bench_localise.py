@@ -96,6 +96,8 @@ def differing(details: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     known = measured.set_index(["plant", "dose"])
     rows = []
     for row in details.loc[details["method"].isin(list(column_of))].to_dict("records"):
+        if (row["plant"], row["dose"]) not in known.index:
+            continue  # a dose that was not measured
         then = known.loc[(row["plant"], row["dose"])]
         if isinstance(then["note"], str) and row["method"] not in ("localise", "NIE alone", "TIE alone"):
             continue  # `localise` had no ranking of it, and the others were not asked
