@@ -186,7 +186,8 @@ def refusal_direction(lvlm: HookedLVLM) -> list[Row]:
     ].iloc[0]
     told = f"layer {found.layer}, position {found.position}, bypass {best.bypass:.2f}, induce {best.induce:.2f}, kl {best.kl:.3f}"
     out: list[Row] = [(which, told, "", "")]
-    unit = found.direction.float() / found.direction.float().norm()
+    direction = found.direction.float().to(lvlm.device)
+    unit = direction / direction.norm()
     parts = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")
     hooks = [
         (f"blocks.{i}.{part}", lambda a, hook: a - (a @ unit)[..., None] * unit)
@@ -195,7 +196,7 @@ def refusal_direction(lvlm: HookedLVLM) -> list[Row]:
     ]
     plain, benign = examples("plain", "test"), examples("benign plain", "test")
     out.append(("plain, direction ablated", *_three(verdicts(lvlm, plain, fwd_hooks=hooks))[:2], len(plain)))
-    add = [(f"blocks.{found.layer}.hook_resid_pre", lambda a, hook: a + found.direction.float())]
+    add = [(f"blocks.{found.layer}.hook_resid_pre", lambda a, hook: a + direction)]
     out.append(("benign plain, direction added", *_three(verdicts(lvlm, benign, fwd_hooks=add))[:2], len(benign)))
     return out
 

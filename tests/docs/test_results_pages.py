@@ -1,0 +1,96 @@
+"""Tables of README and of the results pages are those of the measured files, cell by cell."""
+
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[2]
+MEASURED = ROOT / "benchmarks" / "measured"
+
+
+def tables(page, first):
+    """Cells of the rows of every table whose heading begins so."""
+    lines, found = (ROOT / page).read_text(encoding="utf-8").splitlines(), []
+    for start, line in enumerate(lines):
+        if line.startswith(f"| {first} |"):
+            rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]]]
+            for row in lines[start + 2 :]:
+                if not row.startswith("|"):
+                    break
+                rows.append([cell.strip(" *") for cell in row.split("|")[1:-1]])
+            found.append(rows)
+    assert found, first
+    return found
+
+
+def cells_of(frame):
+    """Percentages with intervals, by whatever is left of the index."""
+    return {
+        key: f"{100 * row['value']:.0f} [{100 * row['ci_low']:.0f}, {100 * row['ci_high']:.0f}]"
+        for key, row in frame.iterrows()
+    }
+
+
+def read(name, *index):
+    return cells_of(pd.read_csv(MEASURED / name).rename(columns={"asr": "value"}).set_index(list(index)))
+
+
+def test_the_table_of_the_readme():
+    measured = read("readme.csv", "defence", "channel", "metric")
+    rows = pd.read_csv(MEASURED / "readme.csv")
+    names = {
+        "undefended": "none",
+        "difference of means (after CAA)": "difference of means, all tokens",
+    }
+    channels = {"typographic, second turn": "typographic second turn", "PGD, whole answer": "gradient: PGD, whole answer"}  # fmt: skip
+    ((heading, *table),) = tables("README.md", "defence")
+    assert len(table) == 6
+    for name, *cells, right in table:
+        defence = names.get(name, name)
+        for channel, cell in zip(heading[1:-1], cells, strict=True):
+            assert cell == measured[defence, channels.get(channel, channel), "asr"], (name, channel)
+        own = rows[rows.defence == defence]
+        benign = own[own.channel.isin(own[own.metric == "accuracy"].channel)]
+        pooled = [
+            100 * (part.value * part.n).sum() / part.n.sum()
+            for part in (benign[benign.metric == metric] for metric in ("accuracy", "refusal"))
+        ]
+        assert right == f"{pooled[0]:.1f} ({pooled[1]:.1f})", name
+
+
+def test_the_tables_of_the_seeds():
+    measured = read("seeds.csv", "seed", "defence", "channel", "metric")
+    first = read("readme.csv", "defence", "channel", "metric")
+    measured |= {("seed0", *key): cell for key, cell in first.items()}
+    for metric, (heading, *table) in zip(("asr", "accuracy"), tables("docs/results/seeds.md", "channel"), strict=True):
+        for channel, *cells in table:
+            for told, cell in zip(heading[1:], cells, strict=True):
+                defence, seed = told.split(", seed ")
+                key = (f"seed{seed}", {"repair": "care_lens"}.get(defence, defence), channel, metric)
+                assert cell == measured[key], key
+
+
+def test_the_tables_of_the_defences():
+    measured = read("defences_balanced.csv", "defence", "channel", "metric")
+    names = {"the repair, as `tune` chooses it": "care_lens", "the repair (12 settings, as the others)": "CARE repair"}
+    kinds = (("seen attacks", "asr"), ("held-out attacks", "asr"), ("plain requests", "asr"))
+    kinds += (("benign", "accuracy"), ("benign", "refusal"))
+    chosen, earlier = tables("docs/results/defences.md", "defence")
+    (controls,) = tables("docs/results/defences.md", "control")
+    assert len(chosen) + len(controls) - 2 == len({key[0] for key in measured})
+    for name, *cells in [*chosen[1:], *controls[1:]]:
+        for kind, cell in zip(kinds, cells):
+            assert cell == measured[(names.get(name, name), *kind)], (name, kind)
+    then = read("defences.csv", "defence", "channel", "metric")
+    for name, *cells in [row for row in earlier[1:] if row[0] in {key[0] for key in then}]:
+        for kind, cell in zip(kinds, cells):
+            assert cell == then[(name, *kind)], (name, kind)
+
+
+def test_the_table_of_the_attack_that_sees_the_repair():
+    measured = read("adaptive.csv", "epsilon", "defence", "channel")
+    ((_, *table),) = tables("docs/results/bundled_model.md", "pictures")
+    names = ("clean", "random noise {}", "PGD {}", "PGD {}, adaptive")
+    for name, (_, *cells) in zip(names, table, strict=True):
+        wanted = [measured[e, d, name.format(e)] for e in (16, 64) for d in ("none", "repair")]
+        assert cells == wanted, name
