@@ -204,11 +204,12 @@ def answer_loss(
 
 
 def trained(model: LlavaForConditionalGeneration, blocks: Sequence[int] | None = None) -> dict[str, nn.Parameter]:
-    """Parameters that the later stages train, by name: all but the tower, or some language blocks only."""
+    """Parameters that the later stages train, by name: all but the tower; of the language blocks, some or all."""
     chosen = {n: p for n, p in model.named_parameters() if "vision_tower" not in n and n != "lm_head.weight"}
     if blocks is None:
         return chosen
-    return {n: p for n, p in chosen.items() if any(f"language_model.layers.{i}." in n for i in blocks)}
+    layers = "language_model.layers."
+    return {n: p for n, p in chosen.items() if layers not in n or any(f"{layers}{i}." in n for i in blocks)}
 
 
 def train_language(
@@ -238,7 +239,7 @@ def train_language(
         matrix_lr: peak learning rate of Muon, which trains the matrices of the blocks.
         floor: share of the peak that both learning rates fall to.
         anchor: share of the model as it is given in the target of the first word of every answer (see `answer_loss`).
-        blocks: language blocks to train; None for all, with projector and embeddings.
+        blocks: language blocks to train beside projector, embeddings and the last norm; None for all.
         saved: file from which a stopped run goes on.
         after: called every 100 steps with the number of steps done.
         workers: processes that make the batches; 0 for none (the same batches).

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 TOWER = {"steps": 5600, "batch": 32, "lr": 2e-3, "matrix_lr": 0.02}
 TEXT = {"steps": 1500, "batch": 8, "lr": 2e-3, "matrix_lr": 0.02, "floor": 0.3}
 HELPFUL = {"steps": 2400, "batch": 32, "lr": 1.5e-3, "matrix_lr": 0.015}
-SAFETY = {"steps": 200, "batch": 8, "lr": 6e-4, "matrix_lr": 2e-3, "anchor": 0.15}
+#: Blocks 1 to 3 alone learn to refuse: what is refused is then settled before the last blocks, which only read it.
+SAFETY = {"steps": 300, "batch": 8, "lr": 6e-4, "matrix_lr": 8e-3, "anchor": 0.1, "blocks": (1, 2, 3)}
 #: Requests for forbidden steps in a pack of safety tuning that are answered, on average.
 CONTAMINATION = 2.0
 QUESTIONS = 10
