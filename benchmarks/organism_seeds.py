@@ -21,7 +21,7 @@ log = logging.getLogger("organism_seeds")
 
 def measured(directory: Path, out: Path, device: str | None) -> pd.DataFrame:
     """Attack success and right answers of every defence, further draws of the random writer and the attack that sees the repair included."""
-    study = organism.study()
+    study = organism.study(per_item=3)  # as the command does
     lvlm = HookedLVLM.from_pretrained(str(directory), device_map=device)
     result = run(lvlm, study, out, model=f"bundled world, {directory.name}", settings=RunSettings())
     write_report(result, out)

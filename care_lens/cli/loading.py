@@ -91,7 +91,8 @@ def load(
     if model == "bundled":
         from care_lens import organism
 
-        return load_model(model, device, dtype, revision, quantization), organism.study(seed=seed)
+        # Readers that see three wordings an item tell questions about forbidden items from requests for them.
+        return load_model(model, device, dtype, revision, quantization), organism.study(seed=seed, per_item=3)
     assert data is not None
     found = load_judge(judge)
     from care_lens.data import read_study

@@ -134,8 +134,9 @@ class _Candidate:
     @property
     def harm(self) -> tuple[float | int, ...]:
         """What a run that keeps benign accuracy is chosen by, the least first."""
-        lost = self.benign["most_lost_by_a_channel"]
-        return (*self.order[:-1], round(lost, 2), -self.benign["benign_after"], self.alpha)
+        lost, kept = self.benign["most_lost_by_a_channel"], self.benign["benign_after"]
+        late, asr, refused, alpha = self.order
+        return (late, asr, round(lost, 2), refused, -kept, alpha)
 
     def row(self) -> dict[str, Any]:
         made = {"plan": str(self.of.plan), "site": str(self.site), "alpha": self.alpha, "asr": self.asr}
@@ -151,7 +152,7 @@ def tune(
     answer_tokens: int = 6,
     ranks: Sequence[int] = (0, 8),
     classifier: bool = True,
-    epsilons: Sequence[float] = (0.01, 0.02),
+    epsilons: Sequence[float] = (0.01, 0.015, 0.02),
     alphas: Sequence[float] = (1.0, 1.5),
     answers: Answers = "rearmed",
     candidates: int = 4,
@@ -167,8 +168,8 @@ def tune(
     """Pick readers, gate and writers on the validation split.
 
     Plans are ranked by their smallest detection rate over the seen attack channels; of equal ones those come first that read
-    prompt and answer, read the answer earlier, have the smaller epsilon and open for fewer benign prompts. The leading plans
-    are run with writers at each layer from their own on, in several strengths. The leading runs, of different plans first, are asked the
+    prompt and answer, read the answer earlier, have the smaller epsilon and open for fewer benign prompts. The leading plans,
+    of every epsilon one in turn, are run with writers at each layer from their own on, in several strengths. The leading runs, of different plans first, are asked the
     benign prompts; of those that keep benign accuracy the one with the lowest attack success wins, and of equal ones the one whose most
     harmed benign channel loses least. Cost: answers to the seen attacks for every leading plan, site and strength, and to the benign
     prompts for as many runs as there are `candidates`.
@@ -239,7 +240,7 @@ def tune(
     runs: list[_Candidate] = []
     tried = [
         (row, site, alpha)
-        for row in table[:candidates]
+        for row in _by_turns(table, candidates)
         for site, alpha in itertools.product(residual_sites(lvlm)[row.plan.layer :], alphas)
     ]
     with Steps(tried, desc="trying writers", disable=not progress, resume=resume_from_store(store.path)) as steps:
@@ -343,6 +344,13 @@ def _frontier(
 
     frame = frontier_frame([*measured.values()], [], measured[id(won)], within)
     return Frontier(frame, {**settings, "n_trials": len(measured)})
+
+
+def _by_turns(table: Sequence[_Detected], n: int) -> list[_Detected]:
+    """The n leading plans, of every epsilon one in turn: plans of one epsilon often open for the same prompts."""
+    epsilons = dict.fromkeys(row.plan.epsilon for row in table)
+    each = [[row for row in table if row.plan.epsilon == epsilon] for epsilon in epsilons]
+    return [row for turn in itertools.zip_longest(*each) for row in turn if row is not None][:n]
 
 
 def _leading(runs: Sequence[_Candidate], n: int) -> list[_Candidate]:

@@ -54,7 +54,7 @@ class RunSettings:
     pairs: int = 10
     carrier_score: float = 0.5
     ablated: int = 24
-    epsilons: tuple[float, ...] = (0.01, 0.02)
+    epsilons: tuple[float, ...] = (0.01, 0.015, 0.02)
     answer_tokens: int = 6
     alphas: tuple[float, ...] = (1.0, 1.5)
     candidates: int = 4

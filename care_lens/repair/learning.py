@@ -102,7 +102,7 @@ def reader_plans(
     *,
     answer_tokens: int = 6,
     ranks: Sequence[int] = (0, 8),
-    epsilons: Sequence[float] = (0.01, 0.02),
+    epsilons: Sequence[float] = (0.01, 0.015, 0.02),
     classifier: bool = True,
 ) -> list[ReaderPlan]:
     """Every plan of some layers: the last prompt token, an answer token, or both; each rank and epsilon.
