@@ -20,7 +20,7 @@
 # For the wrapper: one neuron and one head. Neuron 311 of the MLP of block 0 brings 4.01 nats [2.51, 7.08] of 6.51, and without it nothing of the effect is left (6.68 [5.31, 9.12] are lost). Head 2 of block 7 is needed, too: taken out of the wrapped request it costs 4.44 [3.96, 5.46], while put into the refused request it brings nothing that can be told from 0.
 # Gradients find these heads and this neuron. They do not say which of them are enough.
 #
-# For readers who know activation patching and want to go from layers to units. Under a minute on one quiet core. Everything is causal: an activation is exchanged between two counterfactual twins, or cut, and the outcome is read again. The world is made up and harmless. Eight items of the fit split, one pair each; intervals are 95 % bootstraps over the items, seed 0.
+# For readers who know activation patching and want to go from layers to units. About a minute on one quiet core. Everything is causal: an activation is exchanged between two counterfactual twins, or cut, and the outcome is read again. The world is made up and harmless. Eight items of the fit split, one pair each; intervals are 95 % bootstraps over the items, seed 0.
 #
 # Each pair asks one question, and a diagnosis answers that question only. Both twins stand over the same picture, so nothing can pass through the vision tower:
 #
