@@ -127,7 +127,7 @@ pd.DataFrame(
 # All pairs are closer than chance. Neighbouring blocks of one modality share a direction best (33 to 47 degrees). The visual and the textual subspace of one block are 43 to 61 degrees apart at the smallest angle, and 66 to 77 at the other; they are nearest in block 6. So there is one
 # partly shared direction, and no common subspace. By the rank rules above the second direction is hardly established, and by the strictest not even the first, so that the larger angle says little. These are single fits; `subspace.uncertainty` gives intervals.
 #
-# ## Energy is not a detector
+# ## Energy is a poor detector
 #
 # Four readers are fitted on the same rows (all attacks against all benign rows). Each gives a score, and each has its threshold set on other benign requests, so that about 5 % of them exceed it. How many attacks on unseen items do?
 
