@@ -220,7 +220,7 @@ table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_hig
 #
 # ## What this does not show
 #
-# - The settings were not chosen here: block and kind of reader are those that the choice on validation takes for README's repair, which also reads the first answer token and pushes 1.5 times as far. The figures' samples are smaller than README's.
+# - The settings were not chosen here. README's repair has those that `care-lens run` takes on validation: block, tokens that are read, threshold and strength. The figures' samples are smaller than README's.
 # - In this small world harm is nearly linear at one block. In a large model it may be legible earlier, later, or less cleanly: the two figures of section 2 are what to draw first.
 # - No attack here looks at the repair. [Ten defences and an adaptive attack](ten_defences.ipynb) has one that does.
 #
