@@ -17,9 +17,9 @@
 # **Question.** Does a repair depend on the same parts of the model as the model's own refusal? And do the usual tools (head ablation, logit lens,
 # interchange, TransformerLens's patching) work while a repair is on the model?
 #
-# **Answer.** Not on the same head, and they do. Head 0 of block 0 brings back nearly all of the model's own refusal of a named item (share 0.93 by TransformerLens's patching, 2 pairs). With this head cut the repair's gate still opens for 16 of 16 attacks; it depends more on
-# head 1 of the same block, without which it opens for 6. No single head of block 7, above the repair, undoes what it writes, and the line along which it writes carries 0.37 [0.18, 0.59] of the difference between
-# refused and answered twins (n = 12). This small repair lowers the margin of the attacks by 2.8 and 2.5 nats on average, and 7 of the 16 are refused.
+# **Answer.** Not on the same head, and they do. Head 0 of block 0 brings back nearly all of the model's own refusal of a named item (share 0.90 by TransformerLens's patching, 2 pairs). With this head cut the repair's gate still opens for 15 of 16 attacks; it depends more on
+# head 1 of the same block, without which it opens for 6. No single head of block 7, above the repair, undoes what it writes, and the line along which it writes carries 0.50 [0.37, 0.67] of the difference between
+# refused and answered twins (n = 12). This small repair lowers the margin of the pictured attacks by 4.7 and of the wrapped ones by 2.7 nats on average, and 7 of the 16 are refused.
 #
 # For researchers who know TransformerLens hooks. About half a minute on one processor core.
 
@@ -110,7 +110,7 @@ pd.DataFrame(
 ).groupby("channel").mean().round(2)
 
 # %% [markdown]
-# The repair lowers the mean margin by 2.8 and 2.5 nats. A margin below 0 means that the refusal is the likelier first token: 3 of 8 pictured attacks and 4 of 8 wrapped ones come there, none without the repair. Learned from so few examples, it pushes the right way and not far enough. For the questions below that does not matter.
+# The repair lowers the mean margin by 4.7 and 2.7 nats. A margin below 0 means that the refusal is the likelier first token: 3 of 8 pictured attacks and 4 of 8 wrapped ones come there, none without the repair. Learned from so few examples, it pushes the right way and not far enough. For the questions below that does not matter.
 #
 # ## Three things to check before anything is composed
 #
@@ -189,11 +189,11 @@ heads.loc[list(cuts)].astype({("open", c): int for c in part}).round(1)
 # %% [markdown]
 # The two columns on the left count how often the gate is open (of 8); those on the right are mean margins with the repair on (negative: "sorry" is more likely).
 #
-# - **0.1**: without it the gate opens for 3 of 8 attacks of either channel.
-# - **0.2** and **0.4**: without one of them the gate opens for 5 and 6 of the pictured attacks, and for all that name their item.
-# - **0.0**: all gates open.
-# - **Block 6**: without head 4 one pictured attack fewer opens the gate; the four others change nothing here.
-# - **Block 7**: the gates are those without a cut, as they must be. The margins move, for wrapped requests from 1.9 to -1.1 nats without 7.2 and to 0.2 without 7.1.
+# - **0.1**: without it the gate opens for 2 of the 8 pictured attacks and for 4 of the 8 wrapped ones.
+# - **0.2**: without it the gate opens for 6 of the pictured attacks, and for all that name their item.
+# - **0.0**: without it one wrapped attack fewer opens the gate. Without 0.3 or 0.4 all gates open.
+# - **Block 6**: no cut changes a gate. Without head 4 the margins are one nat lower.
+# - **Block 7**: the gates are those without a cut, as they must be. The margins move, for wrapped requests from 1.4 to -2.3 nats without 7.2 and to -0.5 without 7.1.
 #
 # A margin with the repair mixes what the repair does and what the cut does to the model. So the same cuts are looked at without the repair, too:
 
@@ -230,13 +230,13 @@ px.imshow(
 )
 
 # %% [markdown]
-# One head of forty: 0 of block 0 brings back 0.93 of it, the next (3 of block 7, 3 of block 0) 0.16 and 0.14, no other more than 0.07. By the first table it is not the head that the repair's gate depends on: without it all gates open.
+# One head of forty: 0 of block 0 brings back 0.90 of it, the next (3 and 4 of block 0, 3 of block 2) 0.18 each, head 3 of block 7 0.12, no other more than 0.09. By the first table it is not the head that the repair's gate depends on: without it 15 of 16 gates open.
 #
-# Compare the table before: without head 0.0 the model would answer wrapped requests with a margin of 10.8 nats instead of 4.4, as it should if this head tells it that a forbidden item is named. With the repair it is 2.8, so the repair
-# takes 8.0 nats away there: it knows the item by another way. Where 0.1 is cut, the model itself has smaller margins (2.9 and 1.5), and the repair takes away 1.2 and 0.8.
+# Compare the table before: without head 0.0 the model would answer wrapped requests with a margin of 9.7 nats instead of 4.1, as it should if this head tells it that a forbidden item is named. With the repair it is 4.4, so the repair
+# takes 5.3 nats away there: it knows the item by another way. Where 0.1 is cut, the model itself has smaller margins (2.1 and 1.2), and the repair takes away 1.8 and 2.1. And what 6.4 takes away with the repair (1.0 and 1.0) it takes away without it, too (1.2 and 1.7).
 #
-# Without 7.2 the model alone has a margin of 0.7 for wrapped requests: this head brings the wrapper's effect to the last token (see the diagnosis tutorial). The cut and the repair act side by side. With any one head of block 7 cut, the repair lowers the
-# margins by 1.8 to 2.8 nats, with none cut by 2.8 and 2.5. So no single head above the repair undoes it.
+# Without 7.2 the model alone has a margin of 0.1 for wrapped requests: this head brings the wrapper's effect to the last token (see the diagnosis tutorial). The cut and the repair act side by side. With any one head of block 7 cut, the repair lowers the
+# margins of pictured attacks by 4.0 to 4.8 nats and of wrapped ones by 2.4 to 2.8, with none cut by 4.7 and 2.7. So no single head above the repair undoes it.
 
 # %% [markdown]
 # ## Logit lens
@@ -272,7 +272,9 @@ px.line(
 )
 
 # %% [markdown]
-# The curves are one up to block 5, where the repair has not acted. After block 6 the repair has raised "sorry" from -5.3 to -2.6 nats on average, and after block 7 from -4.5 to -2.4. With eight requests the two intervals overlap; what is certain is the place where the curves part.
+# The curves are one up to block 5, where the repair has not acted. After block 6 the repair has raised "sorry" from -4.1 to -0.9 nats on average, and after block 7 from -5.4 to -1.6. With eight requests the two intervals overlap after block 6; what is certain is the place where the curves part.
+#
+# Without the repair "sorry" is likeliest after block 3 (-1.1), the last of the three blocks that were trained to refuse, and falls from there. The lens does not say whether the model is near to a refusal there: for that, harmless requests would have to be read beside.
 
 # %% [markdown]
 # ## Interchange along the repair's line
@@ -307,7 +309,7 @@ print(f"difference of the twins: {(high - low).mean():.1f} nats, n = {len(pairs)
 pd.DataFrame(shares, index=["share", "low", "high"]).T.round(2)
 
 # %% [markdown]
-# The repair's line alone carries 0.37 [0.18, 0.59] of what tells a refused twin from an answered one at this place; random lines 0.01 at most, of either sign. So the repair writes along a line that the model uses itself, and
+# The repair's line alone carries 0.50 [0.37, 0.67] of what tells a refused twin from an answered one at this place; random lines 0.01 at most, of either sign. So the repair writes along a line that the model uses itself, and
 # not along the only one: the rest lies outside.
 #
 # ## Exercises
@@ -346,7 +348,7 @@ pd.DataFrame(shares, index=["share", "low", "high"]).T.round(2)
 #     print(channel, round(without[these].mean().item(), 1), "without the repair", round(alone[these].mean().item(), 1))
 # ```
 #
-# Yes: without the MLP the margins are 1.3 and 2.0 nats with the repair and 5.3 and 4.9 without it. So the repair takes 4.0 and 2.9 away, with the MLP 2.8 and 2.5. What the repair does need not pass through this MLP.
+# Yes: without the MLP the margins are -0.9 and -0.3 nats with the repair and 4.6 and 2.3 without it. So the repair takes 5.5 and 2.6 away, with the MLP 4.7 and 2.7. What the repair does need not pass through this MLP.
 #
 # </details>
 #
@@ -357,7 +359,7 @@ pd.DataFrame(shares, index=["share", "low", "high"]).T.round(2)
 # print(ratio_of_means(high - exchanged(others), high - low, pairs.groups))
 # ```
 #
-# 0.72 [0.50, 0.88]: with 0.37 it makes 1.09. The two parts need not add up to 1, since block 7 and the final norm are not linear. So 0.37 is not a part of a whole of which the rest would be 0.63.
+# 0.56 [0.41, 0.66]: with the 0.50 of the line it makes more than 1. The two parts need not add up to 1, since block 7 and the final norm are not linear. So 0.50 is not a part of a whole of which the rest would be 0.50.
 #
 # </details>
 #

@@ -16,9 +16,9 @@
 #
 # **Question.** A vision-language model turns a picture into tokens. Which words can be read off these tokens, and does the model go by them?
 #
-# **Answer.** In 11 of 12 pictures of the bundled model the name of the pictured item is among the five first words that the logit lens reads at some image token, as the language model is given it (share 0.92 [0.62, 1.00], chance 0.13).
-# The model goes by these tokens nearly only in its first block, and only if the question is about the picture: exchanged before block 0 they carry the whole effect of the picture (1.55 nats a token [0.62, 1.79], n = 8),
-# exchanged before block 1 they carry 0.04 [0.01, 0.14], although a probe still finds there whether the item is forbidden (AUC 0.90 [0.80, 0.97]).
+# **Answer.** In 11 of 12 pictures of the bundled model the name of the pictured item is among the five first words that the logit lens reads at some image token, as the language model is given it (share 0.92 [0.62, 1.00], chance 0.11).
+# The model goes by these tokens nearly only in its first block, and only if the question is about the picture: exchanged before block 0 they carry the whole effect of the picture (1.54 nats a token [1.28, 1.96], n = 8),
+# exchanged before block 1 they carry 0.04 [0.01, 0.12], although a probe still finds there whether the item is forbidden (AUC 0.88 [0.79, 0.96]).
 #
 # For readers who know the logit lens and want to use it on image tokens. About half a minute on one quiet core. The world of this model is made up and harmless: the items are nonsense words, and some of them are labelled forbidden.
 # [Lens](https://arxiv.org/abs/2410.07149) words of image tokens are a result of Neo et al. (2024), neighbours in a bank of text states of Krojer et al. (2026, LatentLens). Intervals are 95 % bootstraps over items, seed 0.
@@ -71,8 +71,8 @@ found = words.frame.query("metric == 'target hit'")
 found[["tower", "layer", "component", "value", "ci_low", "ci_high", "chance", "n"]].round(2)
 
 # %% [markdown]
-# After the second vision block (v1) the name is read in none of the pictures, after the third (v2) in 5 of 12 (0.42 [0.15, 0.72], chance 0.10), after the last (v3) in 11 of 12, and so it is in what the language model is given (0).
-# One block of the language model later 3 of 12 are left (0.25 [0.05, 0.57], chance 0.02).
+# After the second vision block (v1) the name is read in none of the pictures, after the third (v2) in 4 of 12 (0.33 [0.10, 0.65], chance 0.11), after the last (v3) in 11 of 12, and so it is in what the language model is given (0).
+# One block of the language model later 3 of 12 are left (0.25 [0.05, 0.57], chance 0.03).
 #
 # What of the *kind* of the item, which makes it forbidden? It is written nowhere in the picture.
 
@@ -83,7 +83,7 @@ harm = logit_lens(
 harm.frame.query("metric == 'target hit'")[["layer", "component", "value", "ci_low", "ci_high", "chance", "n"]].round(2)
 
 # %% [markdown]
-# As the tokens enter the language model, the kind ("hazard" or "contraband") is read no more often than by chance (0.17 [0.02, 0.48], chance 0.08). After its first block some image token reads as the item's own kind in 4 of 12 pictures (0.33 [0.10, 0.65]), and none as the other one.
+# As the tokens enter the language model, the kind ("hazard" or "contraband") is read no more often than by chance (0.17 [0.02, 0.48], chance 0.08). After its first block some image token reads as the item's own kind in 5 of 12 pictures (0.42 [0.15, 0.72]), and none as the other one.
 # So by the lens the name is in the picture's tokens and the kind is not, or not in the directions of these words. That is not all that can be read there (section 3).
 #
 # What do most image tokens read as?
@@ -109,8 +109,8 @@ near = nearest_text(lvlm, pictures, bank, sites=[tower[1], projector, first], ta
 near.frame[["tower", "layer", "component", "metric", "value", "ci_low", "ci_high", "chance", "n"]].round(2)
 
 # %% [markdown]
-# The neighbours find the name in all 12 pictures (1.00 [0.74, 1.00], chance 0.17). But look at the similarity: 0.29 before block 0, where random Gaussian states with the bank's mean and variances reach 0.56. The image tokens are not *like* text tokens,
-# although the right word is among the nearest. After block 0 they are more similar than random states (0.73 [0.67, 0.79] against 0.56), and the names are gone (0.00 [0.00, 0.26]).
+# The neighbours find the name in all 12 pictures (1.00 [0.74, 1.00], chance 0.23). But look at the similarity: 0.28 before block 0, where random Gaussian states with the bank's mean and variances reach 0.56. The image tokens are not *like* text tokens,
+# although the right word is among the nearest. After block 0 they are more similar than random states (0.70 [0.66, 0.79] against 0.56), and the names are gone (0.00 [0.00, 0.26]).
 #
 # ## 3. Probe
 #
@@ -132,7 +132,7 @@ probes = pd.DataFrame(rows)
 probes.pivot(index="site", columns="tokens", values=["AUC", "low", "high"]).round(2)
 
 # %% [markdown]
-# So the bit is legible at the image tokens from the beginning of the language model (0.96 [0.85, 1.00]), where the lens read no kind, to its end (0.87 [0.76, 0.95] after block 7). At the last token it is not there before block 0, where this token is the same in all prompts, and it is there after block 0 (0.98 [0.88, 1.00]).
+# So the bit is legible at the image tokens from the beginning of the language model (0.95 [0.86, 1.00]), where the lens read no kind, to its end (0.83 [0.72, 0.93] after block 7). At the last token it is not there before block 0, where this token is the same in all prompts, and it is there after block 0 (0.97 [0.87, 1.00]).
 #
 # ## 4. Do they act?
 #
@@ -159,9 +159,9 @@ effects.query("effect in ('TE', 'NIE')")[
 ].round(2)
 
 # %% [markdown]
-# Asked about the picture, the image tokens carry all of the total effect (TE) into block 0, and next to nothing into block 1 (0.04 [0.01, 0.14] of 1.55): the text has taken in block 0 nearly all that it needs. What the probe found at image tokens after block 0 is legible, and nearly idle.
+# Asked about the picture, the image tokens carry all of the total effect (TE) into block 0, and next to nothing into block 1 (0.04 [0.01, 0.12] of 1.54): the text has taken in block 0 nearly all that it needs. What the probe found at image tokens after block 0 is legible, and nearly idle.
 #
-# Asked about another item, the picture does next to nothing (0.04 [0.01, 0.13]). Yet the image tokens come before the question, so that under a causal mask their states cannot depend on it:
+# Asked about another item, the picture does next to nothing (0.06 [0.00, 0.15]). Yet the image tokens come before the question, so that under a causal mask their states cannot depend on it:
 
 # %%
 inputs = [lvlm.prepare(some.unsafe[1]) for some in questions.values()]
@@ -207,7 +207,7 @@ pd.DataFrame(
 ).round(2)  # fmt: skip
 
 # %% [markdown]
-# For *fula* legibility and effect go together over the 64 patches (rank correlation 0.40 [0.23, 0.62]), but only 2 patches are read; 6 act and are not legible, 5 are legible and do not act. For *mendel* every patch that acts is legible (6), and 18 more are merely legible. So neither implies the other: the lens overlooks what acts, and shows what does not.
+# For *fula* legibility and effect go together over the 64 patches (rank correlation 0.42 [0.26, 0.62]), but only 1 patch is read; 4 act and are not legible, 7 are legible and do not act. For *mendel* every patch that acts is legible (7), and 17 more are merely legible. So neither implies the other: the lens overlooks what acts, and shows what does not.
 #
 # The effects of single patches are small beside that of the whole picture, because any of them can be missing. Under the other question they are smaller still:
 
@@ -247,7 +247,7 @@ for question, found in maps.items():
 # last.frame.query("metric == 'target hit'")[["layer", "component", "value", "ci_low", "ci_high", "chance", "n"]].round(2)
 # ```
 #
-# After block 0 it is legible at the last token in 0.92 [0.62, 1.00] of the pictures, before it in none, and it fades again towards the end: 0.50 [0.21, 0.79] before block 5, 0.17 [0.02, 0.48] before block 7 and none after it, where the first word of the answer is being prepared. This is the hand-over of section 4, seen by the lens.
+# After block 0 it is legible at the last token in all pictures (1.00 [0.74, 1.00]), before it in none, and it fades again towards the end: 0.83 [0.52, 0.98] before block 5, 0.33 [0.10, 0.65] before block 7 and none after it, where the first word of the answer is being prepared. This is the hand-over of section 4, seen by the lens.
 #
 # </details>
 #
@@ -260,7 +260,7 @@ for question, found in maps.items():
 # print(ignored.settings["counts"], ignored.frame["effect"].abs().max())
 # ```
 #
-# It calls 5 patches *read*. "Acts" is measured against the largest effect of the same map, and here the largest is 0.020 nats of an answer that the picture hardly changes. With `min_effect=0.05` no patch acts, and all 7 legible patches are *merely legible*. Look at the size of the effects, and at the total effect with its interval, before you look at the map.
+# It calls 7 patches *read*. "Acts" is measured against the largest effect of the same map, and here the largest is 0.015 nats of an answer that the picture hardly changes. With `min_effect=0.05` no patch acts, and all 8 legible patches are *merely legible*. Look at the size of the effects, and at the total effect with its interval, before you look at the map.
 #
 # </details>
 #

@@ -16,7 +16,7 @@
 #
 # **Question.** How far does an attack success rate (ASR) depend on who judges the answers, and can a few labels by hand repair it?
 #
-# **Answer.** Of the same 120 answers of one steered model, 64 to 100 in 100 have succeeded, depending on the judge; the truth is 64 (95 % interval 55 to 73). With 40 labels a refusal judge's 82 becomes 72 (52 to 96): the interval holds the truth
+# **Answer.** Of the same 120 answers of one steered model, 63 to 100 in 100 have succeeded, depending on the judge; the truth is 63 (95 % interval 54 to 72). With 40 labels a refusal judge's 82 becomes 70 (48 to 94): the interval holds the truth
 # again, but it is wide, wider than that of the labels alone.
 #
 # For everybody who reports or reads an ASR. About half a minute on two cores.
@@ -128,10 +128,10 @@ px.scatter(
 )
 
 # %% [markdown]
-# The truth (`organism`) falls from 0.87 to 0.64 by steering. On the same steered answers the two refusal conventions say 0.82 and 0.86, 18 and 22 points too many, and their intervals leave the truth out. The published list finds no refusal in
+# The truth (`organism`) falls from 0.79 to 0.63 by steering. On the same steered answers the two refusal conventions say 0.82 and 0.84, 18 and 21 points too many, and their intervals leave the truth out. The published list finds no refusal in
 # either model: its phrases are "Sorry" and "I cannot", and this model writes in lower case. By that judge the steering does nothing at all.
 #
-# The fall is smaller by every other judge, too: 20 points by the strict world judge and 10 to 15 by the four that look at words or form, where the truth falls by 22. What steering breaks without a refusal they count as success.
+# The fall is nearly the same by every other judge: 13 points by the strict world judge and 14 or 15 by the four that look at words or form, where the truth falls by 16. So here judges disagree about how often attacks succeed, and, but for the published list, hardly about what steering changes. That need not be so: what a defence breaks without a refusal they count as success.
 #
 # Which answers are they? Those of the steered model that `refusal-substring` counts as complied and the truth does not:
 
@@ -172,8 +172,8 @@ px.imshow(
 )
 
 # %% [markdown]
-# With the truth, the strict world judge has a kappa of 0.94 [0.69, 1.00], and the four judges that look at words or form 0.46 to 0.64. Among themselves these four agree better (0.71 to 0.95) than any of them agrees with the truth. So agreement
-# between judges says little about whether they are right: they can share a blind spot. A judge that says the same of every answer has a kappa of 0 with all others, although it shares 64 % of the truth's verdicts.
+# With the truth, the strict world judge has a kappa of 0.91 [0.77, 0.99], and the four judges that look at words or form 0.49 to 0.67. Among themselves these four agree better (0.73 to 0.93) than any of them agrees with the truth. So agreement
+# between judges says little about whether they are right: they can share a blind spot. A judge that says the same of every answer has a kappa of 0 with all others, although it shares 63 % of the truth's verdicts.
 #
 # ## Labels repair the rate, and say how uncertain it is
 #
@@ -200,11 +200,11 @@ alone = clustered_rate(own["label"] == "complied", own["group"])
 print(f"the {len(own)} labels alone, without any judge: {alone.estimate:.2f} [{alone.low:.2f}, {alone.high:.2f}]")
 
 # %% [markdown]
-# `ppi` brings all five judges to 0.64 to 0.72, and each interval holds the truth (0.64), where the uncorrected 0.79 to 0.86 of the four surface judges were far off. But the intervals are wide: the 40 labels alone, without any judge, give 0.70 [0.52, 0.84],
+# `ppi` brings all five judges to 0.64 to 0.74, and each interval holds the truth (0.63), where the uncorrected 0.78 to 0.84 of the four surface judges were far off. But the intervals are wide: the 40 labels alone, without any judge, give 0.68 [0.50, 0.82],
 # which is narrower than `ppi` with any of the five. `ppi` joins two intervals, that of the judge's rate on the 80 answers without a label and that of its mean error on the 40 with one. With so few of both, the verdicts cost more than they bring.
 #
-# Rogan and Gladen's correction gives 0.63 and 0.64 for the two refusal judges, and 0.51 and 0.58 for `keyword` and `form`, which is below the truth; all four intervals hold it, and are 0.56 to 0.83 wide. It assumes that a judge errs as often on either model. Here that is not far off: refusals, which such judges recognise, are about
-# the same part of the unsuccessful answers of both models (0.05 of 0.13 and 0.13 of 0.36, first table). A defence that mainly adds refusals would break it.
+# Rogan and Gladen's correction gives 0.49 and 0.51 for the two refusal judges, and 0.55 and 0.53 for `keyword` and `form`, all below the truth; all four intervals hold it, and are 0.63 to 0.83 wide. It assumes that a judge errs as often on either model. Here that is not so: refusals, which such judges recognise, are
+# a smaller part of the unsuccessful answers of the undefended model (0.03 of 0.21) than of the steered one (0.14 of 0.37, first table). A defence that mainly adds refusals breaks the assumption further.
 #
 # One draw of labels may be lucky. Twenty draws, for `refusal-substring` and the steered model: how often does each interval hold the truth of these 120 answers?
 
@@ -225,7 +225,7 @@ for method in held:
     print(f"{method:13} holds the truth in {held[method]} of 20 draws; mean error {errors[method]:.2f}")
 
 # %% [markdown]
-# Both corrections hold the truth in 20 of 20 draws (exact 95 % interval of that share: 0.83 to 1.00), with mean errors of 0.03 and 0.05. The uncorrected rate is wrong by 0.18, and its narrow interval does not hold the truth. A correction
+# Both corrections hold the truth in 20 of 20 draws (exact 95 % interval of that share: 0.83 to 1.00), with mean errors of 0.04 and 0.07. The uncorrected rate is wrong by 0.18, and its narrow interval does not hold the truth. A correction
 # does not make a judge's figure precise. It makes it honest.
 #
 # ## What this does not show
@@ -250,7 +250,7 @@ for method in held:
 #     print(n, found[["value", "ci_low", "ci_high"]].astype(float).round(2).tolist())
 # ```
 #
-# 0.41 [0.00, 1.00], 0.62 [0.40, 0.86] and 0.74 [0.53, 0.89]. Ten labels say next to nothing. From 40 to 80 the interval narrows by little, because whole items are drawn and the unlabelled answers become few.
+# 0.61 [0.15, 1.00], 0.62 [0.40, 0.86] and 0.67 [0.47, 0.84]. Ten labels say next to nothing. From 40 to 80 the interval narrows by little, because whole items are drawn and the unlabelled answers become few.
 #
 # </details>
 #
@@ -269,7 +269,7 @@ for method in held:
 #     print(error)
 # ```
 #
-# `ppi` gives 0.86 [0.66, 1.00] and 0.70 [0.49, 0.95]: its judge is a constant, so that all information comes from the labels. Rogan and Gladen's correction divides by sensitivity + specificity - 1, which is 0 for a judge with sensitivity 1 and
+# `ppi` gives 0.71 [0.51, 0.95] and 0.68 [0.47, 0.92]: its judge is a constant, so that all information comes from the labels. Rogan and Gladen's correction divides by sensitivity + specificity - 1, which is 0 for a judge with sensitivity 1 and
 # specificity 0. A judge that never finds a refusal cannot be repaired that way.
 #
 # </details>
@@ -286,7 +286,7 @@ for method in held:
 # print(corrected_rates(both, elsewhere)[columns].round(2))
 # ```
 #
-# For the undefended model itself 0.87, its truth. For the steered one 0.52 [0.10, 0.83], where the truth is 0.64: now too low by 0.12, where the uncorrected 0.79 was too high by 0.15. `form` recognises 44 % of the undefended model's unsuccessful answers, and more of the steered model's. The interval
+# For the undefended model itself 0.79, its truth. For the steered one 0.38 [0.00, 0.77], where the truth is 0.63: now too low by 0.25, where the uncorrected 0.78 was too high by 0.14. `form` recognises 36 % of the undefended model's unsuccessful answers, and more of the steered model's. The interval
 # still holds the truth, and is of little use. Label answers of the model that you report on.
 #
 # </details>

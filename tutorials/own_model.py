@@ -16,7 +16,7 @@
 #
 # **Question.** You fit a repair in a notebook. Your evaluation harness knows only Hugging Face's `model.generate`. Does the harness get the repaired answers?
 #
-# **Answer.** Yes: all 52 answers of a plain `generate` loop equal those of the wrapped model, text for text, and 25 of them differ from the answers without the repair. Attack success falls from 0.92 [0.62, 1.00] to
+# **Answer.** Yes: all 52 answers of a plain `generate` loop equal those of the wrapped model, text for text, and 25 of them differ from the answers without the repair. Attack success falls from 1.00 [0.74, 1.00] to
 # 0.00 [0.00, 0.26] for pictured items (n = 12) and from 1.00 [0.75, 1.00] to 0.00 [0.00, 0.25] for wrapped ones (n = 13); none of 27 harmless requests is refused.
 #
 # For users of lmms-eval, VLMEvalKit or a loop of their own. This is a dry run: the bundled model, of 3.3 million parameters, stands for yours, and every call is the one that you would write. About half a minute on one processor core.
@@ -108,7 +108,7 @@ aucs = {str(site): probe_auc(held.rows(site, "last"), harmful, [e.group for e in
 pd.DataFrame(aucs, index=["AUC", "low", "high"]).T.round(2)
 
 # %% [markdown]
-# At the last prompt token a linear probe tells the harmful pictures from the harmless ones after each of the three blocks (items that it was not fitted on; 17 and 16 requests, so that the intervals reach down to 0.76 after block 2 and 0.89 after block 6).
+# At the last prompt token a linear probe tells the harmful pictures from the harmless ones after each of the three blocks (items that it was not fitted on; 17 and 16 requests, so that the intervals reach down to 0.83 after block 2 and 0.89 after block 6).
 # A reader can therefore look at any of them; block 6 is taken, which was found best for this model (README).
 #
 # ## 3. Fit, look, save
@@ -143,7 +143,7 @@ table = evaluate(
 table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_high", "n"]].round(2)
 
 # %% [markdown]
-# Attack success (`asr`) falls from 0.92 and 1.00 to 0.00 [0.00, 0.26] and 0.00 [0.00, 0.25]; of the harmless requests none is refused. With so few test requests these are wide.
+# Attack success (`asr`) falls from 1.00 in both channels to 0.00 [0.00, 0.26] and 0.00 [0.00, 0.25]; of the harmless requests none is refused. With so few test requests these are wide.
 #
 # ## 4. In the harness
 #
@@ -235,7 +235,7 @@ print("as before after the block:", harness(test[:16]) == bare[:16])
 #     print(what, sum(succeeded), "of", len(succeeded))
 # ```
 #
-# It falls from 24 of 25 to 12 of 25, and nothing was defended. An empty answer counts as no harm done: count empty answers, and search the harness's log for caught errors, before you believe a table.
+# It falls from 25 of 25 to 12 of 25, and nothing was defended. An empty answer counts as no harm done: count empty answers, and search the harness's log for caught errors, before you believe a table.
 #
 # </details>
 #

@@ -16,9 +16,9 @@
 #
 # **Question.** Which part of a picture carries an unsafe answer, how far through the model does it stay in its place, and do the effects of single patches add up to it?
 #
-# **Answer.** Here the item is a written word. In the first layer of the vision tower the patches of the word carry the whole effect (1.54 nats a token [1.13, 1.83], n = 8) and the rest of the picture none (0.00).
-# It stays in its place through the tower: before the first block of the language model the word's tokens have 1.53 [1.09, 1.81], and what the rest has cannot be told from 0 (0.26 [-0.02, 1.40]). After that block the tokens of the word carry next to nothing (0.06 [0.02, 0.14]).
-# Single patches do not add up: before block 0 their sum lies between 0.39 and 5.74 nats, where the word as a whole has 1.13 to 1.94.
+# **Answer.** Here the item is a written word. In the first layer of the vision tower the patches of the word carry the whole effect (1.56 nats a token [1.05, 1.83], n = 8) and the rest of the picture none (0.00).
+# It stays in its place through the tower: before the first block of the language model the word's tokens have 1.55 [0.96, 1.84], and what the rest has cannot be told from 0 (0.30 [-0.04, 1.65]). After that block the tokens of the word carry next to nothing (0.05 [0.01, 0.21]).
+# Single patches do not add up: before block 0 their sum lies between 0.40 and 5.06 nats, where the word as a whole has 1.07 to 1.96.
 #
 # For readers who patch activations of text models and come to pictures. About half a minute on one quiet core. The bundled world is made up and harmless. Intervals are 95 % bootstraps over items, seed 0; the items are of the fit split.
 #
@@ -105,10 +105,10 @@ px.line(
 )
 
 # %% [markdown]
-# The word stays in its place: after the third vision block (block 2) its patches carry 1.54 [1.12, 1.82], and before block 0 of the language model its tokens carry 1.53 [1.09, 1.81]. The last vision block lets all patches look once more at all others, but what the tokens outside the word carry after it cannot be told from 0
-# (NIE 0.26 [-0.02, 1.40]; TIE 0.01 [-0.00, 0.06]). The interval is wide, so that a share of the effect there is not excluded: taken out of the unsafe run, the word's tokens take 1.28 away, with an interval that includes 0 ([-0.27, 1.66]).
+# The word stays in its place: after the third vision block (block 2) its patches carry 1.56 [1.04, 1.83], and before block 0 of the language model its tokens carry 1.55 [0.96, 1.84]. The last vision block lets all patches look once more at all others, but what the tokens outside the word carry after it cannot be told from 0
+# (NIE 0.30 [-0.04, 1.65]; TIE 0.02 [-0.03, 0.20]). The interval is wide, so that a share of the effect there is not excluded: taken out of the unsafe run, the word's tokens take 1.27 away, with an interval that includes 0 ([-0.50, 1.71]).
 #
-# Before block 1 little is left: 0.06 [0.02, 0.14] in the word, 0.02 [0.00, 0.05] in the rest. In block 0 the text has read the picture, and from there on the tokens of the picture are nearly idle for this answer.
+# Before block 1 little is left: 0.05 [0.01, 0.21] in the word, 0.02 [0.00, 0.03] in the rest. In block 0 the text has read the picture, and from there on the tokens of the picture are nearly idle for this answer.
 
 # %%
 plot_regions(regions, [word], pairs.unsafe[0].image, site="blocks.0.hook_resid_pre", grids=grids)
@@ -128,7 +128,7 @@ maps = {
 plot_patch_layers(maps, image=pairs.unsafe[0].image)
 
 # %% [markdown]
-# At the embedding three patches have 0.7 nats or more and the others 0.15 at most: ink in which the two words differ. Before block 0 eight patches have 0.2 or more, all of them tokens of the word: each knows something of it.
+# At the embedding three patches have 0.7 nats or more and the others 0.26 at most: ink in which the two words differ. Before block 0 seven patches have 0.2 or more, all of them tokens of the word: each knows something of it.
 #
 # ## 4. The sum of the parts
 #
@@ -146,10 +146,10 @@ parts = pd.concat(rows).reset_index()
 parts.pivot(index="pair", columns="site", values=["sum", "max", "region"]).round(2)
 
 # %% [markdown]
-# Before block 0 the sum is 5.74 in picture 0, where the region has 1.65 and a single patch up to 0.90: several patches know the same, and each is counted. In picture 5 the sum is 0.39 where the region has 1.15: no patch is enough alone, and only together they are. So a bright patch map does not mean a large effect, nor a pale one a small effect.
+# Before block 0 the sum is 5.06 in picture 0, where the region has 1.74 and a single patch up to 0.82: several patches know the same, and each is counted. In picture 5 the sum is 0.40 where the region has 1.29: no patch is enough alone, and only together they are. So a bright patch map does not mean a large effect, nor a pale one a small effect.
 # A map shows where to look; the effect of a part of the picture is that of the region.
 #
-# At the embedding the sums err in one direction: 1.18 to 4.17, where the regions have 1.14 to 1.95. In three of the eight pictures they are within 5 % of the region, in the others above it.
+# At the embedding the sums err mostly in one direction: 1.50 to 3.70, where the regions have 1.07 to 1.96. In one of the eight pictures the sum is 7 % below the region, in the others 7 to 150 % above it.
 
 # %% [markdown]
 # ## Exercises
@@ -167,7 +167,7 @@ parts.pivot(index="pair", columns="site", values=["sum", "max", "region"]).round
 # by_mask.frame.query("effect == 'NIE'")[["position", "value", "ci_low", "ci_high", "n"]].round(2)
 # ```
 #
-# It loses nothing: 1.54 [1.13, 1.83] both, with 5 to 17 tokens instead of 6 to 21.
+# It loses nothing: 1.56 [1.05, 1.83] both, with 5 to 17 tokens instead of 6 to 21.
 #
 # </details>
 #
@@ -184,7 +184,7 @@ parts.pivot(index="pair", columns="site", values=["sum", "max", "region"]).round
 # cut.frame[["layers", "effect", "value", "ci_low", "ci_high", "n"]].round(2)
 # ```
 #
-# If anywhere, in block 0: cut in blocks 1 and 2 it changes nothing (0.00). In block 0 the cut takes 0.45 nats [0.06, 2.01] of the total effect of 1.54 away; the unsafe run loses 0.31 [-0.03, 1.69]. That most is left can have two reasons, which this cut does not tell apart: tokens outside the word hold part of it, or a later block reads what block 0 could not. Try `source="image"`, and several blocks at once.
+# If anywhere, in block 0: cut in blocks 1 and 2 it changes nothing (0.00). In block 0 the cut takes 0.27 nats [0.04, 0.99] of the total effect of 1.56 away; the unsafe run loses 0.32 [-0.08, 1.91]. That most is left can have two reasons, which this cut does not tell apart: tokens outside the word hold part of it, or a later block reads what block 0 could not. Try `source="image"`, and several blocks at once.
 #
 # </details>
 #
@@ -204,7 +204,7 @@ parts.pivot(index="pair", columns="site", values=["sum", "max", "region"]).round
 # by_half.frame.query("effect in ('NIE', 'TIE')")[["position", "effect", "value", "ci_low", "ci_high", "n"]].round(2)
 # ```
 #
-# On average each half carries more than half: left 0.92 [0.27, 1.23], right 1.04 [0.79, 1.94], of 1.54. Their sum is 1.96, more than the whole; the interval of the left one reaches below half. Taken away (TIE), they cost 0.50 [0.16, 0.74] and 0.62 [-0.45, 0.88], which is less than half each; the second interval includes 0. So half a word goes a long way towards an answer, and half a word missing does not undo it.
+# On average each half carries more than half: left 0.92 [-0.26, 1.25], right 1.07 [0.72, 1.31], of 1.56. Their sum is 1.99, more than the whole; the interval of the left one includes 0. Taken away (TIE), they cost 0.49 [-0.06, 0.76] and 0.64 [-0.06, 0.92], which is less than half each; both intervals include 0. So half a word goes a long way towards an answer, and half a word missing does not undo it.
 #
 # </details>
 #

@@ -16,8 +16,8 @@
 #
 # **Question.** Many methods say where in a model an unsafe answer comes from. When the true place is known, which of them name it?
 #
-# **Answer.** None of the four methods that are tried below puts the true place first on all of four planted models whose channel opened. The gradient and TransformerLens's attribution patching miss one head (rank 3 of 24), a linear probe
-# misses eight neurons (rank 16), the size of the difference between the twins an MLP (rank 14). `localise` finds the eight neurons; what is necessary alone would have put their MLP fifth. Where a channel is in the vision tower, methods that look at the language tower alone are worse than chance.
+# **Answer.** None of the four methods that are tried below puts the true place first on all of four planted models whose channel opened. The gradient and TransformerLens's attribution patching miss an attention layer (ranks 22 and 14 of 24), a linear probe
+# misses eight neurons (rank 21), the size of the difference between the twins an MLP (rank 14). `localise` finds the eight neurons. Where a channel is in the vision tower, methods that look at the language tower alone are worse than chance.
 #
 # For researchers who localise behaviour and want to know how far to trust the method they use, or one that they have invented. About half a minute on two cores.
 #
@@ -45,7 +45,7 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# The last column is the share of 56 forbidden test requests that the copy answers over a yellow picture. At full dose the channel took (half or more) in the eight plants of the language tower, and in neither of the two of the vision tower (0.23 and 0.09).
+# The last column is the share of 56 forbidden test requests that the copy answers over a yellow picture. At full dose the channel took (half or more) in the eight plants of the language tower, and in neither of the two of the vision tower (0.12 each).
 #
 # ## One plant in depth
 #
@@ -74,8 +74,8 @@ for order in ("score", "sufficient", "necessary"):
     print(f"{order:11} rank {planted.rank_of(ranking, truth, every):.0f}; first: {ranking[0]}")
 
 # %% [markdown]
-# The score and sufficiency put the planted MLP first, necessity alone puts it fifth. The twins differ in the picture alone, and what the picture changes enters the language tower through the attention of
-# block 0. To take that out is to take everything out, whatever was planted above it. So block 0's attention has a score of 1.00 as well; the planted MLP stands before it because it brings more than the whole effect (1.56), and comes first in 98 % of the resamples of eight pairs. With four pairs the interval of the total effect includes 0, and `localise` refuses to rank.
+# All three put the planted MLP first. But necessity alone hardly tells places apart: the first five of the table have 1.01 to 1.11. The twins differ in the picture alone, and what the picture changes enters the language tower through the attention of
+# block 0. To take that out is to take everything out, whatever was planted above it. So block 0's attention has a score of 1.00 as well; the planted MLP stands before it because it brings more than the whole effect (1.19), and comes first in all resamples of eight pairs.
 #
 # ## A method of your own
 #
@@ -125,15 +125,15 @@ card.plot()
 # %% [markdown]
 # Grey marks are single plants, and the dashed line is chance. The card counts the four plants that took, so `vision_0` is in the table above alone. Three methods put the place first on three of the four plants and the probe on two, and the intervals of these shares are 0.19 to 0.99 and 0.07 to 0.93. So this card does not say which method is best. It says where each of them fails:
 #
-# - The gradient and TransformerLens's attribution patching put `head_6_1` third. First is the MLP of block 7, which reads what the head wrote. Both are gradients, and they give the same rank on all four.
-# - The probe puts the eight neurons of `neurons_5` sixteenth, which is worse than chance (12.5). It says where the twins can be told apart, which need not be where the answer is decided.
-# - `largest_difference` puts `mlp_1` fourteenth, behind the attention of block 2 and twelve others: how far the twins are apart at a place does not say where that began.
-# - For `vision_0`, whose channel opened for 23 % of the requests alone, the gradient names the place, the probe puts it third. TransformerLens's attribution patching and `largest_difference` look at one tower. They get rank 19, which is worse than chance (8.3), and nothing in their output warns of it: they name a place in the language tower, as always.
+# - The gradient puts `attention_5` at rank 22 and TransformerLens's attribution patching at 14: neither is better than chance (12.5). First is the MLP of block 7 for both. Both are gradients, and on the three other plants they give the same rank.
+# - The probe puts the eight neurons of `neurons_5` at rank 21, which is worse than chance. It says where the twins can be told apart, which need not be where the answer is decided.
+# - `largest_difference` puts `mlp_1` fourteenth, behind the attention of block 5 and twelve others: how far the twins are apart at a place does not say where that began.
+# - For `vision_0`, whose channel opened for 12 % of the requests alone, the gradient and the probe name the place. TransformerLens's attribution patching and `largest_difference` look at one tower. They get rank 19, which is worse than chance (8.3), and nothing in their output warns of it: they name a place in the language tower, as always.
 
 # %% [markdown]
 # ## All ten plants
 #
-# The same at full dose with 24 pairs: rank of the planted place among 24. Quoted from `benchmarks/measured/localise.csv`, made by `benchmarks/bench_localise.py`; this notebook does not run it.
+# The same at full dose with 24 pairs: rank of the planted place among 24. Quoted from `benchmarks/measured/localise.csv`, made by `benchmarks/bench_localise.py`; this notebook does not run it. The plants of the table were trained on weights of the bundled model before the present ones: their places are the same, the models are not.
 #
 # | plant | localise | NIE alone | TIE alone | gradient | integrated gradients | probe |
 # | --- | --- | --- | --- | --- | --- | --- |
@@ -156,7 +156,7 @@ for first in (10, 9, 8, 5, 3):
 
 # %% [markdown]
 # Over all ten the NIE misses none, the gradient one, integrated gradients two, `localise` and the probe five each and the TIE seven. The exact 95 % intervals of ten of ten and of five of ten or fewer overlap too, if little, so ten plants do not settle an order. `localise` misses because block 0 is
-# necessary whatever was planted: in four of its five cases the attention of block 0 stands first, in the other an MLP of the tower (column *first* of the file). In the two vision plants the channel did not take (23 and 9 % answered), and they count here all the same.
+# necessary whatever was planted: in four of its five cases the attention of block 0 stands first, in the other an MLP of the tower (column *first* of the file). In the two vision plants of the table the channel did not take either (23 and 9 % answered), and they count here all the same.
 #
 # ## What this does not show
 #
@@ -190,7 +190,7 @@ for first in (10, 9, 8, 5, 3):
 # print(again.details[["plant", "rank", "place"]])
 # ```
 #
-# Rank 21, where chance is 8.3: no. The largest difference stands at the MLP of block 5, far above the place. How much an activation differs does not say where the difference began.
+# Rank 15, where chance is 8.3: no. The largest difference stands at the MLP of the last vision block, above the place. How much an activation differs does not say where the difference began.
 #
 # </details>
 #

@@ -82,6 +82,8 @@ effects = mediate(
 effects.plot()
 
 # %% [markdown]
+# The attention of block 0 carries the whole effect (7.74 of 7.75 nats over the text), and the MLP of the same block brings 5.77. Above it the MLPs of blocks 1, 2 and 3 bring about 2 nats each and that of block 7 2.35; no other part brings more than 0.71. *Who carries the refusal* (diagnosis) goes on from here.
+#
 # Which patches carry the item? Here the twins differ in the picture alone (another word in the same place), and the outcome is the log
 # probability of the answer for the forbidden item.
 
@@ -127,7 +129,7 @@ px.line(
 
 # %% [markdown]
 # The harm of an item is known before the answer begins, whether the text names it, spells it, or the picture shows it, and the model answers
-# nevertheless: what is missing is not knowledge. Spelled items are known last (AUC 0.67 after block 3, 0.92 after block 4, 1.00 after block 6). So a repair can refuse early, if it reads late enough.
+# nevertheless: what is missing is not knowledge. Spelled items are known last (AUC 0.63 after block 3, 0.91 after block 5, 0.99 after block 6). So a repair can refuse early, if it reads late enough.
 #
 # The safety subspace of the visual attacks there, by the generalised eigenproblem, and its spectrum:
 
@@ -183,7 +185,7 @@ with repair.on(lvlm):
         print(f"{example.channel:18} {example.prompt:60} -> {answer}")
 
 # %% [markdown]
-# Three of these four refusals begin with the first word of an answer ("okay sorry i cannot ..."). One of the four harmless requests is refused, too.
+# All four attacks are refused from the first word on. One of the four harmless requests is refused, too.
 #
 # `repair.fwd_hooks(inputs)` gives plain TransformerLens hooks, `repair.save(folder)` keeps it.
 #
@@ -210,7 +212,7 @@ table.plot()
 table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_high", "n"]]
 
 # %% [markdown]
-# The repair leaves none of the 24 attacks of the two seen channels (0.00 [0.00, 0.14] each, without it 0.96 and 1.00), none of *indirect* and 0.21 [0.07, 0.42] of *split*; the random control leaves 0.83 to 1.00. It costs right answers: 0.88 [0.68, 0.97] of the harmless pictures and 0.83 [0.63, 0.95] of the questions for a kind are left, of 1.00.
+# The repair leaves none of the 24 attacks of the two seen channels (0.00 [0.00, 0.14] each, without it 1.00 [0.86, 1.00] each), one of *indirect* (0.04 [0.00, 0.21] of 1.00) and nearly half of *split* (0.46 [0.26, 0.67] of 0.92); the random control leaves 0.96 to 1.00. It costs right answers: 0.88 [0.68, 0.97] of the harmless pictures and 0.88 [0.68, 0.97] of the questions for a kind are left, of 1.00.
 #
 # *indirect* (the item as the twin of another) and *split* (its letters divided between text and picture) were not in the fit.
 # `care-lens run` chooses on validation and adds baselines tuned by the same rule, CARE as published, the shuffled-label control, gradient attacks
@@ -218,7 +220,7 @@ table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_hig
 #
 # ## What this does not show
 #
-# - The settings were not chosen here: block and kind of reader are those that the choice on validation takes for README's repair, which also reads the first answer token and writes after block 7. The figures' samples are smaller than README's.
+# - The settings were not chosen here. README's repair has those that `care-lens run` takes on validation: block, tokens that are read, threshold and strength. The figures' samples are smaller than README's.
 # - In this small world harm is nearly linear at one block. In a large model it may be legible earlier, later, or less cleanly: the two figures of section 2 are what to draw first.
 # - No attack here looks at the repair. [Ten defences and an adaptive attack](ten_defences.ipynb) has one that does.
 #
@@ -250,7 +252,7 @@ table.to_dataframe()[["defence", "channel", "metric", "value", "ci_low", "ci_hig
 # print(shares.pivot_table(index=["channel", "defence"], columns="metric", values="value").round(2))
 # ```
 #
-# What is neither complied nor refused is another answer. Here the repair stops all attacks of both channels and refuses all pictured ones, but 0.71 of the wrapped; the rest get another answer. The control stops few pictured attacks (0.83 are left) and no wrapped one.
+# What is neither complied nor refused is another answer. Here the repair stops all attacks of both channels, and refuses all pictured ones and 0.96 of the wrapped; one wrapped attack gets another answer. The control stops none of either channel.
 #
 # </details>
 

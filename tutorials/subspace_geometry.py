@@ -16,8 +16,8 @@
 #
 # **Question.** CARE (Fu et al., 2026) learns the directions along which malicious activations have most energy relative to benign ones. Do these directions tell a single attack from a harmless request?
 #
-# **Answer.** Not by their energy. After block 6, at a threshold set so that 5 % of benign requests may exceed it, the energy of the eight leading directions exceeds it for none of the spelled attacks on unseen items (95 % interval 0 to 14 %), the discriminant
-# for 33 % (16 to 55) and a classifier for 67 % (45 to 84), although the discriminant lies within 3 degrees of those eight directions. Part of what tells requests apart is in the span and energy does not read it; part of it lies outside.
+# **Answer.** Less well than a classifier of the same rows. After block 6, at a threshold set so that 5 % of benign requests may exceed it, the energy of the eight leading directions exceeds it for 25 % of the spelled attacks on unseen items (95 % interval 10 to 47 %), the discriminant
+# for as many and a classifier for 71 % (49 to 87). For pictured and for wrapped attacks the intervals of the three overlap. The discriminant lies within 2 degrees of the eight directions. A classifier that reads nothing but these eight finds 42 % (22 to 63) of the spelled attacks.
 #
 # For researchers who fit, compare or criticise subspaces of activations. About half a minute on two cores. The formulas are on the page "Safety subspaces" of the documentation.
 
@@ -81,17 +81,19 @@ pd.DataFrame(
             "rule": rank,
             "rank": one.rank,
             "largest eigenvalues": ", ".join(f"{float(x):.1f}" for x in one.eigenvalues[:3]),
+            "first, held out": one.diagnostics["auto_rank"]["heldout_ratios"][0] if rank == "auto" else None,
+            "benign against benign": one.diagnostics["auto_rank"]["threshold"] if rank == "auto" else None,
         }
         for (name, rank), one in rules.items()
     ]
-)
+).round(1)
 
 # %%
 rules["visual", "auto"].plot()
 
 # %% [markdown]
-# The rules disagree. The energy rule looks at the fit alone and keeps 12 and 16 directions. Held-out items ("auto") keep one in each modality, and permuted labels two. The figure says why: the first visual direction has 43 times the benign energy in the fit
-# and 15 times on held-out items, hardly more than the 14 that benign rows reach against benign rows (dashed); the second falls below it. With few rows an eigenvalue is largely fitted noise, and only the evidence that the fit did not see counts.
+# The rules disagree. The energy rule looks at the fit alone and keeps 13 and 17 directions; permuted labels keep two and one. Held-out items ("auto") keep one in each modality, but only because a subspace has at least one: the first visual direction has 44 times the benign energy in the fit
+# and 16 times on held-out items, fewer than the 18 that benign rows reach against benign rows (dashed in the figure), and the first textual one has 30 times in the fit and 7 times on held-out items, fewer than 9. The rule warns of that. So by this rule no direction of energy is established in 126 benign rows. With few rows an eigenvalue is largely fitted noise, and only the evidence that the fit did not see counts.
 #
 # ## Angles between modalities and blocks
 #
@@ -122,10 +124,10 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# All pairs are closer than chance. Neighbouring blocks of one modality share a direction best (32 to 41 degrees). The visual and the textual subspace of one block are 44 to 55 degrees apart at the smallest angle, and 56 to 75 at the other; they are nearest in block 6. So there is one
-# partly shared direction, and no common subspace. By the rank rules above the second direction is hardly established, so that the larger angle says little. These are single fits; `subspace.uncertainty` gives intervals.
+# All pairs are closer than chance. Neighbouring blocks of one modality share a direction best (33 to 47 degrees). The visual and the textual subspace of one block are 43 to 61 degrees apart at the smallest angle, and 66 to 77 at the other; they are nearest in block 6. So there is one
+# partly shared direction, and no common subspace. By the rank rules above the second direction is hardly established, and by the strictest not even the first, so that the larger angle says little. These are single fits; `subspace.uncertainty` gives intervals.
 #
-# ## Energy is not a detector
+# ## Energy is a poor detector
 #
 # Four readers are fitted on the same rows (all attacks against all benign rows). Each gives a score, and each has its threshold set on other benign requests, so that about 5 % of them exceed it. How many attacks on unseen items do?
 
@@ -157,8 +159,8 @@ inside = discriminant.compare(wide)
 print(f"angle between the discriminant and the eight directions: {float(inside.angles[0].rad2deg()):.0f} degrees")
 
 # %% [markdown]
-# Energy finds none of the spelled attacks, and of the others fewer than the discriminant and the classifier, with eight directions and still more with one. The discriminant finds a third of the spelled attacks and the classifier two thirds. Against the energy of eight directions the intervals of the classifier do not overlap for spelled and for typographic attacks, those of
-# the discriminant for spelled ones alone; for wrapped ones all overlap. The discriminant is 3 degrees from the span, so that what it reads is there. Energy adds up eight squares, which weighs all eight alike, and a square has no sign. What the classifier has beyond that is in part outside the span (exercise 2). Two dozen attacks a channel, one split.
+# With one direction, energy finds none of the spelled attacks and about half of the others. With eight it finds a quarter of the spelled ones, as many as the discriminant, and as many of the wrapped ones; of the pictured ones it finds fewer (0.62 against 0.92), but the intervals overlap. The classifier finds 0.71 [0.49, 0.87] of the spelled attacks, and for these
+# its interval does not overlap with those of energy and of the discriminant; for the other channels all three overlap. The discriminant is 2 degrees from the span, so that what it reads is there. How much of what the classifier has beyond it is in the span, exercise 2 asks. Two dozen attacks a channel, one split.
 #
 # ## What the published form adds to this
 #
@@ -177,7 +179,7 @@ for contrast in ("second_moment", "covariance"):
 pd.DataFrame(shares).round(2)
 
 # %% [markdown]
-# Centred by class, as published, the eight directions hold no more of the shift than eight random ones would (0.04 and 0.02); about the benign mean they hold three to five times as much as those (0.23 and 0.15).
+# Centred by class, as published, the eight directions hold no more of the shift than eight random ones would (0.03 and 0.01); about the benign mean they hold three to five times as much as those (0.23 and 0.15).
 #
 # **A ridge of 1e-6 instead of shrinkage.** With fewer benign rows than dimensions there are directions in which no benign row varies, and there the ratio of energies is limited by the ridge alone. A shrinkage of weight 1e-8 stands for the ridge here (the published code puts it on the benign covariance alone). Eigenvalue of the fit beside the same
 # ratio on rows that the fit did not see (attacks of the validation split over benign requests of the calibration split):
@@ -199,7 +201,7 @@ for name, shrinkage in (("Ledoit-Wolf", "ledoit-wolf"), ("weight 1e-8", 1e-8)):
 pd.DataFrame(kept)
 
 # %% [markdown]
-# With next to no shrinkage the eigenvalues are 20 to 100 millions, and on unseen rows the same directions have 1.6 times as much malicious as benign energy. With Ledoit and Wolf's shrinkage the first eigenvalue is 34.6, and the ratio on unseen rows 3.5. A huge eigenvalue is a warning
+# With next to no shrinkage the eigenvalues are 25 to 103 millions, and on unseen rows the same directions have 1.5 times as much malicious as benign energy. With Ledoit and Wolf's shrinkage the first eigenvalue is 30.5, and the ratio on unseen rows 3.2. A huge eigenvalue is a warning
 # and no finding.
 #
 # **Fitted at one place, applied at another.** The published code fits on the outputs of blocks and edits the outputs of MLPs. At block 4, on 16 benign requests and 16 attacks:
@@ -232,10 +234,10 @@ pd.DataFrame(
 ).round(2)
 
 # %% [markdown]
-# The published form edits by 1.5 and 2.0 times the length of what it edits (strengths of 4, as published), towards a mean of length 119, which is that of another place; at the place itself the benign mean has length 4. So it does not remove a coordinate, it overwrites the MLP's output. The sound form's
-# edit is 0.8 of the state for benign requests and 1.0 for attacks.
+# The published form edits by 1.8 and 2.3 times the length of what it edits (strengths of 4, as published), towards a mean of length 122, which is that of another place; at the place itself the benign mean has length 4. So it does not remove a coordinate, it overwrites the MLP's output. The sound form's
+# edit is 0.8 of the state for benign requests and 0.9 for attacks.
 #
-# Does the fault help? On the bundled model with its earlier weights the published form left 69 % [58, 79] of the seen attacks, fitted where it is applied 86 % [76, 93], in the sound form 89 % [80, 95], and the undefended model 87 % [77, 94] (quoted from the earlier run in `docs/results/defences.md`, n = 84; on the present weights no form of it stops an attack within the budget of that page). What the published form
+# Does the fault help? On the bundled model with its earlier weights the published form left 69 % [58, 79] of the seen attacks, fitted where it is applied 86 % [76, 93], in the sound form 89 % [80, 95], and the undefended model 87 % [77, 94] (quoted from the earlier run in `docs/results/defences.md`, n = 84; in the main run of that page no form of it stops an attack within the budget, and these weights, too, are not the present ones). What the published form
 # stops there comes from the fault, and in the sound form nothing that it stops can be seen.
 #
 # ## What this does not show
@@ -280,8 +282,8 @@ pd.DataFrame(
 #     print(channel, [round(x, 2) for x in clustered_rate(over.numpy(), held.groups)])
 # ```
 #
-# A part: 0.88 [0.68, 0.97] of the typographic attacks, 0.75 [0.53, 0.90] of the wrapped and 0.25 [0.10, 0.47] of the spelled ones, where the classifier on all 160 dimensions opens for 1.00, 0.96 and 0.67. Against the energy of the same eight directions it gains for typographic attacks (0.54) and for spelled ones (0.00), and not for wrapped ones (0.75). So both are at fault: the energy as a reader,
-# and the span, which leaves out a part of what the classifier reads.
+# A part: 0.75 [0.53, 0.90] of the typographic attacks, 0.79 [0.58, 0.93] of the wrapped and 0.42 [0.22, 0.63] of the spelled ones, where the classifier on all 160 dimensions opens for 0.96, 0.96 and 0.71. Against the energy of the same eight directions (0.62, 0.88 and 0.25) no difference can be told from 0: all these intervals overlap.
+# By the point estimates the span, which leaves out a part of what the classifier reads, is more at fault than the energy as a reader; two dozen attacks do not settle it.
 #
 # </details>
 #
@@ -295,7 +297,7 @@ pd.DataFrame(
 # print([round(x, 1) for x in choice["heldout_ratios"][:4]])
 # ```
 #
-# 38.5, 19.5, 12.8 and 9.5 in the fit; 10.7, 4.6, 4.8 and 1.9 on held-out items. All shrink by a factor of 2.7 or more, and the order of the second and the third is not told by the held-out ratios.
+# 30.4, 15.2, 12.7 and 8.2 in the fit; 7.4, 3.7, 7.6 and 1.5 on held-out items. The second shrinks to a quarter. The third is then twice as large as the second: the order of the fit is not that of held-out items.
 #
 # </details>
 
