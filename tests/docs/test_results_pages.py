@@ -40,11 +40,12 @@ def test_the_table_of_the_readme():
     rows = pd.read_csv(MEASURED / "readme.csv")
     names = {
         "undefended": "none",
+        "refusal direction (Arditi et al.)": "refusal direction",
         "difference of means (after CAA)": "difference of means, all tokens",
     }
     channels = {"typographic, second turn": "typographic second turn", "PGD, whole answer": "gradient: PGD, whole answer"}  # fmt: skip
     ((heading, *table),) = tables("README.md", "defence")
-    assert len(table) == 6
+    assert len(table) == 7
     for name, *cells, right in table:
         defence = names.get(name, name)
         for channel, cell in zip(heading[1:-1], cells, strict=True):
