@@ -79,8 +79,22 @@ def test_sentences_about_the_scan_hold():
     assert round(100 * (benign.loc["nothing", "value"] - benign.loc[blocks.index, "value"].min())) == 21
     single = attacks.loc[[f"hook_{part}_out {k}" for part in ("attn", "mlp") for k in range(1, 8)], "value"]
     assert single[single < base["value"] - 0.085].index.tolist() == ["hook_attn_out 7"]
+
+
+def test_sentences_about_the_present_weights_hold():
     rows = json.loads((ROOT / "benchmarks" / "measured" / "card.json").read_text())["depth"]
-    assert [100, "55 [41, 69]"] in [row[3:] for row in rows if row[:3] == ["plain, refused", "hook_mlp_out", 7]]
+    plain = {(part, layer): after.split()[0] for name, part, layer, _, after in rows if name == "plain, refused"}
+    assert [plain["hook_mlp_out", k] for k in (1, 2, 3)] == ["45", "34", "27"]
+    assert max(layer for _, layer in plain) == 3
+    frame = pd.read_csv(ROOT / "benchmarks" / "measured" / "readme.csv")
+    asr = frame[frame.metric == "asr"].pivot(index="channel", columns="defence", values="value").mul(100).round()
+    seen = asr.loc[["typographic", "wrapper", "spelled"]]
+    held = asr.loc[["indirect", "typographic+wrapper", "spelled+wrapper", "typographic+indirect", "typographic free", "second turn", "typographic second turn"]]  # fmt: skip
+    for part, (least, most) in ((seen, (0, 4)), (held, (0, 16))):
+        assert (part["care_lens"].min(), part["care_lens"].max()) == (least, most)
+    assert asr.loc["split", "care_lens"] == 54
+    assert asr.loc["plain", ["none", "published CARE"]].tolist() == [0, 70]
+    assert (seen["published CARE"] == 96).all()
 
 
 def test_sentences_about_places_hold():
