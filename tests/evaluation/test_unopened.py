@@ -57,7 +57,10 @@ def gated(world, asked, parts, share, **options):
     """A repair whose one gate opens for a share of the requests, by the largest score of all of its readers."""
     readers = [reader(i, where) for i, (where, _) in enumerate(parts)]
     scores = read_scores(world, asked, [MaxReader(readers=tuple(readers))], max_new_tokens=TOKENS, progress=False)[:, 0]
-    gate = ConformalGate(threshold=float(scores.quantile(1 - share)), epsilon=0.1, n=9)
+    below, above = scores.sort().values[len(scores) - round(share * len(scores)) - 1 :][
+        :2
+    ]  # a score itself may be missed by a rounding
+    gate = ConformalGate(threshold=float(below + above) / 2, epsilon=0.1, n=9)
     corrections = tuple(
         Correction(
             writer=Writer.towards(
