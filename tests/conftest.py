@@ -8,6 +8,7 @@ checked.install("care_lens")
 # Types are checked by the hook; processes of their own are as users' are.
 os.environ["CARE_LENS_UNCHECKED"] = "1"
 
+import functools  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 import pytest  # noqa: E402
@@ -16,24 +17,42 @@ from PIL import Image  # noqa: E402
 from zoo.pictures import make_picture  # noqa: E402
 from zoo.tiny import make_llava, make_tokenizer  # noqa: E402, F401
 
+from care_lens import organism  # noqa: E402
 from care_lens.core.memory import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()
+_made = functools.cache(organism.study)
+
+
+@functools.wraps(organism.study)
+def one_study(*, seed: int = 0, per_item: int = 1):
+    """The bundled model's study, made once in a process: it is frozen, and drawing its 6,000 pictures takes as long as many a test."""
+    return _made(seed=seed, per_item=per_item)
+
+
+organism.study = one_study
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 #: Modules that take longest; they begin first, so that no worker is left alone with one at the end.
 LONG = (
     "tutorials/test_tutorials",
-    "pipeline/test_run",
-    "pipeline/test_killed_run",
-    "lvlm/test_replay",
     "lvlm/test_every_family",
-    "docs/test_readme",
+    "pipeline/test_run",
+    "lvlm/test_tools",
+    "pipeline/test_killed_run",
+    "docs/test_concept_pages",
+    "lvlm/test_replay",
+    "repair/test_learning",
+    "evaluation/test_unopened",
     "evaluation/test_tuning",
+    "planted/test_scorecard",
+    "docs/test_readme",
     "docs/test_add_attack_and_judge",
     "pipeline/test_benchmark_study",
+    "pipeline/test_report",
     "docs/test_howto",
+    "fuzz/test_fuzz_public_api",
 )
 
 

@@ -307,17 +307,38 @@ class Study(ShortRepr):
             more = f" and {len(gaps) - 12} more" if len(gaps) > 12 else ""
             raise StudyError(f"the study must hold what the steps need, got gaps: {'; '.join(gaps[:12])}{more}")
 
-    def limited(self, n: int) -> "Study":
+    def only(self, channels: Collection[str], *, splits: Collection[Split] = ("validation", "test")) -> "Study":
+        """The same study with some of its channels in some of its splits: by default all that a repair is learned from stays.
+
+        Raises:
+            StudyError: if the test split has no such channel.
+        """
+        if unknown := [c for c in channels if c not in self.suites["test"]]:
+            raise StudyError(f"channels must be of the test split, some of {list(self.suites['test'])}, got {unknown}")
+        suites = {
+            s: {c: e for c, e in some.items() if c in channels or s not in splits} for s, some in self.suites.items()
+        }
+        return replace(self, suites=suites)
+
+    def limited(self, n: int, *, splits: Collection[Split] = SPLITS) -> "Study":
         """The same study with at most n examples a channel and n pairs: for a quick look.
+
+        Args:
+            n: how many.
+            splits: those that are limited; pairs are of the fit split, requests for gradient attacks of the test split.
 
         Raises:
             ValueError: if n is below 1.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be a whole number of 1 or more, got {n!r}")
-        suites = {s: {c: e[:n] for c, e in channels.items()} for s, channels in self.suites.items()}
-        pairs = {channel: p[:n] for channel, p in self.pairs.items()}
-        return replace(self, suites=suites, pairs=pairs, gradient=self.gradient[:n])
+        suites = {
+            s: {c: e[:n] if s in splits else e for c, e in channels.items()} for s, channels in self.suites.items()
+        }
+        pairs = {channel: p[:n] if "fit" in splits else p for channel, p in self.pairs.items()}
+        return replace(
+            self, suites=suites, pairs=pairs, gradient=self.gradient[:n] if "test" in splits else self.gradient
+        )
 
 
 def _flat(examples: Any) -> list[Example]:

@@ -38,7 +38,7 @@ from care_lens.repair.errors import FlatScoresError, TooFewCalibrationError
 from care_lens.repair.fusion import HybridFusion
 from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans
 from care_lens.repair.refusing import Answers
-from care_lens.repair.rows import FitRows, TokenRows, residual_sites, study_rows, token_rows
+from care_lens.repair.rows import FitRows, TokenRows, residual_sites, rows_beside, study_rows, token_rows
 from care_lens.subspace import ModelIdentity, RankError, SafetySubspace
 
 log = logging.getLogger(__name__)
@@ -387,7 +387,8 @@ def _compared(
     def held(examples: Sequence[Example]) -> TokenRows:
         return token_rows(lvlm, examples, residual_sites(lvlm), tokens=tokens, batch_size=batch_size, progress=progress)
 
-    calibration, harmless = held(comparing), held(study.benign("validation"))
+    calibration = rows_beside(rows, lvlm, comparing, tokens=tokens, batch_size=batch_size, progress=progress)
+    harmless = held(study.benign("validation"))
     attacks = {c: held(study.suites["validation"][c]) for m in rows.modalities for c in study.seen[m]}
     readers, table = Readers(rows), []
     for plan in Steps(plans, desc="fitting readers", disable=not progress):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from care_lens.core.display import ShortRepr
 from care_lens.core.examples import Example
+from care_lens.core.identity import examples_digest
 from care_lens.core.progress import Steps
 from care_lens.core.require import require_examples
 from care_lens.core.site import Site
@@ -95,7 +96,8 @@ class FitRows(ShortRepr):
     malicious: Mapping[Modality, TokenRows]
     refused: TokenRows
     fitted: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What has been fitted on these rows and is asked for again, by what it is; :func:`~care_lens.repair.refusal_reader` keeps its readers here."""
+    """What has been fitted on these rows and is asked for again, by what it is; :func:`~care_lens.repair.refusal_reader` keeps its readers here, and
+    :func:`rows_beside` the rows of calibration prompts."""
 
     def __post_init__(self) -> None:
         if not self.modalities:
@@ -205,6 +207,33 @@ def token_rows(
             parts[site].append(cache[str(site)].float().cpu()[row, index.clamp(max=length - 1)])
     groups = tuple(example.group or example.id for example in examples)
     return TokenRows({site: torch.cat(part) for site, part in parts.items()}, torch.cat(valid), groups)
+
+
+def rows_beside(
+    rows: "FitRows",
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    *,
+    tokens: int = 6,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> TokenRows:
+    """:func:`token_rows` after every block, kept with the rows that a repair is learned from: a control that is calibrated on the same prompts reads no second time.
+
+    Args:
+        rows: Those that it is kept with.
+        lvlm: The model.
+        examples: With responses.
+        tokens: How many answer tokens to keep.
+        batch_size: Examples per forward pass.
+        progress: Whether to show a progress bar.
+    """
+    key = ("token rows", id(lvlm), examples_digest(examples), tokens, batch_size)
+    if key not in rows.fitted:
+        rows.fitted[key] = token_rows(
+            lvlm, examples, residual_sites(lvlm), tokens=tokens, batch_size=batch_size, progress=progress
+        )
+    return rows.fitted[key]
 
 
 def fit_rows(

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from few_channels import quick_study
 from transformers import AutoModelForImageTextToText
 
 from care_lens import Verdict, organism
@@ -60,7 +61,7 @@ def test_the_code_of_the_page_on_judges_runs(capsys):
 
 @pytest.fixture
 def few(monkeypatch, tmp_path):
-    study = organism.study().limited(12)
+    study = quick_study()
     monkeypatch.setattr(organism, "study", lambda: study)
     monkeypatch.chdir(tmp_path)
 

@@ -6,6 +6,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from few_channels import quick_study
+
+from care_lens import organism
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -86,7 +89,9 @@ def test_the_diagrams_are_those_that_the_script_draws():
 
 
 @pytest.mark.parametrize("page", ["lens", "mediation", "defences", "evaluation", "intervals"])
-def test_the_code_of_the_page_runs_from_its_first_line_to_its_last(page, capsys):
+def test_the_code_of_the_page_runs_from_its_first_line_to_its_last(page, capsys, monkeypatch):
+    few = quick_study()
+    monkeypatch.setattr(organism, "study", lambda: few)
     names, printed, _ = run(f"concepts/{page}.md", capsys)
     if page == "evaluation":
         assert any("steered" in line for line in printed) and names["found"].setting

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
+from few_channels import quick_study
 
 from care_lens import organism
 from care_lens.repair import HybridFusion
@@ -16,7 +17,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "pipeline" not in code
-    few = organism.study().limited(12)
+    few = quick_study()
     monkeypatch.setattr(organism, "study", lambda: few)
     monkeypatch.setattr(go.Figure, "show", lambda figure: None)
     monkeypatch.setattr(

@@ -1,5 +1,6 @@
 """TransformerLens's own tools on every family, with images."""
 
+import pandas as pd
 import pytest
 import torch
 from test_every_family import SPECIMENS
@@ -25,9 +26,11 @@ def metric(logits):
 
 @torch.no_grad()
 def test_patching(bound):
+    """Over all positions in one family, which knows what a picture is; in the others at an image token and the last one."""
     lvlm, clean, corrupted = bound
-    for name in ["resid_pre", "attn_out", "mlp_out"] if lvlm.family.name == "llava" else ["resid_pre"]:
-        check_patching(lvlm, clean, corrupted, name)
+    everywhere = lvlm.family.name == "llava"
+    for name in ["resid_pre", "attn_out", "mlp_out"] if everywhere else ["resid_pre"]:
+        check_patching(lvlm, clean, corrupted, name, everywhere=everywhere)
 
 
 @torch.no_grad()
@@ -46,12 +49,15 @@ def test_patching_of_attention_patterns_acts(bound):
     assert result.std() > 0
 
 
-def check_patching(lvlm, clean, corrupted, name):
+def check_patching(lvlm, clean, corrupted, name, *, everywhere):
     _, cache = clean.run_with_cache(clean.inputs.input_ids)
     function = getattr(patching, f"get_act_patch_{name}")
-    result = function(corrupted, corrupted.inputs.input_ids, cache, metric)
     last = corrupted.inputs.input_ids.shape[1] - 1
     image = int(corrupted.inputs.spans.image[0].nonzero()[0])
+    cells = [(layer, position) for layer in range(3) for position in (image, last)]
+    some = {} if everywhere else {"index_axis_names": None, "index_df": pd.DataFrame(cells, columns=["layer", "pos"])}
+    result = function(corrupted, corrupted.inputs.input_ids, cache, metric, **some)
+    result = result if everywhere else dict(zip(cells, result, strict=True))
     for layer, position in [(0, image), (1, image), (2, last)]:
 
         def patch(activation, hook, layer=layer, position=position):
@@ -61,7 +67,7 @@ def check_patching(lvlm, clean, corrupted, name):
 
         logits = lvlm.run_with_hooks(corrupted.inputs, fwd_hooks=[(f"blocks.{layer}.hook_{name}", patch)])
         torch.testing.assert_close(result[layer, position], metric(logits), rtol=1e-3, atol=1e-4)
-    assert result.std() > 0
+    assert (result if everywhere else torch.stack([*result.values()])).std() > 0
 
 
 @torch.no_grad()

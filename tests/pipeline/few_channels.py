@@ -5,7 +5,7 @@ from dataclasses import replace
 from care_lens import organism
 from care_lens.data import Study
 
-#: In the fit and held out, benign, hard and named; the short demo and the tutorials run all of them.
+#: In the fit and held out, benign, hard and named.
 CHANNELS = (
     "plain",
     "typographic",
@@ -32,3 +32,9 @@ def few_channels(n: int | None = None, *, pairs: tuple[str, ...] | None = None) 
     }
     study = replace(study, suites=suites, pairs={name: study.pairs[name] for name in pairs or study.pairs})
     return study if n is None else study.limited(n)
+
+
+def quick_study() -> Study:
+    """Enough to learn a repair and to choose it by the code of a page: 12 examples a channel to learn from, 3 of some channels to choose by and to test."""
+    study = few_channels().limited(12, splits=("fit", "calibration")).limited(3, splits=("validation", "test"))
+    return replace(study, pairs={name: pairs[:4] for name, pairs in study.pairs.items()})

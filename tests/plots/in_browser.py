@@ -29,13 +29,14 @@ FAULTS = """
     (t) => t.textContent.trim() && box(t).width > 0 && !t.closest(".hoverlayer") && getComputedStyle(t).display !== "none");
   const cells = (t) => t.closest(".heatmap-label, .heatmaplayer") || t.classList.contains("heatmap-label");
   const words = texts.filter((t) => !cells(t));
+  const boxes = words.map(box);  // once: they are compared pair by pair
   for (const t of texts) {
     const size = parseFloat(getComputedStyle(t).fontSize);
     if (size < SMALLEST - 0.01 && t.textContent !== "●") faults.push(`text of ${size} px: ${t.textContent}`);
     if (!inside(box(t), 1)) faults.push(`clipped: ${t.textContent}`);
   }
   for (let i = 0; i < words.length; i++) for (let j = 0; j < i; j++)
-    if (meet(box(words[i]), box(words[j]), 3)) faults.push(`on each other: ${words[j].textContent} | ${words[i].textContent}`);
+    if (meet(boxes[i], boxes[j], 3)) faults.push(`on each other: ${words[j].textContent} | ${words[i].textContent}`);
   const panels = Object.values(full._plots).map(({xaxis: x, yaxis: y}) => ({
     left: frame.left + x._offset, right: frame.left + x._offset + x._length,
     top: frame.top + y._offset, bottom: frame.top + y._offset + y._length}));

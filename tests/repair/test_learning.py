@@ -65,6 +65,12 @@ def answers_held(bundled, study):
     return token_rows(bundled, study.benign("calibration"), [SITE], tokens=3, batch_size=64)
 
 
+@pytest.fixture(scope="module")
+def comparing_held(bundled, study):
+    comparing, _ = halves(study.benign("calibration"), seed=3)
+    return token_rows(bundled, comparing, [SITE], tokens=3, batch_size=64)
+
+
 def test_token_rows_are_the_activations_of_each_example_run_alone(bundled):
     examples = [*organism.examples("typographic", "fit", n=2), *organism.examples("benign plain", "fit", n=1)]
     examples[1] = replace(examples[1], response="sorry")
@@ -117,7 +123,7 @@ def test_a_discriminant_is_the_lda_direction_and_a_writer_the_line_between_two_m
     torch.testing.assert_close(source + writer.delta(source[None, None])[0, 0], target, rtol=1e-3, atol=1e-3)
 
 
-def test_a_classifier_reads_along_the_boundary_of_a_logistic_regression(bundled, study, rows):
+def test_a_classifier_reads_along_the_boundary_of_a_logistic_regression(rows, answers_held):
     subspace = fit_reader_subspace(rows, SITE, "textual", offset=0, rank=0, classifier=True)
     harmless, attacks = rows.benign.at(SITE, 0), rows.malicious["textual"].at(SITE, 0)
     both = torch.cat([harmless, attacks]).double().numpy()
@@ -127,7 +133,7 @@ def test_a_classifier_reads_along_the_boundary_of_a_logistic_regression(bundled,
     scores = reader_of(subspace, offset=0, rank=0).raw(torch.cat([harmless, attacks])[None])[0].double().numpy()
     assert np.corrcoef(scores, logits)[0, 1] > 1 - 1e-6 and scores[labels == 1].mean() > scores[labels == 0].mean()
     plan = ReaderPlan(2, (0,), 0, 0.3, classifier=True)
-    held = token_rows(bundled, study.benign("calibration"), [SITE], tokens=3)
+    held = answers_held
     fitted, other = (Readers(rows).fit(p, held) for p in (plan, replace(plan, classifier=False)))
     assert str(plan).startswith("classifier after block 2")
     assert {s.provenance.get("direction") for s in fitted.subspaces} == {"classifier"}
@@ -140,12 +146,10 @@ def test_a_classifier_reads_along_the_boundary_of_a_logistic_regression(bundled,
     assert not torch.equal(one.readers["textual", 0].direction, two.readers["textual", 0].direction)
 
 
-def test_scores_of_captured_rows_are_those_of_a_run(bundled, study, rows):
+def test_scores_of_captured_rows_are_those_of_a_run(bundled, study, rows, answers_held):
     examples = [*study.benign("calibration")[:5], *study.malicious("validation", "visual")[:5]]
     held = token_rows(bundled, examples, [SITE], tokens=3, batch_size=64)
-    fitted = Readers(rows).fit(
-        ReaderPlan(2, (0,), 0, 0.3), token_rows(bundled, study.benign("calibration"), [SITE], tokens=3)
-    )
+    fitted = Readers(rows).fit(ReaderPlan(2, (0,), 0, 0.3), answers_held)
     reader = fitted.both
     run = read_scores(bundled, examples, [reader], progress=False)[:, 0]
     torch.testing.assert_close(captured_scores(reader, held), run, rtol=1e-3, atol=1e-3)
@@ -156,11 +160,11 @@ def test_scores_of_captured_rows_are_those_of_a_run(bundled, study, rows):
         captured_scores(replace(answer, positions="image"), held)
 
 
-def test_the_parts_make_what_the_one_call_makes(bundled, study, rows):
+def test_the_parts_make_what_the_one_call_makes(bundled, study, rows, comparing_held):
     plan = ReaderPlan(layer=2, offsets=(0, 2), epsilon=0.05)
     whole = learn_repair(bundled, study, plan, alpha=1.5, answer_tokens=3, batch_size=64, max_new_tokens=6, seed=3)
-    comparing, calibrating = halves(study.benign("calibration"), seed=3)
-    held = token_rows(bundled, comparing, [SITE], tokens=3, batch_size=64)
+    _, calibrating = halves(study.benign("calibration"), seed=3)
+    held = comparing_held
     about = {"study": study.name, "plan": str(plan)}
     repair = assemble(Readers(rows).fit(plan, held), rows, plan, SITE, alpha=1.5, provenance=about)
     repair = recalibrated(bundled, repair, calibrating, epsilon=0.05, batch_size=64, max_new_tokens=6)
@@ -174,9 +178,9 @@ def test_the_parts_make_what_the_one_call_makes(bundled, study, rows):
     assert not torch.equal(control.visual[0].reader.direction, whole.visual[0].reader.direction)
 
 
-def test_repairs_calibrated_together_are_those_calibrated_one_by_one(bundled, study, rows, monkeypatch):
-    comparing, calibrating = halves(study.benign("calibration"), seed=3)
-    held, repairs, epsilons = token_rows(bundled, comparing, [SITE], tokens=3, batch_size=64), [], [0.05, 0.1]
+def test_repairs_calibrated_together_are_those_calibrated_one_by_one(bundled, study, rows, comparing_held, monkeypatch):
+    _, calibrating = halves(study.benign("calibration"), seed=3)
+    held, repairs, epsilons = comparing_held, [], [0.05, 0.1]
     for offsets, epsilon in zip([(0, 2), (1,)], epsilons, strict=True):
         plan = ReaderPlan(layer=2, offsets=offsets, epsilon=epsilon)
         repairs.append(assemble(Readers(rows).fit(plan, held), rows, plan, SITE, alpha=1.0))
