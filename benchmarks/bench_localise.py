@@ -25,7 +25,7 @@ from care_lens.planted.localisers import ranking
 
 log = logging.getLogger("bench_localise")
 TOOK = 0.5
-MEASURED = Path(__file__).parent / "measured" / "localise.csv"
+MEASURED = Path(__file__).parent / "measured" / "localise_present.csv"
 COLUMNS = {
     "NIE alone": "NIE alone", "TIE alone": "TIE alone", "probe alone": "probe alone", "gradient alone": "gradient alone",
     "integrated alone": "integrated alone", "TransformerLens": "TransformerLens attribution patching",
