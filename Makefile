@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 
 MODEL ?= bundled
 OUT ?= results/demo
+SIZE ?= compact
 ARGS ?=
 
 # OpenMP's idle threads sleep. Spinning, two threads take twice as long as one beside one busy process, and four times beside several
@@ -22,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo      diagnose, learn, repair and evaluate the bundled model; report in $(OUT)/report.html"
-	@echo "               (OUT=dir, MODEL=name-or-directory, ARGS=--short)"
+	@echo "               (OUT=dir, MODEL=name-or-directory, SIZE=short, compact or full)"
 	@echo "make test      format, lint, types, tests (the tutorials among them), documentation"
 	@echo "make bench     the measurements in benchmarks/"
 	@echo "make docs      the documentation, in docs/_build/html"
@@ -40,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) $(ARGS)
+	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) --size $(SIZE) $(ARGS)
 
 # Types and documentation take a thread each, the tests two.
 test: lint

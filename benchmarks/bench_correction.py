@@ -1,6 +1,6 @@
 """Do intervals that are corrected for a judge's errors hold the true rate? `python benchmarks/bench_correction.py [RUN] [--out FILE]`.
 
-RUN is the folder of a finished `make demo`. The bundled world's judge knows whether an answer does what was asked, so that the true
+RUN is the folder of a finished `make demo SIZE=full`. The bundled world's judge knows whether an answer does what was asked, so that the true
 attack success of the stored answers is known. Judge under test: the refusal phrases of Zou et al. 2023, which take every answer that is no
 refusal for compliance. The items of a defence's answers are the population; each sample draws as many items with replacement as
 half of them, labels some of these by the exact judge, and asks `ppi_rate` and `rogan_gladen` (what `corrected_rates` calls) for the rate of compliance. Counted is how many nominal 95 %
@@ -172,7 +172,9 @@ def main() -> None:
         log.info("%s", options.out)
         return
     if options.run is None and not DEMO.exists():
-        log.warning("nothing is measured: %s is not there; `make demo` makes it, or name the folder of a run", DEMO)
+        log.warning(
+            "nothing is measured: %s is not there; `make demo SIZE=full` makes it, or name the folder of a run", DEMO
+        )
         return
     table = measure(population(options.run or DEMO), 20 if options.quick else SAMPLES, options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -35,10 +35,12 @@ from care_lens.data import Study
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline import RunSettings, run, write_report
 from care_lens.pipeline.run import TIMES
+from care_lens.pipeline.settings import RIVALS
 
 STEPS = ("diagnose", "learn", "choose", "prove", "report")
 SETTINGS = replace(
     RunSettings().short(),
+    rivals=RIVALS,
     reader_ranks=(0,),
     candidates=1,
     benign_loss=1.0,
@@ -50,6 +52,7 @@ SETTINGS = replace(
 TINY = replace(
     SETTINGS,
     limit=3,
+    learn_limit=None,
     pairs=2,
     ablated=1,
     n_boot=20,

@@ -33,6 +33,7 @@ from care_lens.cli.options import (
     Sample,
     Seed,
     Short,
+    SizeOf,
     System,
     Temperature,
     Threads,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from care_lens.data import Study
     from care_lens.lvlm import HookedLVLM
     from care_lens.pipeline import RunSettings
+    from care_lens.pipeline.settings import Size
 
 
 _GENERATION = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "system")
@@ -63,6 +65,7 @@ class Asked:
     model: Model = "bundled"
     data: Data = None
     out: Out = Path("results/run")
+    size: SizeOf = "full"
     short: Short = False
     seed: Seed = 0
     threads: Threads = 2
@@ -89,6 +92,11 @@ class Asked:
         """What the model is called in the report."""
         return self.model if self.revision is None else f"{self.model} at {self.revision}"
 
+    @property
+    def asked_size(self) -> "Size":
+        """How much is done; `--short` says so too."""
+        return "short" if self.short else self.size
+
     def refuse(self) -> None:
         """Tell what is wrong in the options before torch and the rest are imported."""
         loading.checked_numbers(self.epsilons, self.ranks)
@@ -108,12 +116,13 @@ class Asked:
             self.out,
             self.revision,
             self.quantization,
+            self.asked_size,
         )
 
     def settings(self, study: "Study") -> "RunSettings":
         """The settings of the run."""
         given = {name: getattr(self, name) for name in (*_GENERATION, "batch_size", "epsilons", "ranks")}
-        return loading.run_settings(study, self.model, self.short, self.seed, **given)
+        return loading.run_settings(study, self.model, self.asked_size, self.seed, **given)
 
     def answering(self, lvlm: "HookedLVLM") -> "AbstractContextManager[None]":
         """Inside, answers are generated in as many processes as were asked for."""

@@ -51,7 +51,7 @@ def attack(
     read = read_defences(defences or ())
     lvlm, study = asked.load()
     settings = asked.settings(study)
-    study = settings.asked(study.limited(settings.limit) if settings.limit else study)
+    study = settings.asked(settings.part(study))
     with asked.answering(lvlm):
         table = attack_study(
             lvlm,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from care_lens.data import Study
     from care_lens.lvlm import HookedLVLM
     from care_lens.pipeline import RunSettings
+    from care_lens.pipeline.settings import Size
 
 
 def load_judge(name: str | None) -> "Judge":
@@ -83,8 +84,9 @@ def load(
     out: Path | None = None,
     revision: str | None = None,
     quantization: str | None = None,
+    size: "Size" = "full",
 ) -> "tuple[HookedLVLM, Study]":
-    """The model and the study, after everything that can be refused without loading the model."""
+    """The model and the study, after everything that can be refused without loading the model; of the bundled model what runs of a size use."""
     refuse(
         model, data=data, device=device, dtype=dtype, judge=judge, out=out, revision=revision, quantization=quantization
     )
@@ -92,7 +94,9 @@ def load(
         from care_lens import organism
 
         # Readers that see three wordings an item tell questions about forbidden items from requests for them.
-        return load_model(model, device, dtype, revision, quantization), organism.study(seed=seed, per_item=3)
+        drawn = None if size == "full" else organism.DEMONSTRATED
+        study = organism.study(seed=seed, per_item=3, only=drawn)
+        return load_model(model, device, dtype, revision, quantization), study
     assert data is not None
     found = load_judge(judge)
     from care_lens.data import read_study
@@ -171,14 +175,14 @@ def checked_numbers(epsilons: str | None, ranks: str | None) -> dict[str, tuple[
 def run_settings(
     study: "Study",
     model: str,
-    short: bool,
+    size: "Size",
     seed: int,
     *,
     epsilons: str | None = None,
     ranks: str | None = None,
     **given: Any,
 ) -> "RunSettings":
-    """The settings of a run: the model's defaults, what was given, and a quick look's on top."""
+    """The settings of a run: the model's defaults, what was given, and those of its size on top."""
     from care_lens.pipeline import RunSettings
     from care_lens.pipeline.needs import shortened
 
@@ -187,7 +191,7 @@ def run_settings(
         settings = replace(settings, batch_size=8, max_new_tokens=128)
     given |= checked_numbers(epsilons, ranks)
     given = {name: value for name, value in given.items() if value is not None}
-    if short:
-        # What was asked for by name stands in a quick look too.
-        return replace(shortened(study, replace(settings, **given)), **given)
-    return replace(settings, **given)
+    if size == "full":
+        return replace(settings, **given)
+    # What was asked for by name stands in a smaller run too.
+    return replace(shortened(study, replace(settings, **given), size), **given)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -21,9 +21,11 @@ Data = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the results; `run` resumes there.")]
-Short = Annotated[
-    bool, typer.Option("--short", help="A few examples a channel, for a quick look.", show_default="all examples")
+SizeOf = Annotated[
+    Literal["short", "compact", "full"],
+    typer.Option(help="How much is done: a quick look, a part of the study with every step, or all."),
 ]
+Short = Annotated[bool, typer.Option("--short", help="As --size short.", show_default="all examples")]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.", min=0, max=2**32 - 1)]
 Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
 Workers = Annotated[

@@ -64,7 +64,7 @@ def diagnose(asked: Asked) -> None:
 
     lvlm, study = asked.load()
     settings = asked.settings(study)
-    study = settings.asked(study.limited(settings.limit) if settings.limit else study)
+    study = settings.asked(settings.part(study))
     require_diagnosable(study, settings)
     with (
         open_stage(lvlm, asked.out, study, settings, model=asked.title) as stage,
@@ -99,7 +99,7 @@ def fit(asked: Asked) -> None:
 
     lvlm, study = asked.load()
     settings = asked.settings(study)
-    study = settings.asked(study.limited(settings.limit) if settings.limit else study)
+    study = settings.asked(settings.part(study))
     study.require()
     settings = require_feasible(study, settings)
     out = asked.out
@@ -138,7 +138,7 @@ def evaluate(
         asked = replace(asked, device=process.device())
     lvlm, study = asked.load()
     settings = asked.settings(study)
-    study = study.limited(settings.limit) if settings.limit else study
+    study = settings.part(study)
     asked.out.mkdir(parents=True, exist_ok=True)
     with asked.answering(lvlm) if process.alone or asked.workers else nullcontext():
         table = step(

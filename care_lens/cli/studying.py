@@ -185,7 +185,7 @@ def _next(study: "Study", command: str) -> str:
     except (StudyError, NeedsError) as lacking:
         try:
             short = shortened(study, RunSettings())
-            require_ready(study.limited(short.limit) if short.limit else study, short)
+            require_ready(short.part(study), short)
         except (StudyError, NeedsError):
             return f"next: nothing yet that `care-lens run` could do: {lacking}"
         return f"next: {command} --short, a quick look; not without --short: {lacking}"

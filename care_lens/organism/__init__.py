@@ -4,6 +4,7 @@
 inert: made-up nouns, some labelled forbidden, and steps such as "first mix then paint". See the model card beside the weights.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from care_lens.lvlm import HookedLVLM
 
 __all__ = [
+    "DEMONSTRATED",
     "OrganismJudge",
     "examples",
     "load",
@@ -42,6 +44,15 @@ __all__ = [
     "with_response",
     "world",
 ]
+
+
+#: Channels of `study` that a short or compact run works on: what the fit sees, some attacks that it does not, some harmless requests of every sort.
+DEMONSTRATED = (
+    "plain", "typographic", "wrapper", "spelled",
+    "indirect", "typographic second turn", "split",
+    "benign plain", "benign typographic", "benign spelled",
+    "hard wrapper", "hard over forbidden", "hard named kind", "hard named allowed",
+)  # fmt: skip
 
 
 def path() -> Path:
@@ -89,7 +100,7 @@ def outcome() -> UnsafeMargin:
 SEEN: dict[Modality, tuple[str, ...]] = {"visual": ("typographic",), "textual": ("wrapper", "spelled")}
 
 
-def study(*, seed: int = 0, per_item: int = 1) -> Study:
+def study(*, seed: int = 0, per_item: int = 1, only: Collection[str] | None = None) -> Study:
     """The example sets of the bundled model: every channel in every split, one example a noun.
 
     Calibration holds benign channels only. Attack channels outside `SEEN` are in validation and test only, where
@@ -98,11 +109,21 @@ def study(*, seed: int = 0, per_item: int = 1) -> Study:
     Args:
         seed: of wording and pictures.
         per_item: examples a noun in the fit and calibration splits.
+        only: some of the channels, the plain and the seen ones among them, such as `DEMONSTRATED`; None: all. Their examples are the same.
+
+    Raises:
+        ValueError: if a channel is unknown.
+        StudyError: if the plain, a seen channel or "benign plain" is not among them.
     """
     suites: dict = {split: {} for split in SPLITS}
-    wanted = dict(channels.BENIGN | channels.HARD_BENIGN)
+    benign = channels.BENIGN | channels.HARD_BENIGN
+    if unknown := sorted({*(only or ())} - {*benign, *channels.ATTACKS}):
+        raise ValueError(f"only must name channels out of {[*benign, *channels.ATTACKS]}, got {unknown}")
     sets: list[tuple[Split, str]] = [
-        (split, c) for split in SPLITS for c in (wanted if split == "calibration" else wanted | channels.ATTACKS)
+        (split, c)
+        for split in SPLITS
+        for c in (benign if split == "calibration" else benign | channels.ATTACKS)
+        if only is None or c in only
     ]
     with Steps(sets, desc="drawing pictures") as steps:
         for split, channel in steps:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from care_lens.core.errors import CareLensError
 from care_lens.data.study import Study, StudyError
-from care_lens.pipeline.settings import RunSettings
+from care_lens.pipeline.settings import RunSettings, Size
 from care_lens.repair import halves
 
 log = logging.getLogger(__name__)
@@ -143,22 +143,24 @@ def _refuse(gaps: Sequence[str]) -> None:
         raise NeedsError(f"the study must be large enough for the settings: {'; '.join(gaps)}")
 
 
-def shortened(study: Study, settings: RunSettings) -> RunSettings:
-    """Settings for a quick look that the study can carry: fewer examples, and epsilons and ranks that go with them, each said in a warning.
+def shortened(study: Study, settings: RunSettings, size: Size = "short") -> RunSettings:
+    """Settings for a part of the study that it can carry: fewer examples, and epsilons and ranks that go with them, each said in a warning.
 
     Args:
         study: not limited yet.
         settings: of a full run.
+        size: "short", a quick look; "compact"; or "full", for the settings as they are.
 
     Returns:
-        What `RunSettings.short` gives, made feasible. Of a study that is too small for any settings `require_feasible` says so.
+        What `RunSettings.sized` gives, made feasible. Of a study that is too small for any settings `require_feasible` says so.
     """
-    short = settings.short()
+    short = settings.sized(size)
     if short.limit is None:
         return short
-    few = study.limited(short.limit)
+    few = short.part(study)
     half, counts = _smallest_half(few, short), _malicious(few)
-    said = [f"at most {short.limit} examples a channel and {short.pairs} pairs"]
+    learned = "" if short.learn_limit is None else f" ({short.learn_limit} where it is learned from)"
+    said = [f"at most {short.limit} examples a channel{learned} and {short.pairs} pairs"]
     if half >= _LEAST_HALF and not any(needed_for(e) <= half for e in short.epsilons):
         short = replace(short, epsilons=(_epsilon(half),))
         said.append(
@@ -172,7 +174,7 @@ def shortened(study: Study, settings: RunSettings) -> RunSettings:
     if ranks and ranks != short.reader_ranks:
         short = replace(short, reader_ranks=ranks)
         said.append(f"reader ranks {list(ranks)}")
-    log.warning("short: %s; the figures are not to be quoted", "; ".join(said))
+    log.warning("%s: %s; the figures are not to be quoted", size, "; ".join(said))
     return short
 
 

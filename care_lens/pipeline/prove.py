@@ -26,7 +26,7 @@ from care_lens.pipeline.rivals import (
     refusal_direction,
 )
 from care_lens.pipeline.saved import UNDEFENDED
-from care_lens.pipeline.settings import RunSettings
+from care_lens.pipeline.settings import RIVALS, RunSettings
 from care_lens.repair import (
     ConformalGate,
     FitRows,
@@ -220,18 +220,22 @@ def prove(
         left_out: dict[str, str] = {}
         defences: dict[str, Repair | None] = {UNDEFENDED: None}
         tuned: list[tuple[Repair, dict[str, object]]] = []
-        direction = kept_direction(lvlm, study, settings, stage)
-        if isinstance(direction, str):
-            left_out["refusal direction"] = direction
-        else:
-            tuned.append(best_direction(lvlm, study, direction, settings, rows.modalities, store=searched))
-        tuned.append(difference_of_means(lvlm, study, rows, settings, store=searched))
-        published = stage.defence(
-            "published_care",
-            lambda: published_care(lvlm, study, settings, rows.modalities),
-            load=PublishedCARE.load,
-        )
-        tuned.append(best_published(lvlm, study, published, settings, rows.modalities, store=searched))
+        left_out |= {rival: "a smaller run goes without it" for rival in RIVALS if rival not in settings.rivals}
+        if "refusal direction" in settings.rivals:
+            direction = kept_direction(lvlm, study, settings, stage)
+            if isinstance(direction, str):
+                left_out["refusal direction"] = direction
+            else:
+                tuned.append(best_direction(lvlm, study, direction, settings, rows.modalities, store=searched))
+        if "difference of means" in settings.rivals:
+            tuned.append(difference_of_means(lvlm, study, rows, settings, store=searched))
+        if "published CARE" in settings.rivals:
+            published = stage.defence(
+                "published_care",
+                lambda: published_care(lvlm, study, settings, rows.modalities),
+                load=PublishedCARE.load,
+            )
+            tuned.append(best_published(lvlm, study, published, settings, rows.modalities, store=searched))
         shuffled = stage.defence(
             f"shuffled.{key}",
             lambda: shuffled_control(lvlm, study, choice, rows, settings),

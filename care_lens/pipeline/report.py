@@ -75,7 +75,7 @@ def _opening(made: ReportParts, key: Mapping[str, float]) -> str:
     quick = (
         ""
         if run.settings.limit is None
-        else f"<p><b>A quick look with at most {run.settings.limit} examples per channel: not figures to quote.</b></p>"
+        else f"<p><b>A part of the study, with at most {run.settings.limit} examples per channel of the test split: not figures to quote.</b></p>"
     )
     return f"""<p>{html.escape(run.study.about)}</p>{quick}
 <div class="key"><p style="margin-top:0">Without the repair, to with it (test split; settings were chosen on validation; intervals are in section 5;

@@ -15,7 +15,7 @@ def proof_section(made: ReportParts) -> str:
     kinds = ", ".join(sorted({str(kind) for kind in frame["interval"]})) if "interval" in frame.columns else "95 %"
     rivals = "".join(f"<li>{html.escape(k)}: {html.escape(tuned_text(v))}</li>" for k, v in run.proof.tuned.items())
     left_out = "".join(
-        f"<li>{html.escape(k)} could not be made: {html.escape(v)}</li>" for k, v in run.proof.left_out.items()
+        f"<li>{html.escape(k)} is not there: {html.escape(v)}</li>" for k, v in run.proof.left_out.items()
     )
     adaptive = "<p>No gradient attack was run.</p>"
     if run.proof.adaptive is not None:

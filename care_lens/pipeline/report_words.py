@@ -29,6 +29,8 @@ WORDS: dict[str, str] = {
     "carrier_score": "score from which a place carries the answer",
     "component": "component",
     "data": "digest of the study",
+    "learn_limit": "examples a channel that are learned from, at most",
+    "rivals": "rivals",
     "epsilons": "shares of benign prompts a gate may touch, tried",
     "fidelity": "prompts per channel for semantic fidelity",
     "judge": "judge",

@@ -130,7 +130,7 @@ def run(
         NoCandidateError: if no repair keeps benign accuracy on validation.
     """
     out, settings = Path(out), settings or RunSettings()
-    study = settings.asked(study.limited(settings.limit) if settings.limit else study)
+    study = settings.asked(settings.part(study))
     settings = require_ready(study, settings)
     seconds: dict[str, float] = {}
     bar = Steps(

@@ -4,13 +4,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
-from care_lens.data.study import Study
+from care_lens.data.study import Split, Study
 from care_lens.evaluation.settings import GenerationSettings
 
 #: Fields that are left out of a run's record where they are None, as they are in the records of earlier versions.
 _GENERATION = ("min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "system")
+_LEARNED: tuple[Split, ...] = ("fit", "calibration")
+_ASKED: tuple[Split, ...] = ("validation", "test")
+
+Rival = Literal["refusal direction", "difference of means", "published CARE"]
+RIVALS: tuple[Rival, ...] = get_args(Rival)
+
+#: How much a run does: a few examples to see that everything works; a part of the study, with every step and control; all.
+Size = Literal["short", "compact", "full"]
+SIZES: tuple[Size, ...] = get_args(Size)
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,7 @@ class RunSettings:
     Attributes:
         seed: of every draw.
         limit: at most so many examples a channel and split; None: all.
+        learn_limit: at most so many a channel of the fit and calibration splits, instead of `limit`; None: as that.
         batch_size, max_new_tokens: of generation; the same for safety and utility.
         min_new_tokens, do_sample, temperature, top_p, top_k, system: the other settings of generation, the same for safety and utility; None:
             as the model's own configuration says. `system` is the system prompt of examples that have none of their own. Ablation
@@ -39,6 +49,7 @@ class RunSettings:
         printed_layers: on how many neighbouring layers published CARE is put; every window is tried.
         printed_rank, printed_alphas: its rank (four times that is tried too), and its strengths tried (1: projection; published runs use
             4 to 4.5). The rank is also that of the subspaces that are learned at every layer.
+        rivals: what the repair is compared with, beside its controls.
         steering: strengths of the difference of means and of the refusal direction tried.
         random_seeds: draws of the random-writer control.
         fidelity: benign examples a channel on which answers and distributions are compared with the undefended model's.
@@ -48,6 +59,7 @@ class RunSettings:
 
     seed: int = 0
     limit: int | None = None
+    learn_limit: int | None = None
     batch_size: int = 128
     max_new_tokens: int = 14
     n_boot: int = 1000
@@ -64,6 +76,7 @@ class RunSettings:
     printed_layers: int = 3
     printed_rank: int = 8
     printed_alphas: tuple[float, ...] = (1.0, 4.5)
+    rivals: tuple[Rival, ...] = RIVALS
     steering: tuple[float, ...] = (0.25, 0.5, 1.0)
     random_seeds: int = 5
     fidelity: int = 24
@@ -83,6 +96,8 @@ class RunSettings:
         for name in ("epsilons", "alphas", "reader_ranks", "printed_alphas", "steering"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold one value or more, got none; leave it out for the default")
+        if unknown := [rival for rival in self.rivals if rival not in RIVALS]:
+            raise ValueError(f"rivals must be out of {list(RIVALS)}, got {unknown}")
 
     @property
     def generation(self) -> GenerationSettings:
@@ -95,6 +110,13 @@ class RunSettings:
         return GenerationSettings(
             max_new_tokens=self.max_new_tokens, **{name: getattr(self, name) for name in _GENERATION}
         )
+
+    def part(self, study: Study) -> Study:
+        """The part of a study that is worked on, as `limit` and `learn_limit` say."""
+        learned = self.limit if self.learn_limit is None else self.learn_limit
+        for limit, splits in ((learned, _LEARNED), (self.limit, _ASKED)):
+            study = study if limit is None else study.limited(limit, splits=splits)
+        return study
 
     def asked(self, study: Study) -> Study:
         """The study whose examples have the system prompt, where they have none of their own."""
@@ -111,23 +133,45 @@ class RunSettings:
             gradient=tuple(told(study.gradient)),
         )
 
+    def sized(self, size: Size) -> "RunSettings":
+        """`short`, `compact` or, as they are, "full".
+
+        Raises:
+            ValueError: if there is no such size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {list(SIZES)}, got {size!r}")
+        return {"short": self.short, "compact": self.compact}.get(size, lambda: self)()
+
+    def compact(self) -> "RunSettings":
+        """For a demonstration: every step and control on few examples a channel, one rival fewer, and fewer settings tried; wide intervals."""
+        return replace(self._smaller(), limit=12, learn_limit=36, n_boot=400, pgd_steps=16, pgd_examples=8, fidelity=8)
+
     def short(self) -> "RunSettings":
         """For a quick look: a few examples a channel; the figures are not to be quoted."""
-        few = {"limit": 12, "pairs": 6, "ablated": 6, "n_boot": 200, "pgd_steps": 8, "pgd_examples": 6}
+        return replace(
+            self._smaller(), limit=8, learn_limit=16, n_boot=200, pgd_steps=6, pgd_examples=4, fidelity=4, rivals=()
+        )
+
+    def _smaller(self) -> "RunSettings":
         return replace(
             self,
-            **few,
+            pairs=4,
+            ablated=4,
             epsilons=(0.02,),
+            alphas=(1.0,),
             candidates=2,
             random_seeds=2,
             printed_alphas=(4.5,),
+            rivals=RIVALS[1:],
             steering=(0.5,),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values; settings of generation that are not given are left out."""
+        """JSON-able values; settings of generation and `learn_limit` are left out where they are not given."""
         held = json.loads(json.dumps(asdict(self)))
-        return {name: value for name, value in held.items() if name not in _GENERATION or value is not None}
+        absent = (*_GENERATION, "learn_limit")
+        return {name: value for name, value in held.items() if name not in absent or value is not None}
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

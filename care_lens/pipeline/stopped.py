@@ -52,7 +52,7 @@ def write_stopped_report(
         The page.
     """
     out = Path(out)
-    study = settings.asked(study.limited(settings.limit) if settings.limit else study)
+    study = settings.asked(settings.part(study))
     settings = require_feasible(study, settings)
     with open_stage(lvlm, out, study, settings, model=model) as stage, generating(lvlm, settings.generation):
         found = diagnose(lvlm, study, settings, stage)

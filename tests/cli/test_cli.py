@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from care_lens import cli, organism
+from care_lens.cli.asked import Asked
 from care_lens.core import CareLensError, Example
 from care_lens.data import write_examples
 from care_lens.data.study import StudyError
@@ -142,7 +143,24 @@ def test_a_bundled_study_needs_nothing_more(study):
     settings = RunSettings()
     assert require_feasible(study, settings) == settings
     short = shortened(study, settings)
-    assert short == settings.short() and require_feasible(study.limited(short.limit), short) == short
+    assert short == settings.short() and require_feasible(short.part(study), short) == short
+
+
+def test_a_size_draws_what_it_uses_and_short_is_one(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(cli.loading, "load_model", lambda *_: None)
+    monkeypatch.setattr(organism, "study", lambda **given: drawn.append(given["only"]))
+    for asked in (Asked(size="compact"), Asked(short=True), Asked(size="compact", short=True), Asked()):
+        asked.load()
+    assert drawn == [organism.DEMONSTRATED] * 3 + [None]
+    assert [Asked(short=True, size="compact").asked_size, Asked(size="compact").asked_size] == ["short", "compact"]
+    refused = invoke("run", "--size", "tiny")
+    assert refused.exit_code == 2 and "'compact'" in refused.output
+
+
+def test_what_is_asked_for_by_name_stands_in_a_smaller_run(study):
+    settings = Asked(size="compact", epsilons="0.03", batch_size=7).settings(study)
+    assert settings == replace(RunSettings().compact(), epsilons=(0.03,), batch_size=7)
 
 
 def smaller(study, calibration, fit):
@@ -214,7 +232,7 @@ def test_diagnose_tells_what_a_study_lacks_before_it_runs(study, tmp_path, monke
 
 def test_what_cannot_be_done_is_left_out_with_a_warning(study, caplog):
     kept = require_feasible(smaller(study, 150, 12), RunSettings(reader_ranks=(0, 20)))
-    assert (kept.epsilons, kept.reader_ranks) == ((0.02,), (0,))
+    assert (kept.epsilons, kept.reader_ranks) == ((0.015, 0.02), (0,))
     assert "epsilons [0.01] are left out" in caplog.text and "reader ranks [20] are left out" in caplog.text
 
 
@@ -222,11 +240,11 @@ def test_what_cannot_be_done_is_left_out_with_a_warning(study, caplog):
 def test_a_quick_look_fits_any_study_and_says_how(study, calibration, fit, caplog):
     little = smaller(study, calibration, fit)
     short = shortened(little, RunSettings())
-    assert require_feasible(little.limited(short.limit), short) == short
+    assert require_feasible(short.part(little), short) == short
     assert "not to be quoted" in caplog.text
     assert (f"published CARE of rank {short.printed_rank}" in caplog.text) == (short.printed_rank < 8)
     assert (f"epsilon {short.epsilons[0]:g}" in caplog.text) == (short.epsilons != (0.02,))
-    half = min(calibration, short.limit) // 2
+    half = min(calibration, short.learn_limit) // 2
     assert short.epsilons[0] <= 1 / (half + 1) + 0.01
 
 

@@ -192,7 +192,13 @@ def test_a_gradient_attack_on_the_device_finds_pictures_that_are_within_the_boun
 def test_the_steps_of_the_readme_choose_a_repair_on_the_device(there):
     study = organism.study().limited(12)
     settings = replace(
-        RunSettings().short(), limit=12, reader_ranks=(0,), candidates=1, epsilons=(0.02,), benign_loss=1.0
+        RunSettings().short(),
+        limit=12,
+        learn_limit=None,
+        reader_ranks=(0,),
+        candidates=1,
+        epsilons=(0.02,),
+        benign_loss=1.0,
     )
     choice = choose(there, study, capture_fit(there, study, settings), settings)
     attack = there.prepare(organism.examples("typographic", "test", n=6))

@@ -247,7 +247,7 @@ def test_words_stand_where_keys_and_missing_values_stood(written):
     assert (
         "on validation, attack success 73.6 %, right answers 97.6 % before and 97.4 % after; 3 settings tried" in text
     )
-    assert "a rival could not be made: it could not be fitted" in text
+    assert "a rival is not there: it could not be fitted" in text
     assert "3 % [2.1, 4.2] of 1,760 benign prompts" in text and "gradient: PGD, whole answer" in text
 
 

@@ -15,11 +15,15 @@ from care_lens.pipeline import RunSettings, run, write_report
 from care_lens.pipeline.headline import headlines
 from care_lens.pipeline.report import summary
 from care_lens.pipeline.saved import UNDEFENDED
+from care_lens.pipeline.settings import RIVALS
 from care_lens.repair import HybridFusion
 
 SETTINGS = replace(
     RunSettings().short(),
     limit=5,
+    learn_limit=None,
+    rivals=RIVALS,
+    alphas=RunSettings().alphas,
     printed_rank=4,
     reader_ranks=(0,),
     candidates=1,

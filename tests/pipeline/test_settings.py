@@ -1,0 +1,73 @@
+"""Sizes of a run: which part of a study it works on, and what is written down of it."""
+
+from dataclasses import replace
+
+import pytest
+from few_channels import few_channels
+from subspace_rows import unchecked
+
+from care_lens import organism
+from care_lens.data.study import SPLITS, StudyError
+from care_lens.pipeline import RunSettings
+from care_lens.pipeline.needs import require_feasible, shortened
+from care_lens.pipeline.settings import SIZES
+
+
+@pytest.fixture(scope="module")
+def study():
+    return few_channels(pairs=("wrapper", "picture"))
+
+
+def longest(study, split):
+    return max(map(len, study.suites[split].values()))
+
+
+def test_a_run_of_all_works_on_the_whole_study(study):
+    assert RunSettings().part(study) == study and RunSettings().sized("full") == RunSettings()
+
+
+@pytest.mark.parametrize(("limit", "learn", "expected"), [(3, None, (3, 3)), (3, 5, (5, 3)), (None, 4, (4, None))])
+def test_what_is_learned_from_has_a_limit_of_its_own(study, limit, learn, expected):
+    part = replace(RunSettings(), limit=limit, learn_limit=learn).part(study)
+    for splits, most in ((("fit", "calibration"), expected[0]), (("validation", "test"), expected[1])):
+        for split in splits:
+            assert longest(part, split) == (longest(study, split) if most is None else most)
+    assert max(map(len, part.pairs.values())) == expected[0]
+    assert part.gradient == (study.gradient if limit is None else study.gradient[:limit])
+
+
+def test_the_limit_of_what_is_learned_from_is_written_down_where_it_is_given():
+    assert "learn_limit" not in RunSettings().to_dict()
+    assert RunSettings().compact().to_dict()["learn_limit"] == 36
+
+
+def test_a_size_that_there_is_not_is_refused():
+    with unchecked(), pytest.raises(ValueError, match=r"size must be one of .*'compact'.*, got 'tiny'"):
+        RunSettings().sized("tiny")
+    with unchecked(), pytest.raises(ValueError, match=r"rivals must be out of .*, got \['ASTRA'\]"):
+        RunSettings(rivals=("ASTRA",))
+
+
+def test_each_size_does_less_than_the_next():
+    short, compact, full = (RunSettings().sized(size) for size in SIZES)
+    assert short.limit < compact.limit and short.learn_limit < compact.learn_limit and full.limit is None
+    for name in ("n_boot", "pgd_steps", "pgd_examples", "fidelity"):
+        assert getattr(short, name) < getattr(compact, name) < getattr(full, name), name
+
+
+def test_a_part_of_the_bundled_study_has_the_same_examples():
+    whole = organism.study()
+    part = organism.study(only=organism.DEMONSTRATED)
+    for split in SPLITS:
+        assert part.suites[split] == {c: e for c, e in whole.suites[split].items() if c in organism.DEMONSTRATED}
+    assert part.held_out() and set(part.benign("test")) < set(whole.benign("test"))
+    for size in ("short", "compact"):
+        settings = shortened(part, RunSettings(), size)
+        assert require_feasible(settings.part(part), settings) == settings == RunSettings().sized(size)
+
+
+def test_channels_that_there_are_not_and_that_a_study_needs():
+    with pytest.raises(ValueError, match=r"only must name channels out of .*, got \['typographical'\]"):
+        organism.study(only=["plain", "typographical"])
+    with pytest.raises(StudyError, match="seen channels must have examples in the fit split, got none for"):
+        organism.study(only=["plain", "benign plain"])
