@@ -441,7 +441,7 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     """One run, in a folder that this process holds."""
     out: Path = options.out
-    lvlm, study = organism.load(), organism.study()
+    lvlm, study = organism.load(), organism.study(per_item=3)  # as the command takes it
     told = {
         name: getattr(options, name) for name in ("quick", "candidates", "fit", "validation", "test", "benign_loss")
     }
@@ -451,7 +451,7 @@ def run(options: argparse.Namespace) -> None:
     all_rivals: dict[str, Rival | Callable[[], Choice]] = {
         TUNED: lambda: tune(
             lvlm, study, rows, candidates=1 if options.quick else 4, benign_loss=options.benign_loss,
-            epsilons=(0.1,) if options.quick else (0.01, 0.02), max_new_tokens=16, store=searched,
+            epsilons=(0.1,) if options.quick else (0.01, 0.015, 0.02), max_new_tokens=16, store=searched,
         ),
         **rivals(lvlm, study, rows, options.fit, options.quick),
     }  # fmt: skip
