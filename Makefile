@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 MODEL ?= bundled
-OUT ?= results/demo
 SIZE ?= compact
+# A folder for each size: a run goes on where one of the same settings was stopped.
+OUT ?= results/demo$(if $(filter-out compact,$(SIZE)),-$(SIZE))
 ARGS ?=
 
 # OpenMP's idle threads sleep. Spinning, two threads take twice as long as one beside one busy process, and four times beside several
@@ -41,7 +42,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) --size $(SIZE) $(ARGS)
+	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) $(if $(filter --short --size%,$(ARGS)),,--size $(SIZE)) $(ARGS)
 
 # Types and documentation take a thread each, the tests two.
 test: lint

@@ -14,6 +14,7 @@ of the two variances alone (Angelopoulos et al. 2023).
 """
 
 import argparse
+import json
 import logging
 from itertools import product
 from pathlib import Path
@@ -30,7 +31,7 @@ from care_lens.evaluation.correction import ppi_rate, rogan_gladen
 log = logging.getLogger("bench_correction")
 DEFENCES = ("none", "care_lens", "control: random writer", "published CARE")
 UNDEFENDED = "none"
-DEMO = Path("results/demo")
+DEMO = Path("results/demo-full")
 LABELS = (60, 200)
 SAMPLES = 500
 ANSWERS, DRAWS, SIMULATED_LABELS = 500, 400, (20, 50, 200)
@@ -176,7 +177,13 @@ def main() -> None:
             "nothing is measured: %s is not there; `make demo SIZE=full` makes it, or name the folder of a run", DEMO
         )
         return
-    table = measure(population(options.run or DEMO), 20 if options.quick else SAMPLES, options.seed)
+    run: Path = options.run or DEMO
+    told = json.loads((run / "frames" / "settings.json").read_text())["of"]["settings"]
+    if told["limit"] is not None:
+        raise SystemExit(
+            f"RUN must be of a whole study (--size full), got {run}, of {told['limit']} examples a channel"
+        )
+    table = measure(population(run), 20 if options.quick else SAMPLES, options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(options.out, index=False)
     log.info("%s", options.out)

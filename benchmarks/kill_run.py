@@ -51,6 +51,7 @@ SETTINGS = replace(
 #: As little as a run can be of: every step, every kind of file.
 TINY = replace(
     SETTINGS,
+    rivals=RIVALS[1:],
     limit=3,
     learn_limit=None,
     pairs=2,
@@ -60,13 +61,15 @@ TINY = replace(
     epsilons=(0.5,),
     answer_tokens=1,
     alphas=(1.0,),
+    max_new_tokens=5,
     printed_rank=1,
-    printed_layers=5,
+    printed_layers=8,
     random_seeds=1,
     fidelity=2,
     pgd_examples=2,
 )
 _CHANNELS = ("plain", "typographic", "wrapper", "benign plain", "benign typographic")
+_DRAWN = (*_CHANNELS, "spelled")  # which the study of the world must have
 UNSEEN = (".lock", ".holder")
 _WRITES = ("fsync", "replace", "unlink")
 
@@ -103,7 +106,7 @@ class Runs:
     def __init__(self, *, tiny: bool) -> None:
         torch.set_num_threads(1)  # numbers do not depend on how work is shared, and a fork leaves no thread behind
         self._lvlm: HookedLVLM = organism.load()
-        study = organism.study()
+        study = organism.study(only=_DRAWN if tiny else None)
         self._study, self._settings = (small(study), TINY) if tiny else (study, SETTINGS)
 
     def start(self, out: Path, moment: Moment | None = None) -> tuple[str, dict[str, Length]]:

@@ -93,9 +93,11 @@ def load(
     if model == "bundled":
         from care_lens import organism
 
-        # Readers that see three wordings an item tell questions about forbidden items from requests for them.
-        drawn = None if size == "full" else organism.DEMONSTRATED
-        study = organism.study(seed=seed, per_item=3, only=drawn)
+        if size == "full":
+            # Readers that see three wordings an item tell questions about forbidden items from requests for them.
+            study = organism.study(seed=seed, per_item=3)
+        else:
+            study = organism.study(seed=seed, only=organism.DEMONSTRATED)
         return load_model(model, device, dtype, revision, quantization), study
     assert data is not None
     found = load_judge(judge)
@@ -193,5 +195,4 @@ def run_settings(
     given = {name: value for name, value in given.items() if value is not None}
     if size == "full":
         return replace(settings, **given)
-    # What was asked for by name stands in a smaller run too.
-    return replace(shortened(study, replace(settings, **given), size), **given)
+    return shortened(study, settings, size, given=given)

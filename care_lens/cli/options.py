@@ -22,10 +22,12 @@ Data = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the results; `run` resumes there.")]
 SizeOf = Annotated[
-    Literal["short", "compact", "full"],
-    typer.Option(help="How much is done: a quick look, a part of the study with every step, or all."),
+    Literal["short", "compact", "full"] | None,
+    typer.Option(
+        help="How much is done: a quick look, a part of the study with every step, or all.", show_default="full"
+    ),
 ]
-Short = Annotated[bool, typer.Option("--short", help="As --size short.", show_default="all examples")]
+Short = Annotated[bool, typer.Option("--short", help="As --size short.", show_default="full size")]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.", min=0, max=2**32 - 1)]
 Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
 Workers = Annotated[
@@ -72,7 +74,9 @@ System = Annotated[
 ]
 Epsilons = Annotated[
     str | None,
-    typer.Option(help="Shares of benign prompts that a gate may touch, tried: '0.01,0.02'.", show_default="0.01,0.02"),
+    typer.Option(
+        help="Shares of benign prompts that a gate may touch, tried: '0.01,0.02'.", show_default="0.01,0.015,0.02"
+    ),
 ]
 Ranks = Annotated[
     str | None, typer.Option(help="Ranks of the readers tried; 0 is the linear one: '0,8'.", show_default="0,8")

@@ -9,8 +9,9 @@ subspace of rank k by the covariance contrast needs k + 1 malicious examples, by
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from care_lens.core.errors import CareLensError
 from care_lens.data.study import Study, StudyError
@@ -89,7 +90,7 @@ def require_feasible(study: Study, settings: RunSettings) -> RunSettings:
         gaps.append(f"fit: readers of rank {least} need {max(least, 1)} examples in each modality, got {counts}")
     if any(n <= settings.printed_rank for n in counts.values()):
         gaps.append(
-            f"fit: published CARE of rank {settings.printed_rank} needs {settings.printed_rank + 1} examples in each seen modality, got "
+            f"fit: the subspaces of rank {settings.printed_rank}, those of published CARE, need {settings.printed_rank + 1} examples in each seen modality, got "
             f"{counts}; give more, or a smaller printed_rank"
         )
     if len(study.benign("fit")) < _LEAST_BENIGN:
@@ -143,25 +144,29 @@ def _refuse(gaps: Sequence[str]) -> None:
         raise NeedsError(f"the study must be large enough for the settings: {'; '.join(gaps)}")
 
 
-def shortened(study: Study, settings: RunSettings, size: Size = "short") -> RunSettings:
+def shortened(
+    study: Study, settings: RunSettings, size: Size = "short", *, given: Mapping[str, Any] | None = None
+) -> RunSettings:
     """Settings for a part of the study that it can carry: fewer examples, and epsilons and ranks that go with them, each said in a warning.
 
     Args:
         study: not limited yet.
         settings: of a full run.
         size: "short", a quick look; "compact"; or "full", for the settings as they are.
+        given: settings by name that stay as they are given, whatever the size.
 
     Returns:
         What `RunSettings.sized` gives, made feasible. Of a study that is too small for any settings `require_feasible` says so.
     """
-    short = settings.sized(size)
+    given = given or {}
+    short = replace(settings.sized(size), **given)
     if short.limit is None:
         return short
     few = short.part(study)
     half, counts = _smallest_half(few, short), _malicious(few)
     learned = "" if short.learn_limit is None else f" ({short.learn_limit} where it is learned from)"
     said = [f"at most {short.limit} examples a channel{learned} and {short.pairs} pairs"]
-    if half >= _LEAST_HALF and not any(needed_for(e) <= half for e in short.epsilons):
+    if "epsilons" not in given and half >= _LEAST_HALF and not any(needed_for(e) <= half for e in short.epsilons):
         short = replace(short, epsilons=(_epsilon(half),))
         said.append(
             f"epsilon {short.epsilons[0]:g}, since the halves of the calibration split have {half} benign prompts"
@@ -171,7 +176,7 @@ def shortened(study: Study, settings: RunSettings, size: Size = "short") -> RunS
         short = replace(short, printed_rank=most)
         said.append(f"published CARE of rank {most}, since a seen modality has {most + 1} examples")
     ranks = tuple(r for r in short.reader_ranks if r <= most + 1)
-    if ranks and ranks != short.reader_ranks:
+    if "reader_ranks" not in given and ranks and ranks != short.reader_ranks:
         short = replace(short, reader_ranks=ranks)
         said.append(f"reader ranks {list(ranks)}")
     log.warning("%s: %s; the figures are not to be quoted", size, "; ".join(said))

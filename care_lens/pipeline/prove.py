@@ -35,11 +35,10 @@ from care_lens.repair import (
     assemble,
     random_control,
     read_scores,
-    residual_sites,
-    token_rows,
     writer_rows,
 )
 from care_lens.repair.calibrating import halves
+from care_lens.repair.rows import rows_beside
 
 log = logging.getLogger(__name__)
 
@@ -104,13 +103,8 @@ def shuffled_control(
 ) -> HybridFusion:
     """The chosen plan with readers fitted on shuffled labels, its gate calibrated as the repair's."""
     comparing, calibrating = halves(study.benign("calibration"), seed=settings.seed)
-    held = token_rows(
-        lvlm,
-        comparing,
-        residual_sites(lvlm),
-        tokens=settings.answer_tokens,
-        batch_size=settings.batch_size,
-        progress=False,
+    held = rows_beside(
+        rows, lvlm, comparing, tokens=settings.answer_tokens, batch_size=settings.batch_size, progress=False
     )
     shuffled = assemble(
         Readers(rows, shuffle_seed=settings.seed).fit(choice.plan, held),
@@ -220,7 +214,9 @@ def prove(
         left_out: dict[str, str] = {}
         defences: dict[str, Repair | None] = {UNDEFENDED: None}
         tuned: list[tuple[Repair, dict[str, object]]] = []
-        left_out |= {rival: "a smaller run goes without it" for rival in RIVALS if rival not in settings.rivals}
+        left_out |= {
+            rival: "it is not among the rivals of this run" for rival in RIVALS if rival not in settings.rivals
+        }
         if "refusal direction" in settings.rivals:
             direction = kept_direction(lvlm, study, settings, stage)
             if isinstance(direction, str):

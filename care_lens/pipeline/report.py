@@ -23,7 +23,7 @@ from care_lens.pipeline.report_page import page
 from care_lens.pipeline.report_parts import ReportParts
 from care_lens.pipeline.report_proof import proof_section
 from care_lens.pipeline.report_repair import choice_section, subspaces_section
-from care_lens.pipeline.report_words import NOTHING, per_cent, plain, table, words
+from care_lens.pipeline.report_words import NOTHING, part_text, per_cent, plain, table, words
 from care_lens.pipeline.run import Run
 from care_lens.pipeline.saved import UNDEFENDED
 
@@ -72,11 +72,7 @@ def _opening(made: ReportParts, key: Mapping[str, float]) -> str:
         before, after = (per_cent(key[f"{name} {when}"]) for when in ("before", "after"))
         return before if before == after == NOTHING else f"{before} to {after}"
 
-    quick = (
-        ""
-        if run.settings.limit is None
-        else f"<p><b>A part of the study, with at most {run.settings.limit} examples per channel of the test split: not figures to quote.</b></p>"
-    )
+    quick = part_text(run.settings)
     return f"""<p>{html.escape(run.study.about)}</p>{quick}
 <div class="key"><p style="margin-top:0">Without the repair, to with it (test split; settings were chosen on validation; intervals are in section 5;
 judge: {html.escape(str(run.provenance.get("judge", "not named")))}):</p><ul>

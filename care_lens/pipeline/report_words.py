@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from care_lens.pipeline.settings import RunSettings
 from care_lens.plots import short_site
 
 NOTHING = "none in the study"
@@ -174,3 +175,16 @@ def table(
 def fold(title: str, body: str, *, opened: bool = False) -> str:
     """A part of the page that can be folded."""
     return f"<details{' open' if opened else ''}><summary>{html.escape(title)}</summary>\n{body}\n</details>"
+
+
+def part_text(settings: RunSettings) -> str:
+    """That a run is of a part of its study, in a paragraph for the report; nothing where it is of all."""
+    learned = settings.limit if settings.learn_limit is None else settings.learn_limit
+    said = [
+        f"at most {limit} examples per channel {where}"
+        for limit, where in ((settings.limit, "in validation and test"), (learned, "to learn and calibrate from"))
+        if limit is not None
+    ]
+    return (
+        f"<p><b>A run on a part of its study, with {' and '.join(said)}: not figures to quote.</b></p>" if said else ""
+    )

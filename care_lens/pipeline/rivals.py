@@ -149,15 +149,13 @@ def refusal_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings) -> 
         NoRefusalDirectionError: if no candidate passes its filters either way.
     """
 
-    most = min(32, settings.limit or 32)
-
     def fit(harmless: Mapping[str, Sequence[Example]]) -> RefusalDirection:
         return RefusalDirection.fit(
             lvlm,
             harmful=study.refused("fit")[:128],
             harmless=spread(harmless["fit"], 128),
-            harmful_validation=study.refused("validation")[:most],
-            harmless_validation=spread(harmless["validation"], most),
+            harmful_validation=study.refused("validation")[:32],
+            harmless_validation=spread(harmless["validation"], 32),
             refusal_tokens=study.outcome.refuse,
             batch_size=settings.batch_size,
             progress=False,

@@ -144,27 +144,31 @@ class RunSettings:
         return {"short": self.short, "compact": self.compact}.get(size, lambda: self)()
 
     def compact(self) -> "RunSettings":
-        """For a demonstration: every step and control on few examples a channel, one rival fewer, and fewer settings tried; wide intervals."""
-        return replace(self._smaller(), limit=12, learn_limit=36, n_boot=400, pgd_steps=16, pgd_examples=8, fidelity=8)
+        """For a demonstration: every step and control on few examples a channel, one rival fewer, and fewer settings tried; wide intervals.
+
+        What is less already stays as it is.
+        """
+        return self._smaller(limit=12, learn_limit=36, n_boot=400, pgd_steps=16, pgd_examples=8, fidelity=8)
 
     def short(self) -> "RunSettings":
-        """For a quick look: a few examples a channel; the figures are not to be quoted."""
-        return replace(
-            self._smaller(), limit=8, learn_limit=16, n_boot=200, pgd_steps=6, pgd_examples=4, fidelity=4, rivals=()
-        )
+        """For a quick look: a few examples a channel and no rivals; the figures are not to be quoted. What is less already stays as it is."""
+        few = self._smaller(limit=8, learn_limit=16, n_boot=200, pgd_steps=6, pgd_examples=4, fidelity=4)
+        return replace(few, rivals=())
 
-    def _smaller(self) -> "RunSettings":
+    def _smaller(self, **most: int) -> "RunSettings":
+        most |= {"pairs": 4, "ablated": 4, "candidates": 2, "random_seeds": 2}
+        held = {name: getattr(self, name) for name in most}
+        if held["learn_limit"] is None:
+            held["learn_limit"] = self.limit
+        numbers = {name: n if held[name] is None else min(n, held[name]) for name, n in most.items()}
         return replace(
             self,
-            pairs=4,
-            ablated=4,
-            epsilons=(0.02,),
-            alphas=(1.0,),
-            candidates=2,
-            random_seeds=2,
-            printed_alphas=(4.5,),
-            rivals=RIVALS[1:],
-            steering=(0.5,),
+            **numbers,
+            epsilons=self.epsilons[-1:],
+            alphas=self.alphas[:1],
+            printed_alphas=self.printed_alphas[-1:],
+            rivals=tuple(rival for rival in self.rivals if rival != "refusal direction"),
+            steering=self.steering[len(self.steering) // 2 :][:1],
         )
 
     def to_dict(self) -> dict[str, Any]:

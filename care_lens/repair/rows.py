@@ -11,6 +11,7 @@ A study's fit split gives all three sets: ``study_rows(lvlm, study)``. Cost: one
 float32 a site, on the CPU.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -228,7 +229,7 @@ def rows_beside(
         batch_size: Examples per forward pass.
         progress: Whether to show a progress bar.
     """
-    key = ("token rows", id(lvlm), examples_digest(examples), tokens, batch_size)
+    key = ("token rows", weakref.ref(lvlm), tuple(lvlm.acting()), examples_digest(examples), tokens, batch_size)
     if key not in rows.fitted:
         rows.fitted[key] = token_rows(
             lvlm, examples, residual_sites(lvlm), tokens=tokens, batch_size=batch_size, progress=progress

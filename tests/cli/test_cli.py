@@ -123,7 +123,7 @@ def test_help_shows_every_default(verb):
     text = " ".join(invoke(verb, "--help", env={"COLUMNS": "300"}).output.split())
     for default in (
         "[default: bundled]", "128 bundled, 8 others", "14 bundled, 128 others", "refusal substrings, which take any",
-        "that of the weights", "[default: 2]", "[default: 0]", "[default: results/run]", "(all examples)", "(cpu)",
+        "that of the weights", "[default: 2]", "[default: 0]", "[default: results/run]", "(full)", "(cpu)",
     ):  # fmt: skip
         assert default in text, default
 
@@ -149,11 +149,19 @@ def test_a_bundled_study_needs_nothing_more(study):
 def test_a_size_draws_what_it_uses_and_short_is_one(monkeypatch):
     drawn = []
     monkeypatch.setattr(cli.loading, "load_model", lambda *_: None)
-    monkeypatch.setattr(organism, "study", lambda **given: drawn.append(given["only"]))
-    for asked in (Asked(size="compact"), Asked(short=True), Asked(size="compact", short=True), Asked()):
+    monkeypatch.setattr(organism, "study", lambda **given: drawn.append(given.get("only")))
+    for asked in (
+        Asked(size="compact"),
+        Asked(short=True),
+        Asked(size="short", short=True),
+        Asked(),
+        Asked(size="full"),
+    ):
         asked.load()
-    assert drawn == [organism.DEMONSTRATED] * 3 + [None]
-    assert [Asked(short=True, size="compact").asked_size, Asked(size="compact").asked_size] == ["short", "compact"]
+    assert drawn == [organism.DEMONSTRATED] * 3 + [None] * 2
+    for size in ("compact", "full"):
+        refused = invoke("run", "--size", size, "--short")
+        assert refused.exit_code == 2 and f"--short is --size short, got --size {size} too" in refused.output
     refused = invoke("run", "--size", "tiny")
     assert refused.exit_code == 2 and "'compact'" in refused.output
 
@@ -161,6 +169,12 @@ def test_a_size_draws_what_it_uses_and_short_is_one(monkeypatch):
 def test_what_is_asked_for_by_name_stands_in_a_smaller_run(study):
     settings = Asked(size="compact", epsilons="0.03", batch_size=7).settings(study)
     assert settings == replace(RunSettings().compact(), epsilons=(0.03,), batch_size=7)
+
+
+def test_an_epsilon_that_is_given_is_not_said_to_be_another(study, caplog):
+    little = smaller(study, 20, 9)
+    assert Asked(size="short", epsilons="0.2").settings(little).epsilons == (0.2,) and "epsilon" not in caplog.text
+    assert Asked(size="short").settings(little).epsilons != (0.02,) and "epsilon" in caplog.text
 
 
 def smaller(study, calibration, fit):
@@ -204,7 +218,10 @@ def test_needs_are_told_in_numbers_all_at_once(study):
     text = str(raised.value)
     assert "epsilon 0.02 needs 49 benign prompts in each half of the split, cut by item, got 20" in text
     assert "at least 98" in text and "epsilon of 0.05 or more" in text
-    assert "rank 8 needs 9 examples in each seen modality, got {'visual': 4, 'textual': 8}" in text
+    assert (
+        "of rank 8, those of published CARE, need 9 examples in each seen modality, got {'visual': 4, 'textual': 8}"
+        in text
+    )
     one = replace(study, pairs={"word": study.pairs["wrapper"][:1]}, pair_outcomes={})
     with pytest.raises(NeedsError, match=r"'word' needs pairs of 2 items or more for intervals, got 1"):
         require_feasible(one, RunSettings())

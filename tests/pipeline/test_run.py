@@ -23,7 +23,6 @@ SETTINGS = replace(
     limit=5,
     learn_limit=None,
     rivals=RIVALS,
-    alphas=RunSettings().alphas,
     printed_rank=4,
     reader_ranks=(0,),
     candidates=1,
@@ -31,7 +30,7 @@ SETTINGS = replace(
     benign_loss=1.0,
     pgd_steps=2,
     pgd_examples=3,
-    printed_layers=4,
+    printed_layers=8,
     printed_alphas=(1.0,),
 )
 

@@ -10,6 +10,7 @@ from care_lens import organism
 from care_lens.data.study import SPLITS, StudyError
 from care_lens.pipeline import RunSettings
 from care_lens.pipeline.needs import require_feasible, shortened
+from care_lens.pipeline.report_words import part_text
 from care_lens.pipeline.settings import SIZES
 
 
@@ -53,6 +54,20 @@ def test_each_size_does_less_than_the_next():
     assert short.limit < compact.limit and short.learn_limit < compact.learn_limit and full.limit is None
     for name in ("n_boot", "pgd_steps", "pgd_examples", "fidelity"):
         assert getattr(short, name) < getattr(compact, name) < getattr(full, name), name
+
+
+@pytest.mark.parametrize("size", ["short", "compact"])
+def test_what_is_less_already_stays(size):
+    few = RunSettings(limit=3, pgd_examples=0, rivals=("published CARE",), steering=(0.4,), epsilons=(0.1,), n_boot=10)
+    got = few.sized(size)
+    assert (got.limit, got.learn_limit, got.pgd_examples, got.n_boot) == (3, 3, 0, 10)
+    assert set(got.rivals) <= {"published CARE"} and got.steering == (0.4,) and got.epsilons == (0.1,)
+
+
+def test_the_report_of_a_part_says_so():
+    assert part_text(RunSettings()) == ""
+    assert "at most 12 examples per channel in validation and test and at most 36" in part_text(RunSettings().compact())
+    assert "at most 5 examples per channel to learn" in part_text(replace(RunSettings(), learn_limit=5))
 
 
 def test_a_part_of_the_bundled_study_has_the_same_examples():
