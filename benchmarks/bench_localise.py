@@ -5,7 +5,7 @@ ranks the attention and MLP outputs of both towers; `refine` the heads or neuron
 have said: NIE, TIE, attribution (gradient, and integrated gradients), and separability by a linear probe. Chance: the mean rank of a random order. A plant has taken at a dose where it
 opens the channel for half of the test requests or more; all are listed.
 
-With --check nothing is measured anew: `planted.scorecard` is asked for the same plants and doses, and its ranks must be those of `measured/localise.csv`.
+With --check nothing is measured anew (of each plant at the doses of the file): `planted.scorecard` is asked for the same plants and doses, and its ranks must be those of `measured/localise.csv`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from care_lens.planted.localisers import ranking
 
 log = logging.getLogger("bench_localise")
 TOOK = 0.5
-MEASURED = Path(__file__).parent / "measured" / "localise_present.csv"
+MEASURED = Path(__file__).parent / "measured" / "localise.csv"
 COLUMNS = {
     "NIE alone": "NIE alone", "TIE alone": "TIE alone", "probe alone": "probe alone", "gradient alone": "gradient alone",
     "integrated alone": "integrated alone", "TransformerLens": "TransformerLens attribution patching",
@@ -122,7 +122,14 @@ def check(only: list[str] | None, short: bool) -> None:
         at = list(planted.doses(name))[-1:] if short else None
         details = planted.scorecard(plants=[name], at=at, n=24, n_boot=2, progress=False).details
         wrong.append(differing(details, measured))
-        log.info("%s: %d ranks, %d differ", name, len(details), len(wrong[-1]))
+        known = (
+            details[["plant", "dose"]]
+            .apply(tuple, axis=1)
+            .isin(list(zip(measured["plant"], measured["dose"], strict=True)))
+        )
+        log.info("%s: %d ranks compared, %d differ", name, int(known.sum()), len(wrong[-1]))
+        if not known.any():
+            raise SystemExit(f"{name} must have been measured at one of its doses, got none in {MEASURED.name}")
     found = pd.concat(wrong)
     if len(found):
         raise SystemExit(f"the scorecard must give the measured ranks, got others:\n{found.to_string(index=False)}")

@@ -235,8 +235,8 @@ shares[shares["share"] != "attacks, refused"].pivot(index="ablated", columns="sh
 #
 # - One small model and eight items of two kinds of twins. Which heads carry a refusal in another model is found by running this there, not by their numbers here.
 # - Twins that differ in a name say what a name does. They say nothing of items that are pictured or spelled.
-# - A unit that carries an effect between twins need not be where training put the behaviour, nor where it is best repaired. This was tried with a known answer, on earlier weights of this model: in ten copies a channel was opened at one place drawn beforehand. In the eight of them in which it took,
-#   the planted place came first by `localise` in 4, by the NIE alone in 8, by gradients in 7 (`benchmarks/measured/localise.csv`; see *Mediation* in the documentation). `localise` puts block 0 first where it misses, since everything that differs between twins passes there. Read the NIE beside its score.
+# - A unit that carries an effect between twins need not be where training put the behaviour, nor where it is best repaired. This was tried with a known answer: in ten copies of this model a channel was opened at one place drawn beforehand. In the eight of them in which it took,
+#   the planted place came first by `localise` in 7, by the NIE alone in 8, by gradients in 7 (`benchmarks/measured/localise.csv`; see *Mediation* in the documentation). `localise` puts block 0 first where it misses, since everything that differs between twins passes there. Read the NIE beside its score.
 # - Single units hide those that stand in for each other; exchange groups before you call a unit unnecessary.
 # - Ablation says what a behaviour needs, not where it is decided.
 

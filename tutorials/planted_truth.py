@@ -16,8 +16,8 @@
 #
 # **Question.** Many methods say where in a model an unsafe answer comes from. When the true place is known, which of them name it?
 #
-# **Answer.** None of the four methods that are tried below puts the true place first on all of four planted models whose channel opened. The gradient and TransformerLens's attribution patching miss an attention layer (ranks 22 and 14 of 24), a linear probe
-# misses eight neurons (rank 21), the size of the difference between the twins an MLP (rank 14). `localise` finds the eight neurons. Where a channel is in the vision tower, methods that look at the language tower alone are worse than chance.
+# **Answer.** None of the four methods that are tried below puts the true place first on all of four planted models whose channel opened. On four pairs each, the gradient and TransformerLens's attribution patching miss an attention layer (ranks 22 and 14 of 24; on 24 pairs they put it second), a linear probe
+# misses eight neurons (rank 21; 24 on 24 pairs), the size of the difference between the twins an MLP (rank 14). `localise` finds the eight neurons. Where a channel is in the vision tower, methods that look at the language tower alone are worse than chance.
 #
 # For researchers who localise behaviour and want to know how far to trust the method they use, or one that they have invented. About half a minute on two cores.
 #
@@ -125,7 +125,7 @@ card.plot()
 # %% [markdown]
 # Grey marks are single plants, and the dashed line is chance. The card counts the four plants that took, so `vision_0` is in the table above alone. Three methods put the place first on three of the four plants and the probe on two, and the intervals of these shares are 0.19 to 0.99 and 0.07 to 0.93. So this card does not say which method is best. It says where each of them fails:
 #
-# - The gradient puts `attention_5` at rank 22 and TransformerLens's attribution patching at 14: neither is better than chance (12.5). First is the MLP of block 7 for both. Both are gradients, and on the three other plants they give the same rank.
+# - The gradient puts `attention_5` at rank 22 and TransformerLens's attribution patching at 14: neither is better than chance (12.5). First is the MLP of block 7 for both. Both are gradients, and on the three other plants they give the same rank. This is a matter of four pairs: on 24 (the table below) both put it second.
 # - The probe puts the eight neurons of `neurons_5` at rank 21, which is worse than chance. It says where the twins can be told apart, which need not be where the answer is decided.
 # - `largest_difference` puts `mlp_1` fourteenth, behind the attention of block 5 and twelve others: how far the twins are apart at a place does not say where that began.
 # - For `vision_0`, whose channel opened for 12 % of the requests alone, the gradient and the probe name the place. TransformerLens's attribution patching and `largest_difference` look at one tower. They get rank 19, which is worse than chance (8.3), and nothing in their output warns of it: they name a place in the language tower, as always.
@@ -133,30 +133,30 @@ card.plot()
 # %% [markdown]
 # ## All ten plants
 #
-# The same at full dose with 24 pairs: rank of the planted place among 24. Quoted from `benchmarks/measured/localise.csv`, made by `benchmarks/bench_localise.py`; this notebook does not run it. The plants of the table were trained on weights of the bundled model before the present ones: their places are the same, the models are not.
+# The same at full dose with 24 pairs: rank of the planted place among 24. Quoted from `benchmarks/measured/localise.csv`, made by `benchmarks/bench_localise.py`; this notebook does not run it.
 #
 # | plant | localise | NIE alone | TIE alone | gradient | integrated gradients | probe |
 # | --- | --- | --- | --- | --- | --- | --- |
-# | mlp_1 | 2 | 1 | 2 | 1 | 1 | 2 |
+# | mlp_1 | 1 | 1 | 1 | 1 | 1 | 1 |
 # | mlp_3 | 1 | 1 | 1 | 1 | 1 | 1 |
-# | attention_5 | 1 | 1 | 4 | 1 | 2 | 5 |
-# | attention_7 | 2 | 1 | 3 | 1 | 1 | 2 |
-# | head_6_1 | 1 | 1 | 1 | 2 | 1 | 1 |
-# | head_1_4 | 4 | 1 | 4 | 1 | 1 | 1 |
-# | neurons_5 | 1 | 1 | 5 | 1 | 1 | 21 |
-# | neurons_7 | 4 | 1 | 5 | 1 | 1 | 17 |
-# | vision_0 | 1 | 1 | 1 | 1 | 1 | 1 |
-# | vision_1 | 4 | 1 | 4 | 1 | 2 | 1 |
-# | **first, of 10** | **5** | **10** | **3** | **9** | **8** | **5** |
+# | attention_5 | 1 | 1 | 1 | 2 | 1 | 2 |
+# | attention_7 | 1 | 1 | 1 | 1 | 1 | 10 |
+# | head_6_1 | 1 | 1 | 1 | 1 | 1 | 1 |
+# | head_1_4 | 1 | 1 | 1 | 1 | 1 | 1 |
+# | neurons_5 | 1 | 1 | 1 | 1 | 1 | 24 |
+# | neurons_7 | 4 | 1 | 4 | 1 | 1 | 15 |
+# | vision_0 | 1 | 2 | 2 | 1 | 3 | 1 |
+# | vision_1 | 4 | 4 | 5 | 2 | 4 | 9 |
+# | **first, of 10** | **8** | **8** | **7** | **8** | **8** | **5** |
 
 # %%
-for first in (10, 9, 8, 5, 3):
+for first in (8, 7, 5):
     share, low, high = rate_ci(first, 10)
     print(f"{first} of 10: {share:.2f} [{low:.2f}, {high:.2f}]")
 
 # %% [markdown]
-# Over all ten the NIE misses none, the gradient one, integrated gradients two, `localise` and the probe five each and the TIE seven. The exact 95 % intervals of ten of ten and of five of ten or fewer overlap too, if little, so ten plants do not settle an order. `localise` misses because block 0 is
-# necessary whatever was planted: in four of its five cases the attention of block 0 stands first, in the other an MLP of the tower (column *first* of the file). In the two vision plants of the table the channel did not take either (23 and 9 % answered), and they count here all the same.
+# Over all ten `localise`, the NIE and the two gradients miss two each, the TIE three and the probe five. All these exact 95 % intervals overlap, so ten plants do not settle an order. In the two vision plants the channel did not take (12 % answered each), and they count here all the same: of the
+# eight that took, the NIE and integrated gradients miss none, `localise`, the TIE and the gradient one each, the probe four. `localise` misses the eight neurons of block 7, where the attention of block 0 stands first: it is necessary whatever was planted above it.
 #
 # ## What this does not show
 #

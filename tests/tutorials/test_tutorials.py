@@ -16,6 +16,23 @@ SOLUTION = re.compile(r"<details>.*?</details>", re.DOTALL)
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
+#: Tutorials that learn from the whole study; what they say was measured so (`make tutorials`), and their code is tested on a part of it.
+LEARNS = ("quickstart",)
+#: The study is drawn once for all notebooks.
+STUDY = f"""
+import functools, sys
+sys.path.append({str(FOLDER.parent / "tests" / "pipeline")!r})
+import few_channels
+from care_lens import organism
+few_channels.drawn = getattr(few_channels, "drawn", None) or functools.cache(organism.study)
+organism.study = few_channels.drawn
+if {{quick}}:
+    part = few_channels.drawn().limited(12, splits=("fit", "calibration"))
+    organism.study = lambda: part
+del functools, sys, few_channels, organism
+"""
+
+
 def solutions(notebook):
     """The code of the folded solutions, in order."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -51,7 +68,7 @@ def test_the_tutorial_runs_and_so_do_the_solutions_of_its_exercises(script, tmp_
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
     # As in a new kernel: no name is left of the last notebook, and the folder is an empty one.
     fresh = f"%reset -f\nimport gc, os\ngc.collect()\nos.chdir({str(tmp_path)!r})\ndel gc, os"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(fresh))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"{fresh}\n{STUDY.format(quick=script.stem in LEARNS)}"))
     # Beside other workers on the same cores, threads of a kernel wait for each other longer than they work.
     threads = f"set_num_threads({os.environ.get('OMP_NUM_THREADS', 2)})"
     for cell in notebook.cells:
