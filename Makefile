@@ -44,10 +44,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) $(if $(filter --short --size%,$(ARGS)),,--size $(SIZE)) $(ARGS)
 
-# Types and documentation take a thread each, the tests two.
+# Types and documentation take a thread each, the tests two: side by side no core waits.
 test: lint
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target types docs
-	@$(MAKE) --no-print-directory pytest
+	@$(MAKE) --no-print-directory --jobs=3 types docs pytest
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
