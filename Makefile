@@ -8,6 +8,9 @@ READY := $(VENV)/.ready
 
 MODEL ?= bundled
 SIZE ?= compact
+ifneq ($(filter --short,$(ARGS)),)
+SIZE := short
+endif
 # A folder for each size: a run goes on where one of the same settings was stopped.
 OUT ?= results/demo$(if $(filter-out compact,$(SIZE)),-$(SIZE))
 ARGS ?=
@@ -23,8 +26,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help install demo test lint types pytest tutorials docs bench format clean
 
 help:
-	@echo "make demo      diagnose, learn, repair and evaluate the bundled model; report in $(OUT)/report.html"
-	@echo "               (OUT=dir, MODEL=name-or-directory, SIZE=short, compact or full)"
+	@echo "make demo      diagnose, learn, repair and evaluate the bundled model; report in OUT/report.html"
+	@echo "               (OUT=dir, MODEL=name-or-directory; SIZE=short, compact (3 minutes on two cores) or full (20))"
 	@echo "make test      format, lint, types, tests (the tutorials among them), documentation"
 	@echo "make bench     the measurements in benchmarks/"
 	@echo "make docs      the documentation, in docs/_build/html"
@@ -42,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) $(if $(filter --short --size%,$(ARGS)),,--size $(SIZE)) $(ARGS)
+	$(BIN)/care-lens run --model $(MODEL) --out $(OUT) --size $(SIZE) $(ARGS)
 
 # Types and documentation take a thread each, the tests two: side by side no core waits.
 test: lint

@@ -57,7 +57,7 @@ def figure() -> go.Figure:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "asr.png"
-        save_figure(figure(), drawn, columns=1)
+        save_figure(figure(), drawn, columns=2)
         told = PngImagePlugin.PngInfo()
         told.add_text("rows", digest())
         with Image.open(drawn) as picture:

@@ -28,7 +28,7 @@ _made = functools.cache(organism.study)
 @functools.wraps(organism.study)
 def one_study(*, seed: int = 0, per_item: int = 1, only: Collection[str] | None = None):
     """The bundled model's study, made once in a process: it is frozen, and drawing its 6,000 pictures takes as long as many a test."""
-    return _made(seed=seed, per_item=per_item, only=None if only is None else tuple(only))
+    return _made(seed=seed, per_item=per_item, only=only if only is None or isinstance(only, str) else tuple(only))
 
 
 organism.study = one_study

@@ -14,8 +14,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from care_lens.cli import loading
 from care_lens.cli.early import require_defences, require_one_process, require_processes
 from care_lens.cli.options import (
@@ -96,13 +94,11 @@ class Asked:
 
     @property
     def asked_size(self) -> "Size":
-        """How much is done; `--short` says so too."""
+        """How much is done; `--short` goes before `--size`."""
         return "short" if self.short else self.size or "full"
 
     def refuse(self) -> None:
         """Tell what is wrong in the options before torch and the rest are imported."""
-        if self.short and self.size not in (None, "short"):
-            raise typer.BadParameter(f"--short is --size short, got --size {self.size} too; give one of them")
         loading.checked_numbers(self.epsilons, self.ranks)
         where = {name: getattr(self, name) for name in _MODEL}
         loading.refuse(self.model, data=self.data, judge=self.judge, out=self.out, **where)

@@ -164,10 +164,13 @@ def take_config(context: Any, path: Path | None) -> Path | None:
             continue
         name = names.get(key) or names.get(key.replace("-", "_"))
         if name is None or name == "config":
-            known = sorted(flag.lstrip("-") for option in options.values() for flag in option.opts if flag[:2] == "--")
+            flags = [flag for option in options.values() for flag in (*option.opts, *option.secondary_opts)]
+            known = sorted({flag.lstrip("-") for flag in flags if flag[:2] == "--"} - {"config", "help"})
             raise typer.BadParameter(f"{path} must name options of the command, some of {known}, got {key!r}")
         many = getattr(options[name], "multiple", False) or getattr(options[name], "nargs", 1) == -1
         listed = isinstance(value, (list, tuple))
         given[name] = ",".join(map(str, value)) if listed and not many else value
+    if given.pop("short", False) and "size" in options:
+        given["size"] = "short"  # so that --size on the command line goes before it
     context.default_map = {**(context.default_map or {}), **given}
     return path

@@ -67,7 +67,8 @@ def tune_defence(
         progress: Whether to show a progress bar.
 
     Returns:
-        The candidate, and what it reached: "asr", "benign_before", "benign_after", and the number of "candidates".
+        The candidate, and what it reached: "asr", "benign_before", "benign_after", the number of "candidates", and whether it kept
+        benign accuracy ("within").
 
     Raises:
         ValueError: If there are no candidates, attacks or benign prompts, or no answer of the undefended model has a verdict.
@@ -124,7 +125,14 @@ def tune_defence(
             rest.append((late, asr, 0.0 if isnan(after) else after, defence))
         found = max(enumerate(rest), key=lambda row: (not row[1][0], row[1][2] - row[1][1], row[0]))[1][1:]
     asr, after, defence = found
-    return defence, {"asr": asr, "benign_before": before, "benign_after": after, "candidates": len(tried)}
+    within = within_loss(after, before, benign_loss)
+    return defence, {
+        "asr": asr,
+        "benign_before": before,
+        "benign_after": after,
+        "candidates": len(tried),
+        "within": within,
+    }
 
 
 def _parts(examples: Sequence[Example], first: Sequence[Example], size: int) -> list[list[Example]]:

@@ -80,7 +80,7 @@ def reader_layers(places: Mapping[str, Localisation], n_layers: int, *, score: f
                 f"no place reaches {score:g}, the first is {chosen['mediator'].iloc[0]} ({chosen['score'].iloc[0]:.2f})"
             )
         if chosen["layer"].max() > every[-1]:
-            why += f"; block {every[-1]} stands for the last, above which nothing could be written"
+            why += f"; block {every[-1]} stands for the last: a reader after that would have no later place to write at"
         reasons.append(f"{name}: {why}")
         found |= {min(int(layer), every[-1]) for layer in chosen["layer"]}
     if not found:

@@ -12,7 +12,7 @@ import torch
 
 from care_lens.core.outcome import ResponseLogProb, UnsafeMargin
 from care_lens.core.progress import Steps
-from care_lens.data.study import SPLITS, Modality, Split, Study
+from care_lens.data.study import SPLITS, Modality, Split, Study, StudyError
 from care_lens.organism import channels, tasks
 from care_lens.organism.build import untrained, vocabulary
 from care_lens.organism.channels import (
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 
+COUNTERPART = "benign plain"
 #: Channels of `study` that a short or compact run works on: what the fit sees, some attacks that it does not, some harmless requests of every sort.
 DEMONSTRATED = (
     "plain", "typographic", "wrapper", "spelled",
@@ -100,6 +101,17 @@ def outcome() -> UnsafeMargin:
 SEEN: dict[Modality, tuple[str, ...]] = {"visual": ("typographic",), "textual": ("wrapper", "spelled")}
 
 
+def _require_channels(only: Collection[str], known: Collection[str]) -> None:
+    """Refuse channels that there are not, and a choice without those that a study of the world must have."""
+    if isinstance(only, str):
+        raise TypeError(f"only must be a collection of channels, got the text {only!r}; give ({only!r},)")
+    if unknown := [channel for channel in only if channel not in known]:
+        raise ValueError(f"only must name channels out of {list(known)}, got {unknown}")
+    needed = ("plain", *(c for seen in SEEN.values() for c in seen), COUNTERPART)
+    if lacking := [channel for channel in needed if channel not in only]:
+        raise StudyError(f"only must hold {list(needed)}, got none of {lacking}; add them")
+
+
 def study(*, seed: int = 0, per_item: int = 1, only: Collection[str] | None = None) -> Study:
     """The example sets of the bundled model: every channel in every split, one example a noun.
 
@@ -113,12 +125,13 @@ def study(*, seed: int = 0, per_item: int = 1, only: Collection[str] | None = No
 
     Raises:
         ValueError: if a channel is unknown.
-        StudyError: if the plain, a seen channel or "benign plain" is not among them.
+        StudyError: if the plain channel, a seen one or "benign plain" is not among them.
     """
     suites: dict = {split: {} for split in SPLITS}
     benign = channels.BENIGN | channels.HARD_BENIGN
-    if unknown := sorted({*(only or ())} - {*benign, *channels.ATTACKS}):
-        raise ValueError(f"only must name channels out of {[*benign, *channels.ATTACKS]}, got {unknown}")
+    every = benign | channels.ATTACKS
+    if only is not None:
+        _require_channels(only, every)
     sets: list[tuple[Split, str]] = [
         (split, c)
         for split in SPLITS
@@ -140,7 +153,8 @@ def study(*, seed: int = 0, per_item: int = 1, only: Collection[str] | None = No
         | {"picture": picture_pairs("fit", seed=seed)},
         pair_outcomes={"picture": ResponseLogProb()},
         gradient=tuple(gradient_bases(seed=seed)),
-        counterpart="benign plain",
-        about="A small LLaVA model trained from nothing in a closed world of made-up nouns; safety tuning taught it to refuse plain text requests only.",
+        counterpart=COUNTERPART,
+        about="A small LLaVA model trained from nothing in a closed world of made-up nouns; safety tuning taught it to refuse plain text requests only."
+        + ("" if only is None else f" {len(suites['test'])} of its {len(every)} channels."),
         meanings=channels.MEANINGS,
     )

@@ -215,7 +215,9 @@ def prove(
         defences: dict[str, Repair | None] = {UNDEFENDED: None}
         tuned: list[tuple[Repair, dict[str, object]]] = []
         left_out |= {
-            rival: "it is not among the rivals of this run" for rival in RIVALS if rival not in settings.rivals
+            rival: "the settings of this run leave it out, as smaller sizes do"
+            for rival in RIVALS
+            if rival not in settings.rivals
         }
         if "refusal direction" in settings.rivals:
             direction = kept_direction(lvlm, study, settings, stage)

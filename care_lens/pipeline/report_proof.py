@@ -40,8 +40,8 @@ refuses. In per cent, with 95 % intervals ({html.escape(kinds)}).</p>
 {made.by_channel(frame, "accuracy", made.benign, caption="Right answers by benign channel: higher is better.")}
 {fold("Attack success and right answers, as a figure", made.drawn("asr", "defences by channels"))}
 {made.drawn("tradeoff", "safety against utility")}
-<h3>How the baselines were chosen</h3><p>On validation, by the repair's own rule.</p><ul>{rivals}{left_out}</ul>
-<h3>Random writers</h3><p>{run.settings.random_seeds} draws of equal rank and edit norm behind the same gates.</p>
+<h3>How the baselines were chosen</h3><p>On validation: least attack success among the settings that lose no more right answers than the repair may.</p><ul>{rivals}{left_out}</ul>
+<h3>Random writers</h3><p>Draws: {run.settings.random_seeds}, of equal rank and edit norm behind the same gates.</p>
 {made.by_channel(run.proof.random.frame, "asr", made.seen, caption="Attack success in per cent [95 %].")}
 <h3>Gradient attack that sees the repair</h3>{adaptive}
 <h3>Over-refusal</h3>

@@ -113,6 +113,8 @@ def tuned_text(record: Mapping[str, Any]) -> str:
             f"; on validation, attack success {per_cent(reached['asr'])}, right answers {per_cent(reached['benign_before'])} "
             f"before and {per_cent(reached['benign_after'])} after; {reached['candidates']} settings tried"
         )
+        if not reached.get("within", True):
+            told += "; NO setting kept right answers as the repair must: it is the one with the largest sum of attacks stopped and right answers"
     return told
 
 

@@ -70,16 +70,16 @@ class Stage:
         if not path.exists():
             if found := sorted(part.name for part in self.directory.glob("*") if not part.name.startswith(".")):
                 raise ArtifactError(
-                    f"{self.directory.name} must be empty or hold {path.name} of the same settings, got {found[0]} and none; choose "
-                    "another --out or remove that folder"
+                    f"{self.directory} must be empty or hold {path.name} of the same settings, got {found[0]} and none; give another folder "
+                    f"(--out; OUT= of make) or remove {self.directory.parent}"
                 )
             save_artifact(self.directory, "settings", kind=_KIND, schema=1, data={}, content={"of": ours})
             return
         theirs = load_artifact(self.directory, "settings", kind=_KIND, schema=1)[1]["of"]
         if differ := differing(ours, theirs):
             raise ArtifactError(
-                f"{self.directory.name} must be empty or of the same settings, got others in {differ}; choose another --out or "
-                "remove that folder"
+                f"{self.directory.parent} must be empty or hold a run of the same settings, got others in {differ}; give another folder (--out; "
+                f"OUT= of make) or remove {self.directory.parent}"
             )
 
     def __enter__(self) -> "Stage":

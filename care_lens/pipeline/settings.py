@@ -92,6 +92,13 @@ class RunSettings:
     system: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("limit", "learn_limit"):
+            n = getattr(self, name)
+            if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+                raise ValueError(f"{name} must be a whole number of 1 or more, or None for all, got {n!r}")
+        for name in ("epsilons", "alphas", "reader_ranks", "printed_alphas", "steering", "rivals"):
+            if isinstance(getattr(self, name), (str, int, float)):
+                raise TypeError(f"{name} must be a tuple, got {getattr(self, name)!r}; give ({getattr(self, name)!r},)")
         _ = self.generation  # refuses what contradicts itself
         for name in ("epsilons", "alphas", "reader_ranks", "printed_alphas", "steering"):
             if not getattr(self, name):

@@ -159,11 +159,7 @@ def test_a_size_draws_what_it_uses_and_short_is_one(monkeypatch):
     ):
         asked.load()
     assert drawn == [organism.DEMONSTRATED] * 3 + [None] * 2
-    for size in ("compact", "full"):
-        refused = invoke("run", "--size", size, "--short")
-        assert refused.exit_code == 2 and f"--short is --size short, got --size {size} too" in refused.output
-    refused = invoke("run", "--size", "tiny")
-    assert refused.exit_code == 2 and "'compact'" in refused.output
+    assert Asked(short=True, size="compact").asked_size == "short"
 
 
 def test_what_is_asked_for_by_name_stands_in_a_smaller_run(study):

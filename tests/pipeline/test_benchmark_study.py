@@ -82,7 +82,7 @@ def test_three_benchmarks_run_to_a_report(family, tmp_path, monkeypatch):
     assert ran.exit_code == 0, ran.output
     page = (out / "report.html").read_text()
     assert written["about"][:60] in page and "mmsafetybench SD" in page and "The undefended model refuses" in page
-    assert "published CARE is not there: it is not among the rivals of this run" in page
+    assert "published CARE is not there: the settings of this run leave it out" in page
 
     def stops(*_, **__):
         raise NoCandidateError("a repair must keep benign accuracy within 3%, got at best 1.0%")

@@ -84,5 +84,21 @@ def test_a_part_of_the_bundled_study_has_the_same_examples():
 def test_channels_that_there_are_not_and_that_a_study_needs():
     with pytest.raises(ValueError, match=r"only must name channels out of .*, got \['typographical'\]"):
         organism.study(only=["plain", "typographical"])
-    with pytest.raises(StudyError, match="seen channels must have examples in the fit split, got none for"):
+    with pytest.raises(StudyError, match=r"only must hold .*, got none of \['typographic', 'wrapper', 'spelled'\]"):
         organism.study(only=["plain", "benign plain"])
+    with unchecked(), pytest.raises(TypeError, match="only must be a collection of channels, got the text 'plain'"):
+        organism.study(only="plain")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"limit": 0}, "limit must be a whole number of 1 or more, or None for all, got 0"),
+        ({"learn_limit": "3"}, "learn_limit must be a whole number of 1 or more"),
+        ({"epsilons": 0.05}, r"epsilons must be a tuple, got 0.05; give \(0.05,\)"),
+        ({"rivals": "published CARE"}, "rivals must be a tuple, got 'published CARE'"),
+    ],
+)
+def test_a_wrong_setting_is_told_by_its_name(wrong, said):
+    with unchecked(), pytest.raises((TypeError, ValueError), match=said):
+        RunSettings(**wrong)
