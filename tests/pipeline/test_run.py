@@ -22,7 +22,9 @@ SETTINGS = replace(
     RunSettings().short(),
     limit=5,
     learn_limit=None,
-    rivals=RIVALS,
+    rivals=RIVALS[1:],  # the refusal direction of a run is that of test_rivals
+    pairs=3,
+    ablated=2,
     printed_rank=4,
     reader_ranks=(0,),
     candidates=1,
