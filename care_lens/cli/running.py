@@ -25,6 +25,7 @@ def run(asked: Asked) -> None:
     from care_lens.core.errors import ArtifactError
     from care_lens.pipeline import run, write_report
     from care_lens.pipeline.headline import headlines
+    from care_lens.pipeline.report_words import part_said
     from care_lens.pipeline.stopped import STOPS, write_stopped_report
 
     lvlm, study = asked.load()
@@ -46,6 +47,8 @@ def run(asked: Asked) -> None:
     for name, both in headlines(result).items():
         table.add_row(name, *map(str, both))
     base.console.print(table)
+    if said := part_said(settings):
+        base.console.print(said)
     base.console.print(f"report: {page}   ({sum(result.seconds.values()):.0f} s)")
 
 
@@ -130,6 +133,7 @@ def evaluate(
     from care_lens.core.files import in_use, swept, write_whole
     from care_lens.core.processes import Process
     from care_lens.evaluation import evaluate_sharded as step
+    from care_lens.pipeline.report_words import part_said
     from care_lens.pipeline.saved import UNDEFENDED, read_defences
 
     read = read_defences(defences)
@@ -158,6 +162,7 @@ def evaluate(
     with in_use(asked.out):
         swept(asked.out, inside=False)  # what a kill has left
     table.save(asked.out, "evaluate")
-    text = "\n".join(table.to_markdown(metrics=(metric,)) for metric in ("asr", "accuracy"))
+    parts = [table.to_markdown(metrics=(metric,)) for metric in ("asr", "accuracy")]
+    text = "\n".join([*parts, *filter(None, [part_said(settings)])])
     write_whole(asked.out / "evaluate.md", text)
     base.console.print(text, markup=False, soft_wrap=True)

@@ -179,14 +179,18 @@ def fold(title: str, body: str, *, opened: bool = False) -> str:
     return f"<details{' open' if opened else ''}><summary>{html.escape(title)}</summary>\n{body}\n</details>"
 
 
-def part_text(settings: RunSettings) -> str:
-    """That a run is of a part of its study, in a paragraph for the report; nothing where it is of all."""
+def part_said(settings: RunSettings) -> str:
+    """That a run is of a part of its study, in a sentence; nothing where it is of all."""
     learned = settings.limit if settings.learn_limit is None else settings.learn_limit
     said = [
         f"at most {limit} examples per channel {where}"
         for limit, where in ((settings.limit, "in validation and test"), (learned, "to learn and calibrate from"))
         if limit is not None
     ]
-    return (
-        f"<p><b>A run on a part of its study, with {' and '.join(said)}: not figures to quote.</b></p>" if said else ""
-    )
+    return f"A run on a part of its study, with {' and '.join(said)}: not figures to quote." if said else ""
+
+
+def part_text(settings: RunSettings) -> str:
+    """:func:`part_said` as a paragraph of the report."""
+    said = part_said(settings)
+    return f"<p><b>{said}</b></p>" if said else ""

@@ -80,6 +80,7 @@ def test_three_benchmarks_run_to_a_report(family, tmp_path, monkeypatch):
     asked = ("run", "--study", folder, "--short", "--out", out, *common, "--max-new-tokens", 4)
     ran = invoke(*asked)
     assert ran.exit_code == 0, ran.output
+    assert "A run on a part of its study, with at most 8 examples" in " ".join(ran.output.split())
     page = (out / "report.html").read_text()
     assert written["about"][:60] in page and "mmsafetybench SD" in page and "The undefended model refuses" in page
     assert "published CARE is not there: the settings of this run leave it out" in page
