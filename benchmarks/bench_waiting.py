@@ -7,12 +7,12 @@ with one and with two threads of OpenBLAS, whose waiting no variable of OpenMP c
 """
 
 import argparse
-import json
 import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from own_process import measured
 
 log = logging.getLogger("bench_waiting")
 WORK = """
@@ -55,15 +55,9 @@ VARIANTS = (
 )
 
 
-def measured(
-    threads: int, policy: str | None, rounds: int, memory: str = "default", work: str = WORK
-) -> dict[str, float]:
+def timed(threads: int, policy: str | None, rounds: int, memory: str = "default", work: str = WORK) -> dict[str, float]:
     """Wall and processor seconds of a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])} | ({"OMP_WAIT_POLICY": policy} if policy else {})
-    command = [sys.executable, "-W", "ignore", "-c", work, str(threads), str(rounds), memory]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured(work, threads, rounds, memory, policy=policy)
 
 
 def main() -> None:
@@ -76,16 +70,16 @@ def main() -> None:
     for busy in (0, 1):
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
         try:
-            one = measured(1, None, 1 if options.short else 3)
+            one = timed(1, None, 1 if options.short else 3)
             for threads, policy, memory in VARIANTS:
                 rounds = 1 if options.short else 3
-                found = one if (threads, memory) == (1, "default") else measured(threads, policy, rounds, memory)
+                found = one if (threads, memory) == (1, "default") else timed(threads, policy, rounds, memory)
                 ratios = tuple(found[what] / one[what] for what in ("wall", "cpu"))
                 log.info(
                     "%d busy beside it, %d threads, %-8s memory %-8s wall %6.1f s (x %.2f), processor %6.1f s (x %.2f)",
                     busy, threads, policy or "default", memory, found["wall"], ratios[0], found["cpu"], ratios[1],
                 )  # fmt: skip
-            one, two = (measured(threads, "PASSIVE", 1 if options.short else 3, work=FIT) for threads in (1, 2))
+            one, two = (timed(threads, "PASSIVE", 1 if options.short else 3, work=FIT) for threads in (1, 2))
             log.info(
                 "%d busy beside it, fit with two threads of OpenBLAS: wall %.1f s (x %.2f), processor %.1f s (x %.2f)",
                 busy, two["wall"], two["wall"] / one["wall"], two["cpu"], two["cpu"] / one["cpu"],

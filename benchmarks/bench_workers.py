@@ -6,13 +6,11 @@ Printed are wall seconds and their ratio, which holds for the machine's number o
 """
 
 import argparse
-import json
 import logging
 import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
+
+from own_process import measured
 
 log = logging.getLogger("bench_workers")
 WORK = """
@@ -35,17 +33,6 @@ print(json.dumps({"wall": wall, "n": len(rows), "answers": hashlib.sha256(repr(s
 """
 
 
-def measured(workers: int, threads: int, n: int) -> dict[str, object]:
-    """Wall seconds of a process of its own, and a digest of its answers."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(Path(__file__).parents[1])}
-    environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, "-W", "ignore", "-c", WORK, str(workers), str(threads), str(n)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the measured process must end well, got:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,8 +43,10 @@ def main() -> None:
     log.info("%d cores, load %.1f before", cores, os.getloadavg()[0])
     ratios = []
     for _ in range(1 if options.short else 3):
-        several, one = (measured(*both, 64 if options.short else 416) for both in ((cores, 1), (1, cores)))
-        ratios.append(float(str(one["wall"])) / float(str(several["wall"])))
+        several, one = (
+            measured(WORK, *both, 64 if options.short else 416, policy="PASSIVE") for both in ((cores, 1), (1, cores))
+        )
+        ratios.append(one["wall"] / several["wall"])
         log.info(
             "%s answers: %d processes %.1f s, one process of %d threads %.1f s: %.2f times as fast, answers %s",
             one["n"], cores, several["wall"], cores, one["wall"], ratios[-1],

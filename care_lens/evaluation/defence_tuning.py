@@ -114,6 +114,7 @@ def tune_defence(
 
     order = sorted(tried, key=lambda row: row[:2])  # so the first that keeps benign answers is the best
     found = next(((asr, after, one) for _, asr, one in order if (after := kept(one)) is not None), None)
+    within = found is not None
     if found is None:
         rest: list[tuple[bool, float, float, Repair]] = []
         for late, asr, defence in order:
@@ -125,7 +126,6 @@ def tune_defence(
             rest.append((late, asr, 0.0 if isnan(after) else after, defence))
         found = max(enumerate(rest), key=lambda row: (not row[1][0], row[1][2] - row[1][1], row[0]))[1][1:]
     asr, after, defence = found
-    within = within_loss(after, before, benign_loss)
     return defence, {
         "asr": asr,
         "benign_before": before,

@@ -135,7 +135,7 @@ def study(*, seed: int = 0, per_item: int = 1, only: Collection[str] | None = No
     sets: list[tuple[Split, str]] = [
         (split, c)
         for split in SPLITS
-        for c in (benign if split == "calibration" else benign | channels.ATTACKS)
+        for c in (benign if split == "calibration" else every)
         if only is None or c in only
     ]
     with Steps(sets, desc="drawing pictures") as steps:

@@ -148,7 +148,9 @@ class RunSettings:
         """
         if size not in SIZES:
             raise ValueError(f"size must be one of {list(SIZES)}, got {size!r}")
-        return {"short": self.short, "compact": self.compact}.get(size, lambda: self)()
+        if size == "full":
+            return self
+        return self.short() if size == "short" else self.compact()
 
     def compact(self) -> "RunSettings":
         """For a demonstration: every step and control on few examples a channel, one rival fewer, and fewer settings tried; wide intervals.
@@ -175,14 +177,14 @@ class RunSettings:
             alphas=self.alphas[:1],
             printed_alphas=self.printed_alphas[-1:],
             rivals=tuple(rival for rival in self.rivals if rival != "refusal direction"),
-            steering=self.steering[len(self.steering) // 2 :][:1],
+            steering=(self.steering[len(self.steering) // 2],),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values; settings of generation and `learn_limit` are left out where they are not given."""
+        """JSON-able values; settings that records of earlier versions do not have are left out where they are not given."""
         held = json.loads(json.dumps(asdict(self)))
-        absent = (*_GENERATION, "learn_limit")
-        return {name: value for name, value in held.items() if name not in absent or value is not None}
+        absent = {**dict.fromkeys((*_GENERATION, "learn_limit")), "rivals": list(RIVALS)}
+        return {name: value for name, value in held.items() if name not in absent or value != absent[name]}
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from zoo.tiny import make_llava
 
 from care_lens import __version__, cli
+from care_lens.cli.asked import Asked
 from care_lens.core import Example, UnsafeMargin
 from care_lens.data import Study
 from care_lens.evaluation import GenerationSettings, SubstringRefusalJudge
@@ -85,7 +86,9 @@ def test_settings_of_generation_epsilons_and_ranks_reach_the_run(asked, tmp_path
 def test_records_of_runs_without_them_are_as_before():
     """So that a folder of an earlier version goes on."""
     told = RunSettings().to_dict()
-    assert not {"do_sample", "temperature", "top_p", "top_k", "system", "min_new_tokens"} & {*told}
+    later = {"do_sample", "temperature", "top_p", "top_k", "system", "min_new_tokens", "learn_limit", "rivals"}
+    assert not later & {*told} and len(told) == len(RunSettings.names()) - len(later)
+    assert RunSettings(rivals=()).to_dict()["rivals"] == []
     assert "do_sample" in RunSettings(do_sample=False).to_dict()
     with pytest.raises(GenerationOptionError, match="temperature must be above 0"):
         RunSettings(temperature=0)
@@ -168,3 +171,24 @@ def test_small_models_answer_in_a_process_a_core(monkeypatch, asked, parameters,
     monkeypatch.setattr(options, "_cores", lambda: 64)
     with options.Asked().answering(SimpleNamespace(hf_model=torch.nn.Linear(1, 1))):
         assert workers() == 8
+
+
+@pytest.mark.parametrize(
+    ("written", "typed", "size"),
+    [
+        ("short: true", (), "short"), ("short: true", ("--size", "compact"), "compact"), ("size: compact", (), "compact"),
+        ("size: compact", ("--short",), "short"), ("size: short", ("--size", "full"), "full"), ("seed: 1", (), "full"),
+    ],
+)  # fmt: skip
+def test_a_size_on_the_command_line_goes_before_that_of_the_file(written, typed, size, tmp_path, monkeypatch):
+    path = tmp_path / "asked.yaml"
+    path.write_text(written)
+    seen = []
+
+    def stops(asked):
+        seen.append(asked.asked_size)
+        raise NeedsError("stop here")
+
+    monkeypatch.setattr(Asked, "load", stops)
+    invoke("run", "--config", path, *typed)
+    assert seen == [size]

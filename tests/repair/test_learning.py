@@ -40,6 +40,8 @@ from care_lens.repair import (
     token_rows,
     writer_rows,
 )
+from care_lens.repair import rows as rows_module
+from care_lens.repair.rows import rows_beside
 
 SITE = Site("language", 2, "hook_resid_post")
 
@@ -176,6 +178,18 @@ def test_the_parts_make_what_the_one_call_makes(bundled, study, rows, comparing_
     )
     assert torch.equal(control.visual[0].writer.write, whole.visual[0].writer.write)
     assert not torch.equal(control.visual[0].reader.direction, whole.visual[0].reader.direction)
+
+
+def test_rows_of_calibration_prompts_are_read_once_and_anew_where_something_acts(bundled, study, rows, monkeypatch):
+    few = study.benign("calibration")[:3]
+    first = rows_beside(rows, bundled, few, tokens=2, progress=False)
+    plain = token_rows(bundled, few, residual_sites(bundled), tokens=2, progress=False)
+    assert torch.equal(first.at(SITE, 0), plain.at(SITE, 0))
+    with bundled.hooks([(str(SITE), lambda activation, hook: activation + 1.0)]):
+        acted = rows_beside(rows, bundled, few, tokens=2, progress=False)
+    assert torch.allclose(acted.at(SITE, 0), plain.at(SITE, 0) + 1.0, atol=1e-5)
+    monkeypatch.setattr(rows_module, "token_rows", lambda *_, **__: pytest.fail("they are kept"))
+    assert rows_beside(rows, bundled, few, tokens=2, progress=False) is first
 
 
 def test_repairs_calibrated_together_are_those_calibrated_one_by_one(bundled, study, rows, comparing_held, monkeypatch):
