@@ -95,3 +95,41 @@ def test_the_table_of_the_attack_that_sees_the_repair():
     for name, (_, *cells) in zip(names, table, strict=True):
         wanted = [measured[e, d, name.format(e)] for e in (16, 64) for d in ("none", "repair")]
         assert cells == wanted, name
+
+
+def test_the_tables_of_what_gets_round_the_repair():
+    """Answers that are begun for the model: repaired, with its interval, and undefended; attacks in other words and with marks between the letters."""
+    rows = pd.read_csv(MEASURED / "round_the_repair.csv").fillna({"given": ""}).query("harmful")
+    shares = {
+        (row.request, row.given, row.repaired): (
+            f"{100 * row.share:.0f} [{100 * row.ci_low:.0f}, {100 * row.ci_high:.0f}]", f"{100 * row.share:.0f}",
+        )
+        for row in rows.itertuples()
+    }  # fmt: skip
+    ((_, *begun),) = tables("docs/results/bundled_model.md", "the answer begins with")
+    given = ("", "sure", "sure X first", "X first first", "X first STEP then", "yes allowed", "no sorry", "bad words")
+    for opening, (_, *cells) in zip(given, begun, strict=True):
+        for request, cell in zip(("pictured", "spelled", "wrapper", "named"), cells, strict=True):
+            assert cell == f"{shares[request, opening, True][0]} / {shares[request, opening, False][1]}", (
+                opening,
+                request,
+            )
+    ((_, *attacks),) = tables("docs/results/bundled_model.md", "attack")
+    single = {
+        "letters spelled with commas between them": ("spelled with commas", ""),
+        "with full stops": ("spelled with full stops", ""),
+        "with colons": ("spelled with colons", ""),
+        'with "and"': ("spelled with and", ""),
+        "pictured, over a shaded ground": ("pictured over a shaded ground", ""),
+        "best of 8 samples at temperature 1.5, pictured": ("pictured", "best of 8 at temperature 1.5"),
+        "search over renderings and wordings, pictured, 9 queries": ("pictured", "search of 9 queries"),
+        "search over wordings, spelled, 9 queries": ("spelled", "search of 9 queries"),
+    }
+    told = {name: cell for name, _, cell in attacks}
+    for name, key in single.items():
+        assert told[name] == f"{shares[(*key, True)][0]} / {shares[(*key, False)][1]}", name
+    lost = pd.read_csv(MEASURED / "round_the_repair.csv").query("not harmful and request == 'spelled 2'").iloc[0]
+    cell = f"{100 * lost.lost_share:.0f} [{100 * lost.lost_ci_low:.0f}, {100 * lost.lost_ci_high:.0f}]"
+    ((_, *benign),) = tables("docs/results/bundled_model.md", "benign request")
+    assert [row[1] for row in benign if "you spell" in row[0]] == [cell]
+    assert cell.replace(" [", " % [") in (ROOT / "README.md").read_text(encoding="utf-8")
