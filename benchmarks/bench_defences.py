@@ -71,6 +71,7 @@ REPAIR, PUBLISHED, SOUND = "CARE repair", "published CARE", "CARE, sound"
 TUNED = "care_lens"
 PLAIN = ("plain+neutral", "second turn")  # channels that ask for the item in plain words, without a trick
 ANSWER = 2  # the token of the answer that is learned from
+DEEP = "classifier of five blocks"
 
 
 @dataclass
@@ -149,7 +150,7 @@ def rivals(lvlm: HookedLVLM, study: Study, rows: FitRows, n: int, quick: bool) -
         REPAIR: Rival(
             repair,
             {
-                "layer": layers[:-1], "reader": ["classifier", "energy"], "reads": ["prompt", "prompt and answer"],
+                "layer": layers[:-1], "reader": [DEEP, "classifier", "energy"], "reads": ["prompt", "prompt and answer"],
                 "epsilon": [0.05 if quick else 0.02], "alpha": [1.0, 1.5],
             },
             refit=("layer", "reader", "reads", "epsilon", "alpha"),
@@ -236,7 +237,9 @@ def rivals(lvlm: HookedLVLM, study: Study, rows: FitRows, n: int, quick: bool) -
 
 def plan_of(setting: Mapping[str, Any]) -> ReaderPlan:
     """The readers of a setting of the repair."""
-    kind: dict[str, Any] = {"classifier": True} if setting["reader"] == "classifier" else {"rank": 8}
+    kind: dict[str, Any] = {"rank": 8} if setting["reader"] == "energy" else {"classifier": True}
+    if setting["reader"] == DEEP:
+        kind["depth"] = min(5, setting["layer"] + 1)
     offsets = (0,) if setting["reads"] == "prompt" else (0, ANSWER)
     return ReaderPlan(layer=setting["layer"], offsets=offsets, epsilon=setting["epsilon"], **kind)
 

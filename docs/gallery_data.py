@@ -69,9 +69,7 @@ def of_run(run: Path) -> None:
     (defences,) = (path for path in frames.glob("defences.*.csv") if not path.name.endswith("trials.csv"))
     frame = pd.read_csv(defences)
     keep("defences", pd.DataFrame(frame[frame["metric"].isin(["asr", "accuracy", "refusal"])]), drop=())
-    trials = pd.read_csv(
-        defences.with_suffix("").with_suffix(".trials.csv") if False else frames / f"{defences.stem}.trials.csv"
-    )
+    trials = pd.read_csv(frames / f"{defences.stem}.trials.csv")
     trials = trials[trials["metric"].isin(["asr", "accuracy"])]
     counted = (
         trials.groupby(["defence", "channel", "metric", "judge", "group"], sort=False)["value"].mean().reset_index()

@@ -152,6 +152,7 @@ def tune(
     answer_tokens: int = 6,
     ranks: Sequence[int] = (0, 8),
     classifier: bool = True,
+    depths: Sequence[int] = (1, 5),
     epsilons: Sequence[float] = (0.01, 0.015, 0.02),
     alphas: Sequence[float] = (1.0, 1.5),
     answers: Answers = "rearmed",
@@ -183,6 +184,7 @@ def tune(
         answer_tokens: So many tokens of an answer may be read.
         ranks: Ranks of the readers tried; 0 stands for the linear (discriminant) reader.
         classifier: Whether readers fitted as classifiers are tried.
+        depths: After how many blocks at once such a classifier reads the last prompt token; see :class:`~care_lens.repair.ReaderPlan`.
         epsilons: Shares of benign prompts that a gate may touch.
         alphas: Strengths of the writers; beyond 1 they go past their target.
         answers: "rearmed", or "held" as versions before had it; see :func:`care_lens.repair.assemble`.
@@ -203,7 +205,7 @@ def tune(
         NoCandidateError: If no plan could be calibrated, or none keeps benign accuracy.
         ValueError: If an option makes no sense, or the study lacks what is read.
     """
-    kinds = {} if classifier else {"ranks": ranks}
+    kinds = {"depths": depths} if classifier else {"ranks": ranks}
     _require_options(candidates, benign_loss, **kinds, epsilons=epsilons, alphas=alphas)
     require_max_missing(max_missing)
     placement = _placement(layers, lvlm.n_layers())
@@ -216,7 +218,12 @@ def tune(
         raise ValueError(f"answer_tokens must be from 0 to {rows.tokens}, those of the rows, got {answer_tokens}")
     comparing, calibrating = halves(study.benign("calibration"), seed=seed)
     plans = reader_plans(
-        placement.layers, answer_tokens=answer_tokens, ranks=ranks, epsilons=epsilons, classifier=classifier
+        placement.layers,
+        answer_tokens=answer_tokens,
+        ranks=ranks,
+        epsilons=epsilons,
+        classifier=classifier,
+        depths=depths,
     )
     table = _compared(
         lvlm, study, rows, plans, comparing, tokens=answer_tokens, batch_size=batch_size, progress=progress
@@ -390,19 +397,20 @@ def _compared(
     calibration = rows_beside(rows, lvlm, comparing, tokens=tokens, batch_size=batch_size, progress=progress)
     harmless = held(study.benign("validation"))
     attacks = {c: held(study.suites["validation"][c]) for m in rows.modalities for c in study.seen[m]}
-    readers, table = Readers(rows), []
+    readers, table, reasons = Readers(rows), [], {}
     for plan in Steps(plans, desc="fitting readers", disable=not progress):
         try:
             fitted = readers.fit(plan, calibration)
         except (RankError, TooFewCalibrationError, FlatScoresError) as error:
             log.info("left out: %s (%s)", plan, error)
+            reasons[type(error)] = str(error)
             continue
         table.append(
             _Detected(plan, fitted, {c: _opened(fitted, a) for c, a in attacks.items()}, _opened(fitted, harmless))
         )
     if not table:
         raise NoCandidateError(
-            "no reader could be calibrated; give more benign calibration prompts or a larger epsilon"
+            f"one of {len(plans)} plans must be calibrated on {len(comparing)} benign prompts, got none: {'; '.join(reasons.values())}"
         )
     return sorted(table, key=lambda row: row.order)
 

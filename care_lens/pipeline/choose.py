@@ -53,6 +53,7 @@ def plans(layers: Sequence[int], settings: RunSettings) -> list[_learning.Reader
         ranks=settings.reader_ranks,
         epsilons=settings.epsilons,
         classifier=settings.reader_classifier,
+        depths=settings.reader_depths,
     )
 
 
@@ -123,6 +124,7 @@ def choose(
         answer_tokens=settings.answer_tokens,
         ranks=settings.reader_ranks,
         classifier=settings.reader_classifier,
+        depths=settings.reader_depths,
         epsilons=settings.epsilons,
         alphas=settings.alphas,
         candidates=settings.candidates,

@@ -22,7 +22,7 @@ _NAME, _KIND, _SCHEMA = "choice", "choice of a run", 1
 def subspace_folder(subspace: SafetySubspace) -> str:
     """What a run calls a subspace's folder: its site, its modality, and its form or the rows it was fitted to."""
     made = subspace.provenance
-    return f"{subspace.site}.{subspace.modality}.{made.get('form', made.get('rows', ''))}".replace(" ", "_")
+    return f"{subspace.site}.{subspace.modality or 'all'}.{made.get('form', made.get('rows', ''))}".replace(" ", "_")
 
 
 def chosen(stage: Stage, out: Path, make: Callable[[], Choice]) -> Choice:

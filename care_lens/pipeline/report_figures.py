@@ -41,6 +41,10 @@ def figures(run: Run) -> dict[str, go.Figure]:
 
 def own_subspaces(run: Run) -> dict[str, Any]:
     """The subspaces that the repair reads, by what they are called."""
-    return {
-        f"{s.modality}, {s.provenance.get('rows') or plots.short_site(str(s.site))}": s for s in run.choice.subspaces
-    }
+
+    def called(s: Any) -> str:
+        rows, site = s.provenance.get("rows"), plots.short_site(str(s.site))
+        # A reader of several blocks has a subspace after each, learned from the attacks of all modalities.
+        return f"{s.modality}, {rows or site}" if s.modality else f"all modalities, {site}"
+
+    return {called(s): s for s in run.choice.subspaces}

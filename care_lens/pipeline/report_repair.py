@@ -32,7 +32,8 @@ def subspaces_section(made: ReportParts) -> str:
         left=2,
     )
     published = made.drawn("published_", "subspace of published CARE,")
-    return f"""<p>The repair reads, one reader per modality: {html.escape(str(run.choice.plan))}.</p>
+    how = "one reader per modality" if run.choice.plan.depth == 1 else "the prompt by one reader for all modalities"
+    return f"""<p>The repair reads, {how}: {html.escape(str(run.choice.plan))}.</p>
 {own}{made.drawn("subspaces", "eigenvalues of the repair's subspaces")}{made.drawn("angles", "angles between the repair's subspaces")}
 {fold("For comparison: the subspaces of published CARE, another method", published) if published else ""}"""
 

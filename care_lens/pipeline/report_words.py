@@ -47,6 +47,7 @@ WORDS: dict[str, str] = {
     "printed_rank": "rank of published CARE",
     "random_seeds": "draws of the random writer",
     "reader_classifier": "logistic regressions tried as readers",
+    "reader_depths": "blocks that such a reader reads at once, tried",
     "reader_ranks": "ranks of readers, tried",
     "refused": "attacks refused",
     "restarts": "restarts of PGD",

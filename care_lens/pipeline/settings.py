@@ -45,6 +45,7 @@ class RunSettings:
         candidates: reader plans that are run with writers, and runs that are checked on benign prompts.
         reader_ranks: ranks of the energy readers tried; 0 stands for the linear (discriminant) reader.
         reader_classifier: whether readers fitted as classifiers are tried too.
+        reader_depths: after how many blocks at once such a classifier reads the last prompt token, tried.
         benign_loss: most that accuracy on benign validation prompts may fall, as a share, for a repair to be chosen.
         printed_layers: on how many neighbouring layers published CARE is put; every window is tried.
         printed_rank, printed_alphas: its rank (four times that is tried too), and its strengths tried (1: projection; published runs use
@@ -72,6 +73,7 @@ class RunSettings:
     candidates: int = 4
     reader_ranks: tuple[int, ...] = (0, 8)
     reader_classifier: bool = True
+    reader_depths: tuple[int, ...] = (1, 5)
     benign_loss: float = 0.03
     printed_layers: int = 3
     printed_rank: int = 8
@@ -96,11 +98,11 @@ class RunSettings:
             n = getattr(self, name)
             if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
                 raise ValueError(f"{name} must be a whole number of 1 or more, or None for all, got {n!r}")
-        for name in ("epsilons", "alphas", "reader_ranks", "printed_alphas", "steering", "rivals"):
+        for name in ("epsilons", "alphas", "reader_ranks", "reader_depths", "printed_alphas", "steering", "rivals"):
             if isinstance(getattr(self, name), (str, int, float)):
                 raise TypeError(f"{name} must be a tuple, got {getattr(self, name)!r}; give ({getattr(self, name)!r},)")
         _ = self.generation  # refuses what contradicts itself
-        for name in ("epsilons", "alphas", "reader_ranks", "printed_alphas", "steering"):
+        for name in ("epsilons", "alphas", "reader_ranks", "reader_depths", "printed_alphas", "steering"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold one value or more, got none; leave it out for the default")
         if unknown := [rival for rival in self.rivals if rival not in RIVALS]:
@@ -183,7 +185,7 @@ class RunSettings:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values; settings that records of earlier versions do not have are left out where they are not given."""
         held = json.loads(json.dumps(asdict(self)))
-        absent = {**dict.fromkeys((*_GENERATION, "learn_limit")), "rivals": list(RIVALS)}
+        absent = {**dict.fromkeys((*_GENERATION, "learn_limit")), "rivals": list(RIVALS), "reader_depths": [1]}
         return {name: value for name, value in held.items() if name not in absent or value != absent[name]}
 
     @classmethod

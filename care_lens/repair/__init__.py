@@ -12,7 +12,7 @@ from care_lens.repair.attach import Attachment, attach
 from care_lens.repair.bake import BakeCertificate, bake
 from care_lens.repair.base import HookPair, HookRepair, NoRepair
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated, recalibrated_together
-from care_lens.repair.combined import AllOf, AnyOf, WeightedReader, in_threshold_units, modality_detector
+from care_lens.repair.combined import AllOf, AnyOf, SumReader, WeightedReader, in_threshold_units, modality_detector
 from care_lens.repair.controls import random_control, shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import (
@@ -33,6 +33,7 @@ from care_lens.repair.learning import (
     ReaderPlan,
     Readers,
     assemble,
+    fit_joint_reader,
     fit_reader_subspace,
     reader_of,
     reader_plans,
@@ -95,6 +96,7 @@ __all__ = [
     "ScoreTrace",
     "SiteReader",
     "SoftGate",
+    "SumReader",
     "ThresholdGate",
     "TokenRows",
     "TooFewCalibration",
@@ -107,6 +109,7 @@ __all__ = [
     "bake",
     "captured_scores",
     "explain",
+    "fit_joint_reader",
     "fit_reader_subspace",
     "fit_rows",
     "halves",

@@ -1,11 +1,13 @@
 """Combining readers: several signs of harm in one score, and pictures and words read apart.
 
-Three combinations never fall as one of their scores grows, so that a gate behind them keeps the rule that what has opened stays open:
+Four combinations never fall as one of their scores grows, so that a gate behind them keeps the rule that what has opened stays open:
 
 - :class:`~care_lens.repair.MaxReader`, also ``AnyOf``: the largest score. It opens where one sign is enough.
 - :class:`AllOf`: the smallest score. It opens where every sign is there. Put each reader in the unit of its own threshold first
   (:func:`in_threshold_units`, or ``reader.with_threshold``); then all of them exceed their thresholds exactly where the smallest exceeds 1.
 - :class:`WeightedReader`: the weighted mean.
+- :class:`SumReader`: the sum. Of linear readers of one token after several blocks it is one linear reader of all of them
+  (:class:`~care_lens.repair.ReaderPlan` with a depth).
 
 The signs need not be there at one token: each reader's score is the largest so far, so "the prompt asks for harm, and the answer
 complies" is ``AllOf(readers=(prompt_reader, answer_reader))``.
@@ -111,6 +113,37 @@ class WeightedReader(CombinedReader):
         nothing = (scores[used] == -torch.inf).all(dim=0)
         broken = scores.isnan().any(dim=0)
         return mean.masked_fill(nothing, -torch.inf).masked_fill(broken, torch.nan)
+
+
+@register_kind
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SumReader(CombinedReader):
+    """The sum of several readers' scores: one linear reader of several places, if they are linear and each reads one token.
+
+    Of readers that look at many tokens it is the sum of their largest scores, which may be those of different tokens.
+
+    Attributes:
+        readers: The readers.
+
+    Raises:
+        RepairError: If there are none, or one is no reader.
+
+    Example:
+        >>> import torch
+        >>> from care_lens import Site
+        >>> from care_lens.repair import LinearReader, SumReader
+        >>> reads = [
+        ...     LinearReader(site=Site.parse(f"blocks.{layer}.hook_resid_post"), direction=torch.ones(2), centre=torch.zeros(2))
+        ...     for layer in (0, 1)
+        ... ]
+        >>> SumReader(readers=tuple(reads)).combine({reads[0]: torch.tensor([1.0]), reads[1]: torch.tensor([2.0])}).tolist()
+        [3.0]
+    """
+
+    def joined(self, scores: Float[Tensor, "reader *shape"]) -> Float[Tensor, "*shape"]:
+        """The sum; -inf where one of them had nothing to read, NaN where one of them is."""
+        nothing, broken = (scores == -torch.inf).any(dim=0), scores.isnan().any(dim=0)
+        return scores.sum(dim=0).masked_fill(nothing, -torch.inf).masked_fill(broken, torch.nan)
 
 
 def in_threshold_units(

@@ -1,7 +1,8 @@
 """Learning a repair: readers, gates and writers of one plan, from rows.
 
 A reader is a linear classifier (or the discriminant, or the energy of the top generalised eigenvectors) of attacks against harmless
-rows, for each modality and each token that is looked at; a writer moves a token to where the model stands before it refuses. The paper's pencil
+rows, for each modality and each token that is looked at, after one block or several together; a writer moves a token to where the model
+stands before it refuses. The paper's pencil
 C_m u = lambda C_b u is that of `SafetySubspace.fit`; readers and writers apart, and reading the answer, are ours.
 
     rows = study_rows(lvlm, study)
@@ -23,6 +24,7 @@ from torch import Tensor
 from care_lens.core.display import ShortRepr
 from care_lens.core.site import Site, SiteLike
 from care_lens.repair.calibrating import captured_scores
+from care_lens.repair.combined import SumReader
 from care_lens.repair.controls import shuffled_labels
 from care_lens.repair.correction import Correction
 from care_lens.repair.errors import RepairError
@@ -46,9 +48,13 @@ class ReaderPlan:
         epsilon: Share of benign prompts that the gate may touch.
         classifier: The one direction is that of a logistic regression; else it is the discriminant's, the difference of the means
             whitened by the benign covariance.
+        depth: Of a classifier of the last prompt token: it reads the residual stream after so many blocks at once, `layer` the last of them. One
+            classifier is then learned from the attacks of all modalities. On the bundled model it makes the same trade as one block in the
+            world's wordings, and leaves more harmless requests alone in others.
 
     Raises:
-        RepairError: If layer, an offset or the rank is below 0, there is no offset, or a classifier shall have a rank.
+        RepairError: If layer, an offset or the rank is below 0, there is no offset, a classifier shall have a rank, or a depth is not from 1 to
+            layer + 1, or above 1 of a reader that is no classifier of the last prompt token.
     """
 
     layer: int
@@ -56,6 +62,7 @@ class ReaderPlan:
     rank: int = 0
     epsilon: float = 0.01
     classifier: bool = False
+    depth: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", tuple(self.offsets))
@@ -67,13 +74,27 @@ class ReaderPlan:
             raise RepairError(
                 f"rank must be 0 for a classifier, which is one direction, got {self.rank}; leave one out"
             )
+        if not 1 <= self.depth <= self.layer + 1:
+            raise RepairError(
+                f"depth must be from 1 to the {self.layer + 1} blocks up to layer {self.layer}, got {self.depth}"
+            )
+        if self.depth > 1 and not (self.classifier and 0 in self.offsets):
+            raise RepairError(
+                f"depth must be 1 but for classifiers of the last prompt token, got {self.depth}; add classifier=True and offset 0"
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """After which blocks it reads the last prompt token."""
+        return tuple(range(self.layer + 1 - self.depth, self.layer + 1))
 
     def __str__(self) -> str:
         where = " and ".join(
             "last prompt token" if k == 0 else f"answer, as learned at token {k}" for k in self.offsets
         )
         what = f"energy of rank {self.rank}" if self.rank else "classifier" if self.classifier else "discriminant"
-        return f"{what} after block {self.layer}, {where}, epsilon {self.epsilon:g}"
+        blocks = f"block {self.layer}" if self.depth == 1 else f"blocks {self.layers[0]} to {self.layer} together"
+        return f"{what} after {blocks}, {where}, epsilon {self.epsilon:g}"
 
 
 @dataclass(frozen=True)
@@ -81,20 +102,20 @@ class FittedReaders(ShortRepr):
     """The readers of a plan and their gate, ready to be combined with writers.
 
     Attributes:
-        readers: By modality and offset, in units of the spread of benign fit scores. Each gates its own writer, so that a
-            gate that the prompt opened does not stop the answer from being read.
+        readers: By modality and offset, in units of the spread of benign fit scores; one and the same for all modalities where it was
+            learned from all of them. Each gates its own writer, so that a gate that the prompt opened does not stop the answer from being read.
         subspaces: What they read.
         gate: Calibrated on the largest score over all of them.
     """
 
-    readers: Mapping[tuple[Modality, int], SiteReader]
+    readers: Mapping[tuple[Modality, int], Reader]
     subspaces: tuple[SafetySubspace, ...]
     gate: ConformalGate
 
     @property
     def both(self) -> MaxReader:
         """The largest score over modalities and offsets, which is what the gate bounds."""
-        return MaxReader(readers=tuple(self.readers.values()))
+        return MaxReader(readers=tuple(dict.fromkeys(self.readers.values())))
 
 
 def reader_plans(
@@ -104,8 +125,9 @@ def reader_plans(
     ranks: Sequence[int] = (0, 8),
     epsilons: Sequence[float] = (0.01, 0.015, 0.02),
     classifier: bool = True,
+    depths: Sequence[int] = (1, 5),
 ) -> list[ReaderPlan]:
-    """Every plan of some layers: the last prompt token, an answer token, or both; each rank and epsilon.
+    """Every plan of some layers: the last prompt token, an answer token, or both; each rank, depth and epsilon.
 
     Args:
         layers: After whose blocks.
@@ -113,18 +135,22 @@ def reader_plans(
         ranks: Ranks of the readers; 0 stands for the discriminant.
         epsilons: Shares of benign prompts that a gate may touch.
         classifier: Whether classifiers are among them.
+        depths: After how many blocks at once a classifier of the last prompt token reads; 1 stands for one block. Where there are not so many
+            blocks up to a layer, there is no such plan.
 
     Example:
         >>> from care_lens.repair import reader_plans
-        >>> [plan.offsets for plan in reader_plans([2], answer_tokens=2, ranks=[], epsilons=[0.02])]
-        [(0,), (1,), (2,), (0, 1), (0, 2)]
+        >>> plans = reader_plans([2], answer_tokens=2, ranks=[], epsilons=[0.02], depths=[1, 3])
+        >>> [plan.offsets for plan in plans if plan.depth == 1], [plan.offsets for plan in plans if plan.depth == 3]
+        ([(0,), (1,), (2,), (0, 1), (0, 2)], [(0,), (0, 1), (0, 2)])
     """
     answers = range(1, answer_tokens + 1)
     offsets = [(0,), *((k,) for k in answers), *((0, k) for k in answers)]
-    kinds = [*((rank, False) for rank in ranks), *([(0, True)] if classifier else [])]
+    kinds = [*((rank, False, 1) for rank in ranks), *((0, True, depth) for depth in depths if classifier)]
     return [
-        ReaderPlan(layer, where, rank, epsilon, learned)
-        for layer, where, (rank, learned), epsilon in itertools.product(layers, offsets, kinds, epsilons)
+        ReaderPlan(layer, where, rank, epsilon, learned, depth)
+        for layer, where, (rank, learned, depth), epsilon in itertools.product(layers, offsets, kinds, epsilons)
+        if depth == 1 or (0 in where and depth <= layer + 1)
     ]
 
 
@@ -187,6 +213,44 @@ def fit_reader_subspace(
     )
 
 
+def fit_joint_reader(
+    rows: FitRows, layers: Sequence[int], *, strength: float = 0.3, shuffle_seed: int | None = None
+) -> tuple[tuple[SafetySubspace, ...], SumReader]:
+    """One linear classifier of the last prompt token's residual stream after several blocks, of the attacks of all modalities against benign requests.
+
+    Args:
+        rows: What to learn from.
+        layers: After which blocks.
+        strength: Inverse of the ridge penalty, as in `care_lens.subspace.classifier_direction`.
+        shuffle_seed: Deal the rows to the classes at random first: the control fit.
+
+    Returns:
+        What it reads after each block (a subspace of one direction that belongs to no modality), and the reader: the sum of a linear reader after
+        each block.
+
+    Raises:
+        RepairError: If the rows lack a site.
+    """
+    sites = [Site("language", layer, "hook_resid_post") for layer in layers]
+    for site in sites:
+        rows.require(site)
+    benign = torch.cat([rows.benign.at(site, 0) for site in sites], dim=1)
+    malicious = torch.cat([rows.complied(site, 0) for site in sites], dim=1)
+    if shuffle_seed is not None:
+        benign, malicious = shuffled_labels(benign, malicious, seed=shuffle_seed)
+    widths = [rows.benign.rows[site].shape[-1] for site in sites]
+    direction = classifier_direction(benign, malicious, strength=strength).to(benign.dtype)
+    subspaces: list[SafetySubspace] = []
+    leaves: list[LinearReader] = []
+    parts = zip(sites, *(held.split(widths, dim=-1) for held in (direction, benign, malicious)), strict=True)
+    for site, along, harmless, harmful in parts:
+        provenance = {"rows": "last prompt token, several blocks", "split": "fit", "shuffled": shuffle_seed is not None}
+        provenance |= {"direction": "classifier", "blocks": list(layers)}
+        subspaces.append(subspace_along(along, harmless, harmful, site=site, provenance=provenance))
+        leaves.append(LinearReader(site=site, direction=along.clone(), centre=harmless.mean(0), positions="last"))
+    return tuple(subspaces), SumReader(readers=tuple(leaves))
+
+
 def reader_of(subspace: SafetySubspace, *, offset: int, rank: int) -> SiteReader:
     """The reader of such a subspace: of the last prompt token, or of every generated token.
 
@@ -234,6 +298,7 @@ class Readers:
     def __init__(self, rows: FitRows, *, shuffle_seed: int | None = None) -> None:
         self._rows, self._shuffle = rows, shuffle_seed
         self._made: dict[tuple[Modality, int, int, int, bool], tuple[SafetySubspace, SiteReader]] = {}
+        self._joint: dict[tuple[int, ...], tuple[tuple[SafetySubspace, ...], SumReader]] = {}
 
     def _one(self, modality: Modality, plan: ReaderPlan, offset: int) -> tuple[SafetySubspace, SiteReader]:
         key = (modality, plan.layer, offset, plan.rank, plan.classifier)
@@ -253,24 +318,34 @@ class Readers:
             self._made[key] = subspace, reader.standardised(captured_scores(reader, self._rows.benign))
         return self._made[key]
 
+    def _together(self, layers: tuple[int, ...]) -> tuple[tuple[SafetySubspace, ...], SumReader]:
+        if layers not in self._joint:
+            subspaces, reader = fit_joint_reader(self._rows, layers, shuffle_seed=self._shuffle)
+            self._joint[layers] = subspaces, reader.standardised(captured_scores(reader, self._rows.benign))
+        return self._joint[layers]
+
     def fit(self, plan: ReaderPlan, calibration: TokenRows) -> FittedReaders:
         """The readers of a plan, their gate calibrated on teacher-forced benign answers.
 
         Args:
             plan: Which readers.
-            calibration: Rows of benign prompts that nothing was learned from, at the plan's layer.
+            calibration: Rows of benign prompts that nothing was learned from, at the plan's layers.
 
         Raises:
             ValueError: If there are too few calibration prompts for the plan's epsilon (TooFewCalibrationError), or too few rows
                 for its rank (RankError).
         """
-        made: dict[tuple[Modality, int], tuple[SafetySubspace, SiteReader]] = {
-            (m, offset): self._one(m, plan, offset) for m in self._rows.modalities for offset in plan.offsets
-        }
-        readers: dict[tuple[Modality, int], SiteReader] = {key: reader for key, (_, reader) in made.items()}
-        scores = captured_scores(MaxReader(readers=tuple(readers.values())), calibration)
-        subspaces = tuple(subspace for subspace, _ in made.values())
-        return FittedReaders(readers, subspaces, ConformalGate.calibrate(scores, epsilon=plan.epsilon))
+        readers: dict[tuple[Modality, int], Reader] = {}
+        subspaces: dict[SafetySubspace, None] = {}
+        for modality, offset in itertools.product(self._rows.modalities, plan.offsets):
+            if plan.depth > 1 and offset == 0:
+                read, readers[modality, offset] = self._together(plan.layers)
+            else:
+                one, readers[modality, offset] = self._one(modality, plan, offset)
+                read = (one,)
+            subspaces |= dict.fromkeys(read)
+        scores = captured_scores(MaxReader(readers=tuple(dict.fromkeys(readers.values()))), calibration)
+        return FittedReaders(readers, tuple(subspaces), ConformalGate.calibrate(scores, epsilon=plan.epsilon))
 
 
 def assemble(

@@ -85,8 +85,8 @@ def learn_repair(
             raise RepairError("calibration must be given with rows, got None; give benign prompts of other items")
         rows, benign, about = source, list(calibration), {}
     comparing, calibrating = halves(benign, seed=seed)
-    readers_at = Site("language", plan.layer, "hook_resid_post")
-    held = token_rows(lvlm, comparing, [readers_at], tokens=rows.tokens, batch_size=batch_size, progress=progress)
+    readers_at = [Site("language", layer, "hook_resid_post") for layer in plan.layers]
+    held = token_rows(lvlm, comparing, readers_at, tokens=rows.tokens, batch_size=batch_size, progress=progress)
     repair = assemble(
         Readers(rows, shuffle_seed=shuffle_seed).fit(plan, held),
         rows,

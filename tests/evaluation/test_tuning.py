@@ -20,6 +20,7 @@ SETTINGS = replace(
     RunSettings(),
     answer_tokens=4,
     reader_ranks=(0, 3),
+    reader_depths=(1, 3),
     epsilons=(0.05,),
     alphas=(1.25,),
     candidates=2,
@@ -64,6 +65,7 @@ def test_the_pipeline_only_passes_its_settings_on(bundled, study, chosen, caplog
         layers=PLACEMENT,
         answer_tokens=4,
         ranks=(0, 3),
+        depths=(1, 3),
         epsilons=(0.05,),
         alphas=(1.25,),
         candidates=2,
@@ -169,7 +171,10 @@ def test_the_least_attack_success_within_the_budget_wins(bundled, study, chosen)
 
 def test_what_cannot_be_chosen_is_said(bundled, study):
     rows = study_rows(bundled, study, tokens=1, batch_size=64)
-    with pytest.raises(NoCandidateError, match="no reader could be calibrated"):
+    with pytest.raises(
+        NoCandidateError,
+        match=r"plans must be calibrated on \d+ benign prompts, got none: scores must be at least \d+ for epsilon",
+    ):
         tune(bundled, study, rows, layers=[2], answer_tokens=1, ranks=[0], epsilons=[0.0001])
     for options, words in (
         ({"answer_tokens": 2}, "answer_tokens must be from 0 to 1"),

@@ -707,12 +707,13 @@ def combined_calls() -> Iterator[Call]:
         {"threshold": 2.0},
         {"threshold": (0.0, -1, *NUMBER), "zero": (3.0, *NUMBER)},
     )
-    yield (
-        "repair.AllOf",
-        repair.AllOf,
-        {"readers": (image, text)},
-        {"readers": (None, 3, (), "x", (3,)), "scale": (0, NAN)},
-    )
+    for combined in (repair.AllOf, repair.SumReader):
+        yield (
+            f"repair.{combined.__name__}",
+            combined,
+            {"readers": (image, text)},
+            {"readers": (None, 3, (), "x", (3,)), "scale": (0, NAN)},
+        )
     yield (
         "repair.WeightedReader",
         repair.WeightedReader,

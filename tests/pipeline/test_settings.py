@@ -42,6 +42,12 @@ def test_the_limit_of_what_is_learned_from_is_written_down_where_it_is_given():
     assert RunSettings().compact().to_dict()["learn_limit"] == 36
 
 
+def test_what_a_run_reads_at_once_is_written_down_but_where_it_is_as_it_was():
+    """A run of an earlier version read after one block; the default of today is another run."""
+    assert RunSettings().to_dict()["reader_depths"] == [1, 5]
+    assert "reader_depths" not in RunSettings(reader_depths=(1,)).to_dict()
+
+
 def test_a_size_that_there_is_not_is_refused():
     with unchecked(), pytest.raises(ValueError, match=r"size must be one of .*'compact'.*, got 'tiny'"):
         RunSettings().sized("tiny")

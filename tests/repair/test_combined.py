@@ -22,6 +22,7 @@ from care_lens.repair import (
     LinearReader,
     MaxReader,
     RepairError,
+    SumReader,
     TooFewCalibrationError,
     WeightedReader,
     in_threshold_units,
@@ -65,10 +66,13 @@ def test_combinations_by_hand(a, b):
             return -INF
         return (w * max(a, floor) + v * max(b, floor)) / (w + v)
 
+    total = -INF if -INF in (a, b) else a + b
     for reader, expected in (
         (AllOf(readers=pair), min(a, b)),
         (AllOf(readers=pair, location=1.0, scale=4.0), (min(a, b) - 1) / 4),
         (AnyOf(readers=pair), max(a, b)),
+        (SumReader(readers=pair), total),
+        (SumReader(readers=pair, location=1.0, scale=4.0), (total - 1) / 4),
         (WeightedReader(readers=pair, weights=(1, 3)), weighted(1, 3, 0.0)),
         (WeightedReader(readers=pair, weights=(1.0, 3.0), floor=-2.0), weighted(1, 3, -2.0)),
     ):
@@ -96,6 +100,7 @@ def test_no_score_falls_where_one_of_its_readers_grows_or_begins_to_read(low, mo
         inner,
         AllOf(readers=(MaxReader(readers=leaves[:2]), leaves[2])),
         WeightedReader(readers=(inner, leaves[2]), weights=(2.0, 1.0), floor=-10.0),
+        SumReader(readers=(inner, leaves[2])),
     ):
         before, after = (
             combined(reader, *[values[leaves.index(leaf)] for leaf in reader.leaves]) for values in (low, high)
@@ -206,6 +211,7 @@ def test_described_fingerprinted_saved_loaded_and_explained(tmp_path):
         for how in ("max", "min", "both", "weighted")
     }
     found = {}
+    detectors["sum"] = SumReader(readers=(picture, words))
     for how, reader in {**detectors, "floor": dataclasses.replace(detectors["weighted"], floor=0.5)}.items():
         repair = HybridFusion(textual=(dataclasses.replace(make_correction(HIGH), reader=reader, gate=GATE),))
         repair.save(tmp_path / how)
@@ -216,9 +222,15 @@ def test_described_fingerprinted_saved_loaded_and_explained(tmp_path):
         told = str(repair.explain())
         assert f"{type(reader).__name__} of LinearReader (image, max), LinearReader (text, max)" in told, told
         assert repair.explain().frame.multiply_adds[0] == 2 * 2 * 32 * 3 + 2 * 32
-    assert len({*found.values()}) == 5
+    assert len({*found.values()}) == 6
     assert loaded.describe()["textual"][0]["reader"]["weights"] == [1.0, 3.0]
-    assert [type(one).__name__ for one in detectors.values()] == ["MaxReader", "AllOf", "AllOf", "WeightedReader"]
+    assert [type(one).__name__ for one in detectors.values()] == [
+        "MaxReader",
+        "AllOf",
+        "AllOf",
+        "WeightedReader",
+        "SumReader",
+    ]
 
 
 def test_a_picture_and_words_are_read_apart(model, examples):

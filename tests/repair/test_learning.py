@@ -19,10 +19,12 @@ from care_lens.repair import (
     ReaderPlan,
     Readers,
     RepairError,
+    SumReader,
     TokenRows,
     TooFewCalibrationError,
     assemble,
     captured_scores,
+    fit_joint_reader,
     fit_reader_subspace,
     fit_rows,
     halves,
@@ -148,6 +150,67 @@ def test_a_classifier_reads_along_the_boundary_of_a_logistic_regression(rows, an
     assert not torch.equal(one.readers["textual", 0].direction, two.readers["textual", 0].direction)
 
 
+def test_a_reader_of_several_blocks_is_one_logistic_regression_of_all_attacks(bundled, study, rows):
+    layers = (0, 1, 2)
+    sites = [Site("language", layer, "hook_resid_post") for layer in layers]
+    harmless = torch.cat([rows.benign.at(site, 0) for site in sites], 1).double().numpy()
+    attacks = np.concatenate(
+        [torch.cat([rows.malicious[m].at(site, 0) for site in sites], 1).double().numpy() for m in rows.modalities]
+    )
+    both, labels = np.concatenate([harmless, attacks]), np.repeat([0, 1], [len(harmless), len(attacks)])
+    logits = (
+        make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=5000))
+        .fit(both, labels)
+        .decision_function(both)
+    )
+    subspaces, reader = fit_joint_reader(rows, layers)
+    assert [leaf.site for leaf in reader.leaves] == [subspace.site for subspace in subspaces] == sites
+    assert all(subspace.modality is None and subspace.rank == 1 for subspace in subspaces)
+    held = {"benign": rows.benign, **rows.malicious}
+    scores = np.concatenate([captured_scores(reader, some).double().numpy() for some in held.values()])
+    assert np.corrcoef(scores, logits)[0, 1] > 1 - 1e-6
+    assert scores[labels == 1].mean() > scores[labels == 0].mean()
+    # Every leaf adds to the score: a block that is left out, or read with the wrong sign, would tell another request.
+    for leaf, subspace in zip(reader.leaves, subspaces, strict=True):
+        assert abs(float(torch.cosine_similarity(leaf.direction, subspace.read[:, 0], dim=0))) > 1 - 1e-4
+    shuffled = fit_joint_reader(rows, layers, shuffle_seed=0)[1]
+    assert abs(np.corrcoef(captured_scores(shuffled, rows.benign), captured_scores(reader, rows.benign))[0, 1]) < 0.9
+    # It reads the same in a run as on captured rows, and both modalities share it.
+    plan = ReaderPlan(2, (0, 1), epsilon=0.3, classifier=True, depth=3)
+    comparing = token_rows(bundled, study.benign("calibration"), sites, tokens=3, batch_size=64)
+    fitted = Readers(rows).fit(plan, comparing)
+    assert plan.layers == layers and "after blocks 0 to 2 together" in str(plan)
+    shared = fitted.readers["visual", 0]
+    assert isinstance(shared, SumReader) and shared is fitted.readers["textual", 0]
+    assert len(fitted.subspaces) == 3 + 2 and len(fitted.both.readers) == 3
+    spread = captured_scores(shared, rows.benign).double()
+    assert float(spread.mean()) == pytest.approx(0, abs=1e-4) and float(spread.std()) == pytest.approx(1, rel=1e-4)
+    examples = [*study.benign("calibration")[:5], *study.malicious("validation", "textual")[:5]]
+    run = read_scores(bundled, examples, [shared], progress=False)[:, 0]
+    kept = captured_scores(shared, token_rows(bundled, examples, sites, tokens=3, batch_size=64))
+    torch.testing.assert_close(kept, run, rtol=1e-3, atol=1e-3)
+    made = assemble(fitted, rows, plan, alpha=0.0)
+    inputs = bundled.prepare(examples)
+    plain = bundled.generate(inputs, max_new_tokens=6).new_tokens
+    with made.on(bundled):
+        assert torch.equal(bundled.generate(inputs, max_new_tokens=6).new_tokens, plain)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_one_call_reads_all_blocks_of_its_plan(bundled, study, rows, depth):
+    plan = ReaderPlan(layer=2, epsilon=0.05, classifier=True, depth=depth)
+    options = {"batch_size": 64, "max_new_tokens": 6}
+    whole = learn_repair(bundled, study, plan, answer_tokens=3, seed=3, **options)
+    comparing, calibrating = halves(study.benign("calibration"), seed=3)
+    sites = [Site("language", layer, "hook_resid_post") for layer in plan.layers]
+    held = token_rows(bundled, comparing, sites, tokens=3, batch_size=64)
+    about = {"study": study.name, "plan": str(plan)}
+    repair = assemble(Readers(rows).fit(plan, held), rows, plan, provenance=about)
+    repair = recalibrated(bundled, repair, calibrating, epsilon=0.05, **options)
+    assert whole.describe() == {**repair.describe(), "model": whole.describe()["model"]}
+    assert len({leaf.site for leaf in whole.readers[0].leaves}) == depth
+
+
 def test_scores_of_captured_rows_are_those_of_a_run(bundled, study, rows, answers_held):
     examples = [*study.benign("calibration")[:5], *study.malicious("validation", "visual")[:5]]
     held = token_rows(bundled, examples, [SITE], tokens=3, batch_size=64)
@@ -230,6 +293,11 @@ def test_repairs_calibrated_together_are_those_calibrated_one_by_one(bundled, st
         (lambda m, s, r: ReaderPlan(2, ()), "offsets must be"),
         (lambda m, s, r: ReaderPlan(-1), "layer and rank"),
         (lambda m, s, r: ReaderPlan(2, rank=8, classifier=True), "rank must be 0 for a classifier"),
+        (lambda m, s, r: ReaderPlan(2, classifier=True, depth=0), "depth must be from 1 to the 3 blocks"),
+        (lambda m, s, r: ReaderPlan(2, classifier=True, depth=4), "depth must be from 1 to the 3 blocks"),
+        (lambda m, s, r: ReaderPlan(2, depth=2), "depth must be 1 but for classifiers of the last prompt token"),
+        (lambda m, s, r: ReaderPlan(2, (1,), classifier=True, depth=2), "depth must be 1 but for classifiers"),
+        (lambda m, s, r: fit_joint_reader(r, (2, 99)), "site must be one of the rows'"),
     ],
 )
 def test_what_cannot_be_learned_is_said(bundled, study, rows, call, words):
@@ -245,8 +313,11 @@ def test_halves_are_whole_items_and_plans_cover_every_choice():
     assert not {e.group for e in one} & {e.group for e in other}
     alone = halves([Example(f"p {i}") for i in range(4)])  # without items each is one
     assert [len(half) for half in alone] == [2, 2]
-    plans = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4), epsilons=(0.1,))
+    plans = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4), epsilons=(0.1,), depths=(1,))
     assert len({*plans}) == len(plans) == 2 * 5 * 3 and plans[0] == ReaderPlan(1, (0,), 0, 0.1)
+    deep = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4), epsilons=(0.1,), depths=(1, 3))
+    added = [plan for plan in deep if plan not in plans]
+    assert [(p.layer, p.offsets, p.depth) for p in added] == [(3, (0,), 3), (3, (0, 1), 3), (3, (0, 2), 3)]
     assert sum(plan.classifier for plan in plans) == 10
     fewer = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4), epsilons=(0.1,), classifier=False)
     assert fewer == [plan for plan in plans if not plan.classifier]

@@ -18,6 +18,7 @@ from care_lens.repair import (
     LinearReader,
     MaxReader,
     RepairError,
+    SumReader,
     WeightedReader,
     Writer,
 )
@@ -67,10 +68,11 @@ def readers():
     both = (energy, standard)
     made = {"max": MaxReader(readers=both), "all": AllOf(readers=both)}
     made["weighted"] = WeightedReader(readers=both, weights=(1.0, 2.0))
+    made["sum"] = SumReader(readers=both)
     return {"energy": energy, "linear": linear, "mean": mean, **made}
 
 
-@pytest.mark.parametrize("name", ["energy", "linear", "mean", "max", "all", "weighted"])
+@pytest.mark.parametrize("name", ["energy", "linear", "mean", "max", "all", "weighted", "sum"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_row_whose_reading_broke_is_open_from_there_on_and_no_other_is(model, inputs, name, value):
     reader = readers()[name]
