@@ -67,21 +67,26 @@ def test_every_figure_of_the_tables_is_measured():
 
 
 def test_sentences_about_the_scan_hold():
-    """Above block 0 no skip is apart from the model as it is, and one component alone moves attack success by more than 8 points."""
+    """Above block 0 attacks fall where block 6 or 7 is left out; of single components the attention of block 7 lowers them most."""
     frame = pd.read_csv(ROOT / "benchmarks" / "measured" / "claims.csv")
     scan = frame[frame["table"] == "skipped"]
     attacks, benign = (scan[scan["of"] == of].set_index("where") for of in ("attacks", "benign"))
     base = attacks.loc["nothing"]
-    blocks = attacks.loc[[f"block {k}" for k in range(1, 8)]]
     assert attacks.loc["block 0", "value"] == 0
-    assert round(100 * blocks["value"].min()) == 92 and (blocks["ci_high"] >= base["ci_low"]).all()
-    assert round(72 * blocks.loc["block 6", "value"]) == 71 and blocks.loc["block 7", "value"] == 1
-    assert round(100 * (benign.loc["nothing", "value"] - benign.loc[blocks.index, "value"].min())) == 21
-    single = attacks.loc[[f"hook_{part}_out {k}" for part in ("attn", "mlp") for k in range(1, 8)], "value"]
-    assert single[single < base["value"] - 0.085].index.tolist() == ["hook_attn_out 7"]
+    early, late = ([f"block {k}" for k in some] for some in ((1, 2, 3, 4), (5, 6, 7)))
+    assert round(100 * attacks.loc[early, "value"].min()) == 92
+    assert (attacks.loc[late, "ci_high"] < attacks.loc[early, "value"].min()).all()
+    assert attacks.loc[late, "value"].idxmin() == "block 6" and round(100 * attacks.loc["block 6", "value"]) == 46
+    assert (attacks.loc["block 6", "ci_high"] < attacks.loc[["block 5", "block 7"], "ci_low"]).all()
+    assert round(100 * (benign.loc["nothing", "value"] - benign.loc["block 6", "value"])) == 26
+    single = attacks.loc[[f"hook_{part}_out {k}" for part in ("attn", "mlp") for k in range(1, 8)]].sort_values("value")
+    assert single.index[:2].tolist() == ["hook_attn_out 7", "hook_mlp_out 7"]
+    assert [round(100 * value) for value in single["value"].iloc[:2]] == [61, 88]
+    assert single["ci_high"].iloc[0] < base["ci_low"] < single["ci_high"].iloc[1]
+    assert round(100 * benign.loc["hook_attn_out 7", "value"]) == 92
 
 
-def test_sentences_about_the_present_weights_hold():
+def test_sentences_about_the_demonstration_and_the_card_hold():
     rows = json.loads((ROOT / "benchmarks" / "measured" / "card.json").read_text())["depth"]
     plain = {(part, layer): after.split()[0] for name, part, layer, _, after in rows if name == "plain, refused"}
     assert [plain["hook_mlp_out", k] for k in (1, 2, 3)] == ["45", "34", "27"]
@@ -89,23 +94,31 @@ def test_sentences_about_the_present_weights_hold():
     frame = pd.read_csv(ROOT / "benchmarks" / "measured" / "readme.csv")
     asr = frame[frame.metric == "asr"].pivot(index="channel", columns="defence", values="value").mul(100).round()
     seen = asr.loc[["typographic", "wrapper", "spelled"]]
-    held = asr.loc[["indirect", "typographic+wrapper", "spelled+wrapper", "typographic+indirect", "typographic free", "second turn", "typographic second turn"]]  # fmt: skip
-    for part, (least, most) in ((seen, (0, 4)), (held, (0, 16))):
+    held = asr.loc[["indirect", "typographic+wrapper", "spelled+wrapper", "typographic free", "second turn", "typographic second turn"]]  # fmt: skip
+    for part, (least, most) in ((seen, (0, 5)), (held, (2, 9))):
         assert (part["care_lens"].min(), part["care_lens"].max()) == (least, most)
-    assert asr.loc["split", "care_lens"] == 54
+    assert asr.loc[["typographic+indirect", "split"], "care_lens"].tolist() == [41, 64]
     assert asr.loc["plain", ["none", "published CARE"]].tolist() == [0, 70]
     assert (seen["published CARE"] == 96).all()
+    benign = frame[frame.metric == "accuracy"]
+    right = [
+        round(100 * (own.value * own.n).sum() / own.n.sum(), 1)
+        for own in (benign[benign.defence == name] for name in ("none", "care_lens"))
+    ]
+    assert right == [98.8, 98.2]
 
 
 def test_sentences_about_places_hold():
-    """Above block 0 one carrier has more than half of an effect; of spelled and pictured items none has more than a third."""
+    """Above block 0 one carrier has more than half of an effect; spelled and typographic items act through the MLPs of blocks 1 to 3."""
     frame = pd.read_csv(ROOT / "benchmarks" / "measured" / "claims.csv")
     places = frame[(frame["table"] == "places") & ~frame["where"].str.startswith("blocks.0.")]
-    most = places[places["value"] > 1 / 3]
-    assert (
-        most[["of", "where"]].to_numpy().tolist() == [["wrapper", "blocks.7.hook_attn_out"]]
-        and most["value"].item() > 0.5
-    )
+    most = places[places["value"] > 1 / 2]
+    assert most[["of", "where"]].to_numpy().tolist() == [["wrapper", "blocks.7.hook_attn_out"]]
+    for pairs in ("typographic", "spelled"):
+        first = places[places["of"] == pairs].sort_values("value", ascending=False)["where"].head(3)
+        assert {*first} == {f"blocks.{k}.hook_mlp_out" for k in (1, 2, 3)}, pairs
+    told = places[places["of"].isin(["typographic", "spelled"])]
+    assert f"{told['value'].max():.2f}" == "0.43"
 
 
 def test_sentences_about_the_two_modalities_hold():
@@ -119,12 +132,15 @@ def test_sentences_about_the_two_modalities_hold():
     edits = ("both", "visual alone", "textual alone")
     for edit in edits:
         at = rates.xs(f"published CARE, {edit}", axis=1, level=1)
-        assert (at["ci_high"] >= none["ci_low"]).all() and (at["ci_low"] <= none["ci_high"]).all()
+        attacked, then = at.drop(index="benign"), none.drop(index="benign")
+        assert (attacked["ci_high"] >= then["ci_low"]).all() and (attacked["ci_low"] <= then["ci_high"]).all()
+    cost = none["value"] - rates.xs("published CARE, visual alone", axis=1, level=1)["value"]
+    assert round(100 * cost["benign"]) == 16 and round(100 * none["value"]["benign"]) == 98
     value = frame[frame["table"] == "modalities"].pivot(index="of", columns="where", values="value")
     neutral = (100 * value.loc["plain+neutral"]).round()
-    assert [neutral["undefended"], *(neutral[f"published CARE, {edit}"] for edit in edits)] == [0, 25, 61, 0]
+    assert [neutral["undefended"], *(neutral[f"published CARE, {edit}"] for edit in edits)] == [0, 0, 0, 0]
     assert value["CARE, sound, both"].equals(value["CARE, sound, textual alone"].rename("CARE, sound, both"))
     attacks = value.drop(index="benign")
     assert (attacks["CARE, sound, textual alone"] == 0).all()
-    assert attacks["CARE, sound, visual alone"].ge(attacks["undefended"]).all()
-    assert round(100 * (value["undefended"] - value["CARE, sound, textual alone"])["benign"]) == 42
+    assert attacks["CARE, sound, visual alone"].ge(attacks["undefended"]).all()  # it stops no attack
+    assert round(100 * (value["undefended"] - value["CARE, sound, textual alone"])["benign"]) == 41

@@ -61,8 +61,6 @@ def test_the_table_of_the_readme():
 
 def test_the_tables_of_the_seeds():
     measured = read("seeds.csv", "seed", "defence", "channel", "metric")
-    first = read("readme.csv", "defence", "channel", "metric")
-    measured |= {("seed0", *key): cell for key, cell in first.items()}
     for metric, (heading, *table) in zip(("asr", "accuracy"), tables("docs/results/seeds.md", "channel"), strict=True):
         for channel, *cells in table:
             for told, cell in zip(heading[1:], cells, strict=True):
@@ -132,4 +130,59 @@ def test_the_tables_of_what_gets_round_the_repair():
     cell = f"{100 * lost.lost_share:.0f} [{100 * lost.lost_ci_low:.0f}, {100 * lost.lost_ci_high:.0f}]"
     ((_, *benign),) = tables("docs/results/bundled_model.md", "benign request")
     assert [row[1] for row in benign if "you spell" in row[0]] == [cell]
-    assert cell.replace(" [", " % [") in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    marked = pd.read_csv(MEASURED / "round_the_repair.csv").query(
+        "not harmful and request.str.startswith('spelled with')"
+    )
+    worst = marked.loc[marked["lost_share"].idxmax()]
+    assert f"{100 * worst.lost_share:.0f} % [{100 * worst.lost_ci_low:.0f}, {100 * worst.lost_ci_high:.0f}]" in readme
+    foreign = (
+        pd.read_csv(MEASURED / "wordings.csv")
+        .query("half == 'held out' and request == 'harmless' and repair == 'several blocks'")
+        .iloc[0]
+    )
+    told = [100 * (1 - value) for value in (foreign.share, foreign.ci_high, foreign.ci_low)]
+    assert "{:.1f} % [{:.1f}, {:.1f}]".format(*told) in readme
+    through = rows[rows["request"].str.startswith("spelled with") & rows["repaired"]]["share"]
+    assert f"{100 * through.min():.0f} to {100 * through.max():.0f} % of the spelled ones" in readme
+
+
+def test_the_tables_of_one_block_or_several():
+    frame = pd.read_csv(MEASURED / "wordings.csv")
+    frame[["share", "ci_low", "ci_high"]] *= 100
+    shown = {
+        (row.half, row.request, row.repair): (
+            f"{row.share:.1f} [{row.ci_low:.1f}, {row.ci_high:.1f}]",
+            f"{row.share:.0f} [{row.ci_low:.0f}, {row.ci_high:.0f}]",
+            f"{row.n} of {row.asked}",
+        )
+        for row in frame.itertuples()
+    }
+    ((heading, *table),) = tables("docs/results/bundled_model.md", "repair")
+    for name, *cells in table:
+        reader, threshold = name.removesuffix(" (the choice)").removesuffix(" %").split(", ")
+        repair = (
+            reader
+            if threshold == {"one block": "1.5", "several blocks": "1"}[reader]
+            else f"{reader} at {float(threshold) / 100:g}"
+        )
+        for kind, cell in zip(("attacks of the fit", "other attacks", "harmless"), cells, strict=True):
+            assert cell == shown["world", kind, repair][0], (name, kind)
+    assert [cell.split("(")[1] for cell in heading[1:]] == ["167)", "388)", "1,739)"]
+    (_, *foreign) = next(t for t in tables("docs/results/bundled_model.md", "request") if "one block" in t[0])
+    for request, answered, *cells in foreign:
+        pooled = {"all attacks": "attacks", "all harmless requests": "harmless"}.get(request)
+        for cell, repair in zip(cells, ("several blocks", "one block"), strict=True):
+            exact, rounded, counted = shown["held out", pooled or request, repair]
+            assert (answered, cell) == (counted, exact if pooled else rounded), request
+    text = (ROOT / "docs" / "results" / "bundled_model.md").read_text(encoding="utf-8")
+    wide = {
+        of: frame[(frame.half == "held out") & (frame.request == of)].set_index("repair")
+        for of in ("harmless", "attacks")
+    }
+    told = wide["harmless"].loc["one block - several blocks"]
+    assert f"{-told.share:.1f} points [{-told.ci_high:.1f}, {-told.ci_low:.1f}]" in text and told.ci_high < 0
+    told = wide["attacks"].loc["one block - several blocks"]
+    assert (
+        f"({told.share:.1f} points [{told.ci_low:.1f}, {told.ci_high:.1f}])" in text and told.ci_low < 0 < told.ci_high
+    )
