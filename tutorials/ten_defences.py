@@ -42,26 +42,26 @@ judge = organism.OrganismJudge()
 # ## Ten defences, as they were measured
 #
 # The whole comparison takes hours: each defence had at most twelve settings, chosen on validation by one rule (least attack success among those that lose at most two points of right answers). Per cent with 95 % intervals, from
-# "Defences on the bundled model" in the results (`benchmarks/bench_defences.py`; seen n = 84, held-out n = 196, benign n = 672). They were measured on weights of the bundled model before the present ones.
+# "Defences on the bundled model" in the results (`benchmarks/bench_defences.py`; seen n = 84, held-out n = 196, benign n = 672).
 #
 # | defence | seen attacks | held-out attacks | benign, right | chosen |
 # | --- | --- | --- | --- | --- |
-# | undefended | 99 [89, 100] | 97 [93, 99] | 99 [97, 100] | |
-# | the repair | 5 [1, 14] | 17 [12, 23] | 95 [93, 96] | block 5, a classifier |
-# | safety tuning (LoRA) | 7 [2, 16] | 57 [49, 64] | 99 [98, 100] | lr 0.003, alpha 0.5 |
-# | AlphaSteer | 55 [43, 66] | 72 [65, 78] | 97 [95, 98] | layer 3, null share 0.9 |
-# | ShiftDC | 56 [44, 67] | 83 [77, 88] | 98 [96, 99] | layer 7, alpha 2 |
-# | CAST | 61 [49, 71] | 79 [73, 85] | 98 [97, 99] | layer 6, alpha 1 |
-# | difference of means | 74 [63, 83] | 78 [71, 83] | 98 [96, 99] | layer 3, alpha 1 |
-# | SafeSteer | 92 [82, 97] | 92 [86, 96] | 99 [97, 99] | layer 5, alpha 0.2 |
-# | mean ablation | 94 [85, 98] | 92 [87, 96] | 99 [97, 100] | attention of block 5, alpha 1 |
-# | published CARE | 99 [89, 100] | 98 [94, 100] | 99 [97, 100] | block 0, rank 8, alpha 1 |
-# | LEACE | 99 [89, 100] | 97 [93, 99] | 99 [97, 100] | layer 1, last token |
-# | CAA | 99 [89, 100] | 98 [94, 100] | 99 [97, 100] | layer 1, alpha 0.5 |
+# | undefended | 100 [91, 100] | 98 [95, 100] | 99 [97, 100] | |
+# | the repair | 2 [0, 11] | 12 [7, 17] | 96 [94, 97] | block 6, a classifier |
+# | safety tuning (LoRA) | 0 [0, 9] | 17 [12, 23] | 98 [96, 99] | lr 0.003, alpha 1 |
+# | AlphaSteer | 38 [27, 50] | 79 [72, 85] | 98 [96, 99] | layer 6, null share 0.9 |
+# | CAST | 48 [36, 59] | 87 [81, 92] | 99 [97, 100] | layer 6, alpha 1 |
+# | ShiftDC | 54 [42, 65] | 87 [81, 91] | 99 [97, 99] | layer 7, alpha 2 |
+# | mean ablation | 86 [76, 93] | 98 [92, 100] | 99 [97, 99] | attention of block 7, alpha 0.5 |
+# | difference of means | 90 [80, 97] | 96 [90, 99] | 98 [97, 99] | layer 4, alpha 0.5 |
+# | SafeSteer | 99 [90, 100] | 98 [95, 100] | 99 [97, 100] | layer 1, alpha 0.2 |
+# | LEACE | 99 [90, 100] | 98 [95, 100] | 98 [97, 99] | layer 1, all tokens |
+# | published CARE | 100 [91, 100] | 99 [95, 100] | 99 [97, 99] | block 0, rank 8, alpha 1 |
+# | CAA | 100 [91, 100] | 99 [95, 100] | 99 [97, 99] | layer 1, alpha 0.5 |
 #
 # ## Four of them and the repair, fitted here
 #
-# Those that fit in seconds, with the settings that were chosen there, but fitted on the present weights and on fewer examples, so that this page runs quickly; their figures are therefore not those of the table above.
+# Those that fit in seconds, with settings that an earlier search had chosen and on fewer examples, so that this page runs quickly; their figures are therefore not those of the table above.
 
 # %%
 harmless = [
@@ -174,8 +174,8 @@ px.bar(
 #
 # - **The blind attack may understate.** Made without the defence, the same PGD reaches 0.25 [0.05, 0.57] against the repair, three of twelve; made against it, 0.50 [0.21, 0.79]. Twelve requests do not tell these two apart.
 # - **Noise is a control that is needed.** Against the repair it gets 0.08 [0.00, 0.38], one of twelve, where clean pictures get none. Six of twelve under the attack that sees the repair looks like more, but the intervals overlap: an effect of PGD is to be claimed from more requests.
-# - **It matters where the attack starts, and how long it goes on.** From plain requests over clean pictures, which the undefended model refuses by itself, 38 % [19, 59] of 24 got through the repair of the README ("The repair of the bundled model" in the results; 64 of 255). From pictured requests, as here, the
-#   defence is all that stands in the way: with 100 steps and three restarts in place of our four steps, at the same 16 of 255, 100 % [86, 100] of 24 got through, with random noise none [0, 14]. Four steps understate what an attacker can do.
+# - **It matters where the attack starts, and how long it goes on.** From plain requests over clean pictures, which the undefended model refuses by itself, 42 % [22, 63] of 24 got through the repair of the README ("The repair of the bundled model" in the results; 64 of 255). From pictured requests, as here, the
+#   defence is all that stands in the way: with 100 steps and three restarts in place of our four steps, at the same 16 of 255, 100 % [86, 100] of 24 got through, with random noise 8 % [1, 27]. Four steps understate what an attacker can do.
 #
 # ## Exercises
 #
