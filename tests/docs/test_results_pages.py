@@ -186,3 +186,15 @@ def test_the_tables_of_one_block_or_several():
     assert (
         f"({told.share:.1f} points [{told.ci_low:.1f}, {told.ci_high:.1f}])" in text and told.ci_low < 0 < told.ci_high
     )
+
+
+def test_the_table_of_corrected_intervals():
+    measured = pd.read_csv(MEASURED / "correction.csv").set_index(["defence", "labels", "interval"])
+    names = {"the undefended model": "none", "the repair": "care_lens", "the random writer": "control: random writer"}
+    kinds = ("not corrected", "ppi", "rogan-gladen, labels of its own", "rogan-gladen, labels of the undefended")
+    ((_, *table),) = tables("docs/results/judges.md", "answers of")
+    assert len(table) == len(measured) / len(kinds)
+    for name, rates, labels, *cells in table:
+        own = [measured.loc[(names.get(name, name), int(labels), kind)] for kind in kinds]
+        assert rates == f"{100 * own[0].true_rate:.1f}, {100 * own[0].judged_rate:.1f}"
+        assert cells == [f"{100 * row.coverage:.0f} ({100 * row.width:.0f})" for row in own], (name, labels)
