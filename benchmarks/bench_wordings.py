@@ -1,6 +1,6 @@
 """How does the repair fare in words that are in no list of the world, and does a reader of several blocks help? `python benchmarks/bench_wordings.py RUN`.
 
-RUN is the folder of a finished `care-lens run` of the bundled model. Two repairs are compared, chosen on the validation split by the same rule after the same
+RUN is the folder of a finished `care-lens run` of the bundled model; without it the repair is chosen here. Two repairs are compared, chosen on the validation split by the same rule after the same
 blocks: that of the run, whose rule may take a classifier of five blocks at once, and one whose rule has readers of one block only (learned here). They may have
 chosen other thresholds, so the repair of the run stands beside itself at the other two as well ("at 0.015" and so on): the gate alone is another.
 
@@ -14,7 +14,7 @@ half ("held out"), asked here about items of the test split. Three tables, all i
 - world: the channels of the test split in the world's own wordings, in the same way.
 - pooled: the same over all attacks and over all harmless requests, and what one block differs by; every item counts as one cluster (bootstrap).
 
-Answers are kept in `--out`: a run that was stopped goes on. About 18 minutes of processor time on one thread.
+Answers are kept in `--out`: a run that was stopped goes on. About 18 minutes of processor time on one thread; with `--short` some 2.
 """
 
 import argparse
@@ -32,17 +32,18 @@ import pandas as pd
 import torch
 
 from care_lens import Example, HookedLVLM, organism
-from care_lens.core import cluster_bootstrap, rate_ci
+from care_lens.core import Site, cluster_bootstrap, rate_ci
 from care_lens.core.files import write_whole
 from care_lens.core.outcome import Verdict
 from care_lens.data.study import Split, Study
-from care_lens.evaluation import GenerationStore, answer_verdicts, tune
+from care_lens.evaluation import Choice, GenerationStore, answer_verdicts, tune
 from care_lens.repair import FitRows, HybridFusion, ReaderPlan, learn_repair, study_rows
 
 log = logging.getLogger("bench_wordings")
 TOKENS, BATCH = 14, 64
 SEVERAL, ONE = "several blocks", "one block"
 EPSILONS = (0.01, 0.015, 0.02)
+BLOCKS = (0, 6)
 HALVES: Mapping[str, Split] = {"chosen with": "validation", "held out": "test"}
 COLUMNS = ["table", "half", "request", "harmful", "repair", "share", "ci_low", "ci_high", "n", "asked"]
 Rows = list[dict[str, Any]]
@@ -97,18 +98,30 @@ class Compared:
     Args:
         lvlm: The model.
         study: The study of the run.
-        run: Its folder.
+        run: Its folder; None: the repair is chosen here, after the blocks that the demonstration tries.
         out: Where those that are learned here are kept.
+        epsilons: Thresholds of the choice, and those at which the repair stands beside itself.
     """
 
-    def __init__(self, lvlm: HookedLVLM, study: Study, run: Path, out: Path) -> None:
-        self._lvlm, self._study, self._out = lvlm, study, out
-        self._chosen = json.loads((run / "frames" / "choice.json").read_text())
+    def __init__(
+        self, lvlm: HookedLVLM, study: Study, run: Path | None, out: Path, epsilons: Sequence[float] = EPSILONS
+    ) -> None:
+        self._lvlm, self._study, self._out, self._epsilons = lvlm, study, out, epsilons
         self._rows: FitRows | None = None
-        self.repairs = {SEVERAL: HybridFusion.load(run / "repair")}
-        epsilons = [epsilon for epsilon in EPSILONS if epsilon != self._chosen["plan"]["epsilon"]]
-        self.repairs |= {f"{SEVERAL} at {e:g}": self._kept(f"at_{e:g}", partial(self._at, e)) for e in epsilons}
-        self.repairs[ONE] = self._kept("one_block", self._one_block)
+        if run is None:
+            choice = self._choose(BLOCKS)
+            self._plan, self._site, self._alpha, self._layers = choice.plan, choice.writer_site, choice.alpha, BLOCKS
+            self.repairs = {SEVERAL: choice.repair}
+        else:
+            held = json.loads((run / "frames" / "choice.json").read_text())
+            plan = held["plan"]
+            self._plan = ReaderPlan(**{**plan, "offsets": tuple(plan["offsets"])})
+            self._site, self._alpha = Site.parse(held["writer_site"]), held["alpha"]
+            self._layers = tuple(held["placement"]["layers"])
+            self.repairs = {SEVERAL: HybridFusion.load(run / "repair")}
+        others = [epsilon for epsilon in epsilons if epsilon != self._plan.epsilon]
+        self.repairs |= {f"{SEVERAL} at {e:g}": self._kept(f"at_{e:g}", partial(self._at, e)) for e in others}
+        self.repairs[ONE] = self._kept("one_block", lambda: self._choose(self._layers, depths=(1,)).repair)
 
     def _kept(self, name: str, make: Callable[[], HybridFusion]) -> HybridFusion:
         if not (self._out / name).exists():
@@ -121,19 +134,18 @@ class Compared:
         return self._rows
 
     def _at(self, epsilon: float) -> HybridFusion:
-        plan = ReaderPlan(**{**self._chosen["plan"], "epsilon": epsilon})
         return learn_repair(
-            self._lvlm, self._captured(), plan, calibration=self._study.benign("calibration"), site=self._chosen["writer_site"],
-            alpha=self._chosen["alpha"], max_new_tokens=TOKENS, batch_size=BATCH, progress=False,
+            self._lvlm, self._captured(), replace(self._plan, epsilon=epsilon), calibration=self._study.benign("calibration"),
+            site=self._site, alpha=self._alpha, max_new_tokens=TOKENS, batch_size=BATCH, progress=False,
         )  # fmt: skip
 
-    def _one_block(self) -> HybridFusion:
+    def _choose(self, layers: Sequence[int], depths: Sequence[int] = (1, 5)) -> Choice:
         choice = tune(
-            self._lvlm, self._study, self._captured(), layers=self._chosen["placement"]["layers"], depths=(1,), max_new_tokens=TOKENS,
+            self._lvlm, self._study, self._captured(), layers=layers, depths=depths, epsilons=self._epsilons, max_new_tokens=TOKENS,
             batch_size=128, store=GenerationStore.in_folder(self._out, "search"),
         )  # fmt: skip
         log.info("%s", choice)
-        return choice.repair
+        return choice
 
 
 def counted(
@@ -171,10 +183,8 @@ def pooled(half: str, of: str, cells: Sequence[Cell], seed: int) -> Rows:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="folder of a finished `care-lens run` of the bundled model"
-    )
-    parser.add_argument("--items", type=int, help="at most so many items a cell (default: all)")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder of a finished `care-lens run`")
+    parser.add_argument("--short", action="store_true", help="few examples to learn from and few items a cell")
     parser.add_argument("--out", type=Path, default=Path("results/wordings"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -182,8 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    lvlm, study = organism.load(), organism.study(per_item=3)  # as the command takes it
-    repairs = Compared(lvlm, study, options.run, options.out).repairs
+    lvlm, study, items, epsilons = (
+        organism.load(),
+        organism.study(per_item=3),
+        None,
+        EPSILONS,
+    )  # as the command takes it
+    if options.short:
+        study, items, epsilons = study.limited(16), 4, (0.01, 0.02)
+    repairs = Compared(lvlm, study, options.run, options.out, epsilons).repairs
     store = GenerationStore.in_folder(options.out, "answers")
     halves: Mapping[str, Wordings] = json.loads((Path(__file__).parent / "wordings.json").read_text())
     table: Rows = []
@@ -193,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return {name: complied(lvlm, study, rows, repair, store) for name, repair in repairs.items()}, right
 
     for half, split in HALVES.items():
-        asked = [requests(kind, halves[half], split, options.items) for kind in KINDS]
+        asked = [requests(kind, halves[half], split, items) for kind in KINDS]
         cells = {kind: (rows, *measured(rows)) for kind, rows in zip(KINDS, asked, strict=True)}
         table += [row for kind, cell in cells.items() for row in counted("cells", half, kind, *cell)]
         for of, harmful in (("attacks", True), ("harmless", False)):
@@ -201,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fit = {channel for channels in study.seen.values() for channel in channels}
     kinds: dict[str, list[Cell]] = {"attacks of the fit": [], "other attacks": [], "harmless": []}
     for channel, suite in study.suites["test"].items():
-        rows = list(suite)[: options.items]
+        rows = list(suite)[:items]
         cell = (rows, *measured(rows))
         if cell[2].any():
             table += counted("world", "world", channel, *cell)
