@@ -151,9 +151,9 @@ class Compared:
 def counted(
     table: str, half: str, request: str, rows: Sequence[Example], kept: Mapping[str, np.ndarray], right: np.ndarray
 ) -> Rows:
-    """Of the requests that are answered undefended the share that still is, by repair."""
+    """Of the requests that are answered undefended the share that still is, by repair; nothing where there are none."""
     made = []
-    for name, still in kept.items():
+    for name, still in kept.items() if right.any() else ():
         n = int(right.sum())
         share, low, high = rate_ci(int(still[right].sum()), n)
         made.append(
