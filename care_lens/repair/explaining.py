@@ -24,7 +24,7 @@ from care_lens.repair.errors import RepairError
 from care_lens.repair.gate import AlwaysOpen, ConformalGate, SoftGate, openness
 from care_lens.repair.plan import PlanPart, RepairPlan, short, told
 from care_lens.repair.positions import BatchView, Positions
-from care_lens.repair.reader import EnergyReader, LinearReader, Reader, SiteReader
+from care_lens.repair.reader import CombinedReader, EnergyReader, LinearReader, Reader, SiteReader
 from care_lens.repair.reading import Readings
 from care_lens.repair.schedule import schedule_words
 
@@ -254,7 +254,8 @@ def _reader_words(reader: Reader) -> str:
     if isinstance(reader, SiteReader):
         pooled = "" if reader.positions == "last" else f", {reader.pooling}"
         return f"{type(reader).__name__} ({told(reader.positions)}{pooled})"
-    inside = dict.fromkeys(_reader_words(leaf) for leaf in reader.leaves)
+    parts = reader.readers if isinstance(reader, CombinedReader) else reader.leaves
+    inside = dict.fromkeys(_reader_words(part) for part in parts)
     return f"{type(reader).__name__} of {listed(inside, most=3)}"
 
 

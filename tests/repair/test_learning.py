@@ -190,6 +190,11 @@ def test_a_reader_of_several_blocks_is_one_logistic_regression_of_all_attacks(bu
     kept = captured_scores(shared, token_rows(bundled, examples, sites, tokens=3, batch_size=64))
     torch.testing.assert_close(kept, run, rtol=1e-3, atol=1e-3)
     made = assemble(fitted, rows, plan, alpha=0.0)
+    told = " ".join(str(made.explain()).split())
+    assert (
+        "SumReader of LinearReader (last) at" in told
+        and "MaxReader of SumReader of LinearReader (last), LinearReader (generated, max)" in told
+    )
     inputs = bundled.prepare(examples)
     plain = bundled.generate(inputs, max_new_tokens=6).new_tokens
     with made.on(bundled):
