@@ -26,6 +26,11 @@ class GatedWriter(NamedTuple):
     openness: Tensor
     gate: Tensor | None = None
 
+    def at(self, columns: Tensor) -> "GatedWriter":
+        """At some positions."""
+        gate = None if self.gate is None else self.gate[:, columns]
+        return GatedWriter(self.writer, self.openness[:, columns], gate)
+
 
 def modality_edit(
     activation: Float[Tensor, "batch pos d"], writers: Sequence[GatedWriter], *, unit: bool = False
@@ -98,6 +103,40 @@ def fused_edit(
     Returns:
         The edit, and the weights of the two modalities in it (of "joint": whether each takes part).
     """
+    # A gate that reads the last prompt token opens there, and in front of it stand all the tokens of the pictures. A share of the whole
+    # row needs the norms of all of it, and an attack that sees the repair gets a gradient through every token.
+    opened = None if share is not None or gradient_wanted() else _open_columns([*visual, *textual])
+    if opened is None or len(opened) == activation.shape[1]:
+        return _fused(activation, visual, textual, rule=rule, weights=weights, image=image, share=share)
+    closed = torch.ones(activation.shape[1], dtype=torch.bool, device=activation.device).index_fill_(0, opened, False)
+    columns = torch.cat([opened, closed.nonzero()[:1, 0]])  # the closed one stands for all of them
+    sides = ([one.at(columns) for one in side] for side in (visual, textual))
+    at = None if image is None else image[:, columns]
+    part = _fused(activation[:, columns], *sides, rule=rule, weights=weights, image=at, share=share)
+    edit = torch.zeros_like(activation, dtype=part.edit.dtype).index_copy(1, columns, part.edit)
+    said, seen = (w[:, -1:].expand(activation.shape[:2]).index_copy(1, columns, w) for w in (part.textual, part.visual))
+    return Fused(edit, seen, said)
+
+
+def _open_columns(writers: Sequence[GatedWriter]) -> Tensor | None:
+    """The positions at which some gate of some row is open; None: there is no writer."""
+    if not writers:
+        return None
+    acts = torch.stack([one.openness.detach() != 0 for one in writers])
+    return acts.flatten(0, 1).any(dim=0).nonzero()[:, 0]
+
+
+def _fused(
+    activation: Float[Tensor, "batch pos d"],
+    visual: Sequence[GatedWriter],
+    textual: Sequence[GatedWriter],
+    *,
+    rule: str,
+    weights: tuple[float, float],
+    image: Bool[Tensor, "batch pos"] | None,
+    share: Share | None,
+) -> Fused:
+    """As :func:`fused_edit`, at every token."""
     if rule == "sequential":
         edit = modality_edit(activation, [*visual, *textual])
         return Fused(edit, _acts(visual, activation), _acts(textual, activation))

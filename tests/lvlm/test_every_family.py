@@ -269,7 +269,8 @@ def test_an_edit_in_place_that_is_returned_acts_as_a_new_tensor_does(twins, rows
         activation[...] = bump(activation)
         return activation
 
-    for site in lvlm.sites():
+    # Of every component one block, not always the same: how a hook's tensor is passed on does not depend on the layer.
+    for site in {(site.tower, site.component): site for site in lvlm.sites()}.values():
         # What enters a vision block is the very tensor that may be recorded as the output of the block before.
         recorded = site.tower == "vision" and site.component == "hook_resid_pre"
         if lvlm.site_info(site).editable and not recorded:

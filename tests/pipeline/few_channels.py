@@ -35,6 +35,6 @@ def few_channels(n: int | None = None, *, pairs: tuple[str, ...] | None = None) 
 
 
 def quick_study() -> Study:
-    """Enough to learn a repair and to choose it by the code of a page: 12 examples a channel to learn from, 3 of some channels to choose by and to test."""
-    study = few_channels().limited(12, splits=("fit", "calibration")).limited(3, splits=("validation", "test"))
+    """Enough to learn a repair and to choose it by the code of a page: 12 examples a channel to learn from, 2 of some channels to choose by and to test."""
+    study = few_channels().limited(12, splits=("fit", "calibration")).limited(2, splits=("validation", "test"))
     return replace(study, pairs={name: pairs[:4] for name, pairs in study.pairs.items()})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from care_lens.repair import Writer
+from care_lens.repair import fuse as fuse_module
 from care_lens.repair.fuse import GatedWriter, adaptive_weight, fused_edit, modality_edit
 
 SITE = "blocks.0.hook_resid_post"
@@ -87,3 +88,44 @@ def test_weight_of_zero_edits_has_finite_gradients():
     weight.sum().backward()
     assert weight.tolist() == [[[0.0]]]
     assert visual.grad is not None and bool(visual.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "sequential", "parallel", "modality", "joint"])
+@pytest.mark.parametrize("seed", range(4))
+def test_only_tokens_at_which_a_gate_is_open_are_computed(rule, seed, monkeypatch):
+    draw = torch.Generator().manual_seed(seed)
+    h, image = torch.randn(3, 9, 3, generator=draw), torch.rand(3, 9, generator=draw) < 0.5
+    open_at = torch.zeros(9, dtype=torch.bool)
+    open_at[torch.randperm(9, generator=draw)[: 2 * seed]] = True  # at no token, at some of them
+    seen, said = (
+        [
+            GatedWriter(
+                axis_writer(axis, to=1.0, alpha=1.5), torch.rand(3, 9, generator=draw).round(decimals=1) * open_at
+            )
+        ]
+        for axis in (0, 1)
+    )
+    seen = [one._replace(gate=one.openness.sign()) for one in seen]
+    options = {"rule": rule, "weights": (0.3, 0.6), "image": image}
+    whole = fuse_module._fused(h, seen, said, share=None, **options)
+    shapes, every = [], fuse_module._fused
+    monkeypatch.setattr(fuse_module, "_fused", lambda h, *a, **k: shapes.append(h.shape[1]) or every(h, *a, **k))
+    few = fused_edit(h, seen, said, **options)
+    assert shapes == [int(open_at.sum()) + 1]
+    for one, other in zip(few, whole, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not few.edit[:, ~open_at].any()
+
+
+def test_a_share_of_the_whole_row_sees_every_token():
+    gates = torch.tensor([[1.0, 0.0]])
+    shapes = []
+
+    def share(visual, textual):
+        shapes.append(visual.shape[1])
+        return adaptive_weight(visual, textual)
+
+    fused_edit(
+        H, [GatedWriter(axis_writer(0), gates)], [GatedWriter(axis_writer(1), gates)], rule="adaptive", share=share
+    )
+    assert shapes == [2]
