@@ -198,3 +198,70 @@ def test_the_table_of_corrected_intervals():
         own = [measured.loc[(names.get(name, name), int(labels), kind)] for kind in kinds]
         assert rates == f"{100 * own[0].true_rate:.1f}, {100 * own[0].judged_rate:.1f}"
         assert cells == [f"{100 * row.coverage:.0f} ({100 * row.width:.0f})" for row in own], (name, labels)
+
+
+def test_the_page_on_choices_says_what_its_file_says():
+    frame = pd.read_csv(MEASURED / "choices.csv")
+    frame = frame.rename(columns={"margin change": "margin", "margin change low": "low", "margin change high": "high"})
+
+    def nats(value):
+        return f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
+
+    after_4 = frame[frame["site"] == "blocks.4.hook_resid_post"]
+    ((_, *table),) = tables("docs/results/subspaces.md", "contrast")
+    assert len(table) == 18
+    for contrast, reference, tokens, *cells in table:
+        rank = 1 if contrast == "mean" else 4
+        (row,) = after_4[
+            (after_4["contrast"] == contrast)
+            & (after_4["reference"] == reference)
+            & (after_4["tokens"] == tokens.strip("`"))
+            & (after_4["rank"] == rank)
+        ].to_dict("records")
+        assert cells == [
+            f"{row['stable cosine']:.2f}",
+            f"{row['held-out energy ratio']:.0f}",
+            f"{nats(row['margin'])} [{nats(row['low'])}, {nats(row['high'])}]",
+            f"{nats(row['random'])} [{nats(row['random low'])}, {nats(row['random high'])}]",
+            f"{row['benign KL']:.2f}",
+        ], (contrast, reference, tokens)
+    read = frame[frame["tokens"].isin(["last", "text", "text:attributed"])]
+    residual, mlp = (read[read["site"].str.contains(name)] for name in ("resid_post", "mlp_out"))
+    ordinary, refused = (residual[residual["reference"] == name] for name in ("ordinary answers", "refusals"))
+    text = " ".join((ROOT / "docs" / "results" / "subspaces.md").read_text(encoding="utf-8").split())
+    assert (
+        f"(by {-refused['margin'].max():.1f} to {-refused['margin'].min():.1f} nats in "
+        f"{(refused['margin'] < 0).sum()} of {len(refused)} cells" in text
+    )
+    assert (
+        f"(by up to {ordinary['margin'].max():.1f} nats, in {(ordinary['margin'] > 0).sum()} of {len(ordinary)} cells)"
+        in text
+    )
+    assert (
+        f"MLP outputs moved the margin by at most {mlp['margin'].abs().max():.1f} nats in all {len(mlp)} cells" in text
+    )
+    images = frame[frame["tokens"].str.startswith("image")]
+    assert f"by at most {images['margin'].abs().max():.2f} nats in all {len(images)} of their cells" in text
+    wide = refused[refused["rank"] == 4]
+    random = -wide[wide["site"] == "blocks.4.hook_resid_post"]["random"]
+    assert f"lowers the margin by {random.min():.1f} to {random.max():.1f} nats itself" in text
+    share = (wide["random"] / wide["margin"])[wide["tokens"] != "last"]
+    here, later = (share[wide["site"] == f"blocks.{block}.hook_resid_post"] for block in (4, 6))
+    assert "two thirds of what the fitted one does, or all of it (after block 6 six to eight tenths)" in text
+    assert here.min() > 0.65 and here.max() > 1 and (round(10 * later.min()), round(10 * later.max())) == (6, 8)
+    narrow = refused[refused["rank"] == 1]
+    assert f"at rank 1 (random: at most {narrow['random'].abs().max():.1f} nats)" in text
+    for site, words in (
+        (4, "{} nats after block 4 (random {}) at a KL of {}"),
+        (6, "after block 6 {} (random {}) at {}"),
+    ):
+        (row,) = wide[
+            (wide["site"] == f"blocks.{site}.hook_resid_post")
+            & (wide["contrast"] == "second_moment")
+            & (wide["tokens"] == "last")
+        ].to_dict("records")
+        assert words.format(nats(row["margin"]), nats(row["random"]), f"{row['benign KL']:.2f}") in text
+    claims = " ".join((ROOT / "docs" / "results" / "claims.md").read_text(encoding="utf-8").split())
+    ordinary, refused = (part[part["site"] == "blocks.4.hook_resid_post"]["margin"] for part in (ordinary, refused))
+    assert f"in {(ordinary > 0).sum()} of {len(ordinary)} cells, by up to {ordinary.max():.1f} nats" in claims
+    assert f"less likely in all, by {-refused.max():.1f} to {-refused.min():.1f} nats" in claims and (refused < 0).all()
