@@ -2,7 +2,9 @@
 
 RUN is the folder of a finished `care-lens run` of the bundled model; without it the repair is chosen here. Two repairs are compared, chosen on the validation split by the same rule after the same
 blocks: that of the run, whose rule may take a classifier of five blocks at once, and one whose rule has readers of one block only (learned here). They may have
-chosen other thresholds, so the repair of the run stands beside itself at the other two as well ("at 0.015" and so on): the gate alone is another.
+chosen other thresholds, so both stand beside themselves at the others as well ("at 0.015" and so on): the gate alone is another. A classifier of several
+blocks differs from one of one block in more than the blocks: it is learned from the attacks of both modalities at once, with a weaker ridge penalty. So a classifier
+of the last of its blocks alone that is learned in the same way is the control ("one block, learned jointly").
 
 The wordings (`wordings.json`) were written by somebody who was given the model's vocabulary and had seen none of the world's lists nor this repository;
 those that turned out to be in a list were left out, the others dealt at random into two halves. That a depth of five is tried at all, and the ridge
@@ -14,16 +16,15 @@ half ("held out"), asked here about items of the test split. Three tables, all i
 - world: the channels of the test split in the world's own wordings, in the same way.
 - pooled: the same over all attacks and over all harmless requests, and what one block differs by; every item counts as one cluster (bootstrap).
 
-Answers are kept in `--out`: a run that was stopped goes on. About 18 minutes of processor time on one thread; with `--short` some 2.
+Answers are kept in `--out`: a run that was stopped goes on. About 30 minutes of processor time on one thread; with `--short` some 3.
 """
 
 import argparse
 import json
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from care_lens.repair import FitRows, HybridFusion, ReaderPlan, learn_repair, st
 
 log = logging.getLogger("bench_wordings")
 TOKENS, BATCH = 14, 64
-SEVERAL, ONE = "several blocks", "one block"
+SEVERAL, ONE, JOINT = "several blocks", "one block", "one block, learned jointly"
 EPSILONS = (0.01, 0.015, 0.02)
 BLOCKS = (0, 6)
 HALVES: Mapping[str, Split] = {"chosen with": "validation", "held out": "test"}
@@ -92,14 +93,29 @@ def complied(
     return np.array([verdict is Verdict.COMPLIED for verdict in found])
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A repair and what it was made by."""
+
+    plan: ReaderPlan
+    site: Site
+    alpha: float
+    repair: HybridFusion
+
+    @classmethod
+    def of(cls, choice: Choice) -> "Chosen":
+        """What a choice made."""
+        return cls(choice.plan, choice.writer_site, choice.alpha, choice.repair)
+
+
 class Compared:
-    """The repairs: that of the run, itself at other thresholds, and that of readers of one block.
+    """The repairs: that of the run, that of readers of one block, the control, and each at other thresholds.
 
     Args:
         lvlm: The model.
         study: The study of the run.
         run: Its folder; None: the repair is chosen here, after the blocks that the demonstration tries.
-        out: Where those that are learned here are kept.
+        out: Where the answers of a search are kept; each repair is learned anew, so that none is of other settings.
         epsilons: Thresholds of the choice, and those at which the repair stands beside itself.
     """
 
@@ -108,35 +124,50 @@ class Compared:
     ) -> None:
         self._lvlm, self._study, self._out, self._epsilons = lvlm, study, out, epsilons
         self._rows: FitRows | None = None
+        self._threshold: dict[str, float] = {}
         if run is None:
-            choice = self._choose(BLOCKS)
-            self._plan, self._site, self._alpha, self._layers = choice.plan, choice.writer_site, choice.alpha, BLOCKS
-            self.repairs = {SEVERAL: choice.repair}
+            chosen = Chosen.of(self._choose(BLOCKS))
+            layers: Sequence[int] = BLOCKS
         else:
             held = json.loads((run / "frames" / "choice.json").read_text())
-            plan = held["plan"]
-            self._plan = ReaderPlan(**{**plan, "offsets": tuple(plan["offsets"])})
-            self._site, self._alpha = Site.parse(held["writer_site"]), held["alpha"]
-            self._layers = tuple(held["placement"]["layers"])
-            self.repairs = {SEVERAL: HybridFusion.load(run / "repair")}
-        others = [epsilon for epsilon in epsilons if epsilon != self._plan.epsilon]
-        self.repairs |= {f"{SEVERAL} at {e:g}": self._kept(f"at_{e:g}", partial(self._at, e)) for e in others}
-        self.repairs[ONE] = self._kept("one_block", lambda: self._choose(self._layers, depths=(1,)).repair)
+            plan = ReaderPlan(**{**held["plan"], "offsets": tuple(held["plan"]["offsets"])})
+            chosen = Chosen(plan, Site.parse(held["writer_site"]), held["alpha"], HybridFusion.load(run / "repair"))
+            layers = held["placement"]["layers"]
+        self.repairs = {SEVERAL: chosen.repair, **self._at_others(SEVERAL, chosen)}
+        one = Chosen.of(self._choose(layers, depths=(1,)))
+        self.repairs |= {ONE: one.repair, **self._at_others(ONE, one)}
+        if chosen.plan.classifier and 0 in chosen.plan.offsets:
+            joint = replace(chosen, plan=replace(chosen.plan, depth=1, joint=True))
+            self.repairs |= {JOINT: self._learned(joint), **self._at_others(JOINT, joint)}
 
-    def _kept(self, name: str, make: Callable[[], HybridFusion]) -> HybridFusion:
-        if not (self._out / name).exists():
-            make().save(self._out / name)
-        return HybridFusion.load(self._out / name)
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of repairs that are told apart: the two choices, and different readers at one threshold."""
+        of = {name: {self._threshold[name]: name} for name in self._threshold}
+        for name, thresholds in of.items():
+            thresholds |= {e: f"{name} at {e:g}" for e in self._epsilons if e not in thresholds}
+        apart = [(ONE, name) for name in self.repairs if name.startswith(SEVERAL)]
+        readers = [
+            (one, other) for one, other in ((ONE, SEVERAL), (ONE, JOINT), (JOINT, SEVERAL)) if {one, other} <= {*of}
+        ]
+        return [
+            *dict.fromkeys([*apart, *((of[one][e], of[other][e]) for e in self._epsilons for one, other in readers)])
+        ]
+
+    def _at_others(self, name: str, chosen: "Chosen") -> dict[str, HybridFusion]:
+        self._threshold[name] = chosen.plan.epsilon
+        plans = {e: replace(chosen.plan, epsilon=e) for e in self._epsilons if e != chosen.plan.epsilon}
+        return {f"{name} at {e:g}": self._learned(replace(chosen, plan=plan)) for e, plan in plans.items()}
 
     def _captured(self) -> FitRows:
         if self._rows is None:
             self._rows = study_rows(self._lvlm, self._study, batch_size=BATCH)
         return self._rows
 
-    def _at(self, epsilon: float) -> HybridFusion:
+    def _learned(self, of: "Chosen") -> HybridFusion:
         return learn_repair(
-            self._lvlm, self._captured(), replace(self._plan, epsilon=epsilon), calibration=self._study.benign("calibration"),
-            site=self._site, alpha=self._alpha, max_new_tokens=TOKENS, batch_size=BATCH, progress=False,
+            self._lvlm, self._captured(), of.plan, calibration=self._study.benign("calibration"), site=of.site, alpha=of.alpha,
+            max_new_tokens=TOKENS, batch_size=BATCH, progress=False,
         )  # fmt: skip
 
     def _choose(self, layers: Sequence[int], depths: Sequence[int] = (1, 5)) -> Choice:
@@ -164,11 +195,11 @@ def counted(
     return made
 
 
-def pooled(half: str, of: str, cells: Sequence[Cell], seed: int) -> Rows:
-    """The shares over several cells, and what the repairs differ by; clusters are items."""
+def pooled(half: str, of: str, cells: Sequence[Cell], pairs: Sequence[tuple[str, str]], seed: int) -> Rows:
+    """The shares over several cells, and what repairs differ by; clusters are items."""
     items = [e.group or e.id for rows, _, right in cells for e, was in zip(rows, right, strict=True) if was]
     held = {name: np.concatenate([kept[name][right] for _, kept, right in cells]).astype(float) for name in cells[0][1]}
-    differences = {f"{ONE} - {name}": held[ONE] - values for name, values in held.items() if name != ONE}
+    differences = {f"{one} - {other}": held[one] - held[other] for one, other in pairs}
     made: Rows = []
     for name, values in {**held, **differences}.items():
         low, high = cluster_bootstrap(values, items, seed=seed)[1:]
@@ -200,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # as the command takes it
     if options.short:
         study, items, epsilons = study.limited(16), 4, (0.01, 0.02)
-    repairs = Compared(lvlm, study, options.run, options.out, epsilons).repairs
+    compared = Compared(lvlm, study, options.run, options.out, epsilons)
+    repairs = compared.repairs
     store = GenerationStore.in_folder(options.out, "answers")
     halves: Mapping[str, Wordings] = json.loads((Path(__file__).parent / "wordings.json").read_text())
     table: Rows = []
@@ -214,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = {kind: (rows, *measured(rows)) for kind, rows in zip(KINDS, asked, strict=True)}
         table += [row for kind, cell in cells.items() for row in counted("cells", half, kind, *cell)]
         for of, harmful in (("attacks", True), ("harmless", False)):
-            table += pooled(half, of, [cell for cell in cells.values() if cell[0][0].harmful is harmful], options.seed)
+            own = [cell for cell in cells.values() if cell[0][0].harmful is harmful]
+            table += pooled(half, of, own, compared.pairs, options.seed)
     fit = {channel for channels in study.seen.values() for channel in channels}
     kinds: dict[str, list[Cell]] = {"attacks of the fit": [], "other attacks": [], "harmless": []}
     for channel, suite in study.suites["test"].items():
@@ -226,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "harmless" if not rows[0].harmful else "attacks of the fit" if channel in fit else "other attacks"
             ].append(cell)
     for of, own in kinds.items():
-        table += pooled("world", of, own, options.seed)
+        table += pooled("world", of, own, compared.pairs, options.seed)
     write_whole(options.out / "wordings.csv", pd.DataFrame(table, columns=COLUMNS).round(4).to_csv(index=False))
     lvlm.close()
 

@@ -20,6 +20,7 @@ from care_lens.cli.options import (
     Batch,
     Config,
     Data,
+    Depths,
     Device,
     Dtype,
     Epsilons,
@@ -84,6 +85,7 @@ class Asked:
     system: System = None
     epsilons: Epsilons = None
     ranks: Ranks = None
+    depths: Depths = None
     judge: JudgeOf = None
     config: Config = None
 
@@ -99,7 +101,7 @@ class Asked:
 
     def refuse(self) -> None:
         """Tell what is wrong in the options before torch and the rest are imported."""
-        loading.checked_numbers(self.epsilons, self.ranks)
+        loading.checked_numbers(self.epsilons, self.ranks, self.depths)
         where = {name: getattr(self, name) for name in _MODEL}
         loading.refuse(self.model, data=self.data, judge=self.judge, out=self.out, **where)
 
@@ -121,7 +123,7 @@ class Asked:
 
     def settings(self, study: "Study") -> "RunSettings":
         """The settings of the run."""
-        given = {name: getattr(self, name) for name in (*_GENERATION, "batch_size", "epsilons", "ranks")}
+        given = {name: getattr(self, name) for name in (*_GENERATION, "batch_size", "epsilons", "ranks", "depths")}
         return loading.run_settings(study, self.model, self.asked_size, self.seed, **given)
 
     def answering(self, lvlm: "HookedLVLM") -> "AbstractContextManager[None]":

@@ -160,17 +160,25 @@ def generation(**given: Any) -> Any:
     return GenerationSettings(**given)
 
 
-def checked_numbers(epsilons: str | None, ranks: str | None) -> dict[str, tuple[float, ...] | tuple[int, ...] | None]:
-    """Epsilons and reader ranks as they are written on the command line.
+def checked_numbers(
+    epsilons: str | None, ranks: str | None, depths: str | None
+) -> dict[str, tuple[float, ...] | tuple[int, ...] | None]:
+    """Epsilons, reader ranks and depths as they are written on the command line.
 
     Raises:
         typer.BadParameter: If they are no such numbers.
     """
-    found = {"epsilons": numbers(epsilons, "--epsilons", float), "reader_ranks": numbers(ranks, "--ranks", int)}
+    found = {
+        "epsilons": numbers(epsilons, "--epsilons", float),
+        "reader_ranks": numbers(ranks, "--ranks", int),
+        "reader_depths": numbers(depths, "--depths", int),
+    }
     if wrong := [e for e in found["epsilons"] or () if not 0 < e < 1]:
         raise typer.BadParameter(f"--epsilons must be above 0 and below 1, got {wrong[0]}")
     if wrong := [k for k in found["reader_ranks"] or () if k < 0]:
         raise typer.BadParameter(f"--ranks must be 0 or more, got {wrong[0]}")
+    if wrong := [k for k in found["reader_depths"] or () if k < 1]:
+        raise typer.BadParameter(f"--depths must be 1 or more, got {wrong[0]}")
     return found
 
 
@@ -182,6 +190,7 @@ def run_settings(
     *,
     epsilons: str | None = None,
     ranks: str | None = None,
+    depths: str | None = None,
     **given: Any,
 ) -> "RunSettings":
     """The settings of a run: the model's defaults, what was given, and those of its size on top."""
@@ -191,7 +200,7 @@ def run_settings(
     settings = RunSettings(seed=seed)
     if model != "bundled":
         settings = replace(settings, batch_size=8, max_new_tokens=128)
-    given |= checked_numbers(epsilons, ranks)
+    given |= checked_numbers(epsilons, ranks, depths)
     given = {name: value for name, value in given.items() if value is not None}
     if size == "full":
         return replace(settings, **given)

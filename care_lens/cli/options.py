@@ -81,6 +81,13 @@ Epsilons = Annotated[
 Ranks = Annotated[
     str | None, typer.Option(help="Ranks of the readers tried; 0 is the linear one: '0,8'.", show_default="0,8")
 ]
+Depths = Annotated[
+    str | None,
+    typer.Option(
+        help="After how many blocks at once a classifier reads the last prompt token, tried: '1' reads one block, as runs of earlier versions did.",
+        show_default="1,5",
+    ),
+]
 JudgeOf = Annotated[
     str | None,
     typer.Option(

@@ -36,7 +36,7 @@ from care_lens.mediation.placement import Placement, reader_layers
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated_together
 from care_lens.repair.errors import FlatScoresError, TooFewCalibrationError
 from care_lens.repair.fusion import HybridFusion
-from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans
+from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans, require_depths
 from care_lens.repair.refusing import Answers
 from care_lens.repair.rows import FitRows, TokenRows, residual_sites, rows_beside, study_rows, token_rows
 from care_lens.subspace import ModelIdentity, RankError, SafetySubspace
@@ -184,7 +184,8 @@ def tune(
         answer_tokens: So many tokens of an answer may be read.
         ranks: Ranks of the readers tried; 0 stands for the linear (discriminant) reader.
         classifier: Whether readers fitted as classifiers are tried.
-        depths: After how many blocks at once such a classifier reads the last prompt token; see :class:`~care_lens.repair.ReaderPlan`.
+        depths: After how many blocks at once such a classifier reads the last prompt token; see :class:`~care_lens.repair.ReaderPlan`. A depth that
+            needs blocks that the model or the rows do not have is left out at that layer.
         epsilons: Shares of benign prompts that a gate may touch.
         alphas: Strengths of the writers; beyond 1 they go past their target.
         answers: "rearmed", or "held" as versions before had it; see :func:`care_lens.repair.assemble`.
@@ -225,6 +226,7 @@ def tune(
         classifier=classifier,
         depths=depths,
     )
+    plans = _readable(plans, rows, depths if classifier else ())
     table = _compared(
         lvlm, study, rows, plans, comparing, tokens=answer_tokens, batch_size=batch_size, progress=progress
     )
@@ -415,6 +417,29 @@ def _compared(
     return sorted(table, key=lambda row: row.order)
 
 
+def _readable(plans: Sequence[ReaderPlan], rows: FitRows, depths: Sequence[int]) -> list[ReaderPlan]:
+    """The plans of which the rows hold every block, or hold not even the last, which is refused with the block's name."""
+
+    def held(plan: ReaderPlan) -> bool:
+        sites = [Site("language", layer, "hook_resid_post") for layer in plan.layers]
+        return sites[-1] not in rows.benign.rows or all(site in rows.benign.rows for site in sites)
+
+    readable = [plan for plan in plans if held(plan)]
+    fit = {plan.depth for plan in readable if plan.classifier}
+    if lost := sorted({*depths} - fit):
+        say = log.info if fit else log.warning
+        say(
+            "no classifier has a depth of %s: there are not so many blocks up to the layers that are tried, or in the rows",
+            lost,
+        )
+    if not readable:
+        raise NoCandidateError(
+            f"one plan or more must be there to try, got none: no classifier of depth {list(depths)} fits the layers and rows; give a smaller "
+            "depth, or ranks"
+        )
+    return readable
+
+
 def _opened(fitted: FittedReaders, rows: TokenRows) -> float:
     """Share of rows for which the gate opens."""
     return float((captured_scores(fitted.both, rows) > fitted.gate.threshold).double().mean())
@@ -437,3 +462,4 @@ def _require_options(candidates: int, benign_loss: float, **lists: Sequence[Any]
         raise ValueError(f"benign_loss must be a share from 0 to 1, got {benign_loss}")
     if empty := [name for name, values in lists.items() if not len(values)]:
         raise ValueError(f"{empty[0]} must hold one or more, got none")
+    require_depths(lists.get("depths", ()))

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from care_lens.data.study import Split, Study
 from care_lens.evaluation.settings import GenerationSettings
+from care_lens.repair.learning import require_depths
 
 #: Fields that are left out of a run's record where they are None, as they are in the records of earlier versions.
 _GENERATION = ("min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "system")
@@ -105,6 +106,7 @@ class RunSettings:
         for name in ("epsilons", "alphas", "reader_ranks", "reader_depths", "printed_alphas", "steering"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold one value or more, got none; leave it out for the default")
+        require_depths(self.reader_depths)
         if unknown := [rival for rival in self.rivals if rival not in RIVALS]:
             raise ValueError(f"rivals must be out of {list(RIVALS)}, got {unknown}")
 

@@ -141,9 +141,12 @@ class SumReader(CombinedReader):
     """
 
     def joined(self, scores: Float[Tensor, "reader *shape"]) -> Float[Tensor, "*shape"]:
-        """The sum; -inf where one of them had nothing to read, NaN where one of them is."""
+        """The sum; -inf where one of them had nothing to read, NaN where one of them is or the sum is below what its dtype holds."""
         nothing, broken = (scores == -torch.inf).any(dim=0), scores.isnan().any(dim=0)
-        return scores.sum(dim=0).masked_fill(nothing, -torch.inf).masked_fill(broken, torch.nan)
+        total = scores.sum(dim=0)
+        # A finite sum may leave the range of its dtype: that is no sign that there was nothing to read.
+        broken = broken | (~nothing & (total == -torch.inf))
+        return total.masked_fill(nothing, -torch.inf).masked_fill(broken, torch.nan)
 
 
 def in_threshold_units(

@@ -15,7 +15,7 @@ C_m u = lambda C_b u is that of `SafetySubspace.fit`; readers and writers apart,
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,13 +48,13 @@ class ReaderPlan:
         epsilon: Share of benign prompts that the gate may touch.
         classifier: The one direction is that of a logistic regression; else it is the discriminant's, the difference of the means
             whitened by the benign covariance.
-        depth: Of a classifier of the last prompt token: it reads the residual stream after so many blocks at once, `layer` the last of them. One
-            classifier is then learned from the attacks of all modalities. On the bundled model it makes the same trade as one block in the
-            world's wordings, and leaves more harmless requests alone in others.
+        depth: Of a classifier of the last prompt token: it reads the residual stream after so many blocks at once, `layer` the last of them.
+        joint: Of such a classifier: one is learned from the attacks of all modalities, for all of them, where else each modality has its own. With
+            a depth above 1 it always is.
 
     Raises:
-        RepairError: If layer, an offset or the rank is below 0, there is no offset, a classifier shall have a rank, or a depth is not from 1 to
-            layer + 1, or above 1 of a reader that is no classifier of the last prompt token.
+        RepairError: If layer, an offset or the rank is below 0, there is no offset, a classifier shall have a rank, a depth is not from 1 to
+            layer + 1, or a reader that is no classifier of the last prompt token shall have a depth above 1 or be joint.
     """
 
     layer: int
@@ -63,6 +63,7 @@ class ReaderPlan:
     epsilon: float = 0.01
     classifier: bool = False
     depth: int = 1
+    joint: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", tuple(self.offsets))
@@ -74,14 +75,16 @@ class ReaderPlan:
             raise RepairError(
                 f"rank must be 0 for a classifier, which is one direction, got {self.rank}; leave one out"
             )
-        if not 1 <= self.depth <= self.layer + 1:
+        if isinstance(self.depth, bool) or not 1 <= self.depth <= self.layer + 1:
             raise RepairError(
-                f"depth must be from 1 to the {self.layer + 1} blocks up to layer {self.layer}, got {self.depth}"
+                f"depth must be from 1 to the {self.layer + 1} blocks up to layer {self.layer}, got {self.depth!r}"
             )
-        if self.depth > 1 and not (self.classifier and 0 in self.offsets):
+        if (self.depth > 1 or self.joint) and not (self.classifier and 0 in self.offsets):
             raise RepairError(
-                f"depth must be 1 but for classifiers of the last prompt token, got {self.depth}; add classifier=True and offset 0"
+                f"depth must be 1 and joint False but for classifiers of the last prompt token, got {self.depth} and {self.joint}; add "
+                "classifier=True and offset 0"
             )
+        object.__setattr__(self, "joint", bool(self.joint) or self.depth > 1)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -94,6 +97,8 @@ class ReaderPlan:
         )
         what = f"energy of rank {self.rank}" if self.rank else "classifier" if self.classifier else "discriminant"
         blocks = f"block {self.layer}" if self.depth == 1 else f"blocks {self.layers[0]} to {self.layer} together"
+        if self.joint and self.depth == 1:
+            what += " of all modalities"
         return f"{what} after {blocks}, {where}, epsilon {self.epsilon:g}"
 
 
@@ -104,7 +109,8 @@ class FittedReaders(ShortRepr):
     Attributes:
         readers: By modality and offset, in units of the spread of benign fit scores; one and the same for all modalities where it was
             learned from all of them. Each gates its own writer, so that a gate that the prompt opened does not stop the answer from being read.
-        subspaces: What they read.
+        subspaces: The axes that they read, in benign units, each turned to its own attacks. A reader of one block is its axis; one of several blocks
+            weights its axes, and may weight one of them negatively (``readers`` hold the weights).
         gate: Calibrated on the largest score over all of them.
     """
 
@@ -116,6 +122,17 @@ class FittedReaders(ShortRepr):
     def both(self) -> MaxReader:
         """The largest score over modalities and offsets, which is what the gate bounds."""
         return MaxReader(readers=tuple(dict.fromkeys(self.readers.values())))
+
+
+def require_depths(depths: Sequence[int]) -> None:
+    """Refuse depths that are no numbers of blocks.
+
+    Raises:
+        ValueError: If one is not a whole number of 1 or more.
+    """
+    for depth in depths:
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"depths must be whole numbers of 1 or more, got {depth!r}")
 
 
 def reader_plans(
@@ -138,15 +155,22 @@ def reader_plans(
         depths: After how many blocks at once a classifier of the last prompt token reads; 1 stands for one block. Where there are not so many
             blocks up to a layer, there is no such plan.
 
+    Raises:
+        ValueError: If a depth is not a whole number of 1 or more.
+
     Example:
         >>> from care_lens.repair import reader_plans
         >>> plans = reader_plans([2], answer_tokens=2, ranks=[], epsilons=[0.02], depths=[1, 3])
         >>> [plan.offsets for plan in plans if plan.depth == 1], [plan.offsets for plan in plans if plan.depth == 3]
         ([(0,), (1,), (2,), (0, 1), (0, 2)], [(0,), (0, 1), (0, 2)])
     """
+    require_depths(depths)
     answers = range(1, answer_tokens + 1)
     offsets = [(0,), *((k,) for k in answers), *((0, k) for k in answers)]
-    kinds = [*((rank, False, 1) for rank in ranks), *((0, True, depth) for depth in depths if classifier)]
+    kinds = [
+        *((rank, False, 1) for rank in dict.fromkeys(ranks)),
+        *((0, True, depth) for depth in dict.fromkeys(depths) if classifier),
+    ]
     return [
         ReaderPlan(layer, where, rank, epsilon, learned, depth)
         for layer, where, (rank, learned, depth), epsilon in itertools.product(layers, offsets, kinds, epsilons)
@@ -220,17 +244,20 @@ def fit_joint_reader(
 
     Args:
         rows: What to learn from.
-        layers: After which blocks.
+        layers: After which blocks, one or more different ones.
         strength: Inverse of the ridge penalty, as in `care_lens.subspace.classifier_direction`.
         shuffle_seed: Deal the rows to the classes at random first: the control fit.
 
     Returns:
-        What it reads after each block (a subspace of one direction that belongs to no modality), and the reader: the sum of a linear reader after
-        each block.
+        The axis that it reads after each block (a subspace of one direction that belongs to no modality), and the reader: the sum of a linear reader
+        after each block. A subspace is its axis alone, in benign units and turned to its own attacks; sign and weight are those of the reader's
+        parts, and stand in the subspace's provenance ("weight": what its coordinate counts in the sum, in the unit that this function returns).
 
     Raises:
-        RepairError: If the rows lack a site.
+        RepairError: If the rows lack a site, or no or equal layers are given.
     """
+    if not layers or len({*layers}) < len(layers):
+        raise RepairError(f"layers must be one or more different blocks, got {list(layers)}")
     sites = [Site("language", layer, "hook_resid_post") for layer in layers]
     for site in sites:
         rows.require(site)
@@ -246,7 +273,10 @@ def fit_joint_reader(
     for site, along, harmless, harmful in parts:
         provenance = {"rows": "last prompt token, several blocks", "split": "fit", "shuffled": shuffle_seed is not None}
         provenance |= {"direction": "classifier", "blocks": list(layers)}
-        subspaces.append(subspace_along(along, harmless, harmful, site=site, provenance=provenance))
+        axis = subspace_along(along, harmless, harmful, site=site, provenance=provenance)
+        read = axis.read[:, 0].to(along)  # parallel to the direction, so that the projection is the whole of it
+        weight = float(along.double() @ read.double() / read.double().square().sum())
+        subspaces.append(replace(axis, provenance={**axis.provenance, "weight": weight}))
         leaves.append(LinearReader(site=site, direction=along.clone(), centre=harmless.mean(0), positions="last"))
     return tuple(subspaces), SumReader(readers=tuple(leaves))
 
@@ -338,7 +368,7 @@ class Readers:
         readers: dict[tuple[Modality, int], Reader] = {}
         subspaces: dict[SafetySubspace, None] = {}
         for modality, offset in itertools.product(self._rows.modalities, plan.offsets):
-            if plan.depth > 1 and offset == 0:
+            if plan.joint and offset == 0:
                 read, readers[modality, offset] = self._together(plan.layers)
             else:
                 one, readers[modality, offset] = self._one(modality, plan, offset)

@@ -205,7 +205,7 @@ def test_the_page_on_choices_says_what_its_file_says():
     frame = frame.rename(columns={"margin change": "margin", "margin change low": "low", "margin change high": "high"})
 
     def nats(value):
-        return f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
+        return f"{value:.1f}".replace("-0.0", "0.0").replace("-", "\N{MINUS SIGN}")
 
     after_4 = frame[frame["site"] == "blocks.4.hook_resid_post"]
     ((_, *table),) = tables("docs/results/subspaces.md", "contrast")
