@@ -70,7 +70,7 @@ def test_settings_of_generation_epsilons_and_ranks_reach_the_run(asked, tmp_path
         "--system",
         "be kind",
     )
-    result = invoke("run", "--out", tmp_path, *words, "--epsilons", "0.05,0.1", "--ranks", "0,4")
+    result = invoke("run", "--out", tmp_path, *words, "--epsilons", "0.05,0.1", "--ranks", "0,4", "--depths", "1")
     assert "stop here" in result.output
     settings = asked["settings"]
     assert settings.generation == GenerationSettings(
@@ -78,6 +78,9 @@ def test_settings_of_generation_epsilons_and_ranks_reach_the_run(asked, tmp_path
     )
     assert (settings.epsilons, settings.reader_ranks) == ((0.05, 0.1), (0, 4))
     told = settings.to_dict()
+    assert (
+        settings.reader_depths == (1,) and "reader_depths" not in told
+    )  # as in the records of runs that read one block
     assert told["temperature"] == 0.7 and told["system"] == "be kind"
     told = settings.asked(asked["study"])
     assert {e.system for some in told.suites["test"].values() for e in some} == {"be kind"}
@@ -114,6 +117,7 @@ def test_a_file_of_options_stands_behind_the_command_line(form, asked, tmp_path)
         (("--epsilons", "much"), "--epsilons must be numbers with commas"),
         (("--epsilons", "0,0.1"), "--epsilons must be above 0"),
         (("--ranks", "-1"), "--ranks must be 0 or more"),
+        (("--depths", "0"), "--depths must be 1 or more"),
         (("--temperature", "0"), "temperature must be above 0"),
         (("--top-p", "2"), "top_p must be in (0, 1]"),
         (("--max-new-tokens", 2, "--min-new-tokens", 3), "max_new_tokens must be min_new_tokens or more"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from few_channels import few_channels
 
-from care_lens import organism
+from care_lens import Site, organism
 from care_lens.core.identity import repair_fingerprint
 from care_lens.evaluation import GenerationStore, NoCandidateError, evaluate, tune, tune_defence
 from care_lens.mediation import Placement
@@ -109,8 +109,8 @@ def test_the_figures_of_the_winner_are_those_of_an_evaluation(bundled, study, ch
         checked,
         key=lambda run: (
             round(run["asr"], 2),
-            -run["refused"],
             round(run["most_lost_by_a_channel"], 2),
+            -run["refused"],
             -run["benign_after"],
         ),
     )
@@ -185,3 +185,29 @@ def test_what_cannot_be_chosen_is_said(bundled, study):
     ):
         with pytest.raises(ValueError, match=words):
             tune(bundled, study, rows, **options)
+
+
+def test_a_depth_that_the_rows_do_not_hold_is_left_out(bundled, study, chosen, caplog):
+    """Rows of the blocks that are used are enough for readers of one block, also beside a depth that wants more."""
+    _, path = chosen
+    whole = study_rows(bundled, study, tokens=4, batch_size=64)
+    sites = [Site("language", layer, "hook_resid_post") for layer in range(2, 8)]
+
+    def part(rows):
+        return replace(rows, rows={site: rows.rows[site] for site in sites})
+
+    few = replace(
+        whole, benign=part(whole.benign), refused=part(whole.refused),
+        malicious={m: part(rows) for m, rows in whole.malicious.items()},
+    )  # fmt: skip
+    options = {"layers": PLACEMENT, "answer_tokens": 4, "epsilons": (0.05,), "alphas": (1.25,), "candidates": 1}
+    options |= {"benign_loss": 0.5, "max_new_tokens": 8, "batch_size": 64, "seed": 5, "store": GenerationStore(path)}
+    caplog.set_level("INFO", logger="care_lens.evaluation.tuning")
+    found = tune(bundled, study, few, ranks=(0,), depths=(1, 3), **options)
+    assert found.plan.depth == 1 and "no classifier has a depth of [3]" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    with pytest.raises(NoCandidateError, match=r"no classifier of depth \[3\] fits the layers and rows"):
+        tune(bundled, study, few, ranks=(), depths=(3,), **options)
+    assert [record.levelname for record in caplog.records if "depth" in record.getMessage()][-1] == "WARNING"
+    with pytest.raises(ValueError, match="depths must be whole numbers of 1 or more"):
+        tune(bundled, study, few, depths=(0,), **options)

@@ -46,6 +46,9 @@ def test_what_a_run_reads_at_once_is_written_down_but_where_it_is_as_it_was():
     """A run of an earlier version read after one block; the default of today is another run."""
     assert RunSettings().to_dict()["reader_depths"] == [1, 5]
     assert "reader_depths" not in RunSettings(reader_depths=(1,)).to_dict()
+    for depths in ((0,), (2.5,), (True,), (1, "5")):
+        with unchecked(), pytest.raises(ValueError, match="depths must be whole numbers of 1 or more, got "):
+            RunSettings(reader_depths=depths)
 
 
 def test_a_size_that_there_is_not_is_refused():

@@ -80,6 +80,12 @@ def test_combinations_by_hand(a, b):
         assert math.isnan(found) if broken else found == pytest.approx(expected)
 
 
+def test_a_sum_beyond_its_dtype_opens_and_is_not_taken_for_nothing_read():
+    reader = SumReader(readers=(axis(0), axis(1)))
+    assert math.isnan(combined(reader, -2e38, -2e38)) and combined(reader, -2e38, 1.0) == pytest.approx(-2e38)
+    assert combined(reader, -INF, 1.0) == -INF
+
+
 def test_a_reader_of_weight_0_says_nothing_but_that_it_broke():
     reader = WeightedReader(readers=(axis(0), axis(1)), weights=(0.0, 2.0))
     assert combined(reader, INF, 3.0) == 3.0 and combined(reader, 9.0, -INF) == -INF

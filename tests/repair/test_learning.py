@@ -1,6 +1,6 @@
 """Rows, readers, writers and the repair made of them, against activations and formulas by hand."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -173,6 +173,13 @@ def test_a_reader_of_several_blocks_is_one_logistic_regression_of_all_attacks(bu
     # Every leaf adds to the score: a block that is left out, or read with the wrong sign, would tell another request.
     for leaf, subspace in zip(reader.leaves, subspaces, strict=True):
         assert abs(float(torch.cosine_similarity(leaf.direction, subspace.read[:, 0], dim=0))) > 1 - 1e-4
+    # The axes with their weights give the reader back, but for a constant: one of them may count negatively.
+    coordinates = [
+        torch.cat([held[name].at(s.site, 0) for name in held]).double() @ s.read[:, 0].double() * s.provenance["weight"]
+        for s in subspaces
+    ]
+    apart = torch.from_numpy(scores) - sum(coordinates)
+    assert float(apart.std()) < 1e-3 * float(np.std(scores))
     shuffled = fit_joint_reader(rows, layers, shuffle_seed=0)[1]
     assert abs(np.corrcoef(captured_scores(shuffled, rows.benign), captured_scores(reader, rows.benign))[0, 1]) < 0.9
     # It reads the same in a run as on captured rows, and both modalities share it.
@@ -201,9 +208,9 @@ def test_a_reader_of_several_blocks_is_one_logistic_regression_of_all_attacks(bu
         assert torch.equal(bundled.generate(inputs, max_new_tokens=6).new_tokens, plain)
 
 
-@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("depth", [1, 3])
 def test_the_one_call_reads_all_blocks_of_its_plan(bundled, study, rows, depth):
-    plan = ReaderPlan(layer=2, epsilon=0.05, classifier=True, depth=depth)
+    plan = ReaderPlan(layer=2, epsilon=0.05, classifier=True, depth=depth, joint=True)
     options = {"batch_size": 64, "max_new_tokens": 6}
     whole = learn_repair(bundled, study, plan, answer_tokens=3, seed=3, **options)
     comparing, calibrating = halves(study.benign("calibration"), seed=3)
@@ -214,6 +221,15 @@ def test_the_one_call_reads_all_blocks_of_its_plan(bundled, study, rows, depth):
     repair = recalibrated(bundled, repair, calibrating, epsilon=0.05, **options)
     assert whole.describe() == {**repair.describe(), "model": whole.describe()["model"]}
     assert len({leaf.site for leaf in whole.readers[0].leaves}) == depth
+    prompt = {c.modality: c.reader for c in whole.corrections if c.pulse}
+    assert prompt["visual"] is prompt["textual"] and isinstance(prompt["visual"], SumReader)
+
+
+def test_a_reader_of_all_modalities_may_read_one_block():
+    alone, several = ReaderPlan(2, classifier=True, joint=True), ReaderPlan(2, classifier=True, depth=3)
+    assert "classifier of all modalities after block 2" in str(alone) and alone != ReaderPlan(2, classifier=True)
+    assert several.joint and several == ReaderPlan(2, classifier=True, depth=3, joint=True)
+    assert several == ReaderPlan(**{**asdict(several), "offsets": (0,)}) and "of all modalities" not in str(several)
 
 
 def test_scores_of_captured_rows_are_those_of_a_run(bundled, study, rows, answers_held):
@@ -300,9 +316,23 @@ def test_repairs_calibrated_together_are_those_calibrated_one_by_one(bundled, st
         (lambda m, s, r: ReaderPlan(2, rank=8, classifier=True), "rank must be 0 for a classifier"),
         (lambda m, s, r: ReaderPlan(2, classifier=True, depth=0), "depth must be from 1 to the 3 blocks"),
         (lambda m, s, r: ReaderPlan(2, classifier=True, depth=4), "depth must be from 1 to the 3 blocks"),
-        (lambda m, s, r: ReaderPlan(2, depth=2), "depth must be 1 but for classifiers of the last prompt token"),
-        (lambda m, s, r: ReaderPlan(2, (1,), classifier=True, depth=2), "depth must be 1 but for classifiers"),
+        (
+            lambda m, s, r: ReaderPlan(2, depth=2),
+            "depth must be 1 and joint False but for classifiers of the last prompt token",
+        ),
+        (
+            lambda m, s, r: ReaderPlan(2, (1,), classifier=True, depth=2),
+            "depth must be 1 and joint False but for classifiers",
+        ),
+        (
+            lambda m, s, r: ReaderPlan(2, classifier=True, depth=True),
+            "depth must be from 1 to the 3 blocks .*, got True",
+        ),
+        (lambda m, s, r: ReaderPlan(2, joint=True), "joint False but for classifiers of the last prompt token"),
         (lambda m, s, r: fit_joint_reader(r, (2, 99)), "site must be one of the rows'"),
+        (lambda m, s, r: fit_joint_reader(r, ()), r"layers must be one or more different blocks, got \[\]"),
+        (lambda m, s, r: fit_joint_reader(r, (1, 1)), "layers must be one or more different blocks"),
+        (lambda m, s, r: ReaderPlan(2, (1,), classifier=True, joint=True), "joint False but for classifiers"),
     ],
 )
 def test_what_cannot_be_learned_is_said(bundled, study, rows, call, words):
@@ -324,6 +354,10 @@ def test_halves_are_whole_items_and_plans_cover_every_choice():
     added = [plan for plan in deep if plan not in plans]
     assert [(p.layer, p.offsets, p.depth) for p in added] == [(3, (0,), 3), (3, (0, 1), 3), (3, (0, 2), 3)]
     assert sum(plan.classifier for plan in plans) == 10
+    twice = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4, 0), epsilons=(0.1,), depths=(3, 1, 3))
+    assert {*twice} == {*deep} and len(twice) == len(deep)
+    with pytest.raises(ValueError, match="depths must be whole numbers of 1 or more, got 0"):
+        reader_plans([1], depths=(1, 0))
     fewer = reader_plans([1, 3], answer_tokens=2, ranks=(0, 4), epsilons=(0.1,), classifier=False)
     assert fewer == [plan for plan in plans if not plan.classifier]
 
