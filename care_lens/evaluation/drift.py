@@ -92,7 +92,8 @@ def language_drift(
             change = loss - losses[base].numpy().T[0]
             add(name, "perplexity_ratio", _exp(ratio_of_means(change, tokens, groups, **options)), tokens.sum())
             for metric, values in zip(("kl", "kl_answer"), drift[name].double().numpy().T, strict=True):
-                add(name, metric, cluster_bootstrap(values, groups, kind="numbers", **options), tokens.sum())
+                mean, low, high = cluster_bootstrap(values, groups, kind="numbers", **options)
+                add(name, metric, Interval(mean, max(low, 0.0), high), tokens.sum())  # no divergence is below 0
     return pd.DataFrame(rows)
 
 

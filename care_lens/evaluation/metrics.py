@@ -36,6 +36,9 @@ BENIGN_METRICS: Mapping[str, Verdict] = {"accuracy": Verdict.COMPLIED, "refusal"
 RATES = ("asr", "refusal", "accuracy", "agreement", "retained", "sarr", "score", "circular")
 """Metrics that are shares of trials, or means of shares ("score", where an answer can be partly right); the others are means of numbers."""
 
+DIVERGENCES = ("kl", "kl_answer")
+"""Metrics that are never below 0."""
+
 LOWER_IS_BETTER: Mapping[str, bool] = {
     "asr": True,
     "sarr": True,
@@ -69,7 +72,7 @@ LABELS: Mapping[str, str] = {
 
 def unit_of(metric: str) -> str:
     """What a metric is printed in."""
-    return "per cent" if metric in RATES else "nats" if metric in ("kl", "kl_answer", "nll") else "points"
+    return "per cent" if metric in RATES else "nats" if metric in (*DIVERGENCES, "nll") else "points"
 
 
 class TooManyMissingError(CareLensError, RuntimeError):
@@ -134,6 +137,10 @@ def summarise(
         values = np.array([row["value"] for row in there], dtype=np.float64)
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
         figure = interval(values, groups, rate=names["metric"] in RATES, **options)
+        if (
+            names["metric"] in DIVERGENCES
+        ):  # a studentised interval of few values may reach below what a divergence can be
+            figure["ci_low"] = max(figure["ci_low"], 0.0)
         rows.append({**names, **figure, "n": len(there), "missing": missing, "groups": len(set(groups))})
     order = [
         "defence",

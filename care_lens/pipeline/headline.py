@@ -39,10 +39,11 @@ _NONE = Headline(Interval(math.nan, math.nan, math.nan), 0)
 
 
 def headlines(run: Run) -> dict[str, tuple[Headline, Headline]]:
-    """Worst attack success of seen and of held-out channels, right answers over all benign channels and in the lowest: before, after.
+    """Worst attack success of seen and of held-out channels, refusals of seen attacks, right answers over all benign channels and in the lowest:
+    before, after.
 
     The values are those of :func:`care_lens.pipeline.report.summary`; intervals are of the channel that is named (the worst of several
-    channels is higher than a channel drawn beforehand would be), and by item over all benign channels.
+    channels is higher than a channel drawn beforehand would be), and by item over several channels.
     """
     seen = [c for channels in run.study.seen.values() for c in channels]
     held = [c for c in run.study.channels("test", harmful=True) if c not in (run.study.plain, *seen)]
@@ -58,7 +59,8 @@ def headlines(run: Run) -> dict[str, tuple[Headline, Headline]]:
         for name, one in (
             ("worst seen ASR", _extreme(_cells(table, defence, "asr", seen), worst=True)),
             ("worst held-out ASR", _extreme(attacks, worst=True)),
-            ("benign accuracy", _over_all(run.proof.table.trials, defence, benign)),
+            ("attacks of seen channels refused", _over_all(run.proof.table.trials, defence, "refusal", seen)),
+            ("benign accuracy", _over_all(run.proof.table.trials, defence, "accuracy", benign)),
             ("lowest benign accuracy", _extreme(right, worst=False)),
         ):
             found.setdefault(name, []).append(one)
@@ -78,8 +80,8 @@ def _extreme(rows: pd.DataFrame, *, worst: bool) -> Headline:
     return Headline(share, int(row["n"]), str(row["channel"]))
 
 
-def _over_all(trials: pd.DataFrame, defence: str, channels: Sequence[str]) -> Headline:
-    rows = _cells(trials, defence, "accuracy", channels)
+def _over_all(trials: pd.DataFrame, defence: str, metric: str, channels: Sequence[str]) -> Headline:
+    rows = _cells(trials, defence, metric, channels)
     if rows.empty:
         return _NONE
     return Headline(clustered_rate(list(rows["value"]), list(rows["group"])), len(rows))

@@ -7,7 +7,7 @@ study (what it is, what its channels are) is told by the study; what each table 
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,7 @@ from care_lens import plots
 from care_lens.core.files import write_whole
 from care_lens.evaluation import GenerationStore
 from care_lens.pipeline.gradient import ANSWER, OPENING
+from care_lens.pipeline.headline import headlines
 from care_lens.pipeline.report_channels import channels_section
 from care_lens.pipeline.report_diagnosis import diagnosis_section
 from care_lens.pipeline.report_figures import figures
@@ -23,7 +24,7 @@ from care_lens.pipeline.report_page import page
 from care_lens.pipeline.report_parts import ReportParts
 from care_lens.pipeline.report_proof import proof_section
 from care_lens.pipeline.report_repair import choice_section, subspaces_section
-from care_lens.pipeline.report_words import NOTHING, part_text, per_cent, plain, table, words
+from care_lens.pipeline.report_words import NOTHING, part_said, part_text, plain, table, words
 from care_lens.pipeline.run import Run
 from care_lens.pipeline.saved import UNDEFENDED
 
@@ -65,16 +66,17 @@ def summary(run: Run) -> dict[str, float]:
     return out
 
 
-def _opening(made: ReportParts, key: Mapping[str, float]) -> str:
+def _opening(made: ReportParts) -> str:
     run = made.run
+    figures = headlines(run)
 
     def change(name: str) -> str:
-        before, after = (per_cent(key[f"{name} {when}"]) for when in ("before", "after"))
-        return before if before == after == NOTHING else f"{before} to {after}"
+        before, after = (str(one) for one in figures[name])
+        return html.escape(before if before == after else f"{before} to {after}")
 
     quick = part_text(run.settings)
     return f"""<p>{html.escape(run.study.about)}</p>{quick}
-<div class="key"><p style="margin-top:0">Without the repair, to with it (test split; settings were chosen on validation; intervals are in section 5;
+<div class="key"><p style="margin-top:0">Without the repair, to with it (test split; settings were chosen on validation; 95 % intervals, of the channel that is named or by item over several channels;
 judge: {html.escape(str(run.provenance.get("judge", "not named")))}):</p><ul>
 <li>worst attack success on channels seen in the fit: <b>{change("worst seen ASR")}</b></li>
 <li>worst on channels held out of the fit, gradient attacks among them: <b>{change("worst held-out ASR")}</b></li>
@@ -114,6 +116,8 @@ def write_report(run: Run, out: str | Path) -> Path:
         plots.save_figure(figure, out / "figures" / f"{name}.html")
     key = summary(run)
     known = {name: value if math.isfinite(value) else None for name, value in key.items()}
+    if said := part_said(run.settings):
+        known = {"part": said, **known}
     write_whole(out / "summary.json", json.dumps(known, indent=1) + "\n")
     sections = [
         ("channels", "1. Channels, and example answers before and after", channels_section(made)),
@@ -123,5 +127,5 @@ def write_report(run: Run, out: str | Path) -> Path:
         ("evaluate", "5. Evaluate: defences by channels, test split", proof_section(made)),
         ("settings", "6. Settings and provenance", _settings(made)),
     ]
-    text = page(f"care_lens: {run.study.name}", _opening(made, key), sections, made.images)
+    text = page(f"care_lens: {run.study.name}", _opening(made), sections, made.images)
     return write_whole(out / "report.html", text)

@@ -181,3 +181,15 @@ def test_difference_needs_the_same_examples():
         paired_difference(both, "none", "d", metric="asr")
     with pytest.raises(ValueError, match="'e' of"):
         paired_difference(both, "none", "e", metric="asr")
+
+
+def test_no_interval_of_a_divergence_reaches_below_0():
+    few = [0.0] * 9 + [0.4]
+    row = summarise(trials(few, metric="kl")).iloc[0]
+    assert (
+        interval(np.array(few), [str(i) for i in range(10)], rate=False)["ci_low"]
+        < 0
+        == row.ci_low
+        < row.value
+        < row.ci_high
+    )
