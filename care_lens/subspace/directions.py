@@ -42,6 +42,10 @@ def classifier_direction(
     is returned is that of the activations as they are. Rows count alike, whatever the sizes of the classes: the threshold is a gate's
     business.
 
+    The regression ends at scikit-learn's default tolerance (gradient 1e-4), which regularises a little more than the penalty says: with many
+    coordinates and a weak penalty the exact optimum is some way off. Of the bundled model's readers of five blocks (800 coordinates, strength 0.3) it takes
+    four times the steps, and scores then differ by a tenth of a benign standard deviation.
+
     Args:
         benign: Rows of the one class.
         malicious: Rows of the other.
@@ -54,7 +58,7 @@ def classifier_direction(
         SubspaceError: As for `SafetySubspace.fit`, or if strength is not above 0.
 
     Warns:
-        UserWarning: If the regression has not converged.
+        UserWarning: If the regression has not come to that tolerance.
 
     Example:
         >>> import torch

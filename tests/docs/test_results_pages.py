@@ -159,16 +159,19 @@ def test_the_tables_of_one_block_or_several():
         for row in frame.itertuples()
     }
     ((heading, *table),) = tables("docs/results/bundled_model.md", "repair")
+    chosen = {"one block": "1.5", "several blocks": "1", "one block, learned jointly": "1"}
+    kinds = [("world", kind) for kind in ("attacks of the fit", "other attacks", "harmless")]
+    kinds += [("held out", kind) for kind in ("attacks", "harmless")]
+    names = set()
     for name, *cells in table:
-        reader, threshold = name.removesuffix(" (the choice)").removesuffix(" %").split(", ")
-        repair = (
-            reader
-            if threshold == {"one block": "1.5", "several blocks": "1"}[reader]
-            else f"{reader} at {float(threshold) / 100:g}"
-        )
-        for kind, cell in zip(("attacks of the fit", "other attacks", "harmless"), cells, strict=True):
-            assert cell == shown["world", kind, repair][0], (name, kind)
-    assert [cell.split("(")[1] for cell in heading[1:]] == ["167)", "388)", "1,739)"]
+        reader, threshold = name.split(" (")[0].removesuffix(" %").rsplit(", ", 1)
+        repair = reader if threshold == chosen[reader] else f"{reader} at {float(threshold) / 100:g}"
+        names.add(repair)
+        for kind, cell in zip(kinds, cells, strict=True):
+            assert cell == shown[(*kind, repair)][0], (name, kind)
+    assert names == {name for name in frame["repair"] if " - " not in name}
+    counts = [f"{cell.split('(')[1]}".rstrip(")").replace(",", "") for cell in heading[1:]]
+    assert counts == [shown[(*kind, "several blocks")][2].split()[0] for kind in kinds]
     (_, *foreign) = next(t for t in tables("docs/results/bundled_model.md", "request") if "one block" in t[0])
     for request, answered, *cells in foreign:
         pooled = {"all attacks": "attacks", "all harmless requests": "harmless"}.get(request)
@@ -180,6 +183,32 @@ def test_the_tables_of_one_block_or_several():
         of: frame[(frame.half == "held out") & (frame.request == of)].set_index("repair")
         for of in ("harmless", "attacks")
     }
+    apart = frame[frame["repair"].str.contains(" - ") & (frame["table"] == "pooled")]
+
+    def threshold(repair):
+        return repair.split(" at ")[1] if " at " in repair else f"{float(chosen[repair]) / 100:g}"
+
+    at_one = apart[[len({threshold(one) for one in pair.split(" - ")}) == 1 for pair in apart["repair"]]]
+    at_one = at_one[
+        (at_one["half"] == "held out")
+        | (at_one["request"].isin(["other attacks", "harmless"]) & (at_one["half"] == "world"))
+    ]
+    told_apart = at_one[(at_one["ci_low"] > 0) | (at_one["ci_high"] < 0)]
+    assert (
+        f"The other {len(at_one) - len(told_apart)} of the {len(at_one)} differences" in text and len(told_apart) == 3
+    )
+    for row in told_apart.itertuples():
+        assert f"{-row.share:.1f} points [{-row.ci_high:.1f}, {-row.ci_low:.1f}]" in text or (
+            f"{-row.share:.1f} [{-row.ci_high:.1f}, {-row.ci_low:.1f}] more than one learned jointly" in text
+        ), row
+    foreign = wide["harmless"]
+    for name, words in (
+        ("one block at 0.01 - several blocks", "(with both at 1 % it is {:.1f} [{:.1f}, {:.1f}]"),
+        ("one block - several blocks at 0.015", "at 1.5 % {:.1f} [{:.1f}, {:.1f}]"),
+        ("one block at 0.02 - several blocks at 0.02", "at 2 % {:.1f} [{:.1f}, {:.1f}]"),
+    ):
+        told = foreign.loc[name]
+        assert words.format(-told.share, -told.ci_high, -told.ci_low) in text, name
     told = wide["harmless"].loc["one block - several blocks"]
     assert f"{-told.share:.1f} points [{-told.ci_high:.1f}, {-told.ci_low:.1f}]" in text and told.ci_high < 0
     told = wide["attacks"].loc["one block - several blocks"]
