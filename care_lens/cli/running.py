@@ -24,7 +24,7 @@ def run(asked: Asked) -> None:
     start(asked.threads)
     from care_lens.core.errors import ArtifactError
     from care_lens.pipeline import run, write_report
-    from care_lens.pipeline.headline import headlines
+    from care_lens.pipeline.headline import headlines, unstopped_said
     from care_lens.pipeline.report_words import part_said
     from care_lens.pipeline.stopped import STOPS, write_stopped_report
 
@@ -47,8 +47,9 @@ def run(asked: Asked) -> None:
     for name, both in headlines(result).items():
         table.add_row(name, *map(str, both))
     base.console.print(table)
-    if said := part_said(settings):
-        base.console.print(said)
+    for said in (part_said(settings), unstopped_said(result)):
+        if said:
+            base.console.print(said, markup=False)
     base.console.print(f"report: {page}   ({sum(result.seconds.values()):.0f} s)")
 
 

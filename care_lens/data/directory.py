@@ -255,8 +255,8 @@ def outcome_of(tokenizer: Any, comply: Sequence[str], refuse: Sequence[str]) -> 
         )
     if both:
         raise DataFileError(
-            f"study.json: comply and refuse must begin with different tokens of the model, got {both[0][0]!r} and {both[0][1]!r}, "
-            "which begin with the same one; take openings that differ in their first word"
+            f"comply and refuse (of study.json, or --comply and --refuse of `care-lens study`) must begin with different tokens of the model, got "
+            f"{both[0][0]!r} and {both[0][1]!r}, which begin with the same one; take openings that differ in their first word"
         )
     comply_ids, refuse_ids = (tuple(dict.fromkeys(side.values())) for side in sides)
     return UnsafeMargin(comply=comply_ids, refuse=refuse_ids)

@@ -40,6 +40,7 @@ class MeanAblation(HookDefence):
     name: str = "mean ablation"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positions(self.scope, name="scope")
         for site in self.means:
             check_site(site, name="site of a mean ablation")

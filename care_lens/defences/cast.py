@@ -84,6 +84,7 @@ class CAST(HookDefence):
     name: str = "CAST"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if early := sorted(layer for layer in self.vectors if layer < self.condition_layer):
             raise ValueError(
                 f"layers must not come before condition_layer {self.condition_layer}, got {early}: the condition is not known there yet"

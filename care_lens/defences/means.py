@@ -50,6 +50,7 @@ class AddedVector(HookDefence):
     name: str = "added vector"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_finite(vector=self.vector)
 
     def widths(self) -> dict[Site, int]:

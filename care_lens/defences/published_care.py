@@ -85,6 +85,7 @@ class PublishedCARE(HookDefence):
     name: str = "published CARE"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.visual and not self.textual:
             raise ValueError(
                 "visual or textual must hold a subspace, got none; fit it on examples of a modality, or take care_lens.repair.NoRepair for "

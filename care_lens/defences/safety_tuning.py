@@ -84,6 +84,7 @@ class SafetyTuning(StoredDefence):
     name: str = "safety tuning"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.adapters:
             raise ValueError("adapters must hold one or more, got none; make them with SafetyTuning.fit")
 

@@ -62,6 +62,19 @@ class StoredDefence(Explainable, StoredPart):
 
     name: str
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that would make every answer meaningless: that would look like a defence that stops all attacks.
+
+        A subclass with checks of its own calls it.
+
+        Raises:
+            ValueError: If a number is NaN, or the strength infinite.
+        """
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, float) and (math.isnan(value) or (field.name == "alpha" and math.isinf(value))):
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
+
     def examples(self, examples: Sequence[Example]) -> list[Example]:
         """The requests as they are."""
         return list(examples)
@@ -141,6 +154,11 @@ def load_defence(directory: str | Path) -> Any:
     """
     if not (Path(directory) / f"{_NAME}.json").exists() and (Path(directory) / "repair.json").is_file():
         return load_repair(HookRepair, directory)
+    if not (Path(directory) / f"{_NAME}.json").exists():
+        what = "has neither" if Path(directory).is_dir() else "is no folder"
+        raise FileNotFoundError(
+            f"{directory} must be a folder with {_NAME}.json or repair.json, as a defence's save writes it; it {what}"
+        )
     data, content = files.load_artifact(directory, _NAME, kind="Defence", schema=_SCHEMA)
     path = Path(directory) / f"{_NAME}.json"
     tensors = files.tensors_of(data, where=path.with_suffix(".safetensors"))

@@ -10,7 +10,7 @@ from care_lens.core.defence import require_defences
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
 from care_lens.core.results import package_versions
-from care_lens.core.verdicts import require_verdicts
+from care_lens.core.verdicts import JudgeError, require_verdicts
 from care_lens.evaluation.abnormal import abnormal_trials
 from care_lens.evaluation.fidelity import fidelity_trials
 from care_lens.evaluation.generate import generate_all
@@ -21,6 +21,7 @@ from care_lens.evaluation.settings import GenerationSettings
 from care_lens.evaluation.store import GenerationStore, StoredAnswer
 from care_lens.evaluation.table import DefenceTable
 from care_lens.lvlm.hooked import HookedLVLM
+from care_lens.repair.explaining import Explainable
 
 Accuracy = Judge | Callable[[Sequence[Example], Sequence[str]], Sequence[bool | Verdict]]
 """What says whether benign answers are right: a judge ("complied" is right), or a function that returns
@@ -97,6 +98,14 @@ def evaluate(
     if fidelity < 0:
         raise ValueError(f"fidelity must be True, False or a number of examples from 0, got {fidelity}")
     require_defences(defences)
+    for one in (judge, accuracy, *(graders or {}).values()):
+        if isinstance(one, type):
+            raise JudgeError(
+                f"a judge or grader must be an object, got the class {one.__name__}; write {one.__name__}()"
+            )
+    for repair in defences.values():  # before any answer is generated
+        if isinstance(repair, Explainable) and callable(check := getattr(repair, "check", None)):
+            check(lvlm)
     benign = _benign_channels(suites)
     base = next((name for name, repair in defences.items() if repair is None), None)
     if not defences or (fidelity and benign and base is None):

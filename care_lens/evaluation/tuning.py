@@ -14,7 +14,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import isnan
+from math import ceil, isnan
 from typing import Any
 
 import pandas as pd
@@ -210,6 +210,8 @@ def tune(
     _require_options(candidates, benign_loss, **kinds, epsilons=epsilons, alphas=alphas)
     require_max_missing(max_missing)
     placement = _placement(layers, lvlm.n_layers())
+    comparing, calibrating = halves(study.benign("calibration"), seed=seed)
+    _require_calibration(len(comparing), epsilons)  # before anything is read
     rows = (
         study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size, progress=progress)
         if rows is None
@@ -217,7 +219,6 @@ def tune(
     )
     if not 0 <= answer_tokens <= rows.tokens:
         raise ValueError(f"answer_tokens must be from 0 to {rows.tokens}, those of the rows, got {answer_tokens}")
-    comparing, calibrating = halves(study.benign("calibration"), seed=seed)
     plans = reader_plans(
         placement.layers,
         answer_tokens=answer_tokens,
@@ -453,6 +454,15 @@ def _placement(layers: Placement | Sequence[int] | None, n_layers: int) -> Place
     if not layers or not all(0 <= layer < n_layers for layer in layers):
         raise ValueError(f"layers must be one or more from 0 to {n_layers - 1}, got {list(layers)}")
     return Placement(tuple(layers), "These layers were given.")
+
+
+def _require_calibration(n: int, epsilons: Sequence[float]) -> None:
+    most = max(epsilons)
+    if most > 0 and n < (needed := ceil(1 / most - 1 - 1e-9)):
+        raise NoCandidateError(
+            f"scores must be at least {needed} for a gate at epsilon {most:g}, got {n}: that many benign prompts are in the half of the calibration "
+            f"split that plans are compared on; give {2 * needed} of many items, or a larger epsilon"
+        )
 
 
 def _require_options(candidates: int, benign_loss: float, **lists: Sequence[Any]) -> None:

@@ -193,7 +193,7 @@ def rank_places(
             + (
                 "give pairs about more items"
                 if total.estimate > 0
-                else "give the twins, or the outcome's sign, the other way round"
+                else "what the twins differ in does not make this model less safe, or twins or the outcome's sign are the other way round"
             )
         )
     boot = _resampled(shares, groups, n_boot=n_boot, seed=seed)

@@ -231,7 +231,8 @@ def _tell_reversed(untouched: np.ndarray) -> None:
     if np.isfinite(untouched).all() and len(safe) > 1 and bool((unsafe < safe).all()):
         log.warning(
             "the outcome is larger for the safe twin in all %d pairs, so that the total effect is negative: outcomes must be larger where the model is less "
-            "safe; for a study's pairs take study.pair_outcomes.get(name, study.outcome), or exchange the twins",
+            "safe. Either this model is not made less safe by what the twins differ in; or the outcome is that of other pairs (for a study's take "
+            "study.pair_outcomes.get(name, study.outcome)), or the twins are exchanged",
             len(safe),
         )
 

@@ -74,7 +74,7 @@ def attacked_requests(
         attacks: If one of them changes pictures by gradients, requests without a picture are left out, and those without an answer get the
             opening that is aimed at (:func:`~care_lens.data.answers.target_of`): test requests of ``care-lens study`` have none.
         channels: Harmful channels of the test split. None: the study's requests for gradient attacks, or, where it has none, its
-            plain channel.
+            plain channel; for gradient attacks the channels with pictures, if those have none.
         n: Of each channel at most.
 
     Raises:
@@ -83,6 +83,10 @@ def attacked_requests(
     test = study.channels("test", harmful=True)
     if channels is None:
         chosen = {"gradient": study.gradient} if study.gradient else {study.plain: test.get(study.plain, ())}
+        if any(isinstance(one, GradientAttack) for one in attacks) and not _pictured(chosen):
+            # Plain requests of public files have none: an attack on pictures is then made where there are some.
+            chosen = {c: test[c] for c in _pictured(test)}
+            log.info("requests without pictures cannot be attacked by gradients: those of %s are", list(chosen))
     else:
         if odd := [channel for channel in channels if channel not in test]:
             raise AttackRunError(f"channels must be harmful ones of the test split, {[*test]}, got {odd}")
@@ -100,10 +104,15 @@ def attacked_requests(
     found = [replace(e, id=f"{channel}/{e.id}") for channel, examples in chosen.items() for e in examples[:n]]
     if not found:
         raise AttackRunError(
-            "requests must be one or more, with a picture for gradient attacks, got none; "
-            f"name other channels: {[*test]}"
+            "requests must be one or more, with a picture for gradient attacks, got none; name other channels (--channels): "
+            f"{_pictured(test) or [*test]} {'have pictures' if _pictured(test) else 'have none either'}"
         )
     return found
+
+
+def _pictured(channels: Mapping[str, Sequence[Example]]) -> list[str]:
+    """The channels in which a request has a picture."""
+    return [channel for channel, examples in channels.items() if any(e.image is not None for e in examples)]
 
 
 def attack_study(

@@ -116,7 +116,11 @@ def measure_pairs(
         batches = pair_batches(lvlm, few, outcome=outcome, batch_size=settings.batch_size)
         every = diagnosed_sites(lvlm)
         sites, positions = _corresponding(batches, every), shared_positions(batches, POSITIONS)
-        correspond = len(sites) == len(every) and positions == POSITIONS and _one_grid(batches)
+        without_map = ""
+        if len(sites) < len(every) or positions != POSITIONS:
+            without_map = "its twins are of different lengths"
+        elif not _one_grid(batches):
+            without_map = "its pictures are not one grid of patches of one shape each"
         del batches  # their pixels
         effects[name] = stage.result(
             MediationResult,
@@ -136,8 +140,8 @@ def measure_pairs(
         )
         if not maps or not pictures_differ(few):
             continue
-        if not correspond:
-            log.warning("no patch map of %r: its pictures are not one grid of patches of one shape each", name)
+        if without_map:
+            log.info("no patch map of %r: %s", name, without_map)
             continue
         patches[name] = stage.result(
             PatchMapResult,

@@ -67,6 +67,17 @@ def headlines(run: Run) -> dict[str, tuple[Headline, Headline]]:
     return {name: (before, after) for name, (before, after) in found.items()}
 
 
+def unstopped_said(run: Run) -> str:
+    """That a repair stops nothing of the worst seen channel, in a sentence; nothing where it does."""
+    before, after = headlines(run)["worst seen ASR"]
+    if not 0 < before.share.estimate <= after.share.estimate:
+        return ""
+    return (
+        f"The repair is no defence here: in {after.channel}, which it learned from, {100 * after.share.estimate:.0f} % of the attacks are answered "
+        f"with it, without it at most {100 * before.share.estimate:.0f} %. More examples, wider gates (epsilons) or other layers may help."
+    )
+
+
 def _cells(frame: pd.DataFrame, defence: str, metric: str, channels: Sequence[str] | None = None) -> pd.DataFrame:
     rows = frame.query("defence == @defence and metric == @metric and value == value")  # without missing values
     return rows if channels is None else rows.query("channel in @channels")

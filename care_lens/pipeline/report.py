@@ -14,9 +14,9 @@ import pandas as pd
 
 from care_lens import plots
 from care_lens.core.files import write_whole
-from care_lens.evaluation import GenerationStore
+from care_lens.evaluation import GenerationStore, SubstringRefusalJudge
 from care_lens.pipeline.gradient import ANSWER, OPENING
-from care_lens.pipeline.headline import headlines
+from care_lens.pipeline.headline import headlines, unstopped_said
 from care_lens.pipeline.report_channels import channels_section
 from care_lens.pipeline.report_diagnosis import diagnosis_section
 from care_lens.pipeline.report_figures import figures
@@ -75,6 +75,10 @@ def _opening(made: ReportParts) -> str:
         return html.escape(before if before == after else f"{before} to {after}")
 
     quick = part_text(run.settings)
+    if said := unstopped_said(run):
+        quick += f"<p><b>{html.escape(said)}</b></p>"
+    if run.provenance.get("judge") == SubstringRefusalJudge().name:
+        quick += "<p>The judge looks for phrases of refusal alone: any other answer counts as compliance, and as a right answer, nonsense too.</p>"
     return f"""<p>{html.escape(run.study.about)}</p>{quick}
 <div class="key"><p style="margin-top:0">Without the repair, to with it (test split; settings were chosen on validation; 95 % intervals, of the channel that is named or by item over several channels;
 judge: {html.escape(str(run.provenance.get("judge", "not named")))}):</p><ul>

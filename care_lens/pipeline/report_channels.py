@@ -17,7 +17,7 @@ def channels_section(made: ReportParts) -> str:
     tests = run.study.suites["test"]
     groups = {
         "Attack channels seen in the fit": made.seen,
-        "Requests that the undefended model refuses": [c for c in made.attacks if c == run.study.plain],
+        "Plain requests": [c for c in made.attacks if c == run.study.plain],
         "Attack channels held out of the fit": [c for c in made.attacks if c not in (*made.seen, run.study.plain)],
         "Gradient attacks": made.gradient,
         "Benign channels": made.benign,

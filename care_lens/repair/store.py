@@ -105,6 +105,11 @@ def load_repair(kind: type[Loaded], directory: str | Path) -> Loaded:
         UserWarning: If they are of schema 1, which had no checksums.
     """
     path = Path(directory) / f"{_NAME}.json"
+    if not path.exists() and not path.with_name("defence.json").is_file():
+        what = "has none" if path.parent.is_dir() else "is no folder"
+        raise FileNotFoundError(
+            f"{directory} must be a folder with {path.name}, as repair.save and a run's repair/ have it; it {what}"
+        )
     if not path.exists() and path.with_name("defence.json").is_file():
         raise FileNotFoundError(
             f"{directory} must hold {path.name}, got defence.json, another defence; load it with care_lens.defences.load_defence(folder)"

@@ -62,6 +62,18 @@ def test_what_is_no_attack_is_told(text, message):
         read_attack(text)
 
 
+def test_attacks_on_pictures_are_made_where_there_are_some(study):
+    """Plain requests of public files have no pictures: the channels that have them are attacked, and named where none was meant."""
+    bare = {c: tuple(replace(e, image=None) for e in some) for c, some in study.suites["test"].items()}
+    shown = {"shown": tuple(replace(e, channel="shown") for e in study.suites["test"]["plain"])}
+    other = replace(study, gradient=(), suites={**study.suites, "test": {**study.suites["test"], **bare, **shown}})
+    found = attacked_requests(other, [PGD()])
+    assert {e.channel for e in found} == {"shown"} and all(e.image is not None for e in found)
+    assert {e.channel for e in attacked_requests(other, [Prefill()])} == {"plain"}  # which needs no picture
+    with pytest.raises(AttackRunError, match=r"name other channels \(--channels\): \['shown'\] have pictures"):
+        attacked_requests(other, [PGD()], channels=["plain"])
+
+
 def test_defences_are_read_by_folder_and_name(tmp_path):
     reminder = SelfReminder(before="be safe", after="")
     reminder.save(tmp_path / "mine")

@@ -32,6 +32,7 @@ from care_lens.defences import (
     load_defence,
 )
 from care_lens.defences.folding import added_vector_part
+from care_lens.repair import HybridFusion
 
 SITE = Site("language", 2, "hook_resid_post")
 
@@ -246,6 +247,28 @@ def test_another_models_width_is_refused(made, lvlm):
         if name != "coca":  # it has no tensors of a width
             with pytest.raises((WrongModelError, ValueError), match=r"must be as wide as|has no site"):
                 defence.check(lvlm)
+
+
+def test_numbers_that_break_every_answer_are_refused(made):
+    """A model of which every answer is broken would look like one that answers no attack."""
+    tried = 0
+    for defence in made.values():
+        for field in dataclasses.fields(defence):
+            if isinstance(getattr(defence, field.name), float):
+                with pytest.raises(ValueError, match=f"{field.name} must be"):
+                    dataclasses.replace(defence, **{field.name: float("nan")})
+                tried += field.name == "alpha"
+        if hasattr(defence, "alpha"):
+            with pytest.raises(ValueError, match="alpha must be a finite number, got inf"):
+                dataclasses.replace(defence, alpha=float("inf"))
+    assert tried >= 8, "every one that has a strength"
+
+
+def test_folders_that_hold_no_defence_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with defence.json or repair.json.*; it has neither"):
+        load_defence(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with repair.json.*; it is no folder"):
+        HybridFusion.load(tmp_path / "gone")
 
 
 def test_reminder_and_second_look_are_defences_too(tmp_path):

@@ -3,16 +3,21 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+import torch
+from subspace_rows import unchecked
 
 from care_lens.core import Example, Verdict
 from care_lens.evaluation import (
     DefenceTable,
     GenerationStore,
+    JudgeError,
+    SubstringRefusalJudge,
     TooManyMissingError,
     evaluate,
     judge_store,
     verdict_trials,
 )
+from care_lens.repair import Correction, HybridFusion, RepairMismatchError, Writer
 
 OPTIONS = {"max_new_tokens": 3, "progress": False, "n_boot": 200}
 
@@ -121,6 +126,20 @@ def test_failed_answers_are_missing_and_never_safe(small, suites, judge, monkeyp
     failing.add("8")
     with pytest.raises(TooManyMissingError, match="2 of 60"):
         evaluate(small, {"plain": many}, {"none": None}, judge=judge, **OPTIONS)
+
+
+def test_what_fits_nothing_is_refused_before_any_answer(small, suites, judge):
+    store = GenerationStore()
+    wide = Writer.towards("blocks.0.hook_resid_post", target=torch.ones(7), source=torch.zeros(7))
+    repair = HybridFusion(textual=(Correction(writer=wide),))
+    with pytest.raises(RepairMismatchError, match="must be as wide as the model"):
+        evaluate(small, suites, {"none": None, "other": repair}, judge=judge, store=store, **OPTIONS)
+    with (
+        unchecked(),
+        pytest.raises(JudgeError, match=r"got the class SubstringRefusalJudge; write SubstringRefusalJudge\(\)"),
+    ):
+        evaluate(small, suites, {"none": None}, judge=SubstringRefusalJudge, store=store, **OPTIONS)
+    assert len(store) == 0
 
 
 def test_bad_suites_and_defences_are_refused(small, suites, scaled, judge):

@@ -173,9 +173,13 @@ def test_what_cannot_be_chosen_is_said(bundled, study):
     rows = study_rows(bundled, study, tokens=1, batch_size=64)
     with pytest.raises(
         NoCandidateError,
-        match=r"plans must be calibrated on \d+ benign prompts, got none: scores must be at least \d+ for epsilon",
+        match=r"scores must be at least 9999 for a gate at epsilon 0.0001, got \d+: .*; give 19998 of many items",
     ):
-        tune(bundled, study, rows, layers=[2], answer_tokens=1, ranks=[0], epsilons=[0.0001])
+        tune(bundled, study, layers=[2], epsilons=[0.0001], progress=False)  # before anything is read
+    with pytest.raises(
+        NoCandidateError, match=r"plans must be calibrated on \d+ benign prompts, got none: rank must be"
+    ):
+        tune(bundled, study, rows, layers=[2], answer_tokens=1, ranks=[4000], classifier=False, epsilons=[0.05])
     for options, words in (
         ({"answer_tokens": 2}, "answer_tokens must be from 0 to 1"),
         ({"layers": [9]}, "layers must be"),
