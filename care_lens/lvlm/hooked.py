@@ -69,6 +69,7 @@ class HookedLVLM(WrappedBridge):
         revision: str | None = None,
         trust_remote_code: bool = False,
         quantization_config: Any = None,
+        **others: Any,
     ) -> "HookedLVLM":
         """Load a model and its processor from a hub name or a directory.
 
@@ -79,6 +80,7 @@ class HookedLVLM(WrappedBridge):
             revision: Branch, tag or commit on the hub.
             trust_remote_code: Whether to run code that comes with the weights.
             quantization_config: As in transformers, for instance a ``BitsAndBytesConfig``; None: what the weights say.
+            others: None are taken; the error names the option that is meant.
 
         Returns:
             The model, in evaluation mode, with eager attention.
@@ -87,7 +89,23 @@ class HookedLVLM(WrappedBridge):
             ValueError: If the model's family is not known; said before any weights are read.
             ImportError: If a package is missing that the processor needs (often torchvision).
             OSError: If there is no such model, or it has no processor.
+            TypeError: If another option is given.
         """
+        for name in others:
+            meant = {
+                "device": "device_map=",
+                "torch_dtype": "dtype=",
+                "load_in_4bit": "quantization_config=",
+                "load_in_8bit": "quantization_config=",
+            }
+            raise TypeError(
+                f"from_pretrained takes no {name}; "
+                + (
+                    f"write {meant[name]}"
+                    if name in meant
+                    else "load the model with transformers and give it to HookedLVLM.from_hf"
+                )
+            )
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         require_loadable(name_or_dir, dtype)

@@ -71,3 +71,17 @@ def test_an_unknown_family_is_refused_before_weights_are_read(tmp_path, monkeypa
     )
     with pytest.raises(ValueError, match=r"BlipForConditionalGeneration.*register_family"):
         HookedLVLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"device": "cuda"}, "takes no device; write device_map="),
+        ({"torch_dtype": torch.float16}, "takes no torch_dtype; write dtype="),
+        ({"load_in_4bit": True}, "takes no load_in_4bit; write quantization_config="),
+        ({"fold_ln": True}, "takes no fold_ln; load the model with transformers"),
+    ],
+)
+def test_options_of_others_are_told(option, words):
+    with pytest.raises(TypeError, match=words):
+        HookedLVLM.from_pretrained("anywhere", **option)
