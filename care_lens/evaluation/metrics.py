@@ -137,9 +137,8 @@ def summarise(
         values = np.array([row["value"] for row in there], dtype=np.float64)
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
         figure = interval(values, groups, rate=names["metric"] in RATES, **options)
-        if (
-            names["metric"] in DIVERGENCES
-        ):  # a studentised interval of few values may reach below what a divergence can be
+        # A studentised interval of few values may reach below what a divergence can be.
+        if names["metric"] in DIVERGENCES:
             figure["ci_low"] = max(figure["ci_low"], 0.0)
         rows.append({**names, **figure, "n": len(there), "missing": missing, "groups": len(set(groups))})
     order = [
