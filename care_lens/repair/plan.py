@@ -39,7 +39,7 @@ class PlanPart:
         schedule: How the strength changes over the answer, in words; empty: it does not.
         fusion: How it is combined with other edits at the site.
         weighting: Over what the weights of a fusion are taken.
-        multiply_adds: Per token of a forward pass, of writer and reader; None: not known. A reader that several edits share
+        multiply_adds: Per token of a forward pass, of writer and reader, the writer's at tokens at which a gate is open; None: not known. A reader that several edits share
             counts once, in the first.
         extra_per_request: Forward passes besides the model's own, at most, per request.
         extra_per_token: The same per forward pass of the model: the prompt, and every generated token.

@@ -22,6 +22,7 @@ from care_lens.mediation import AblationResult, Localisation, MediationResult, P
 from care_lens.pipeline import RunSettings, write_report
 from care_lens.pipeline.diagnose import Diagnosis
 from care_lens.pipeline.gradient import ADAPTIVE, ANSWER, OPENING
+from care_lens.pipeline.headline import headlines
 from care_lens.pipeline.prove import Proof
 from care_lens.pipeline.report import figures, summary
 from care_lens.pipeline.report_words import interval, number, per_cent, place, plain, tuned_text
@@ -255,8 +256,8 @@ def test_the_opening_tells_shares_apart(written, made_run):
     key = summary(made_run)
     page = written.read_text(encoding="utf-8")
     assert json.loads((written.parent / "summary.json").read_text()) == key
-    for name in ("worst seen ASR", "benign accuracy"):
-        assert f"<b>{per_cent(key[f'{name} before'])} to {per_cent(key[f'{name} after'])}</b>" in page
+    for name, (before, after) in headlines(made_run).items():
+        assert f"<b>{before} to {after}</b>" in page and f"{100 * key[f'{name} after']:.1f} % [" in str(after), name
     assert '<meta name="viewport"' in page
     assert re.findall(r'<li><a href="#(\w+)">', page) == [
         "channels",

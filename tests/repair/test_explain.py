@@ -94,20 +94,26 @@ def test_the_frame_says_what_the_parts_hold(fusion):
 
 @pytest.mark.parametrize("rule", ["adaptive", "sequential", "parallel", "joint"])
 def test_the_cost_is_what_the_hooks_multiply(model, inputs, rule):
-    """Counted by torch; it sees matrix products, not the k squares of an energy."""
-    visual = make_correction(gate=GATE, reader_site="blocks.0.hook_resid_post")
-    textual = Correction(writer=make_correction(seed=5).writer, reader=visual.reader, gate=GATE)
-    fusion = HybridFusion(visual=(visual,), textual=(textual,), rule=rule)
-    frame = fusion.explain().frame
-    hooks = [(Site.parse(name), fn) for name, fn in fusion.fwd_hooks(inputs)[1:]]
+    """Counted by torch; it sees matrix products, not the k squares of an energy. Where no gate is open, the tokens are read and not written."""
     activation = torch.randn(*inputs.input_ids.shape, 32)
-    for _, fn in hooks:  # once before, so that what is made once is made
-        fn(activation, hook=None)
-    with FlopCounterMode(display=False) as counter:
-        for _, fn in hooks:
+    counted = {}
+    for threshold in (-1e9, 1e9):
+        gate = dataclasses.replace(GATE, threshold=threshold)
+        visual = make_correction(gate=gate, reader_site="blocks.0.hook_resid_post")
+        textual = Correction(writer=make_correction(seed=5).writer, reader=visual.reader, gate=gate)
+        fusion = HybridFusion(visual=(visual,), textual=(textual,), rule=rule)
+        frame = fusion.explain().frame
+        hooks = [(Site.parse(name), fn) for name, fn in fusion.fwd_hooks(inputs)[1:]]
+        for _, fn in hooks:  # once before, so that what is made once is made
             fn(activation, hook=None)
-    per_token = counter.get_total_flops() / 2 / activation[..., 0].numel()
-    assert frame["multiply_adds"].sum() == per_token + 3  # the shared reader once
+        with FlopCounterMode(display=False) as counter:
+            for _, fn in hooks:
+                fn(activation, hook=None)
+        counted[threshold] = counter.get_total_flops() / 2
+    tokens = activation[..., 0].numel()
+    assert frame["multiply_adds"].sum() == counted[-1e9] / tokens + 3  # the shared reader once
+    written = counted[-1e9] / tokens - 96  # three directions of 32 are read at every token
+    assert counted[1e9] == 96 * tokens + written * len(activation)  # of one closed token a row
     if rule == "parallel":
         assert list(frame["fusion"]) == ["parallel, weight 0.5"] * 2
     assert all((frame["weighting"] == "token") == (rule == "adaptive"))
