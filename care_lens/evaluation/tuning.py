@@ -211,14 +211,11 @@ def tune(
     require_max_missing(max_missing)
     placement = _placement(layers, lvlm.n_layers())
     comparing, calibrating = halves(study.benign("calibration"), seed=seed)
-    _require_calibration(len(comparing), epsilons)  # before anything is read
-    rows = (
-        study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size, progress=progress)
-        if rows is None
-        else rows
-    )
-    if not 0 <= answer_tokens <= rows.tokens:
+    if rows is not None and not 0 <= answer_tokens <= rows.tokens:
         raise ValueError(f"answer_tokens must be from 0 to {rows.tokens}, those of the rows, got {answer_tokens}")
+    _require_calibration(len(comparing), epsilons)  # before anything is read
+    if rows is None:
+        rows = study_rows(lvlm, study, tokens=answer_tokens, batch_size=batch_size, progress=progress)
     plans = reader_plans(
         placement.layers,
         answer_tokens=answer_tokens,
