@@ -14,7 +14,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, isnan
+from math import isnan
 from typing import Any
 
 import pandas as pd
@@ -36,6 +36,7 @@ from care_lens.mediation.placement import Placement, reader_layers
 from care_lens.repair.calibrating import captured_scores, halves, recalibrated_together
 from care_lens.repair.errors import FlatScoresError, TooFewCalibrationError
 from care_lens.repair.fusion import HybridFusion
+from care_lens.repair.gate import needed_for
 from care_lens.repair.learning import FittedReaders, ReaderPlan, Readers, assemble, reader_plans, require_depths
 from care_lens.repair.refusing import Answers
 from care_lens.repair.rows import FitRows, TokenRows, residual_sites, rows_beside, study_rows, token_rows
@@ -455,7 +456,7 @@ def _placement(layers: Placement | Sequence[int] | None, n_layers: int) -> Place
 
 def _require_calibration(n: int, epsilons: Sequence[float]) -> None:
     most = max(epsilons)
-    if most > 0 and n < (needed := ceil(1 / most - 1 - 1e-9)):
+    if most > 0 and n < (needed := needed_for(most)):
         raise NoCandidateError(
             f"scores must be at least {needed} for a gate at epsilon {most:g}, got {n}: that many benign prompts are in the half of the calibration "
             f"split that plans are compared on; give {2 * needed} of many items, or a larger epsilon"

@@ -17,6 +17,7 @@ from care_lens.core.errors import CareLensError
 from care_lens.data.study import Study, StudyError
 from care_lens.pipeline.settings import RunSettings, Size
 from care_lens.repair import halves
+from care_lens.repair.gate import needed_for
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +29,6 @@ _LEAST_HALF = 2
 
 class NeedsError(CareLensError, ValueError):
     """The study is too small for the settings; the message says how much is needed of what."""
-
-
-def needed_for(epsilon: float) -> int:
-    """Benign calibration prompts that a gate at epsilon needs: the smallest n >= 1/epsilon - 1.
-
-    Example:
-        >>> needed_for(0.02), needed_for(0.01)
-        (49, 99)
-    """
-    return math.ceil(1 / epsilon - 1 - 1e-9)
 
 
 def require_ready(study: Study, settings: RunSettings) -> RunSettings:

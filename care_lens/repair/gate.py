@@ -285,13 +285,22 @@ def _check_count(n: Any) -> None:
         raise RepairError(f"n must be the number of calibration prompts, 1 or more, got {n!r}")
 
 
+def needed_for(epsilon: float) -> int:
+    """Benign calibration prompts that a gate at epsilon needs: the smallest n >= 1/epsilon - 1.
+
+    Example:
+        >>> needed_for(0.02), needed_for(0.01)
+        (49, 99)
+    """
+    return math.ceil(1 / epsilon - 1 - 1e-9)
+
+
 def _check_enough(n: int, epsilon: float) -> int:
     """How many of n scores may lie above the threshold."""
     above = math.floor((n + 1) * epsilon + 1e-9)
     if above < 1:
-        needed = math.ceil(1 / epsilon - 1 - 1e-9)
         raise TooFewCalibrationError(
-            f"scores must be at least {needed} for epsilon={epsilon}, got {n}; give more benign prompts "
+            f"scores must be at least {needed_for(epsilon)} for epsilon={epsilon}, got {n}; give more benign prompts "
             "or a larger epsilon"
         )
     return above

@@ -83,6 +83,7 @@ def test_three_benchmarks_run_to_a_report(family, tmp_path, monkeypatch):
     assert "A run on a part of its study, with at most 8 examples" in " ".join(ran.output.split())
     page = (out / "report.html").read_text()
     assert written["about"][:60] in page and "mmsafetybench SD" in page and "The undefended model refuses" in page
+    assert "as a right answer, nonsense too" in page  # of a judge that looks for refusals alone
     assert "published CARE is not there: the settings of this run leave it out" in page
 
     def stops(*_, **__):

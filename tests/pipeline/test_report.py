@@ -15,14 +15,15 @@ from in_browser import FAULTS, browsing, gallery_module
 from PIL import Image
 
 from care_lens.core import Example, PairedExamples, Site, UnsafeMargin
+from care_lens.core.stats import Interval
 from care_lens.data.study import Study
 from care_lens.evaluation import Choice, DefenceTable, GenerationStore
 from care_lens.evaluation.store import StoredAnswer
 from care_lens.mediation import AblationResult, Localisation, MediationResult, PatchMapResult, Placement
-from care_lens.pipeline import RunSettings, write_report
+from care_lens.pipeline import RunSettings, headline, write_report
 from care_lens.pipeline.diagnose import Diagnosis
 from care_lens.pipeline.gradient import ADAPTIVE, ANSWER, OPENING
-from care_lens.pipeline.headline import headlines
+from care_lens.pipeline.headline import Headline, headlines
 from care_lens.pipeline.prove import Proof
 from care_lens.pipeline.report import figures, summary
 from care_lens.pipeline.report_words import interval, number, per_cent, place, plain, tuned_text
@@ -296,3 +297,13 @@ def test_words():
     assert place({"mediator": "blocks.6.hook_attn_out", "position": "last"}) == "L6 attn, last prompt token"
     assert place({"mediator": "vision.blocks.0.hook_mlp_out", "position": "all"}) == "V0 MLP"
     assert tuned_text({"layer": 3}) == "layer 3"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"), [(1.0, 1.0, True), (0.5, 0.6, True), (1.0, 0.9, False), (0.0, 0.0, False)]
+)
+def test_a_repair_that_stops_nothing_is_told(before, after, told, made_run, monkeypatch):
+    figures = {"worst seen ASR": tuple(Headline(Interval(x, 0.0, 1.0), 8, "wrapper") for x in (before, after))}
+    monkeypatch.setattr(headline, "headlines", lambda run: figures)
+    said = headline.unstopped_said(made_run)
+    assert bool(said) == told and (f"in wrapper, which it learned from, {100 * after:.0f} %" in said) == told
