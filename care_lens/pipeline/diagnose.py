@@ -117,9 +117,9 @@ def measure_pairs(
         every = diagnosed_sites(lvlm)
         sites, positions = _corresponding(batches, every), shared_positions(batches, POSITIONS)
         without_map = ""
-        if len(sites) < len(every) or positions != POSITIONS:
+        if positions != POSITIONS:
             without_map = "its twins are of different lengths"
-        elif not _one_grid(batches):
+        elif len(sites) < len(every) or not _one_grid(batches):
             without_map = "its pictures are not one grid of patches of one shape each"
         del batches  # their pixels
         effects[name] = stage.result(
