@@ -4,8 +4,8 @@
     python benchmarks/kill_run.py --kills 6 --tiny --json figures.json   # what the suite runs
 
 One process runs the four steps and the report, undisturbed, and notes how long each step takes and how often it writes to the disk.
-Another process, with another seed of Python's hashes (the same one with ``--tiny``), then starts the same run in another folder, kills it (SIGKILL) and starts it again,
-until it has been killed so often; at last it is left to finish. Each moment lies in a step that is drawn: after a random share of the time
+Another process, with another seed of Python's hashes (the same one with ``--tiny``), then starts the same run in another folder, its work shared with copies of it
+(``in_workers(2)``), kills it (SIGKILL) and starts it again, until it has been killed so often; at last it is left to finish. Each moment lies in a step that is drawn: after a random share of the time
 that the step takes, or at a random one of its writes, of which a part is lost. A start that is past its step before its moment comes, since
 most of the step was done, is killed at that border. Both folders must then hold the same files, byte for byte; only locks, the notes of who held
 them and ``times.jsonl`` do not count.
@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from care_lens import organism
+from care_lens.core.forked import in_workers
 from care_lens.data import Study
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline import RunSettings, run, write_report
@@ -109,14 +110,15 @@ class Runs:
         study = organism.study(only=_DRAWN if tiny else None)
         self._study, self._settings = (small(study), TINY) if tiny else (study, SETTINGS)
 
-    def start(self, out: Path, moment: Moment | None = None) -> tuple[str, dict[str, Length]]:
+    def start(self, out: Path, moment: Moment | None = None, *, workers: int = 1) -> tuple[str, dict[str, Length]]:
         """One start of the run in a folder: where it was killed ("" if it was not), and the lengths of the steps that it came to."""
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             status = 1
             try:
                 os.close(reading)
-                self._work(out, moment, lambda line: os.write(writing, f"{line}\n".encode()))
+                with in_workers(workers):
+                    self._work(out, moment, lambda line: os.write(writing, f"{line}\n".encode()))
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -154,15 +156,16 @@ class Runs:
 
 
 def _counted(name: str, counts: Counter[str], step: Callable[[], str], moment: Moment | None) -> None:
-    """Count calls of a function of os that writes, and kill this process at one of them."""
-    real = getattr(os, name)
+    """Count calls of a function of os that writes, and kill this process at one of them, or at one of a copy that works for it."""
+    real, run_itself = getattr(os, name), os.getpid()
 
     def call(*args: object, **options: object) -> object:
         counts[step()] += 1
         if moment is not None and moment.write and (moment.step, moment.write) == (step(), counts[step()]):
             if name == "fsync" and isinstance(handle := args[0], int):
                 os.ftruncate(handle, max(os.fstat(handle).st_size - moment.torn, 0))
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(run_itself, signal.SIGKILL)
+            time.sleep(60)  # a copy ends with it
         # A kill takes nothing that was handed to the kernel, so that nothing has to reach the disk here.
         return None if name == "fsync" else real(*args, **options)
 
@@ -232,8 +235,8 @@ def killed(runs: Runs, folder: Path, *, kills: int, seed: int) -> None:
     held = json.loads((folder / "whole.lengths").read_text(encoding="utf-8"))
     out, by_step = folder / "killed", Counter[str]()
     for moment in moments(kills, seed, {step: Length(*length) for step, length in held.items()}):
-        by_step[runs.start(out, moment)[0]] += 1
-    runs.start(out)
+        by_step[runs.start(out, moment, workers=2)[0]] += 1
+    runs.start(out, workers=2)
     out.with_suffix(".kills").write_text(json.dumps(by_step), encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
 Workers = Annotated[
     int | None,
     typer.Option(
-        help="Processes that generate answers on a CPU.",
+        help="Processes that share the work on a CPU.",
         min=1,
         show_default="one a core, 8 at most; 1 from a billion parameters on",
     ),

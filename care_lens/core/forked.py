@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -95,7 +96,7 @@ def forked(function: Callable[[Job], Made], jobs: Sequence[Job], *, alone: bool 
     try:
         for made in copies.map(_do, range(len(jobs))):
             done += 1
-            yield made
+            yield pickle.loads(made)
     except BrokenProcessPool:
         log.warning("a worker process died; the jobs that are left are done here")
         yield from map(function, jobs[done:])
@@ -122,6 +123,7 @@ def _begin(function: Callable[[Any], Any], jobs: Sequence[Any], parent: int) -> 
     _given = function, jobs
 
 
-def _do(number: int) -> Any:
+def _do(number: int) -> bytes:
+    """Pickled here: torch would have tensors in shared memory, of which there may be little."""
     function, jobs = _given
-    return function(jobs[number])
+    return pickle.dumps(function(jobs[number]))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
-from care_lens.evaluation.generate import generate_all
+from care_lens.evaluation.generate import Ask, generate_several
 from care_lens.evaluation.judging import judge_answers
 from care_lens.evaluation.store import GenerationStore
 from care_lens.lvlm import HookedLVLM
@@ -37,18 +37,58 @@ def answer_verdicts(
         watched: Gated defences that will be asked the same examples from the same store: their gates are read on the way, so that only
             what they open for is generated again.
     """
-    answers = generate_all(
+    return several_verdicts(
         lvlm,
         examples,
-        store=GenerationStore() if store is None else store,
-        defence_name=CANDIDATE,
-        repair=defence,
+        [defence],
+        judge,
+        store=store,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        watched=watched,
         progress=False,
+    )[0]
+
+
+def several_verdicts(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    defences: Sequence[Repair | None],
+    judge: Judge,
+    *,
+    store: GenerationStore | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    watched: Sequence[Repair] = (),
+    progress: bool = True,
+    desc: str | None = None,
+) -> list[list[Verdict]]:
+    """:func:`answer_verdicts` of each of several defences; processes that share the work have all of it before them.
+
+    Args:
+        lvlm: The model.
+        examples: With ids.
+        defences: What is on the model; None: nothing.
+        judge: Says what an answer is.
+        store: Where answers are kept; None: in memory.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Examples at a time.
+        watched: Gated defences whose gates are read on the way.
+        progress: Whether to show a progress bar.
+        desc: What it says.
+    """
+    asked = list(examples)
+    answers = generate_several(
+        lvlm,
+        [Ask(asked, CANDIDATE, defence) for defence in defences],
+        store=GenerationStore() if store is None else store,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        desc=desc,
         watched=watched,
     )
-    return judge_answers(answers, judge, examples=list(examples))
+    return [judge_answers(given, judge, examples=asked) for given in answers]
 
 
 def share(verdicts: Sequence[Verdict], wanted: Verdict) -> float:

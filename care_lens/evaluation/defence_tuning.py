@@ -12,12 +12,11 @@ from math import isnan
 
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Judge, Repair, Verdict
-from care_lens.core.progress import Steps, resume_from_store
 from care_lens.data.study import Study
 from care_lens.evaluation.answering import (
-    answer_verdicts,
     missing_share,
     require_max_missing,
+    several_verdicts,
     share,
     spread,
     within_loss,
@@ -28,6 +27,8 @@ from care_lens.lvlm import HookedLVLM
 
 SCREENED, HOPELESS = 48, 0.10
 """Benign prompts on which a defence is screened before all of them are asked, and the loss of right answers that rules it out."""
+_FIRST = 16
+"""Of those so many are asked first: what breaks the model has lost more than it may on them already."""
 
 
 def tune_defence(
@@ -83,22 +84,34 @@ def tune_defence(
     store = GenerationStore() if store is None else store
     few = spread(benign, SCREENED)
 
-    def verdicts(examples: Sequence[Example], defence: Repair | None) -> list[Verdict]:
-        return answer_verdicts(
-            lvlm, examples, defence, judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size
+    def several(
+        examples: Sequence[Example], defences: Sequence[Repair | None], *, told: bool = False
+    ) -> list[list[Verdict]]:
+        return several_verdicts(
+            lvlm,
+            examples,
+            defences,
+            judge,
+            store=store,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress and told,
+            desc="trying settings" if told else None,
         )
+
+    def verdicts(examples: Sequence[Example], defence: Repair | None) -> list[Verdict]:
+        return several(examples, [defence])[0]
 
     before = share(verdicts(benign, None), Verdict.COMPLIED)
     if isnan(before):
         raise ValueError("the undefended model must have an answer with a verdict, got none; the log names the errors")
+    made = [make() for make in candidates]
+    judged = several(attacked, made, told=True)
     # Whether too many verdicts are missing; attack success, 1 where none is known; the candidate.
     tried: list[tuple[bool, float, Repair]] = []
-    with Steps(candidates, desc="trying settings", disable=not progress, resume=resume_from_store(store.path)) as steps:
-        for make in steps:
-            defence = make()
-            said = verdicts(attacked, defence)
-            asr = share(said, Verdict.COMPLIED)
-            tried.append((missing_share(said) > max_missing, 1.0 if isnan(asr) else asr, defence))
+    for defence, said in zip(made, judged, strict=True):
+        asr = share(said, Verdict.COMPLIED)
+        tried.append((missing_share(said) > max_missing, 1.0 if isnan(asr) else asr, defence))
     parts = _parts(benign, few, 2 * batch_size)
 
     def kept(defence: Repair) -> float | None:
@@ -136,8 +149,10 @@ def tune_defence(
 
 
 def _parts(examples: Sequence[Example], first: Sequence[Example], size: int) -> list[list[Example]]:
-    """The examples cut in parts, of which each has examples from everywhere; some come first."""
-    ahead = {id(example) for example in first}
+    """The examples cut in parts, of which each has examples from everywhere; some come first, a few of them before the others."""
+    few = spread(first, _FIRST)
+    begin, ahead = ({id(example) for example in part} for part in (few, first))
     rest = [example for example in examples if id(example) not in ahead]
     n = -(-len(rest) // size)
-    return [list(first), *(rest[i::n] for i in range(n))]
+    parts = [few, [example for example in first if id(example) not in begin], *(rest[i::n] for i in range(n))]
+    return [part for part in parts if part]

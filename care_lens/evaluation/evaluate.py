@@ -13,7 +13,7 @@ from care_lens.core.results import package_versions
 from care_lens.core.verdicts import JudgeError, require_verdicts
 from care_lens.evaluation.abnormal import abnormal_trials
 from care_lens.evaluation.fidelity import fidelity_trials
-from care_lens.evaluation.generate import generate_all
+from care_lens.evaluation.generate import Ask, generate_several
 from care_lens.evaluation.grading import Grader, graded_scores, graded_trials
 from care_lens.evaluation.judging import judge_answers, judge_name, verdict_frame
 from care_lens.evaluation.metrics import BENIGN_METRICS, HARMFUL_METRICS, RATES, require_options, verdict_trials
@@ -130,19 +130,19 @@ def evaluate(
     run = _Judged(examples, judge, judge if accuracy is None else accuracy, set(benign), graders)
     made: dict[str, list[StoredAnswer]] = {}
     # The undefended model first: its answers are those of every request on which a gate stays closed.
-    for name, repair in sorted(defences.items(), key=lambda item: item[1] is not None):
-        made[name] = generate_all(
+    for there in (True, False):
+        names = [name for name, repair in defences.items() if (repair is None) is there]
+        answers = generate_several(
             lvlm,
-            examples,
+            [Ask(examples, name, defences[name]) for name in names],
             store=store,
-            defence_name=name,
-            repair=repair,
             batch_size=batch_size,
             generation=options.options(generation),
             seed=seed,
             progress=progress,
             watched=list(defences.values()),
         )
+        made |= dict(zip(names, answers, strict=True))
     for name in defences:
         run.answers[name] = made[name]
         run.judge(name)

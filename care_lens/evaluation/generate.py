@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from care_lens.core.defence import defended, require_defences
 from care_lens.core.examples import Example
-from care_lens.core.forked import forked
+from care_lens.core.forked import forked, workers
 from care_lens.core.identity import digest, example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.core.progress import Steps, resume_from_store
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: What an answer says of its example beside the prompt: what the model was not given, and what earlier versions did not store.
 _OF_THE_EXAMPLE = ("group", "harmful", "reference", "meta", "behaviour", "system", "turns", "prefill")
+#: Examples of a batch at least, where batches are cut for several processes: with fewer, what a step of the model costs by itself outweighs.
+_LEAST = 16
 
 
 def generate_all(
@@ -78,10 +80,74 @@ def generate_all(
         ValueError: If ids are missing or repeated in a channel, ``batch_size`` is below 1, or options of generation contradict
             one another.
     """
+    return generate_several(
+        lvlm,
+        [Ask(examples, defence_name, repair)],
+        store=store,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        generation=generation,
+        seed=seed,
+        progress=progress,
+        watched=watched,
+    )[0]
+
+
+class Ask(NamedTuple):
+    """What one defence is asked.
+
+    Attributes:
+        examples: The examples; within a channel their ids must differ.
+        defence_name: Name of the defence in the store.
+        repair: The defence; None: the model as it is.
+    """
+
+    examples: Sequence[Example]
+    defence_name: str = "none"
+    repair: Repair | None = None
+
+
+def generate_several(
+    lvlm: HookedLVLM,
+    asks: Sequence[Ask],
+    *,
+    store: GenerationStore,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    generation: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    desc: str | None = None,
+    watched: Sequence[Repair | None] = (),
+) -> list[list[StoredAnswer]]:
+    """The answers under several defences, as :func:`generate_all` gives them one by one and in the same order in the store.
+
+    Processes that share the work (:func:`~care_lens.core.forked.in_workers`) have the batches of all defences before them, so that none
+    waits at the end of each. Of a defence that takes over undefended answers, those must be in the store before.
+
+    Args:
+        lvlm: The model.
+        asks: What each defence is asked.
+        store: As :func:`generate_all` has it, and so are the others.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Examples at a time.
+        generation: Further options of generation.
+        seed: Recorded with every answer.
+        progress: Whether to show a progress bar.
+        desc: What it says, which then counts the answers that are there too; None: the names of the defences.
+        watched: Gated defences whose gates are read on the way.
+
+    Returns:
+        For each ask its answers, in the order of its examples.
+
+    Raises:
+        ValueError: As :func:`generate_all` has it.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    _require_ids(examples)
-    require_defences({defence_name: repair})
+    for ask in asks:
+        _require_ids(ask.examples)
+        require_defences({ask.defence_name: ask.repair})
     options = _options(generation, max_new_tokens)
     in_force = lvlm.generation_settings(**options)
     try:
@@ -90,69 +156,128 @@ def generate_all(
         raise ValueError(
             f"generation must hold JSON-able options, which answers are stored under, got {error}"
         ) from None
-    samples = bool(in_force.get("do_sample"))
-    settings = {
-        "model": model_fingerprint(lvlm.hf_model),
-        "defence": None if repair is None else repair.describe(),
-        "defence_fingerprint": None if repair is None else repair_fingerprint(repair),
-        "max_new_tokens": in_force.get("max_new_tokens"),
-        "generation": in_force,
-        # What is drawn for a row depends on the rows beside it.
-        **({"batch_size": batch_size} if samples else {}),
-    }
-    looks = repair is None and not samples and not lvlm.acting() and (in_force.get("num_beams") or 1) == 1
-    run = _Run(
-        lvlm,
-        repair,
-        defence_name,
-        store.add_settings(settings),
-        options,
-        in_force.get("eos_token_id"),
-        seed,
-        tuple(looking(watched)) if looks else (),
-    )
-    blanks = [run.blank(example) for example in examples]
-    held = [store.get(blank.key) for blank in blanks]
-    # What is known of the examples may have changed since they were answered.
-    relabelled = [
-        replace(answer, **{name: getattr(blank, name) for name in _OF_THE_EXAMPLE})
-        for answer, blank in zip(held, blanks, strict=True)
-        if answer is not None and any(getattr(answer, name) != getattr(blank, name) for name in _OF_THE_EXAMPLE)
-    ]
-    store.add(relabelled)
-    todo = {i for i, answer in enumerate(held) if answer is None or answer.missing}
-    # Sampled batches are cut from all examples, so that those of a run that goes on are those of one that was never stopped.
-    order = sorted(
-        range(len(examples)) if samples else todo,
-        key=lambda i: (*map(int.__neg__, prompt_length(lvlm, examples[i])), i),
-    )
+    parts = [_Part.of(lvlm, ask, store, options, in_force, batch_size, seed, watched) for ask in asks]
+    left = sum(len(part.todo) for part in parts)
+    every = sum(len(ask.examples) for ask in asks)
     with Steps(
-        total=len(todo),
-        desc=f"answers: {defence_name}",
-        disable=not progress or not todo,
+        total=left if desc is None else every,
+        desc=desc or f"answers: {', '.join(ask.defence_name for ask in asks)}",
+        disable=not progress or (desc is None and not left),
         resume=resume_from_store(store.path),
     ) as bar:
-        if repair is not None and not samples and (in_force.get("num_beams") or 1) == 1:
-            undefended = digest({**settings, "defence": None, "defence_fingerprint": None})
-            for batch in _cut(order, batch_size):
-                asked = [examples[i] for i in batch]
-                taken = unopened(lvlm, asked, repair, watched, store=store, undefended=undefended, seed=seed)
-                over = [(i, answer) for i, answer in zip(batch, taken, strict=True) if answer is not None]
-                store.add([run.taken(examples[i], answer) for i, answer in over])
-                todo.difference_update(i for i, _ in over)
-                bar.update(len(over))
-            order = [i for i in order if i in todo]
-        with repair.on(lvlm) if repair is not None and todo else nullcontext():
-            batches = [batch for batch in _cut(order, batch_size) if todo.intersection(batch)]
-            asked = [[examples[i] for i in batch] for batch in batches]
-            with closing(forked(run.answer, asked, alone=lvlm.device.type != "cpu")) as answered:
-                for batch, (made, touched) in zip(batches, answered, strict=True):
-                    wanted = todo.intersection(batch)
-                    store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
-                    for one in touched:
-                        store.note_touched(*one)
-                    bar.update(len(wanted))
-    return [store.get(blank.key) or blank for blank in blanks]
+        if desc is not None:
+            bar.update(every - left)
+        for part in parts:
+            bar.update(part.take_over(store, batch_size, watched))
+        shared = workers() > 1 and lvlm.device.type == "cpu"
+        pieces = -(-2 * workers() // max(1, sum(bool(part.todo) for part in parts))) if shared else None
+        jobs = [(part, batch) for part in parts for batch in part.batches(batch_size, pieces)]
+        with closing(forked(lambda job: job[0].answer(job[1]), jobs, alone=not shared)) as answered:
+            for (part, batch), (made, touched) in zip(jobs, answered, strict=True):
+                wanted = part.todo.intersection(batch)
+                store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
+                for one in touched:
+                    store.note_touched(*one)
+                bar.update(len(wanted))
+    return [[store.get(blank.key) or blank for blank in part.blanks] for part in parts]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one defence is still to be asked."""
+
+    run: "_Run"
+    examples: Sequence[Example]
+    blanks: list[StoredAnswer]
+    todo: set[int]
+    order: list[int]
+    samples: bool
+
+    @classmethod
+    def of(
+        cls,
+        lvlm: HookedLVLM,
+        ask: Ask,
+        store: GenerationStore,
+        options: dict[str, Any],
+        in_force: dict[str, Any],
+        batch_size: int,
+        seed: int,
+        watched: Sequence[Repair | None],
+    ) -> "_Part":
+        """What the store does not have yet."""
+        examples, defence_name, repair = ask
+        samples = bool(in_force.get("do_sample"))
+        settings = {
+            "model": model_fingerprint(lvlm.hf_model),
+            "defence": None if repair is None else repair.describe(),
+            "defence_fingerprint": None if repair is None else repair_fingerprint(repair),
+            "max_new_tokens": in_force.get("max_new_tokens"),
+            "generation": in_force,
+            # What is drawn for a row depends on the rows beside it.
+            **({"batch_size": batch_size} if samples else {}),
+        }
+        looks = repair is None and not samples and not lvlm.acting() and (in_force.get("num_beams") or 1) == 1
+        run = _Run(
+            lvlm,
+            repair,
+            defence_name,
+            store.add_settings(settings),
+            options,
+            in_force.get("eos_token_id"),
+            seed,
+            tuple(looking(watched)) if looks else (),
+            digest({**settings, "defence": None, "defence_fingerprint": None})
+            if repair is not None and not samples and (in_force.get("num_beams") or 1) == 1
+            else None,
+        )
+        blanks = [run.blank(example) for example in examples]
+        held = [store.get(blank.key) for blank in blanks]
+        # What is known of the examples may have changed since they were answered.
+        relabelled = [
+            replace(answer, **{name: getattr(blank, name) for name in _OF_THE_EXAMPLE})
+            for answer, blank in zip(held, blanks, strict=True)
+            if answer is not None and any(getattr(answer, name) != getattr(blank, name) for name in _OF_THE_EXAMPLE)
+        ]
+        store.add(relabelled)
+        todo = {i for i, answer in enumerate(held) if answer is None or answer.missing}
+        # Sampled batches are cut from all examples, so that those of a run that goes on are those of one that was never stopped.
+        order = sorted(
+            range(len(examples)) if samples else todo,
+            key=lambda i: (*map(int.__neg__, prompt_length(lvlm, examples[i])), i),
+        )
+        return cls(run, examples, blanks, todo, order, samples)
+
+    def take_over(self, store: GenerationStore, batch_size: int, watched: Sequence[Repair | None]) -> int:
+        """Take over undefended answers where the defence's gates stay closed; how many."""
+        run = self.run
+        if run.repair is None or run.undefended is None or not self.todo:
+            return 0
+        before = len(self.todo)
+        for batch in _cut(self.order, batch_size):
+            asked = [self.examples[i] for i in batch]
+            taken = unopened(
+                run.lvlm, asked, run.repair, watched, store=store, undefended=run.undefended, seed=run.seed
+            )
+            over = [(i, answer) for i, answer in zip(batch, taken, strict=True) if answer is not None]
+            store.add([run.taken(self.examples[i], answer) for i, answer in over])
+            self.todo.difference_update(i for i, _ in over)
+        return before - len(self.todo)
+
+    def batches(self, batch_size: int, pieces: int | None) -> list[Sequence[int]]:
+        """The batches that hold something to be done; for several processes of about one size, and so many pieces at least."""
+        order = self.order if self.samples else [i for i in self.order if i in self.todo]
+        if pieces is not None and not self.samples and order:
+            cut = min(pieces, len(order) // _LEAST)
+            least = max(-(-len(order) // batch_size), cut - cut % workers())
+            batch_size = -(-len(order) // least)
+        return [batch for batch in _cut(order, batch_size) if self.todo.intersection(batch)]
+
+    def answer(self, batch: Sequence[int]) -> tuple[list[StoredAnswer], list[tuple[str, StoredAnswer, bool]]]:
+        """The answers to a batch with the defence on the model, as `_Run.answer` has them."""
+        repair = self.run.repair
+        with repair.on(self.run.lvlm) if repair is not None else nullcontext():
+            return self.run.answer([self.examples[i] for i in batch])
 
 
 @dataclass(frozen=True)
@@ -167,6 +292,7 @@ class _Run:
     ends: int | list[int] | None
     seed: int
     watched: tuple[Looking, ...] = ()
+    undefended: str | None = None  # the settings of the answers that may be taken over
 
     def blank(self, example: Example, *, missing: str = "not generated") -> StoredAnswer:
         """The record of an example without an answer."""

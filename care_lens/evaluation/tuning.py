@@ -23,11 +23,18 @@ from care_lens.core.display import LinesRepr, listed
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example
 from care_lens.core.outcome import Repair, Verdict
-from care_lens.core.progress import Steps, resume_from_store
+from care_lens.core.progress import Steps
 from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.data.study import Study
-from care_lens.evaluation.answering import answer_verdicts, missing_share, require_max_missing, share, within_loss
+from care_lens.evaluation.answering import (
+    answer_verdicts,
+    missing_share,
+    require_max_missing,
+    several_verdicts,
+    share,
+    within_loss,
+)
 from care_lens.evaluation.frontier import Frontier, Tried, figures_of, frontier_frame
 from care_lens.evaluation.judging import judge_name
 from care_lens.evaluation.store import GenerationStore
@@ -251,22 +258,39 @@ def tune(
         for row in _by_turns(table, candidates)
         for site, alpha in itertools.product(residual_sites(lvlm)[row.plan.layer :], alphas)
     ]
-    with Steps(tried, desc="trying writers", disable=not progress, resume=resume_from_store(store.path)) as steps:
-        for row, site, alpha in steps:
-            about = {"study": study.name, "plan": str(row.plan)}
-            repair = assemble(
-                row.fitted, rows, row.plan, site, alpha=alpha, answers=answers, name=name, provenance=about
-            )
-            said = verdicts(attacked, repair)
-            asr, refused = share(said, Verdict.COMPLIED), share(said, Verdict.REFUSED)
-            late = missing_share(said) > max_missing
-            runs.append(_Candidate(row, site, alpha, asr, refused, repair, {True: said}, late))
-            log.info("%s, written at %s x %g: ASR %.3f, refused %.3f", row.plan, site, alpha, asr, refused)
+    repairs = [
+        assemble(
+            row.fitted,
+            rows,
+            row.plan,
+            site,
+            alpha=alpha,
+            answers=answers,
+            name=name,
+            provenance={"study": study.name, "plan": str(row.plan)},
+        )
+        for row, site, alpha in tried
+    ]
+    judged = several_verdicts(
+        lvlm,
+        attacked,
+        repairs,
+        study.judge,
+        store=store,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        desc="trying writers",
+    )
+    for (row, site, alpha), repair, said in zip(tried, repairs, judged, strict=True):
+        asr, refused = share(said, Verdict.COMPLIED), share(said, Verdict.REFUSED)
+        late = missing_share(said) > max_missing
+        runs.append(_Candidate(row, site, alpha, asr, refused, repair, {True: said}, late))
+        log.info("%s, written at %s x %g: ASR %.3f, refused %.3f", row.plan, site, alpha, asr, refused)
     runs.sort(key=lambda run: run.order)
 
     benign = study.benign("validation")
     checked = _leading(runs, candidates)
-    resume = resume_from_store(store.path)
     repairs = recalibrated_together(
         lvlm,
         [run.repair for run in checked],
@@ -282,13 +306,24 @@ def tune(
     before = share(bare, Verdict.COMPLIED)
     if isnan(before):
         raise ValueError("the undefended model must have an answer with a verdict, got none; the log names the errors")
-    with Steps(checked, desc="checking benign answers", disable=not progress, resume=resume) as checks:
-        for run in checks:
-            run.said[False] = verdicts(benign, run.repair, repairs)
-            after = share(run.said[False], Verdict.COMPLIED)
-            most = _most_lost(benign, bare, run.said[False])
-            run.benign = {"benign_before": before, "benign_after": after, "most_lost_by_a_channel": most}
-            log.info("benign %.3f -> %.3f, a channel lost %.2f: %s at %s", before, after, most, run.of.plan, run.site)
+    judged = several_verdicts(
+        lvlm,
+        benign,
+        repairs,
+        study.judge,
+        store=store,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        watched=repairs,
+        progress=progress,
+        desc="checking benign answers",
+    )
+    for run, said in zip(checked, judged, strict=True):
+        run.said[False] = said
+        after = share(said, Verdict.COMPLIED)
+        most = _most_lost(benign, bare, said)
+        run.benign = {"benign_before": before, "benign_after": after, "most_lost_by_a_channel": most}
+        log.info("benign %.3f -> %.3f, a channel lost %.2f: %s at %s", before, after, most, run.of.plan, run.site)
     kept = [
         run
         for run in checked

@@ -108,54 +108,73 @@ def measure_pairs(
     """
     effects, patches = {}, {}
     for name, pairs in study.pairs.items():
-        few = pairs[: settings.pairs]
-        if not len(few):
+        if not len(pairs[: settings.pairs]):
             log.warning("pair set %r is empty: nothing is diagnosed of it", name)
             continue
-        outcome = study.pair_outcomes.get(name, study.outcome)
-        batches = pair_batches(lvlm, few, outcome=outcome, batch_size=settings.batch_size)
-        every = diagnosed_sites(lvlm)
-        sites, positions = _corresponding(batches, every), shared_positions(batches, POSITIONS)
-        without_map = ""
-        if positions != POSITIONS:
-            without_map = "its twins are of different lengths"
-        elif len(sites) < len(every) or not _one_grid(batches):
-            without_map = "its pictures are not one grid of patches of one shape each"
-        del batches  # their pixels
-        effects[name] = stage.result(
-            MediationResult,
-            f"effects.{name}",
-            lambda name=name, few=few, outcome=outcome, sites=sites, positions=positions: mediate(
-                lvlm,
-                few,
-                outcome=outcome,
-                sites=sites,
-                positions=positions,
-                batch_size=settings.batch_size,
-                n_boot=settings.n_boot,
-                seed=settings.seed,
-                progress=False,
-                checkpoint=stage.checkpoint(f"effects.{name}"),
-            ),
-        )
-        if not maps or not pictures_differ(few):
-            continue
-        if without_map:
-            log.info("no patch map of %r: %s", name, without_map)
-            continue
-        patches[name] = stage.result(
-            PatchMapResult,
-            f"patches.{name}",
-            lambda name=name, few=few, outcome=outcome: patch_map(
-                lvlm,
-                few,
-                outcome=outcome,
-                site="blocks.0.hook_resid_pre",
-                batch_size=settings.batch_size,
-                progress=False,
-                checkpoint=stage.checkpoint(f"patches.{name}"),
-            ),
-        )
+        effects[name], patch = measure_pair_set(lvlm, study, name, settings, stage, maps=maps)
+        if patch is not None:
+            patches[name] = patch
+    return effects, patches
+
+
+def measure_pair_set(
+    lvlm: HookedLVLM, study: Study, name: str, settings: RunSettings, stage: Stage, *, maps: bool = True
+) -> tuple[MediationResult, PatchMapResult | None]:
+    """What `measure_pairs` measures of one set of pairs.
+
+    Args:
+        lvlm: the model.
+        study: its pairs come from the fit split.
+        name: of the set, which holds pairs.
+        settings: of the run.
+        stage: where results are kept.
+        maps: whether a patch map is made.
+    """
+    few = study.pairs[name][: settings.pairs]
+    outcome = study.pair_outcomes.get(name, study.outcome)
+    batches = pair_batches(lvlm, few, outcome=outcome, batch_size=settings.batch_size)
+    every = diagnosed_sites(lvlm)
+    sites, positions = _corresponding(batches, every), shared_positions(batches, POSITIONS)
+    without_map = ""
+    if positions != POSITIONS:
+        without_map = "its twins are of different lengths"
+    elif len(sites) < len(every) or not _one_grid(batches):
+        without_map = "its pictures are not one grid of patches of one shape each"
+    del batches  # their pixels
+    effects = stage.result(
+        MediationResult,
+        f"effects.{name}",
+        lambda: mediate(
+            lvlm,
+            few,
+            outcome=outcome,
+            sites=sites,
+            positions=positions,
+            batch_size=settings.batch_size,
+            n_boot=settings.n_boot,
+            seed=settings.seed,
+            progress=False,
+            checkpoint=stage.checkpoint(f"effects.{name}"),
+        ),
+    )
+    if not maps or not pictures_differ(few):
+        return effects, None
+    if without_map:
+        log.info("no patch map of %r: %s", name, without_map)
+        return effects, None
+    patches = stage.result(
+        PatchMapResult,
+        f"patches.{name}",
+        lambda: patch_map(
+            lvlm,
+            few,
+            outcome=outcome,
+            site="blocks.0.hook_resid_pre",
+            batch_size=settings.batch_size,
+            progress=False,
+            checkpoint=stage.checkpoint(f"patches.{name}"),
+        ),
+    )
     return effects, patches
 
 
@@ -177,16 +196,28 @@ def diagnose(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage
         stage: where results are kept.
     """
     effects, patches = measure_pairs(lvlm, study, settings, stage)
+    ablation = measure_ablation(lvlm, study, settings, stage)
+    return Diagnosis(effects, rank_pairs(effects, settings, stage), ablation, patches)
+
+
+def measure_ablation(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage) -> AblationResult:
+    """Seen attacks with each MLP and each attention of the language tower ablated; resumable.
+
+    Args:
+        lvlm: the model.
+        study: its fit split is used.
+        settings: of the run.
+        stage: where results are kept.
+    """
     attacked: list[Example] = []
     for channels in study.seen.values():
         for channel in channels:
             attacked += study.suites["fit"][channel][: settings.ablated]
-    ablation = stage.result(
+    return stage.result(
         AblationResult,
         "ablation",
         lambda: _ablate(lvlm, attacked, study.benign("fit"), study, settings, stage.checkpoint("ablation")),
     )
-    return Diagnosis(effects, rank_pairs(effects, settings, stage), ablation, patches)
 
 
 def _ablate(

@@ -101,6 +101,28 @@ def softened(
     return repair.with_gate(replace(gate, width=1.2 * max(highest - gate.threshold, 1.0)))
 
 
+def adaptive_attack(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    settings: RunSettings,
+    seen: HybridFusion,
+    loss: str,
+    *,
+    restart: int,
+    directory: Path | None = None,
+) -> list[Example]:
+    """`attack` through a repair as the attacker sees it (`softened`), by one of `LOSSES`, from the start of a restart."""
+    return attack(
+        lvlm,
+        examples,
+        settings,
+        target_tokens=LOSSES[loss],
+        repair=seen,
+        seed=100 + restart,
+        directory=directory,
+    )
+
+
 def adaptive_suite(
     lvlm: HookedLVLM,
     study: Study,
@@ -116,19 +138,12 @@ def adaptive_suite(
     found = dict.fromkeys(range(len(base)))
     won: set[int] = set()
     for restart in range(settings.restarts):
-        for name, target_tokens in LOSSES.items():
+        for name in LOSSES:
             left = [i for i in found if i not in won]
             if not left:
                 break
-            tried = attack(
-                lvlm,
-                [base[i] for i in left],
-                settings,
-                target_tokens=target_tokens,
-                repair=seen,
-                seed=100 + restart,
-                directory=directory,
-            )
+            asked = [base[i] for i in left]
+            tried = adaptive_attack(lvlm, asked, settings, seen, name, restart=restart, directory=directory)
             verdicts = answer_verdicts(lvlm, tried, repair, settings, study.judge, store=store)
             for i, example, verdict in zip(left, tried, verdicts):
                 found[i] = example

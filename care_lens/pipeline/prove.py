@@ -11,7 +11,7 @@ from care_lens.core.examples import Example
 from care_lens.core.identity import repair_fingerprint
 from care_lens.core.outcome import Repair
 from care_lens.core.stats import cluster_bootstrap
-from care_lens.data.study import Study
+from care_lens.data.study import Modality, Study
 from care_lens.defences import NoRefusalDirectionError, PublishedCARE, RefusalDirection
 from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
 from care_lens.lvlm import HookedLVLM
@@ -38,7 +38,7 @@ from care_lens.repair import (
     writer_rows,
 )
 from care_lens.repair.calibrating import halves
-from care_lens.repair.rows import rows_beside
+from care_lens.repair.rows import MODALITIES, rows_beside
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +165,25 @@ def kept_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage:
     return stage.record(absent, str)
 
 
+def kept_published(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage) -> PublishedCARE:
+    """Published CARE on every block; fitted once in a run."""
+    modalities: list[Modality] = [m for m in MODALITIES if study.malicious("fit", m)]
+    return stage.defence(
+        "published_care", lambda: published_care(lvlm, study, settings, modalities), load=PublishedCARE.load
+    )
+
+
+def kept_shuffled(
+    lvlm: HookedLVLM, study: Study, choice: Choice, rows: FitRows, settings: RunSettings, stage: Stage
+) -> HybridFusion:
+    """The control of shuffled labels for the chosen repair; fitted once in a run."""
+    return stage.defence(
+        f"shuffled.{repair_fingerprint(choice.repair)[:8]}",
+        lambda: shuffled_control(lvlm, study, choice, rows, settings),
+        load=HybridFusion.load,
+    )
+
+
 def prove(
     lvlm: HookedLVLM,
     study: Study,
@@ -228,17 +247,9 @@ def prove(
         if "difference of means" in settings.rivals:
             tuned.append(difference_of_means(lvlm, study, rows, settings, store=searched))
         if "published CARE" in settings.rivals:
-            published = stage.defence(
-                "published_care",
-                lambda: published_care(lvlm, study, settings, rows.modalities),
-                load=PublishedCARE.load,
-            )
+            published = kept_published(lvlm, study, settings, stage)
             tuned.append(best_published(lvlm, study, published, settings, rows.modalities, store=searched))
-        shuffled = stage.defence(
-            f"shuffled.{key}",
-            lambda: shuffled_control(lvlm, study, choice, rows, settings),
-            load=HybridFusion.load,
-        )
+        shuffled = kept_shuffled(lvlm, study, choice, rows, settings, stage)
         for defence in (*(rival for rival, _ in tuned), choice.repair, draws[RANDOM], shuffled):
             defences[defence.name] = defence
         suites: dict[str, Sequence[Example]] = {c: list(e) for c, e in study.suites["test"].items()}

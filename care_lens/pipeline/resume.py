@@ -108,7 +108,8 @@ class Stage:
             ArtifactError: if its files are damaged, or of another run or result.
         """
         if self._has(name):
-            log.info("%s: resumed", name)
+            if name not in self.seconds:  # this run has not made it
+                log.info("%s: resumed", name)
         else:
             with self._timed(name):
                 make().save(self.directory, name, context=self.context(name))

@@ -18,6 +18,7 @@ from care_lens.data.study import Study
 from care_lens.evaluation import judge_name
 from care_lens.lvlm import HookedLVLM
 from care_lens.mediation.placement import reader_layers
+from care_lens.pipeline.ahead import PRINTED, ROWS, ahead_of_choice, ahead_of_proof, at_once
 from care_lens.pipeline.choose import Choice, choose
 from care_lens.pipeline.chosen import chosen, subspace_folder
 from care_lens.pipeline.diagnose import Diagnosis, diagnose
@@ -154,12 +155,18 @@ def run(
     with open_stage(lvlm, out, study, settings, model=model) as stage, bar, generating(lvlm, settings.generation):
         _sweep(out)
         provenance = _provenance(lvlm, study, model)
+        kept = stage.directory / "learn"
         with step("diagnose"):
+            early = at_once(
+                lvlm,
+                lambda: ahead_of_choice(lvlm, study, settings, stage, kept=kept),
+                stage,
+                wanted=(ROWS, PRINTED),
+            )
             diagnosis = diagnose(lvlm, study, settings, stage)
         with step("learn"):
-            rows = capture_fit(lvlm, study, settings, progress=progress)
-            kept = stage.directory / "learn"
-            printed = printed_subspaces(
+            rows = early.get(ROWS) or capture_fit(lvlm, study, settings, progress=progress)
+            printed = early.get(PRINTED) or printed_subspaces(
                 lvlm, study, range(lvlm.n_layers()), settings, checkpoint=kept, progress=progress
             )
             for subspace in printed.values():
@@ -173,5 +180,6 @@ def run(
                 lambda: choose(lvlm, study, rows, settings, placement=placement, store=store, progress=progress),
             )
         with step("prove"):
+            at_once(lvlm, lambda: ahead_of_proof(lvlm, study, choice, rows, settings, stage), stage)
             proof = prove(lvlm, study, choice, rows, settings, stage)
     return Run(study, settings, diagnosis, choice, proof, list(printed.values()), seconds, provenance)

@@ -56,11 +56,11 @@ def by_all(rows, before, loss):
 def test_it_chooses_what_all_answers_would_choose_and_asks_fewer(small, judge, monkeypatch, rights):
     asked: list[int] = []
 
-    def verdicts(lvlm, examples, defence, judge, **options):
-        asked.append(len(examples))
-        return [(bare if defence is None else defence).said[e.id] for e in examples]
+    def verdicts(lvlm, examples, defences, judge, **options):
+        asked.extend(len(examples) for _ in defences)
+        return [[(bare if defence is None else defence).said[e.id] for e in examples] for defence in defences]
 
-    monkeypatch.setattr(defence_tuning, "answer_verdicts", verdicts)
+    monkeypatch.setattr(defence_tuning, "several_verdicts", verdicts)
     for seed in range(12):
         rng = np.random.default_rng(seed)
         bare = drawn(rng, "none", 0.9, 0.97)
@@ -105,10 +105,10 @@ def test_what_nobody_has_judged_is_not_safe(small, judge, monkeypatch):
     ]  # fmt: skip
     bare = row("none", 0, 0)
 
-    def verdicts(lvlm, examples, defence, judge, **options):
-        return [(bare if defence is None else defence).said[e.id] for e in examples]
+    def verdicts(lvlm, examples, defences, judge, **options):
+        return [[(bare if defence is None else defence).said[e.id] for e in examples] for defence in defences]
 
-    monkeypatch.setattr(defence_tuning, "answer_verdicts", verdicts)
+    monkeypatch.setattr(defence_tuning, "several_verdicts", verdicts)
 
     def chosen(rows, **options):
         given = {"attacked": ATTACKED, "benign": BENIGN, "judge": judge, **options}

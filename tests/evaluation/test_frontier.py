@@ -304,11 +304,14 @@ def test_a_loss_of_exactly_the_budget_is_within_it(model, study, monkeypatch):
     attacked, benign = (list(study.suites["validation"][channel]) for channel in ("attack", "benign"))
     right = {None: (8, 8), 1: (0, 7), 2: (4, 8), 3: (0, 6)}  # attacks complied with, benign prompts answered rightly
 
-    def verdicts(lvlm, examples, defence, judge, **options):
+    def said(examples, defence):
         most = right[None if defence is None else defence.level]
         return [Verdict.COMPLIED if int(e.id.split()[-1]) < most[not e.harmful] else Verdict.REFUSED for e in examples]
 
-    monkeypatch.setattr("care_lens.evaluation.defence_tuning.answer_verdicts", verdicts)
+    def verdicts(lvlm, examples, defences, judge, **options):
+        return [said(examples, defence) for defence in defences]
+
+    monkeypatch.setattr("care_lens.evaluation.defence_tuning.several_verdicts", verdicts)
     makers = [lambda level=level: Levelled(level=level) for level in (3, 2, 1)]
     options = {"attacked": attacked, "benign": benign, "judge": study.judge, "benign_loss": 0.1}
     best, reached = tune_defence(model, makers, **options)

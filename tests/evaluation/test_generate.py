@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,10 @@ from transformers import GenerationConfig
 from care_lens.core.forked import in_workers
 from care_lens.core.identity import example_fingerprint, model_fingerprint, repair_fingerprint
 from care_lens.evaluation import GenerationStore, generate_all
+from care_lens.evaluation.generate import Ask, generate_several
 from care_lens.lvlm.errors import GenerationOptionError
+
+generating = importlib.import_module("care_lens.evaluation.generate")  # the package has a function of a like name
 
 
 @pytest.fixture
@@ -261,3 +265,39 @@ def test_a_failed_answer_is_missing_in_several_processes_too(small, asked, monke
     with in_workers(2):
         answers = run(small, asked, GenerationStore(), batch_size=4)
     assert [answer.missing for answer in answers] == ["" if i != 4 else "RuntimeError" for i in range(len(asked))]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_several_defences_at_once_are_asked_as_one_after_the_other(small, asked, scaled, tmp_path, n, counted):
+    defences = [("none", None), ("half", scaled(0.5)), ("back", scaled(-2.0))]
+    one, several = GenerationStore(tmp_path / "one.jsonl"), GenerationStore(tmp_path / "several.jsonl")
+    expected = [run(small, asked, one, repair=repair, defence_name=name, batch_size=5) for name, repair in defences]
+    counted.clear()
+    options = {"max_new_tokens": 4, "batch_size": 5, "progress": False}
+    asks = [Ask(asked, name, repair) for name, repair in defences]
+    with in_workers(n):
+        found = generate_several(small, asks, store=several, **options)
+        assert found == expected and {*map(len, found)} == {len(asked)}
+        assert generate_several(small, asks, store=several, **options) == expected
+    assert sum(counted) == (3 * len(asked) if n == 1 else 0)
+
+    # In the same order; what the lines begin with, the settings, comes at once.
+    assert [answer.key for answer in one.answers()] == [answer.key for answer in several.answers()]
+    assert len(one) == len(several) == 3 * len(asked)
+
+
+def test_a_batch_is_cut_for_several_processes_alone(small, asked, monkeypatch):
+    many = [replace(asked[i % len(asked)], id=f"{i}") for i in range(80)]
+    dealt: list[list[int]] = []
+
+    def no_answers(function, jobs, *, alone):
+        dealt.append([len(batch) for _, batch in jobs])
+        yield from ()
+
+    monkeypatch.setattr(generating, "forked", no_answers)
+    for n, asks in ((1, 1), (2, 1), (2, 4), (4, 1)):
+        with in_workers(n), pytest.raises(ValueError, match="shorter"):  # nothing is answered here
+            generate_several(
+                small, [Ask(many)] * asks, store=GenerationStore(), batch_size=64, max_new_tokens=1, progress=False
+            )
+    assert dealt == [[64, 16], [20] * 4, [40, 40] * 4, [20] * 4]
