@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 Jobs = Mapping[str, Callable[[], Any]]
 """What is to be made, by name."""
 ROWS, PRINTED = "rows", "printed subspaces"
+#: Parameters of a model of which several such jobs fit into memory beside each other, and whose operations are too short for threads.
+_SMALL = 10**8
 
 
 def ahead_of_choice(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage, *, kept: Path) -> Jobs:
@@ -96,7 +98,8 @@ def ahead_of_proof(
 def at_once(
     lvlm: HookedLVLM, jobs: Callable[[], Jobs], stage: Stage, *, wanted: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Do the jobs in as many processes as work is shared between; with one process, or not on a CPU, nothing: the steps do it.
+    """Do the jobs in as many processes as work is shared between; with one process, a model that is not small, or not on a CPU, nothing:
+    the steps do it.
 
     A job that fails is left to its step, which then says so.
 
@@ -109,7 +112,8 @@ def at_once(
     Returns:
         The results that are wanted and were made, by name.
     """
-    if workers() < 2 or lvlm.device.type != "cpu":
+    small = sum(parameter.numel() for parameter in lvlm.hf_model.parameters()) < _SMALL
+    if workers() < 2 or lvlm.device.type != "cpu" or not small:
         return {}
 
     def made(job: tuple[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, float]]:

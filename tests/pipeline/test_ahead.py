@@ -55,6 +55,9 @@ def test_one_job_alone_has_the_one_thread_that_copies_have(lvlm, tmp_path):
     assert found == {"rows": 1} and torch.get_num_threads() == 2
 
 
-def test_one_process_makes_nothing_ahead(lvlm, tmp_path):
+def test_one_process_and_large_models_make_nothing_ahead(lvlm, tmp_path, monkeypatch):
     with Stage(tmp_path / "frames", SETTINGS) as stage:
         assert at_once(lvlm, fails, stage, wanted=("rows",)) == {}
+        monkeypatch.setattr("care_lens.pipeline.ahead._SMALL", 1000)
+        with in_workers(2):
+            assert at_once(lvlm, fails, stage, wanted=("rows",)) == {}
