@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -171,8 +171,9 @@ def generate_several(
             bar.update(part.take_over(store, batch_size, watched))
         shared = workers() > 1 and lvlm.device.type == "cpu"
         pieces = -(-2 * workers() // max(1, sum(bool(part.todo) for part in parts))) if shared else None
-        jobs = [(part, batch) for part in parts for batch in part.batches(batch_size, pieces)]
-        with closing(forked(lambda job: job[0].answer(job[1]), jobs, alone=not shared)) as answered:
+        dealt = [(part, part.batches(batch_size, pieces)) for part in parts]
+        jobs = [(part, batch) for part, batches in dealt for batch in batches]
+        with closing(forked(_answer, jobs) if shared else _in_turn(dealt)) as answered:
             for (part, batch), (made, touched) in zip(jobs, answered, strict=True):
                 wanted = part.todo.intersection(batch)
                 store.add([answer for i, answer in zip(batch, made, strict=True) if i in wanted])
@@ -273,11 +274,30 @@ class _Part:
             batch_size = -(-len(order) // least)
         return [batch for batch in _cut(order, batch_size) if self.todo.intersection(batch)]
 
-    def answer(self, batch: Sequence[int]) -> tuple[list[StoredAnswer], list[tuple[str, StoredAnswer, bool]]]:
-        """The answers to a batch with the defence on the model, as `_Run.answer` has them."""
-        repair = self.run.repair
-        with repair.on(self.run.lvlm) if repair is not None else nullcontext():
-            return self.run.answer([self.examples[i] for i in batch])
+    def on(self) -> AbstractContextManager[None]:
+        """Inside, the defence is on the model."""
+        return nullcontext() if self.run.repair is None else self.run.repair.on(self.run.lvlm)
+
+    def answer(self, batch: Sequence[int]) -> "_Answered":
+        """The answers to a batch, as `_Run.answer` has them."""
+        return self.run.answer([self.examples[i] for i in batch])
+
+
+_Answered = tuple[list[StoredAnswer], list[tuple[str, StoredAnswer, bool]]]
+
+
+def _answer(job: tuple[_Part, Sequence[int]]) -> _Answered:
+    part, batch = job
+    with part.on():
+        return part.answer(batch)
+
+
+def _in_turn(dealt: Iterable[tuple[_Part, Sequence[Sequence[int]]]]) -> Generator[_Answered, None, None]:
+    """The answers by this process; a defence is put on the model once for all of its batches, since that may change weights."""
+    for part, batches in dealt:
+        if batches:
+            with part.on():
+                yield from map(part.answer, batches)
 
 
 @dataclass(frozen=True)
@@ -302,7 +322,7 @@ class _Run:
         """The undefended answer as that of this run."""
         return self._record(example, response=undefended.response, missing="", token_ids=undefended.token_ids)
 
-    def answer(self, examples: Sequence[Example]) -> tuple[list[StoredAnswer], list[tuple[str, StoredAnswer, bool]]]:
+    def answer(self, examples: Sequence[Example]) -> _Answered:
         """The answers of a batch, and what the gates that were read beside them would have touched; halves of it where it fails."""
         try:
             with torch.random.fork_rng(devices=[self.lvlm.device] if self.lvlm.device.type == "cuda" else []):

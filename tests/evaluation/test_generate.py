@@ -268,11 +268,16 @@ def test_a_failed_answer_is_missing_in_several_processes_too(small, asked, monke
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_several_defences_at_once_are_asked_as_one_after_the_other(small, asked, scaled, tmp_path, n, counted):
+def test_several_defences_at_once_are_asked_as_one_after_the_other(
+    small, asked, scaled, tmp_path, n, counted, monkeypatch
+):
     defences = [("none", None), ("half", scaled(0.5)), ("back", scaled(-2.0))]
     one, several = GenerationStore(tmp_path / "one.jsonl"), GenerationStore(tmp_path / "several.jsonl")
     expected = [run(small, asked, one, repair=repair, defence_name=name, batch_size=5) for name, repair in defences]
     counted.clear()
+    put: list[str] = []
+    on = scaled.on
+    monkeypatch.setattr(scaled, "on", lambda self, lvlm: put.append("on") or on(self, lvlm))
     options = {"max_new_tokens": 4, "batch_size": 5, "progress": False}
     asks = [Ask(asked, name, repair) for name, repair in defences]
     with in_workers(n):
@@ -290,11 +295,16 @@ def test_a_batch_is_cut_for_several_processes_alone(small, asked, monkeypatch):
     many = [replace(asked[i % len(asked)], id=f"{i}") for i in range(80)]
     dealt: list[list[int]] = []
 
-    def no_answers(function, jobs, *, alone):
+    def no_answers(function, jobs):
         dealt.append([len(batch) for _, batch in jobs])
         yield from ()
 
+    def none_in_turn(parts):
+        dealt.append([len(batch) for _, batches in parts for batch in batches])
+        yield from ()
+
     monkeypatch.setattr(generating, "forked", no_answers)
+    monkeypatch.setattr(generating, "_in_turn", none_in_turn)
     for n, asks in ((1, 1), (2, 1), (2, 4), (4, 1)):
         with in_workers(n), pytest.raises(ValueError, match="shorter"):  # nothing is answered here
             generate_several(
