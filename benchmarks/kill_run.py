@@ -235,7 +235,8 @@ def killed(runs: Runs, folder: Path, *, kills: int, seed: int) -> None:
     held = json.loads((folder / "whole.lengths").read_text(encoding="utf-8"))
     out, by_step = folder / "killed", Counter[str]()
     for moment in moments(kills, seed, {step: Length(*length) for step, length in held.items()}):
-        by_step[runs.start(out, moment, workers=2)[0]] += 1
+        # Copies learn while the run diagnoses: a kill in that step is one of a run that does all by itself.
+        by_step[runs.start(out, moment, workers=1 if moment.step == "learn" else 2)[0]] += 1
     runs.start(out, workers=2)
     out.with_suffix(".kills").write_text(json.dumps(by_step), encoding="utf-8")
 

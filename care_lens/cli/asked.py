@@ -127,7 +127,7 @@ class Asked:
         return loading.run_settings(study, self.model, self.asked_size, self.seed, **given)
 
     def answering(self, lvlm: "HookedLVLM") -> "AbstractContextManager[None]":
-        """Inside, answers are generated in as many processes as were asked for."""
+        """Inside, work is shared between as many processes as were asked for."""
         from care_lens.core.forked import in_workers
 
         small = sum(parameter.numel() for parameter in lvlm.hf_model.parameters()) < _LARGE

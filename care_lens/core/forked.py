@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +38,7 @@ Made = TypeVar("Made")
 
 @contextlib.contextmanager
 def in_workers(n: int) -> Iterator[None]:
-    """Inside, answers of a model on a CPU are generated in n processes.
+    """Inside, answers of a model on a CPU are generated in n processes, and a run makes its independent parts in them.
 
     Where processes cannot be forked (Windows, macOS), and on other devices, this one does all. Inside, what watches a generation from outside (a
     hook that appends to a list, ``repair.recording()``) sees nothing of what the copies do: leave workers at 1 for that.
@@ -92,16 +93,21 @@ def forked(function: Callable[[Job], Made], jobs: Sequence[Job], *, alone: bool 
     copies = ProcessPoolExecutor(
         n, mp_context=get_context("fork"), initializer=_begin, initargs=(function, jobs, os.getpid())
     )
-    done = 0
+    done, running = 0, list[BaseProcess]()
     try:
-        for made in copies.map(_do, range(len(jobs))):
+        results = copies.map(_do, range(len(jobs)))
+        running += (copies._processes or {}).values()  # a broken pool forgets them
+        for made in results:
             done += 1
             yield pickle.loads(made)
     except BrokenProcessPool:
         log.warning("a worker process died; the jobs that are left are done here")
+        for copy in running:  # none of them may go on with a job that is begun here again
+            copy.kill()
+            copy.join()
         yield from map(function, jobs[done:])
     except BaseException:  # nobody reads what the copies are at, which may take minutes
-        for copy in [*(copies._processes or {}).values()]:
+        for copy in running:
             copy.kill()
         raise
     finally:
@@ -115,6 +121,7 @@ def _begin(function: Callable[[Any], Any], jobs: Sequence[Any], parent: int) -> 
     """A copy ends with its parent, leaves interrupts from the keyboard to it, and has one thread."""
     global _given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's is not for its copies
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:  # it ended in between
         os._exit(1)

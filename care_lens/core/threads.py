@@ -1,4 +1,4 @@
-"""Threads of the linear algebra under numpy and scipy, which torch's own number of threads does not reach.
+"""One thread of torch, or of the linear algebra under numpy and scipy, which torch's own number of threads does not reach.
 
 OpenBLAS's threads wait for each other in a loop that uses their cores, and OMP_WAIT_POLICY is not theirs. An iterative fit, which makes
 thousands of small products, takes five times as long with two of them as with one where another process is busy (benchmarks/bench_waiting.py),

@@ -64,7 +64,8 @@ def generate_all(
         defence_name: Name of the defence in the store.
         repair: The defence; None: the model as it is.
         max_new_tokens: Most tokens of an answer; None: as ``generation`` or the model's own configuration says, else 32.
-        batch_size: Examples at a time. Where answers are sampled they depend on it, and stored ones of another size are not used.
+        batch_size: Examples at a time, at most: processes that share them have smaller batches. Where answers are sampled they depend on it (then
+            it is kept to), and stored ones of another size are not used.
         generation: Further options of ``HookedLVLM.generate``, such as ``{"do_sample": True}`` or ``{"generation_config": config}``;
             JSON-able but for that configuration. The settings of the answers tell what was in force, the model's own
             configuration included.
@@ -120,10 +121,11 @@ def generate_several(
     desc: str | None = None,
     watched: Sequence[Repair | None] = (),
 ) -> list[list[StoredAnswer]]:
-    """The answers under several defences, as :func:`generate_all` gives them one by one and in the same order in the store.
+    """The answers under several defences, as :func:`generate_all` gives them one by one.
 
     Processes that share the work (:func:`~care_lens.core.forked.in_workers`) have the batches of all defences before them, so that none
-    waits at the end of each. Of a defence that takes over undefended answers, those must be in the store before.
+    waits at the end of each. Undefended answers that are taken over must be in the store before; those of all defences are written first, then what is
+    generated, by defence.
 
     Args:
         lvlm: The model.
@@ -157,6 +159,10 @@ def generate_several(
             f"generation must hold JSON-able options, which answers are stored under, got {error}"
         ) from None
     parts = [_Part.of(lvlm, ask, store, options, in_force, batch_size, seed, watched) for ask in asks]
+    awaited: set[Any] = set()
+    for part in parts:  # what two of them want is generated for the first
+        part.todo.difference_update([i for i in part.todo if part.blanks[i].key in awaited])
+        awaited.update(part.blanks[i].key for i in part.todo)
     left = sum(len(part.todo) for part in parts)
     every = sum(len(ask.examples) for ask in asks)
     with Steps(
@@ -270,7 +276,7 @@ class _Part:
         order = self.order if self.samples else [i for i in self.order if i in self.todo]
         if pieces is not None and not self.samples and order:
             cut = min(pieces, len(order) // _LEAST)
-            least = max(-(-len(order) // batch_size), cut - cut % workers())
+            least = max(-(-len(order) // batch_size), cut if cut < workers() else cut - cut % workers())
             batch_size = -(-len(order) // least)
         return [batch for batch in _cut(order, batch_size) if self.todo.intersection(batch)]
 

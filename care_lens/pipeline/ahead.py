@@ -5,6 +5,7 @@ was stopped in the middle of this end in the same files. What the folder does no
 """
 
 import logging
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from care_lens.core.forked import forked, workers
+from care_lens.core.identity import repair_fingerprint
 from care_lens.core.threads import one_torch_thread
 from care_lens.data.study import Study
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice
 from care_lens.pipeline.diagnose import measure_ablation, measure_pair_set
-from care_lens.pipeline.gradient import LOSSES, adaptive_attack, attack, bases, softened
+from care_lens.pipeline.gradient import LOSSES, attack, bases, first_adaptive_attack
 from care_lens.pipeline.learn import capture_fit, printed_subspaces
 from care_lens.pipeline.prove import kept_direction, kept_published, kept_shuffled
 from care_lens.pipeline.resume import Stage
@@ -46,15 +48,22 @@ def ahead_of_choice(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage
         kept: where the activations of printed subspaces are kept.
     """
     jobs: dict[str, Callable[[], Any]] = {}
-    if "published CARE" in settings.rivals:
+    if "published CARE" in settings.rivals and not stage.has("published_care"):
         jobs["published CARE"] = partial(kept_published, lvlm, study, settings, stage)
-    if "refusal direction" in settings.rivals:
+    if "refusal direction" in settings.rivals and not stage.has("refusal_direction"):
         jobs["refusal direction"] = partial(kept_direction, lvlm, study, settings, stage)
-    jobs["ablation"] = partial(measure_ablation, lvlm, study, settings, stage)
+    if not stage.has("ablation"):
+        jobs["ablation"] = partial(measure_ablation, lvlm, study, settings, stage)
     names = [name for name, pairs in study.pairs.items() if len(pairs[: settings.pairs])]
     pictures = [name for name in names if any(example.images for example in study.pairs[name].safe[:1])]
+    measured = {
+        name: partial(measure_pair_set, lvlm, study, name, settings, stage)
+        for name in names
+        if not stage.has(f"effects.{name}")
+    }
     for name in pictures:  # these have places in both towers
-        jobs[f"effects of {name}"] = partial(measure_pair_set, lvlm, study, name, settings, stage)
+        if name in measured:
+            jobs[f"effects of {name}"] = measured.pop(name)
     layers = range(lvlm.n_layers())
     jobs[PRINTED] = partial(printed_subspaces, lvlm, study, layers, settings, checkpoint=kept, progress=False)
     jobs[ROWS] = partial(capture_fit, lvlm, study, settings, progress=False)
@@ -63,10 +72,7 @@ def ahead_of_choice(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage
             jobs[f"gradient attack, {loss}"] = partial(
                 attack, lvlm, base, settings, target_tokens=tokens, directory=stage.directory
             )
-    for name in names:
-        if name not in pictures:
-            jobs[f"effects of {name}"] = partial(measure_pair_set, lvlm, study, name, settings, stage)
-    return jobs
+    return jobs | {f"effects of {name}": make for name, make in measured.items()}
 
 
 def ahead_of_proof(
@@ -74,7 +80,8 @@ def ahead_of_proof(
 ) -> Jobs:
     """What the proof needs of the chosen repair: gradient attacks that see it, by each loss, and the control of shuffled labels.
 
-    The attack by the second loss is made of all requests; where the first one gets some through, it is made again of the others.
+    The attack by the second loss is made of all requests; where the first one gets some through, `care_lens.pipeline.gradient` removes it and
+    makes it of the others.
 
     Args:
         lvlm: the model.
@@ -85,19 +92,18 @@ def ahead_of_proof(
         stage: where all is kept.
     """
     jobs: dict[str, Callable[[], Any]] = {}
-    if (base := bases(study, settings)) and settings.restarts:
-        seen = softened(lvlm, choice.repair, base, settings)
+    key = repair_fingerprint(choice.repair)[:8]
+    if (base := bases(study, settings)) and settings.restarts and not stage.has(f"adaptive.{key}"):
         for loss in LOSSES:
             jobs[f"gradient attack that sees the repair, {loss}"] = partial(
-                adaptive_attack, lvlm, base, settings, seen, loss, restart=0, directory=stage.directory
+                first_adaptive_attack, lvlm, base, settings, choice.repair, loss, directory=stage.directory
             )
-    jobs["control of shuffled labels"] = partial(kept_shuffled, lvlm, study, choice, rows, settings, stage)
+    if not stage.has(f"shuffled.{key}"):
+        jobs["control of shuffled labels"] = partial(kept_shuffled, lvlm, study, choice, rows, settings, stage)
     return jobs
 
 
-def at_once(
-    lvlm: HookedLVLM, jobs: Callable[[], Jobs], stage: Stage, *, wanted: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def at_once(lvlm: HookedLVLM, jobs: Jobs, stage: Stage, *, wanted: tuple[str, ...] = ()) -> dict[str, Any]:
     """Do the jobs in as many processes as work is shared between; with one process, a model that is not small, or not on a CPU, nothing:
     the steps do it.
 
@@ -105,7 +111,7 @@ def at_once(
 
     Args:
         lvlm: the model.
-        jobs: makes the jobs.
+        jobs: what is to be made; longest first.
         stage: is told how long what they made took.
         wanted: whose results come back.
 
@@ -116,20 +122,24 @@ def at_once(
     if workers() < 2 or lvlm.device.type != "cpu" or not small:
         return {}
 
-    def made(job: tuple[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, float]]:
+    def made(job: tuple[str, Callable[[], Any]]) -> tuple[bytes, dict[str, float]]:
         name, make = job
         start, known = time.monotonic(), {*stage.seconds}
+        found = b""
         try:
-            found = make()
+            given = make()
+            found = pickle.dumps(given) if name in wanted else b""
         except Exception as error:
             log.info("%s is left to its step, since it failed: %s: %s", name, type(error).__name__, error)
-            return {}, {}
-        log.info("%s: %.1f s", name, time.monotonic() - start)
-        return {name: found} if name in wanted else {}, {n: t for n, t in stage.seconds.items() if n not in known}
+        kept = {one: seconds for one, seconds in stage.seconds.items() if one not in known}
+        if not kept:  # what the stage keeps it tells itself
+            log.info("%s: %.1f s", name, time.monotonic() - start)
+        return found, kept
 
     results: dict[str, Any] = {}
     with one_torch_thread():  # one job alone is done here, and its last bits are those of the number of threads
-        for found, seconds in forked(made, list(jobs().items())):
-            results |= found
+        for (name, _), (found, seconds) in zip(jobs.items(), forked(made, list(jobs.items())), strict=True):
             stage.seconds |= seconds
+            if found:
+                results[name] = pickle.loads(found)
     return results

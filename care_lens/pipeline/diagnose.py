@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 
@@ -130,7 +131,11 @@ def measure_pair_set(
         stage: where results are kept.
         maps: whether a patch map is made.
     """
-    few = study.pairs[name][: settings.pairs]
+    few, kept = study.pairs[name][: settings.pairs], (f"effects.{name}", f"patches.{name}")
+    wants_map = maps and pictures_differ(few)
+    if all(map(stage.has, kept if wants_map else kept[:1])):  # nothing has to be prepared
+        effects = stage.result(MediationResult, kept[0], _made)
+        return effects, stage.result(PatchMapResult, kept[1], _made) if wants_map else None
     outcome = study.pair_outcomes.get(name, study.outcome)
     batches = pair_batches(lvlm, few, outcome=outcome, batch_size=settings.batch_size)
     every = diagnosed_sites(lvlm)
@@ -157,7 +162,7 @@ def measure_pair_set(
             checkpoint=stage.checkpoint(f"effects.{name}"),
         ),
     )
-    if not maps or not pictures_differ(few):
+    if not wants_map:
         return effects, None
     if without_map:
         log.info("no patch map of %r: %s", name, without_map)
@@ -176,6 +181,10 @@ def measure_pair_set(
         ),
     )
     return effects, patches
+
+
+def _made() -> NoReturn:
+    raise AssertionError("a result that is kept was to be made again")
 
 
 def rank_pairs(effects: dict[str, MediationResult], settings: RunSettings, stage: Stage) -> dict[str, Localisation]:

@@ -27,6 +27,7 @@ OPENING, ANSWER = "gradient: PGD", "gradient: PGD, whole answer"
 ADAPTIVE = "gradient: PGD that sees the repair"
 #: Tokens of the target that each loss counts; None: all.
 LOSSES: dict[str, int | None] = {"opening": 1, "whole answer": None}
+_ADAPTIVE_SEED = 100
 
 
 def bases(study: Study, settings: RunSettings) -> list[Example]:
@@ -50,9 +51,7 @@ def attack(
     directory: Path | None = None,
 ) -> list[Example]:
     """PGD within the run's bound for the examples' own compliant answers; what is finished of it is kept in a folder, if one is given."""
-    options = (settings.pgd_epsilon, settings.pgd_steps, target_tokens, settings.seed + seed, settings.batch_size)
-    by = None if repair is None else repair_fingerprint(repair)
-    name = f"pgd.{digest([examples_digest(examples), options, by])[:8]}.jsonl"
+    name = _file(examples, settings, target_tokens, repair, seed)
     result = pgd(
         lvlm,
         examples,
@@ -66,6 +65,15 @@ def attack(
         checkpoint=None if directory is None else directory / name,
     )
     return result.apply(examples)
+
+
+def _file(
+    examples: Sequence[Example], settings: RunSettings, target_tokens: int | None, repair: Repair | None, seed: int
+) -> str:
+    """What the file of an attack is called."""
+    options = (settings.pgd_epsilon, settings.pgd_steps, target_tokens, settings.seed + seed, settings.batch_size)
+    by = None if repair is None else repair_fingerprint(repair)
+    return f"pgd.{digest([examples_digest(examples), options, by])[:8]}.jsonl"
 
 
 def gradient_suites(
@@ -118,9 +126,23 @@ def adaptive_attack(
         settings,
         target_tokens=LOSSES[loss],
         repair=seen,
-        seed=100 + restart,
+        seed=_ADAPTIVE_SEED + restart,
         directory=directory,
     )
+
+
+def first_adaptive_attack(
+    lvlm: HookedLVLM,
+    examples: Sequence[Example],
+    settings: RunSettings,
+    repair: HybridFusion,
+    loss: str,
+    *,
+    directory: Path,
+) -> None:
+    """The first attack on all requests by one of `LOSSES`, as `adaptive_suite` makes it, kept in a folder for it."""
+    seen = softened(lvlm, repair, examples, settings)
+    adaptive_attack(lvlm, examples, settings, seen, loss, restart=0, directory=directory)
 
 
 def adaptive_suite(
@@ -140,8 +162,12 @@ def adaptive_suite(
     for restart in range(settings.restarts):
         for name in LOSSES:
             left = [i for i in found if i not in won]
+            if directory is not None and len(left) < len(base) and restart == 0:
+                # It was made of all of them ahead, perhaps, which a run that makes nothing ahead does not do.
+                unused = _file(base, settings, LOSSES[name], seen, _ADAPTIVE_SEED)
+                (directory / unused).unlink(missing_ok=True)
             if not left:
-                break
+                continue
             asked = [base[i] for i in left]
             tried = adaptive_attack(lvlm, asked, settings, seen, name, restart=restart, directory=directory)
             verdicts = answer_verdicts(lvlm, tried, repair, settings, study.judge, store=store)

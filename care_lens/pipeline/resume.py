@@ -107,7 +107,7 @@ class Stage:
         Raises:
             ArtifactError: if its files are damaged, or of another run or result.
         """
-        if self._has(name):
+        if self.has(name):
             if name not in self.seconds:  # this run has not made it
                 log.info("%s: resumed", name)
         else:
@@ -121,7 +121,7 @@ class Stage:
         Raises:
             ArtifactError: if its file is damaged, or of another run or value.
         """
-        if not self._has(name):
+        if not self.has(name):
             with self._timed(name):
                 self._write(name, make())
         return self._read(name)
@@ -138,7 +138,7 @@ class Stage:
             ArtifactError: if its files are damaged, missing, or of another run or defence.
         """
         folder = self.directory / name
-        if not self._has(name):
+        if not self.has(name):
             with self._timed(name):
                 make().save(folder)
                 self._write(name, repair_fingerprint(load(folder)))
@@ -152,7 +152,12 @@ class Stage:
             raise ArtifactError(f"{folder} must hold the defence that was kept there, got another; {again}")
         return found
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether a result, record or defence of this name is kept.
+
+        Args:
+            name: as it is given to `result`, `record` or `defence`.
+        """
         return (self.directory / f"{name}.json").exists()
 
     @contextmanager

@@ -159,7 +159,7 @@ def run(
         with step("diagnose"):
             early = at_once(
                 lvlm,
-                lambda: ahead_of_choice(lvlm, study, settings, stage, kept=kept),
+                ahead_of_choice(lvlm, study, settings, stage, kept=kept),
                 stage,
                 wanted=(ROWS, PRINTED),
             )
@@ -180,6 +180,6 @@ def run(
                 lambda: choose(lvlm, study, rows, settings, placement=placement, store=store, progress=progress),
             )
         with step("prove"):
-            at_once(lvlm, lambda: ahead_of_proof(lvlm, study, choice, rows, settings, stage), stage)
+            at_once(lvlm, ahead_of_proof(lvlm, study, choice, rows, settings, stage), stage)
             proof = prove(lvlm, study, choice, rows, settings, stage)
     return Run(study, settings, diagnosis, choice, proof, list(printed.values()), seconds, provenance)

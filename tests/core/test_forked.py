@@ -146,3 +146,27 @@ def test_a_kill_ends_the_copies_too_and_the_folder_is_free_again(tmp_path):
 def test_a_number_of_processes_is_asked_for(n):
     with pytest.raises(ValueError, match="number of processes from 1"), in_workers(n):
         pass
+
+
+def test_copies_of_a_broken_pool_are_gone_before_their_jobs_are_done_here(tmp_path):
+    """Also where the program handles SIGTERM, by which a broken pool ends the others: two of them would write one file."""
+    me, told = os.getpid(), tmp_path / "told"
+
+    def job(i):
+        copied = os.getpid() != me
+        if i == 1 and copied:
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if i == 0:
+            time.sleep(1.0 if copied else 1.5)
+            with told.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        return i
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with in_workers(2):
+            assert list(forked(job, range(2))) == [0, 1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told.read_text() == f"{me}\n" and not multiprocessing.active_children()

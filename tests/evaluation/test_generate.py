@@ -283,6 +283,9 @@ def test_several_defences_at_once_are_asked_as_one_after_the_other(
     with in_workers(n):
         found = generate_several(small, asks, store=several, **options)
         assert found == expected and {*map(len, found)} == {len(asked)}
+        assert len(put) == (
+            2 if n == 1 else 0
+        )  # once for all batches, since it may change weights; in copies, not here
         assert generate_several(small, asks, store=several, **options) == expected
     assert sum(counted) == (3 * len(asked) if n == 1 else 0)
 
@@ -305,9 +308,21 @@ def test_a_batch_is_cut_for_several_processes_alone(small, asked, monkeypatch):
 
     monkeypatch.setattr(generating, "forked", no_answers)
     monkeypatch.setattr(generating, "_in_turn", none_in_turn)
-    for n, asks in ((1, 1), (2, 1), (2, 4), (4, 1)):
+    for n, asks in ((1, 1), (2, 1), (2, 4), (4, 1), (8, 1)):
         with in_workers(n), pytest.raises(ValueError, match="shorter"):  # nothing is answered here
             generate_several(
-                small, [Ask(many)] * asks, store=GenerationStore(), batch_size=64, max_new_tokens=1, progress=False
+                small,
+                [Ask([replace(e, channel=str(k)) for e in many]) for k in range(asks)],
+                store=GenerationStore(),
+                batch_size=64,
+                max_new_tokens=1,
+                progress=False,
             )
-    assert dealt == [[64, 16], [20] * 4, [40, 40] * 4, [20] * 4]
+    assert dealt == [[64, 16], [20] * 4, [40, 40] * 4, [20] * 4, [16] * 5]
+
+
+def test_what_two_ask_alike_is_generated_once(small, asked, scaled, counted):
+    asks = [Ask(asked), Ask(asked[::-1]), Ask(asked, "scaled", scaled(-2.0))]
+    options = {"store": GenerationStore(), "max_new_tokens": 4, "batch_size": 5, "progress": False}
+    first, again, other = generate_several(small, asks, **options)
+    assert again == first[::-1] and sum(counted) == 2 * len(asked) and other != first
