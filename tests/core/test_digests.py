@@ -1,6 +1,7 @@
 """Digests change with whatever changes a number, and with nothing else."""
 
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -193,26 +194,35 @@ def test_values_of_like_look_are_told_apart():
     assert content_digest("a", "b") != content_digest("ab", "")
 
 
-def test_another_process_finds_the_same():
-    code = "from care_lens.core import *; print(content_digest({'a', 'b', 'c'}, UnsafeMargin((1,), (2,)), lambda x: x + 1))"
-    seen = {
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-        for _ in range(2)
-    }
-    assert len(seen) == 1
-
-
-def test_a_held_digest_is_of_everything_and_the_same_in_another_process():
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Both digests of the same things, in two processes that order sets otherwise."""
     code = (
-        "import pandas as pd, torch; from care_lens.core.digests import held_digest; from care_lens.core import UnsafeMargin;"
+        "import pandas as pd, torch; from care_lens.core.digests import held_digest; from care_lens.core import *;"
+        "print(content_digest({'a', 'b', 'c'}, UnsafeMargin((1,), (2,)), lambda x: x + 1));"
         "frame = pd.DataFrame({'a': [1, 2], 'b': [0.5, None]}, index=['x', 'y']); frame['a'];"
         "print(held_digest([frame, {'a', 'b'}, UnsafeMargin((1,), (2,)), torch.ones(2)]))"
     )
-    seen = {
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-        for _ in range(2)
-    }
-    assert len(seen) == 1 and len(seen.pop().strip()) == 64
+    return [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": hashes},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for hashes in ("1", "2")
+    ]
+
+
+def test_another_process_finds_the_same(elsewhere):
+    (one, _), (other, _) = elsewhere
+    assert one == other
+
+
+def test_a_held_digest_is_of_everything_and_the_same_in_another_process(elsewhere):
+    (_, one), (_, other) = elsewhere
+    assert one == other and len(one) == 64
 
 
 def test_a_held_digest_sees_every_number():

@@ -4,8 +4,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -107,14 +105,14 @@ def test_copies_are_not_waited_for_where_nobody_reads_what_they_make():
     assert time.monotonic() - begun < 30 and not multiprocessing.active_children()
 
 
-KILLED = """
-import os, sys, time
-from care_lens.core.files import in_use
-from care_lens.core.forked import forked, in_workers
-with in_use(sys.argv[1]), in_workers(2):
-    for made in forked(lambda i: time.sleep(0.5 if i < 2 else 600) or os.getpid(), range(4)):
-        print(made, flush=True)
-"""
+def at_work(folder, told):
+    """What the process that is killed does: it is a copy of this one, which need not import all of this again."""
+    try:
+        with in_use(folder), in_workers(2):
+            for made in forked(lambda i: time.sleep(0.5 if i < 2 else 600) or os.getpid(), range(4)):
+                os.write(told, f"{made}\n".encode())
+    finally:
+        os._exit(1)
 
 
 def lives(pid):
@@ -126,13 +124,17 @@ def lives(pid):
 
 
 def test_a_kill_ends_the_copies_too_and_the_folder_is_free_again(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
-        copies = {int(killed.stdout.readline()) for _ in range(2)}
-        assert len(copies) == 2 and all(map(lives, copies))
-        with pytest.raises(InUseError), in_use(tmp_path):
+    reading, writing = os.pipe()
+    if (killed := os.fork()) == 0:
+        at_work(tmp_path, writing)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        copies = {int(told.readline()) for _ in range(2)}
+        assert len(copies) == 2 and killed not in copies and all(map(lives, copies))
+        with pytest.raises(InUseError, match=f"process {killed} on "), in_use(tmp_path):
             pass
-        killed.kill()
+        os.kill(killed, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(killed, 0)[1]) == signal.SIGKILL
     for _ in range(100):
         if not any(map(lives, copies)):
             break

@@ -119,11 +119,12 @@ def test_after_unwrap_a_model_is_wrapped_anew():
 def test_messages_as_a_user_sees_them():
     """In a process as a user's, where types are checked at the package's own door alone."""
     code = """
-from care_lens import organism, planted
+from care_lens import Example, HybridFusion, PairedExamples, organism, planted
 from care_lens.core import OutcomeError
 from care_lens.evaluation import GenerationStore, evaluate, generate_all
 from care_lens.lvlm import HookedLVLM
-from care_lens.mediation import localise, mediate
+from care_lens.mediation import Localisation, mediate
+from pandas import DataFrame
 
 lvlm = HookedLVLM.from_hf(*organism.untrained(seed=0))
 asked, judge = organism.examples("plain", "test", n=1), organism.OrganismJudge()
@@ -135,8 +136,8 @@ class Unfinished:
 def entered(localiser):
     planted.scorecard({"mine": localiser}, plants=["mlp_1"], at=[1.0], n=4, ours=False, progress=False)
 
-def found(lvlm, pairs):
-    return localise(lvlm, pairs, outcome=organism.outcome(), sites=[site], n_boot=20, progress=False)
+# As localise returns it.
+found = Localisation(DataFrame({"mediator": [site]}), {})
 
 def tell(call):
     try:
@@ -152,9 +153,14 @@ tell(lambda: generate_all(lvlm, asked, repair=Unfinished(), store=GenerationStor
 tell(lambda: mediate(lvlm, pairs, outcome=judge, sites=[site], progress=False))
 tell(lambda: entered(lambda lvlm: []))
 tell(lambda: entered(lambda lvlm, pairs: {site: 1.0}))
-tell(lambda: entered(found))
+tell(lambda: entered(lambda lvlm, pairs: found))
 tell(lambda: planted.scorecard({}, plants="mlp_1", ours=False))
 tell(lambda: lvlm.run_with_hooks(lvlm.prepare(asked), fwd_hooks=(site, print)))
+# The check of types does not stand before what the classes say.
+tell(lambda: Example("a", image="x.png"))
+tell(lambda: Example("a", turns=[{"role": "user"}]))
+tell(lambda: HybridFusion(visual=3))
+print(PairedExamples([Example("a")], [Example("b")]).safe[0].prompt)
 """
     env = {name: value for name, value in os.environ.items() if name != "CARE_LENS_UNCHECKED"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
@@ -170,6 +176,10 @@ tell(lambda: lvlm.run_with_hooks(lvlm.prepare(asked), fwd_hooks=(site, print)))
             r"PlantError .* got Localisation; return list\(found.frame\['mediator'\]\)$",
             r"ArgumentError plants of scorecard must be several, got the text 'mlp_1'; write \['mlp_1'\]$",
             r"ArgumentError fwd_hooks of .*; write a list of pairs, \[\(site, function\), \.\.\.\]$",
+            r"ExampleError image must be a PIL image, got str; make one with",
+            r"ExampleError turns must be care_lens.Turn, got dict; see Example.from_messages",
+            r"RepairError visual must be a tuple of corrections",
+            r"a$",
         ),
         strict=True,
     ):
