@@ -128,11 +128,13 @@ def test_a_kill_ends_the_copies_too_and_the_folder_is_free_again(tmp_path):
     if (killed := os.fork()) == 0:
         at_work(tmp_path, writing)
     os.close(writing)
-    with os.fdopen(reading) as told:
-        copies = {int(told.readline()) for _ in range(2)}
+    try:
+        with os.fdopen(reading) as told:
+            copies = {int(told.readline()) for _ in range(2)}
         assert len(copies) == 2 and killed not in copies and all(map(lives, copies))
         with pytest.raises(InUseError, match=f"process {killed} on "), in_use(tmp_path):
             pass
+    finally:
         os.kill(killed, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(killed, 0)[1]) == signal.SIGKILL
     for _ in range(100):
