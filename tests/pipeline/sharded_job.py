@@ -1,9 +1,5 @@
-"""One process of a job that captures, attacks and evaluates on a tiny model: ``python sharded_job.py FOLDER``, as torchrun starts it.
+"""One process of a job that captures, attacks and evaluates on a tiny model; the tests call it in one process and in two."""
 
-The tests run it in two processes, and call :func:`job` in one.
-"""
-
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,8 +76,3 @@ def job(folder: Path) -> dict[str, object] | None:
     if captured is None:
         return None
     return {"captured": captured, "moments": moments, "attacked": attacked, "tables": tables}
-
-
-if __name__ == "__main__":
-    sys.path[:0] = sys.argv[2:]
-    job(Path(sys.argv[1]))

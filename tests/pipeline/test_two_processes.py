@@ -1,9 +1,7 @@
 """Capture, attacks and evaluation in two processes, as torchrun starts them: equal to one process, and nothing is done twice."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+import traceback
 
 import pandas as pd
 import pytest
@@ -15,27 +13,29 @@ from care_lens.core.processes import Process
 from care_lens.evaluation import GenerationSettings, GenerationStore, SubstringRefusalJudge, evaluate_sharded
 from care_lens.lvlm import HookedLVLM
 
-HERE = Path(__file__).parent
-PATHS = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "lvlm")]
-
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The folder of a job of two processes, the second of which ran to its end; and of one process."""
+    """The folder of a job of two processes, the second of which ran to its end; and of one process.
+
+    The second is a copy of this one, which need not import all of this again.
+    """
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(PATHS)}
-    started = subprocess.Popen(
-        [sys.executable, str(HERE / "sharded_job.py"), str(two)],
-        env={**common, "RANK": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    if (second := os.fork()) == 0:
+        status = 1
+        try:
+            os.environ |= {"RANK": "1", "WORLD_SIZE": "2"}
+            status = int(job(two) is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
     with pytest.MonkeyPatch.context() as patch:
         alone = job(one)
         patch.setenv("RANK", "0")
         patch.setenv("WORLD_SIZE", "2")
         together = job(two)
-    assert started.wait(timeout=300) == 0, started.stderr.read()
+    assert os.waitpid(second, 0)[1] == 0
     return two, alone, together
 
 
