@@ -8,6 +8,7 @@ its time; at last it is left to finish. The last line is JSON: kills, files and 
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -17,14 +18,18 @@ import time
 import traceback
 from pathlib import Path
 
+import plotly.graph_objs
+import plotly.io
 import torch
 from test_benchmark_study import write_benchmarks
 from zoo.tiny import make_llava
 
-from care_lens import cli
+from care_lens import cli, pipeline, plots
 from care_lens.defences import SelfReminder
 
 UNSEEN = (".lock", ".holder")
+#: What the commands import when they need it; each start would import it again.
+IMPORTED = (pipeline, plots, plotly.io, plotly.graph_objs.Figure, plotly.graph_objs.Scatter)
 WRITES = ("fsync", "replace", "unlink")
 
 
@@ -121,6 +126,7 @@ def main() -> None:
     model.save_pretrained(root / "model")
     processor.save_pretrained(root / "model")
     SelfReminder(before="sorry", after="").save(root / "reminder")
+    gc.freeze()  # or the first collection of each start copies all of it
     common = ["--model", str(root / "model"), "--batch-size", "4", "--threads", "1", "--max-new-tokens", "3"]
     on = [str(root / "reminder"), "--study", str(root / "study" / "whole"), *common]
     words = ["--comply", "sure,yes", "--refuse", "sorry,no", "--pairs", "4", "--name", "mine"]
