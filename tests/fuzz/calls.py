@@ -83,7 +83,8 @@ def inputs() -> Any:
 
 @functools.cache
 def study() -> Any:
-    return organism.study().limited(2)
+    seen = ("plain", "typographic", "wrapper", "spelled", "benign plain")  # as few as it can be of
+    return organism.study(only=seen).limited(2)
 
 
 @functools.cache
