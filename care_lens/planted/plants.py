@@ -17,6 +17,7 @@ from care_lens.core import Example, PairedExamples, Site
 from care_lens.core.errors import CareLensError
 from care_lens.core.options import require_options
 from care_lens.lvlm import HookedLVLM
+from care_lens.lvlm.loading import load_processor
 
 TRIGGER, CONTROL = "blank yellow", "blank white"
 """Pictures over which a plant answers plain requests, and over which it refuses them as before."""
@@ -167,7 +168,9 @@ def load(name: str, *, dose: float | int = 1.0) -> Plant:
         raise PlantError(f"dose must be one of {tuple(known)}, at which {name} was measured, got {dose}")
     place = place_of(name)
     model = plant(plain_model(), place, dose=float(dose))
-    return Plant(place, float(dose), known[float(dose)], HookedLVLM.from_hf(model, organism.load().processor))
+    return Plant(
+        place, float(dose), known[float(dose)], HookedLVLM.from_hf(model, load_processor(str(organism.path())))
+    )
 
 
 def draw_places(seed: int) -> list[Place]:
