@@ -56,7 +56,7 @@ def bundled():
 
 @pytest.fixture(scope="module")
 def study():
-    return organism.study().limited(6)
+    return organism.study().limited(6).limited(4, splits=("fit", "calibration"))
 
 
 @pytest.fixture(scope="module")
