@@ -90,7 +90,7 @@ class Choice(LinesRepr):
         rows = {
             "reads": str(self.plan),
             "writes": f"at {self.writer_site}, alpha {self.alpha:g}",
-            "tried": f"after blocks {listed(self.placement.layers, most=8)}",
+            "tried": f"after {'blocks' if len(self.placement.layers) > 1 else 'block'} {listed(self.placement.layers, most=8)}",
             "tables": f".readers ({len(self.readers)} rows), .runs ({len(self.runs)} rows)",
             "see": ".repair.explain(), .subspaces, .placement" + ("" if self.frontier is None else ", .frontier"),
         }

@@ -45,7 +45,8 @@ def _places(made: ReportParts) -> str:
     run = made.run
     placement = run.choice.placement
     reason = plots.short_site(placement.reason)
-    tried = f"<p>Readers were tried after blocks {', '.join(map(str, placement.layers))}. {html.escape(reason)}</p>"
+    blocks = "blocks" if len(placement.layers) > 1 else "block"
+    tried = f"<p>Readers were tried after {blocks} {', '.join(map(str, placement.layers))}. {html.escape(reason)}</p>"
     if not run.diagnosis.places:
         return tried
     frame = run.diagnosis.places_frame().groupby("pairs", sort=False).head(3)

@@ -92,7 +92,8 @@ def test_readers_were_tried_only_where_the_diagnosis_said(finished):
     assert all(read)
     tried = {int(found[1]) for found in read if found}
     assert tried == set(placement.layers) and result.choice.plan.layer in tried
-    assert f"Readers were tried after blocks {', '.join(map(str, placement.layers))}." in page.read_text()
+    blocks = "blocks" if len(placement.layers) > 1 else "block"
+    assert f"Readers were tried after {blocks} {', '.join(map(str, placement.layers))}." in page.read_text()
     for name, ranking in result.diagnosis.places.items():
         saved = Localisation.load(out / "frames", f"places.{name}")
         assert saved.frame["mediator"].tolist() == ranking.frame["mediator"].tolist()
