@@ -70,7 +70,7 @@ def test_one_process_and_large_models_make_nothing_ahead(lvlm, tmp_path, monkeyp
             assert at_once(lvlm, {"rows": fails}, stage, wanted=("rows",)) == {}
 
 
-@pytest.mark.parametrize("through", [0, 1, 2, 3], ids=lambda n: f"{n} of 3 at first")
+@pytest.mark.parametrize("through", [0, 1, 3], ids=lambda n: f"{n} of 3 at first")
 def test_attacks_made_ahead_leave_the_files_that_a_run_without_them_has(through, tmp_path, monkeypatch):
     """The second loss attacks only what the first has not got through, whatever was made ahead."""
     settings = replace(RunSettings().short(), pgd_steps=1, pgd_examples=3, max_new_tokens=2, batch_size=4, restarts=1)
