@@ -134,8 +134,8 @@ def measure_pair_set(
     few, kept = study.pairs[name][: settings.pairs], (f"effects.{name}", f"patches.{name}")
     wants_map = maps and pictures_differ(few)
     if all(map(stage.has, kept if wants_map else kept[:1])):  # nothing has to be prepared
-        effects = stage.result(MediationResult, kept[0], _made)
-        return effects, stage.result(PatchMapResult, kept[1], _made) if wants_map else None
+        effects = stage.result(MediationResult, kept[0], _unmade)
+        return effects, stage.result(PatchMapResult, kept[1], _unmade) if wants_map else None
     outcome = study.pair_outcomes.get(name, study.outcome)
     batches = pair_batches(lvlm, few, outcome=outcome, batch_size=settings.batch_size)
     every = diagnosed_sites(lvlm)
@@ -183,7 +183,7 @@ def measure_pair_set(
     return effects, patches
 
 
-def _made() -> NoReturn:
+def _unmade() -> NoReturn:
     raise AssertionError("a result that is kept was to be made again")
 
 
