@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo      diagnose, learn, repair and evaluate the bundled model; report in OUT/report.html"
-	@echo "               (OUT=dir, MODEL=name-or-directory; SIZE=short, compact (under 3 minutes on two cores) or full (20))"
+	@echo "               (OUT=dir, MODEL=name-or-directory; SIZE=short, compact (under 3 minutes on two cores) or full (15))"
 	@echo "make test      format, lint, types, tests (the tutorials among them), documentation"
 	@echo "make bench     the measurements in benchmarks/"
 	@echo "make docs      the documentation, in docs/_build/html"

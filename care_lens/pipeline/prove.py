@@ -13,7 +13,7 @@ from care_lens.core.outcome import Repair
 from care_lens.core.stats import cluster_bootstrap
 from care_lens.data.study import Modality, Study
 from care_lens.defences import NoRefusalDirectionError, PublishedCARE, RefusalDirection
-from care_lens.evaluation import DefenceTable, GenerationStore, evaluate
+from care_lens.evaluation import DefenceTable, GenerationStore, evaluate, generate_all
 from care_lens.lvlm import HookedLVLM
 from care_lens.pipeline.choose import Choice, recalibrated
 from care_lens.pipeline.gradient import ADAPTIVE, adaptive_suite, gradient_suites
@@ -28,16 +28,15 @@ from care_lens.pipeline.rivals import (
 from care_lens.pipeline.saved import UNDEFENDED
 from care_lens.pipeline.settings import RIVALS, RunSettings
 from care_lens.repair import (
-    ConformalGate,
     FitRows,
     HybridFusion,
     Readers,
     assemble,
     random_control,
-    read_scores,
     writer_rows,
 )
 from care_lens.repair.calibrating import halves
+from care_lens.repair.opening import which_open
 from care_lens.repair.rows import MODALITIES, rows_beside
 
 log = logging.getLogger(__name__)
@@ -119,38 +118,45 @@ def shuffled_control(
 
 
 def opening_rate(
-    lvlm: HookedLVLM,
-    study: Study,
-    repair: HybridFusion,
-    settings: RunSettings,
-    *,
-    known: Sequence[bool | None] = (),
+    lvlm: HookedLVLM, study: Study, repair: HybridFusion, settings: RunSettings, *, store: GenerationStore
 ) -> dict[str, float]:
     """Share of benign test prompts for which a gate opens, with an interval by item: what the nominal bound came to.
+
+    What was read while the undefended model answered them is taken; a run that goes on reads it again from those answers, as far as a gate
+    can touch them: the last token of an answer is read by none.
 
     Args:
         lvlm: the model.
         study: its benign test prompts are read.
-        repair: its first gate is that of all corrections.
+        repair: a gated repair.
         settings: of the run.
-        known: whether it opens for each of the prompts, if that was read while the undefended model answered them; else it is read here.
+        store: has the undefended answers to them; prompts without one are left out.
     """
-    gate, benign = repair.corrections[0].gate, study.benign("test")
-    assert isinstance(gate, ConformalGate)
-    if len(known) == len(benign) and all(one is not None for one in known):
-        opened = np.array([float(bool(one)) for one in known])
-    else:
-        scores = read_scores(
+    benign = [replace(e, channel=c) for c, some in study.channels("test", harmful=False).items() for e in some]
+    known = store.opened_for(repair, benign)
+    if any(one is None for one in known):
+        answers = generate_all(
             lvlm,
             benign,
-            repair.readers,
-            batch_size=settings.batch_size,
+            store=store,
+            defence_name=UNDEFENDED,
             max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
             progress=False,
         )
-        opened = (scores.amax(1) > gate.threshold).double().numpy()
-    ci = cluster_bootstrap(opened, [e.group for e in benign], n_boot=settings.n_boot, seed=settings.seed)
-    return {"value": ci.estimate, "ci_low": ci.low, "ci_high": ci.high, "n": len(benign)}
+        there = [i for i, answer in enumerate(answers) if answer.token_ids]
+        known = [None] * len(benign)
+        for start in range(0, len(there), settings.batch_size):
+            batch = there[start : start + settings.batch_size]
+            inputs = lvlm.prepare([benign[i] for i in batch])
+            (found,) = which_open([repair], lvlm, inputs, [answers[i].token_ids for i in batch])
+            for i, one in zip(batch, found.tolist(), strict=True):
+                known[i] = one
+    told = [(float(one), e.group) for one, e in zip(known, benign, strict=True) if one is not None]
+    opened, groups = np.array([one for one, _ in told]), [group for _, group in told]
+    ci = cluster_bootstrap(opened, groups, n_boot=settings.n_boot, seed=settings.seed)
+    return {"value": ci.estimate, "ci_low": ci.low, "ci_high": ci.high, "n": len(told)}
 
 
 def kept_direction(lvlm: HookedLVLM, study: Study, settings: RunSettings, stage: Stage) -> RefusalDirection | str:
@@ -260,9 +266,7 @@ def prove(
         )
         opened = stage.record(
             f"opened.{key}",
-            lambda: opening_rate(
-                lvlm, study, choice.repair, settings, known=store.opened_for(choice.repair, study.benign("test"))
-            ),
+            lambda: opening_rate(lvlm, study, choice.repair, settings, store=store),
         )
         about = {rival.name: chosen for rival, chosen in tuned}
         return replace(found, settings={**found.settings, "left_out": left_out, "opened": opened, "tuned": about})

@@ -9,15 +9,16 @@ from few_channels import few_channels
 
 from care_lens import organism
 from care_lens.core import Verdict
-from care_lens.evaluation import GenerationStore
+from care_lens.evaluation import GenerationStore, generate_all
 from care_lens.mediation import Localisation
 from care_lens.mediation.placement import reader_layers
 from care_lens.pipeline import RunSettings, run, write_report
 from care_lens.pipeline.headline import headlines
+from care_lens.pipeline.prove import opening_rate
 from care_lens.pipeline.report import summary
 from care_lens.pipeline.saved import UNDEFENDED
 from care_lens.pipeline.settings import RIVALS
-from care_lens.repair import HybridFusion
+from care_lens.repair import HybridFusion, read_scores
 
 SETTINGS = replace(
     RunSettings().short(),
@@ -128,6 +129,27 @@ def test_a_second_run_resumes_without_generating(finished, bundled, monkeypatch)
     assert again.proof.table.frame.equals(result.proof.table.frame) or (
         again.proof.table.frame.value.round(9).tolist() == result.proof.table.frame.value.round(9).tolist()
     )
+
+
+def test_the_rate_of_opening_is_the_same_of_a_run_that_was_stopped_before_it(finished, bundled):
+    """Gates are read while the undefended model answers, or later from the answers: never at a token that no edit can follow."""
+    result, out, _ = finished
+    study, repair = result.study, result.choice.repair
+    benign = [replace(e, channel=c) for c, some in study.channels("test", harmful=False).items() for e in some]
+    scores = read_scores(bundled, benign, repair.readers, max_new_tokens=14, progress=False).amax(1)
+    gates = [replace(repair.corrections[0].gate, threshold=float(scores.quantile(q))) for q in (0.2, 0.5, 0.8)]
+    repairs = [repair.with_gate(gate) for gate in gates]
+    beside = GenerationStore()
+    generate_all(bundled, benign, store=beside, max_new_tokens=14, progress=False, watched=repairs)
+    rates = []
+    for one in repairs:
+        later = GenerationStore(out / "frames" / "answers.jsonl")  # knows the answers and nothing of gates
+        assert None in later.opened_for(one, benign) and None not in beside.opened_for(one, benign)
+        options = (bundled, study, one, result.settings)
+        rates.append(opening_rate(*options, store=later))
+        assert rates[-1] == opening_rate(*options, store=beside) and rates[-1]["n"] == len(benign)
+        assert len(later) == len(GenerationStore(out / "frames" / "answers.jsonl"))  # nothing was generated
+    assert rates[0]["value"] > rates[2]["value"]
 
 
 def test_other_settings_are_refused_in_the_same_folder(finished, bundled):
