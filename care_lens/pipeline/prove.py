@@ -120,10 +120,10 @@ def shuffled_control(
 def opening_rate(
     lvlm: HookedLVLM, study: Study, repair: HybridFusion, settings: RunSettings, *, store: GenerationStore
 ) -> dict[str, float]:
-    """Share of benign test prompts for which a gate opens, with an interval by item: what the nominal bound came to.
+    """Share of benign test prompts for which a gate opens and something is edited, with an interval by item: what the nominal bound came to.
 
-    What was read while the undefended model answered them is taken; a run that goes on reads it again from those answers, as far as a gate
-    can touch them: the last token of an answer is read by none.
+    What was seen while the undefended model answered them is taken; a run that goes on looks again at those answers in the same way
+    (`care_lens.repair.opening`). A score above the threshold where there is nothing to edit does not count.
 
     Args:
         lvlm: the model.
