@@ -28,7 +28,6 @@ from care_lens.core.results import package_versions
 from care_lens.core.site import Site
 from care_lens.data.study import Study
 from care_lens.evaluation.answering import (
-    answer_verdicts,
     missing_share,
     require_max_missing,
     several_verdicts,
@@ -240,16 +239,24 @@ def tune(
     attacked = [example for m in rows.modalities for example in study.malicious("validation", m)]
     store = GenerationStore() if store is None else store
 
-    def verdicts(examples: Sequence[Example], repair: Repair | None, watched: Sequence[Repair] = ()) -> list[Verdict]:
-        return answer_verdicts(
+    def several(
+        examples: Sequence[Example],
+        defences: Sequence[Repair | None],
+        *,
+        watched: Sequence[Repair] = (),
+        desc: str | None = None,
+    ) -> list[list[Verdict]]:
+        return several_verdicts(
             lvlm,
             examples,
-            repair,
+            defences,
             study.judge,
             store=store,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             watched=watched,
+            progress=progress and desc is not None,
+            desc=desc,
         )
 
     runs: list[_Candidate] = []
@@ -271,17 +278,7 @@ def tune(
         )
         for row, site, alpha in tried
     ]
-    judged = several_verdicts(
-        lvlm,
-        attacked,
-        repairs,
-        study.judge,
-        store=store,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-        desc="trying writers",
-    )
+    judged = several(attacked, repairs, desc="trying writers")
     for (row, site, alpha), repair, said in zip(tried, repairs, judged, strict=True):
         asr, refused = share(said, Verdict.COMPLIED), share(said, Verdict.REFUSED)
         late = missing_share(said) > max_missing
@@ -302,22 +299,11 @@ def tune(
     )
     for run, repair in zip(checked, repairs, strict=True):
         run.repair = repair
-    bare = verdicts(benign, None, repairs)
+    (bare,) = several(benign, [None], watched=repairs)
     before = share(bare, Verdict.COMPLIED)
     if isnan(before):
         raise ValueError("the undefended model must have an answer with a verdict, got none; the log names the errors")
-    judged = several_verdicts(
-        lvlm,
-        benign,
-        repairs,
-        study.judge,
-        store=store,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        watched=repairs,
-        progress=progress,
-        desc="checking benign answers",
-    )
+    judged = several(benign, repairs, watched=repairs, desc="checking benign answers")
     for run, said in zip(checked, judged, strict=True):
         run.said[False] = said
         after = share(said, Verdict.COMPLIED)
@@ -337,7 +323,7 @@ def tune(
             f"{best:.1%}; try smaller epsilons"
         )
     won = min(kept, key=lambda run: run.harm)
-    won.benign["asr_recalibrated"] = share(verdicts(attacked, won.repair), Verdict.COMPLIED)
+    won.benign["asr_recalibrated"] = share(several(attacked, [won.repair])[0], Verdict.COMPLIED)
     return Choice(
         repair=replace(won.repair, model=ModelIdentity.from_model(lvlm.hf_model)),
         plan=won.of.plan,

@@ -5,7 +5,6 @@ was stopped in the middle of this end in the same files. What the folder does no
 """
 
 import logging
-import pickle
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -113,7 +112,7 @@ def at_once(lvlm: HookedLVLM, jobs: Jobs, stage: Stage, *, wanted: tuple[str, ..
         lvlm: the model.
         jobs: what is to be made; longest first.
         stage: is told how long what they made took.
-        wanted: whose results come back.
+        wanted: whose results come back; they must be picklable.
 
     Returns:
         The results that are wanted and were made, by name.
@@ -122,24 +121,23 @@ def at_once(lvlm: HookedLVLM, jobs: Jobs, stage: Stage, *, wanted: tuple[str, ..
     if workers() < 2 or lvlm.device.type != "cpu" or not small:
         return {}
 
-    def made(job: tuple[str, Callable[[], Any]]) -> tuple[bytes, dict[str, float]]:
+    def made(job: tuple[str, Callable[[], Any]]) -> tuple[Any, dict[str, float]]:
         name, make = job
         start, known = time.monotonic(), {*stage.seconds}
-        found = b""
+        found = None
         try:
-            given = make()
-            found = pickle.dumps(given) if name in wanted else b""
+            found = make()
         except Exception as error:
             log.info("%s is left to its step, since it failed: %s: %s", name, type(error).__name__, error)
         kept = {one: seconds for one, seconds in stage.seconds.items() if one not in known}
         if not kept:  # what the stage keeps it tells itself
             log.info("%s: %.1f s", name, time.monotonic() - start)
-        return found, kept
+        return found if name in wanted else None, kept
 
     results: dict[str, Any] = {}
     with one_torch_thread():  # one job alone is done here, and its last bits are those of the number of threads
         for (name, _), (found, seconds) in zip(jobs.items(), forked(made, list(jobs.items())), strict=True):
             stage.seconds |= seconds
-            if found:
-                results[name] = pickle.loads(found)
+            if found is not None:
+                results[name] = found
     return results
