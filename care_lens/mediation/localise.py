@@ -141,6 +141,10 @@ def localise(
         "seed": seed,
         "checkpoint": checkpoint,
     }
+    if len(places) > 1:  # pairs without an effect are refused before hours of a sweep, for the cost of one place
+        rank_places(
+            mediate(lvlm, pairs, sites=places[:1], positions=positions, progress=False, **options), components=None
+        )
     found = mediate(lvlm, pairs, sites=places, positions=positions, progress=progress, **options)
     ranking = rank_places(found, components=None, n_boot=n_boot, seed=seed)
     if positions != ("all",) or n_spans < 1:

@@ -1,5 +1,6 @@
 """Localisation: shares from hand-made outcomes, a place that carries all of an effect, and what is said when there is none."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -95,12 +96,20 @@ def test_heads_add_up_to_names(model, rising, margin):
         refine(model, rising, "blocks.1.hook_resid_pre", outcome=margin)
 
 
-def test_twins_that_are_no_less_safe_are_refused(model, rising, margin):
+def test_twins_that_are_no_less_safe_are_refused_after_one_place(model, rising, margin, monkeypatch):
+    module, asked = sys.modules["care_lens.mediation.localise"], []
+
+    def counted(*args, **options):
+        asked.append(len(options["sites"]))
+        return mediate(*args, **options)
+
+    monkeypatch.setattr(module, "mediate", counted)
     turned = UnsafeMargin(comply=margin.refuse, refuse=margin.comply)
     with pytest.raises(
         NothingToLocaliseError, match=r"total effect of -.*; .*twins or the outcome's sign are the other way"
     ):
         localise(model, rising, outcome=turned, n_boot=5, progress=False)
+    assert asked == [1]
 
 
 @pytest.mark.parametrize(
