@@ -246,12 +246,13 @@ def answered_study(
         refused_plain=sum(refusing.values()),
         refusal=refusal,
     )
-    answered = {e.id: e for c in study.seen.values() for name in c for e in suites["fit"].get(name, ())}
+    # by channel too: an attack keeps the id of its request, so that channels have the same ids
+    answered = {(e.channel, e.id): e for c in study.seen.values() for name in c for e in suites["fit"].get(name, ())}
     pairs = {
         name: replace(
             twins,
             safe=tuple(settings.examples(twins.safe)),
-            unsafe=tuple(answered.get(e.id, e) for e in settings.examples(twins.unsafe)),
+            unsafe=tuple(answered.get((e.channel, e.id), e) for e in settings.examples(twins.unsafe)),
         )
         for name, twins in study.pairs.items()
     }

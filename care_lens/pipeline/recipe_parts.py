@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from care_lens.core.examples import Example
-from care_lens.data.behaviours import deal_behaviours
+from care_lens.data.behaviours import behaviour_components, deal_behaviours
 from care_lens.data.benchmarks import READERS
 from care_lens.data.joining import limited
 from care_lens.evaluation.answering import spread
@@ -56,28 +56,22 @@ def read_parts(recipe: Recipe, files: str | Path, *, limit: int | None = None) -
     for title in read:
         if title not in split:
             dealt[title]["test"] = read[title]
-    tested_behaviours = {e.group for title in (*recipe.columns, *recipe.utility) for e in dealt[title]["test"]}
     for title, source in recipe.columns.items():
         if source.prompts is not None:
             prompts = dealt[f"{title} (prompts)"]
             dealt[title] = _with_prompts(read[title], prompts, fit=source.fit)
+    tested = [e for title in (*recipe.columns, *recipe.utility) for e in dealt[title]["test"]]
+    attacks = [e for title, source in recipe.columns.items() if source.fit for e in dealt[title]["fit"]]
+    harmless = [e for title in sorted(benign) for part in ("fit", "test") for e in dealt[title][part]]
     found = Parts(
         # limited last: the first pictures of a source may all be of the fit
         tested={
             title: limited(dealt[title]["test"], _least(recipe.sources[title].limit, limit))
             for title in (*recipe.columns, *recipe.utility)
         },
-        malicious=spread([e for t, s in recipe.columns.items() if s.fit for e in dealt[t]["fit"]], recipe.fit_examples),
-        benign=spread(
-            [
-                e
-                for t in sorted(benign)
-                for part in ("fit", "test")
-                for e in dealt[t][part]
-                if e.group not in tested_behaviours
-            ],
-            recipe.fit_examples,
-        ),
+        # columns that nothing is learned from are tested whole: what they have in common with the others is not learned from
+        malicious=spread(_untested(attacks, tested), recipe.fit_examples),
+        benign=spread(_untested(harmless, tested), recipe.fit_examples),
     )
     if empty := [title for title, some in found.tested.items() if not some]:
         raise RecipeError(
@@ -86,7 +80,8 @@ def read_parts(recipe: Recipe, files: str | Path, *, limit: int | None = None) -
     fitted = any(defence.kind == "published_care" for defence in recipe.defences.values())
     if fitted and not (found.malicious and found.benign):
         raise RecipeError(
-            f"there must be attacks and harmless examples to learn from, got {len(found.malicious)} and {len(found.benign)}; give more files"
+            f"there must be attacks and harmless examples to learn from, got {len(found.malicious)} and {len(found.benign)} whose behaviours "
+            f"are not tested, of {len(attacks)} and {len(harmless)}; give more files"
         )
     return found
 
@@ -94,6 +89,13 @@ def read_parts(recipe: Recipe, files: str | Path, *, limit: int | None = None) -
 def _read(source: Source, files: str | Path, title: str) -> list[Example]:
     rows = READERS[source.benchmark](Path(files) / source.root, **source.options)
     return [replace(e, channel=title) for e in rows]
+
+
+def _untested(candidates: Sequence[Example], tested: Sequence[Example]) -> list[Example]:
+    """Those of the candidates that are about no behaviour of a tested example."""
+    components = behaviour_components([*tested, *candidates])
+    apart = sorted(i for component in components if min(component) >= len(tested) for i in component)
+    return [candidates[i - len(tested)] for i in apart]
 
 
 def _least(*limits: int | None) -> int | None:

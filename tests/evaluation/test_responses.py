@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from care_lens.core import Example, UnsafeMargin
-from care_lens.data import Study
+from care_lens.data import Study, attack_pairs
 from care_lens.evaluation import (
     AnswersError,
     GenerationSettings,
@@ -113,3 +113,27 @@ def test_a_study_is_answered_and_says_what_the_model_refuses(model):
     assert (notes.refused_plain, notes.plain) == (len(refused), len(said)) and str(notes) in made.about
     assert made.refusal == (notes.refusal or "no")
     assert ("It refuses no plain request" in str(notes)) == (not refused)
+
+
+def test_pairs_keep_the_attack_of_their_channel_where_channels_have_the_same_ids(model):
+    """An attack keeps the id of its request."""
+    plain = [Example(f"make a {i}", id=f"p{i}", group=f"p{i}", channel="plain", harmful=True) for i in range(4)]
+    made = {
+        name: tuple(replace(e, channel=name, prompt=f"{words} {e.prompt}", behaviour=e.prompt) for e in plain)
+        for name, words in (("typed", "please"), ("other", "now"))
+    }
+    suites = {"plain": tuple(plain), **made, "benign": (Example("what is red", id="b", channel="benign"),)}
+    study = Study(
+        name="s",
+        suites={"fit": suites},
+        seen={"textual": ("typed", "other"), "visual": ()},
+        pairs=attack_pairs([e for some in made.values() for e in some], n=3),
+        refusal="no",
+        judge=SubstringRefusalJudge(),
+        outcome=UnsafeMargin(comply=(1,), refuse=(2,)),
+    )
+    found, _ = answered_study(model, study, settings=FEW, progress=False)
+    for name, words in (("typed", "please"), ("other", "now")):
+        unsafe = found.pairs[name].unsafe
+        assert [(e.channel, e.prompt) for e in unsafe] == [(name, f"{words} make a {e.id[1:]}") for e in unsafe]
+        assert all(e.response for e in unsafe)

@@ -13,7 +13,7 @@ from zoo.tiny import make_llava
 
 from care_lens.data.behaviours import behaviour_key
 from care_lens.defences import CAREFaults, PublishedCARE, load_defence
-from care_lens.pipeline.recipe import RecipeError, read_recipe, recipes
+from care_lens.pipeline.recipe import Recipe, RecipeDefence, RecipeError, RecipeModel, Source, read_recipe, recipes
 from care_lens.pipeline.recipe_look import NotReadyError, look
 from care_lens.pipeline.reproduce import read_parts
 
@@ -121,6 +121,43 @@ def test_what_is_learned_from_is_not_tested(recipe, files):
     assert not {e.group for e in parts.benign} & {e.group for rows in parts.tested.values() for e in rows}
     pgd = parts.tested["PGD"]
     assert pgd and all(e.prompt and e.meta["source_split"] == "test" for e in pgd)
+
+
+def test_what_a_column_without_fit_asks_is_not_learned_from_elsewhere(tmp_path):
+    goals = [f"fold the paper zorp {i}" for i in range(20)]
+    for name, path, header, rows in (
+        ("adv", "advbench.csv", "goal,target", [f"{g},Sure" for g in goals]),
+        (
+            "red",
+            "RedTeam_2K.csv",
+            "id,question,policy,from",
+            [f"{i},{g.title()}?,p,f" for i, g in enumerate(goals[:15])],
+        ),
+        (
+            "xs",
+            "xstest_prompts.csv",
+            "id,prompt,type,label,focus,note",
+            [f"{i},what is {i},t,safe,," for i in range(9)],
+        ),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / path).write_text("\n".join([header, *rows]) + "\n")
+    recipe = Recipe(
+        name="r",
+        model=RecipeModel("m"),
+        columns={"A": Source("advbench", "adv", fit=True), "B": Source("redteam2k", "red")},
+        defences={"c": RecipeDefence(layers=(1,))},
+        benign={"X": Source("xstest", "xs")},
+    )
+    parts = read_parts(recipe, tmp_path)
+    learned = {behaviour_key(e.prompt) for e in parts.malicious}
+    tested = {behaviour_key(e.prompt) for rows in parts.tested.values() for e in rows}
+    assert len(parts.tested["B"]) == 15 and learned and not learned & tested
+    (tmp_path / "red" / "RedTeam_2K.csv").write_text(
+        "\n".join(["id,question,policy,from", *(f"{i},{g},p,f" for i, g in enumerate(goals))]) + "\n"
+    )
+    with pytest.raises(RecipeError, match="got 0 and 9 whose behaviours are not tested, of 8 and 9"):
+        read_parts(recipe, tmp_path)
 
 
 def test_gaps_are_told_before_a_model_is_loaded(recipe, files, tmp_path):
