@@ -130,7 +130,10 @@ class SearchAttack(ABC):
         n, history = len(examples), list[dict[str, Any]]()
         states: list[dict[str, Any]] = [{} for _ in examples]
         with on_model(defence, lvlm), Steps(total=self.rounds + 1, desc=self.name, disable=not progress) as bar:
-            clean = kept.scores(-1, lambda: self._scored(lvlm, list(examples), defence))
+            # a judge is shown what is asked for, not the wording or picture that is tried
+            asked = [asked_for(e) for e in examples]
+            plain = [replace(e, behaviour=what) for e, what in zip(examples, asked, strict=True)]
+            clean = kept.scores(-1, lambda: self._scored(lvlm, plain, defence))
             bar.update()
             best, losses, tries, names = list(examples), list(clean), [0] * n, [""] * n
             for number in range(self.rounds):
@@ -138,7 +141,7 @@ class SearchAttack(ABC):
                 if not left:
                     break
                 made = {i: self.candidates(examples[i], seed, number, states[i]) for i in left}
-                flat = [one for i in left for one, _ in made[i] if one is not None]
+                flat = [replace(one, behaviour=asked[i]) for i in left for one, _ in made[i] if one is not None]
                 found = iter(kept.scores(number, lambda flat=flat: self._scored(lvlm, flat, defence)))
                 for i in left:
                     scores = [math.inf if one is None else next(found) for one, _ in made[i]]
@@ -149,10 +152,7 @@ class SearchAttack(ABC):
                         if one is not None and score < losses[i]:
                             best[i], losses[i], names[i] = one, score, name
                 bar.update()
-        kind = [
-            in_channel(replace(e, behaviour=asked_for(old)), self.channel)
-            for e, old in zip(best, examples, strict=True)
-        ]
+        kind = [in_channel(replace(e, behaviour=what), self.channel) for e, what in zip(best, asked, strict=True)]
         return AttackResult.of(kind, settings=settings, loss=losses, clean_loss=clean, tries=tries, history=history)
 
     def _scored(self, lvlm: HookedLVLM, candidates: Sequence[Example], defence: Any) -> list[float]:

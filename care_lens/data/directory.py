@@ -20,6 +20,7 @@ from typing import Any, get_args
 from care_lens.core.errors import CareLensError
 from care_lens.core.examples import Example, PairedExamples
 from care_lens.core.files import write_whole
+from care_lens.core.identity import example_fingerprint
 from care_lens.core.outcome import Judge, UnsafeMargin
 from care_lens.core.require import require_path
 from care_lens.data.jsonl import DataFileError, parse_json, read_examples, read_text, write_examples
@@ -107,7 +108,7 @@ def write_study(
         The folder.
 
     Raises:
-        DataFileError: If two examples have one id, or comply and refuse hold no texts. It is a ValueError.
+        DataFileError: If two examples or twins that differ have one id, or comply and refuse hold no texts. It is a ValueError.
         StudyError: If a pair set has an outcome of its own, which a folder does not hold. It is a ValueError.
     """
     directory = require_path(directory, "directory")
@@ -124,8 +125,8 @@ def write_study(
         for channel, examples in study.suites.get(split, {}).items()
         for example in examples
     ]
-    known = {e.id for some in study.suites.get("fit", {}).values() for e in some}
-    twins = {e.id: e for pairs in study.pairs.values() for e in (*pairs.safe, *pairs.unsafe) if e.id not in known}
+    known = {e.id: e for some in study.suites.get("fit", {}).values() for e in some}
+    twins = _twins_alone(study, known)
     (directory / "study.json").unlink(missing_ok=True)  # it is written last: a folder that has it is whole
     write_examples(rows, directory / "examples.jsonl")
     (directory / TWINS).unlink(missing_ok=True)
@@ -146,6 +147,20 @@ def write_study(
     }
     write_whole(directory / "study.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     return directory
+
+
+def _twins_alone(study: Study, known: Mapping[str, Example]) -> dict[str, Example]:
+    """The twins that are no examples of the fit; pairs name theirs by ids alone."""
+    alone: dict[str, Example] = {}
+    for name, pairs in study.pairs.items():
+        for twin in (*pairs.safe, *pairs.unsafe):
+            same = known.get(twin.id) or alone.setdefault(twin.id, twin)
+            if same is not twin and example_fingerprint(same) != example_fingerprint(twin):
+                raise DataFileError(
+                    f"ids of twins must differ in a folder, got {twin.id!r} in pairs.{name} for another request than elsewhere; give them ids "
+                    "of their own"
+                )
+    return alone
 
 
 def _settings(path: Path) -> dict[str, Any]:

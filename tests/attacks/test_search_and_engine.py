@@ -20,6 +20,7 @@ from care_lens.attacks import (
     OutcomeLoss,
     RandomSearch,
     Renderings,
+    Reworded,
     ScoreError,
     TargetLikelihood,
     TargetLoss,
@@ -235,6 +236,27 @@ def test_scores_that_are_none_are_refused(lvlm, asked):
     for score in (lambda model, examples: [0.0], lambda model, examples: [float("nan")] * len(examples)):
         with pytest.raises(ScoreError, match="a number for each of 3"):
             BestOfN(n=1, score=score).run(lvlm, asked)
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        BestOfN(n=2, variation=Reworded(("please {prompt}",))),
+        RandomSearch(population=2, generations=1),
+    ],
+    ids=["wordings", "renderings"],
+)
+def test_a_judge_of_candidates_is_shown_what_is_asked_for(lvlm, asked, search):
+    seen = []
+
+    def judge(examples, texts):
+        seen.extend((e.behaviour, e.prompt) for e in examples)
+        return [Verdict.REFUSED] * len(texts)
+
+    own = [replace(asked[0], behaviour=None)]
+    found = replace(search, score=JudgeScore(judge, max_new_tokens=1)).run(lvlm, own)
+    assert {behaviour for behaviour, _ in seen} == {own[0].prompt} == {e.behaviour for e in found.examples}
+    assert any(prompt != own[0].prompt for _, prompt in seen)
 
 
 def test_success_is_counted_on_what_is_read_back(lvlm, asked, tmp_path):

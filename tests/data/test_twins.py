@@ -165,6 +165,10 @@ def test_a_study_in_a_folder_is_read_back(tmp_path):
         write_study(
             replace(study, pair_outcomes={"jail": OUTCOME["outcome"]}), tmp_path, comply=["sure"], refuse=["no"]
         )
+    name, jail = next(iter(study.pairs.items()))
+    other = replace(jail, safe=tuple(replace(e, prompt=f"other {e.prompt}") for e in jail.safe))
+    with pytest.raises(DataFileError, match=r"ids of twins must differ.*pairs\.more"):
+        write_study(replace(study, pairs={name: jail, "more": other}), tmp_path / "new", comply=["sure"], refuse=["no"])
 
 
 def test_targets_are_openings_as_advbench_writes_them():
