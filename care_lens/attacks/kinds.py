@@ -73,7 +73,7 @@ def attack(name: str, /, **options: Any) -> Any:
     cls = _KINDS.get(name.lower())
     if cls is None:
         raise AttackKindError(
-            f"name must be one of {list(registered_attacks())}, got {name!r}; import the module that registers it first"
+            f"name must be one of {list(registered_attacks())}, got {name!r}; import the module that registers it first (--import on the command line)"
         )
     if unknown := sorted({*options} - {field.name for field in dataclasses.fields(cls)}):
         raise AttackKindError(

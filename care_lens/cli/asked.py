@@ -2,17 +2,18 @@
 
 @app.command()
 @told
-@takes_options
+@takes_options()
 def run(asked: Asked) -> None: ...
 """
 
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from care_lens.cli import loading
 from care_lens.cli.early import require_defences, require_one_process, require_processes
@@ -53,9 +54,12 @@ if TYPE_CHECKING:
     from care_lens.pipeline.settings import Size
 
 
+Command = Callable[..., None]
 _GENERATION = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "system")
 #: Of large models, each operation of which keeps all cores busy, answers are not generated in several processes unless that is asked for.
 _LARGE, _MOST_WORKERS = 10**9, 8
+#: What only a repair that is tuned has use for.
+TUNING = ("epsilons", "ranks", "depths")
 _MODEL = ("device", "dtype", "revision", "quantization")
 
 
@@ -139,14 +143,28 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose first argument is :class:`Asked`, with each of its fields as an option.
+def takes_options(*, unused: Collection[str] = (), out: str | None = None) -> Callable[[Command], Command]:
+    """A decorator for a command whose first argument is :class:`Asked`, with each of its fields as an option.
 
     What is wrong in them, and in the command's ``defences`` if it takes such, is told before the command begins.
+
+    Args:
+        unused: Options that the command has no use for. It takes them, so that commands can share a file of options, but its help does not
+            show them.
+        out: Its folder of results by default, if it is another than that of a run.
     """
+    return functools.partial(_with_options, unused=unused, out=out)
+
+
+def _with_options(command: Command, *, unused: Collection[str], out: str | None) -> Command:
     first, *own = inspect.signature(command).parameters.values()
     options = [
-        inspect.Parameter(part.name, inspect.Parameter.KEYWORD_ONLY, default=part.default, annotation=part.type)
+        inspect.Parameter(
+            part.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=Path(out) if out and part.name == "out" else part.default,
+            annotation=_hidden(part.type) if part.name in unused else part.type,
+        )
         for part in fields(Asked)
     ]
     names = {option.name for option in options}
@@ -165,7 +183,15 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     return wide
 
 
-def one_process(command: Callable[..., None]) -> Callable[..., None]:
+def _hidden(option: Any) -> Any:
+    """An option that help does not show."""
+    kind, info = get_args(option)
+    info = copy(info)
+    info.hidden = True
+    return Annotated[kind, info]
+
+
+def one_process(command: Command) -> Command:
     """A command that is refused, before anything else is looked at, where torchrun or accelerate has started it several times."""
 
     @functools.wraps(command)

@@ -1,19 +1,21 @@
 """`attack`: attacks by defences on the test split, those that see the defence included."""
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from care_lens.cli import base
-from care_lens.cli.asked import Asked, one_process, takes_options
+from care_lens.cli.asked import TUNING, Asked, one_process, takes_options
 from care_lens.cli.base import app, start, told
+from care_lens.cli.early import require_module
 from care_lens.cli.options import texts
 
 
 @app.command()
 @told
 @one_process
-@takes_options
+@takes_options(unused=TUNING, out="results/attack")
 def attack(
     asked: Asked,
     defences: Annotated[
@@ -26,6 +28,15 @@ def attack(
             "--by",
             help="An attack, as KIND or KIND:FIELD=VALUE,...; may be given several times.",
             show_default="pgd and autopgd",
+        ),
+    ] = None,
+    imported: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            help="A module that registers attacks of yours; may be given several times.",
+            metavar="MODULE",
+            show_default="none",
         ),
     ] = None,
     channels: Annotated[
@@ -41,12 +52,16 @@ def attack(
     ] = True,
 ) -> None:
     """Attack the test requests, undefended and under saved defences; writes attacks.csv, attacks.md and the pictures."""
+    for module in imported or ():
+        require_module(module, "--import")
     start(asked.threads)
     from care_lens.core.files import write_whole
     from care_lens.pipeline.attacking import attack_study, read_attack
     from care_lens.pipeline.saved import read_defences
     from care_lens.plots import save_figure
 
+    for module in imported or ():
+        import_module(module)
     attacks = [read_attack(text) for text in by or ("pgd", "autopgd")]
     read = read_defences(defences or ())
     lvlm, study = asked.load()

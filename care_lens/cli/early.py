@@ -60,16 +60,20 @@ def require_bundled_alone(model: str, **others: Any) -> None:
 
 
 def require_study(model: str, data: Path | None, judge: str | None) -> None:
-    """Refuse a study beside the bundled model, which brings its own, and none or an incomplete one beside another."""
-    if model == "bundled":
-        if data is not None or judge is not None:
-            raise typer.BadParameter("--data and --judge go with a model of your own; the bundled one brings both")
-        return
+    """Refuse a model of one's own without a study, an incomplete study, and a judge beside the bundled study, which brings its own."""
     if data is None:
-        raise typer.BadParameter("--data must be given for a model that is not bundled; see the docs page on studies")
+        if model != "bundled":
+            raise typer.BadParameter(
+                "--study must be given for a model that is not bundled; see the docs page on studies"
+            )
+        if judge is not None:
+            raise typer.BadParameter(
+                "--judge goes with a --study of your own; that of the bundled model brings its judge"
+            )
+        return
     if not (data / "study.json").is_file() or not (data / "examples.jsonl").is_file():
         raise typer.BadParameter(
-            f"--data must be a folder with examples.jsonl and study.json, got {data}, which is not"
+            f"--study must be a folder with examples.jsonl and study.json, got {data}, which is not"
         )
 
 
@@ -79,10 +83,22 @@ def require_judge(judge: str | None) -> None:
         return
     module, _, attribute = judge.partition(":")
     top = module.partition(".")[0]
-    known = top.isidentifier() and (top in sys.modules or importlib.util.find_spec(top) is not None)
+    known = _importable(top)
     if not attribute or not known:
         why = "" if known else f" (there is no module {top!r} on Python's path)"
         raise typer.BadParameter(f"--judge must be 'module:name' of an object that can be imported, got {judge!r}{why}")
+
+
+def require_module(module: str, option: str) -> None:
+    """Refuse a module that is not there."""
+    if not _importable(module.partition(".")[0]):
+        raise typer.BadParameter(
+            f"{option} must name a module on Python's path, got {module!r}; for one in this folder set PYTHONPATH=."
+        )
+
+
+def _importable(top: str) -> bool:
+    return top.isidentifier() and (top in sys.modules or importlib.util.find_spec(top) is not None)
 
 
 def require_defences(texts: Sequence[str]) -> None:

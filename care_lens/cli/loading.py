@@ -90,7 +90,7 @@ def load(
     refuse(
         model, data=data, device=device, dtype=dtype, judge=judge, out=out, revision=revision, quantization=quantization
     )
-    if model == "bundled":
+    if data is None:  # the bundled model with its own study
         from care_lens import organism
 
         if size == "full":
@@ -99,7 +99,6 @@ def load(
         else:
             study = organism.study(seed=seed, only=organism.DEMONSTRATED)
         return load_model(model, device, dtype, revision, quantization), study
-    assert data is not None
     found = load_judge(judge)
     from care_lens.data import read_study
 

@@ -1,7 +1,7 @@
 """`info` and `preflight`: what a model offers, and what benchmark files lack."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -10,6 +10,12 @@ from rich.table import Table
 from care_lens.cli import base, loading
 from care_lens.cli.base import app, told
 from care_lens.cli.options import Device, Dtype, Model, Quantization, Revision
+
+if TYPE_CHECKING:
+    from care_lens.data.preflight import PreflightReport
+
+#: Columns of a terminal from which on the table of a preflight breaks few words.
+_WIDE = 120
 
 
 @app.command()
@@ -31,9 +37,11 @@ def info(
         table.add_column(column, overflow="fold")  # narrow terminals break names, and cut none off
     for site in lvlm.sites():
         about = lvlm.site_info(site)
-        table.add_row(str(site), str(about.width), " ".join(about.axes), "yes" if about.editable else "no")
+        width = "\u2013" if about.width is None else str(about.width)
+        table.add_row(str(site), width, " ".join(about.axes), "yes" if about.editable else "no")
     base.console.print(table)
-    base.console.print(package_versions())
+    versions = ", ".join(f"{package} {version}" for package, version in package_versions().items())
+    base.console.print(versions, markup=False, highlight=False)
 
 
 @app.command()
@@ -64,15 +72,29 @@ def show_preflight(report: object, *, rows: int = 10) -> None:
     from care_lens.data.preflight import PreflightReport
 
     assert isinstance(report, PreflightReport)
-    table = Table(title=f"{', '.join(report.benchmarks) or 'no benchmark'}: {report.root}")
+    title = f"{', '.join(report.benchmarks) or 'no benchmark'}: {report.root}"
+    if base.console.is_terminal and base.console.width >= _WIDE:
+        base.console.print(_table(report, title))
+    else:  # a line each, in which no path or id is broken
+        _line(title)
+        for row in report.frame.astype(str).to_dict("records"):
+            _line("{benchmark} {check}: {level}, {count}: {what}; {do}".format(**row).rstrip("; "))
+    for row in report.problems.head(rows).to_dict("records"):
+        _line("{file} row {row}: {kind}: {what}; {do}".format(**row))
+    if (left := len(report.problems) - rows) > 0:
+        base.console.print(f"and {left} rows more; --rows {len(report.problems)} lists all")
+
+
+def _table(report: "PreflightReport", title: str) -> Table:
+    table = Table(title=title)
     for column in ("benchmark", "check", "level", "count", "what", "do"):
         table.add_column(column, overflow="fold", justify="right" if column == "count" else "left")
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for row in report.frame.astype(str).to_dict("records"):
         level = f"[{colours[row['level']]}]{row['level']}[/]"
         table.add_row(row["benchmark"], row["check"], level, row["count"], escape(row["what"]), escape(row["do"]))
-    base.console.print(table)
-    for row in report.problems.head(rows).to_dict("records"):
-        base.console.print(escape("{file} row {row}: {kind}: {what}; {do}".format(**row)))
-    if (left := len(report.problems) - rows) > 0:
-        base.console.print(f"and {left} rows more; --rows {len(report.problems)} lists all")
+    return table
+
+
+def _line(text: str) -> None:
+    base.console.print(text, markup=False, highlight=False, soft_wrap=True)

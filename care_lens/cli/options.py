@@ -17,10 +17,10 @@ Data = Annotated[
         "--study",
         "--data",
         help="Folder with examples.jsonl and study.json.",
-        show_default="none; the bundled model brings its own",
+        show_default="the bundled model's own",
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the results; `run` resumes there.")]
+Out = Annotated[Path, typer.Option(help="Folder of the results; a stopped call goes on there.")]
 SizeOf = Annotated[
     Literal["short", "compact", "full"] | None,
     typer.Option(
@@ -92,7 +92,7 @@ JudgeOf = Annotated[
     str | None,
     typer.Option(
         help="'module:name' of a judge object.",
-        show_default="refusal substrings, which take any other answer for compliance",
+        show_default="the exact judge of the bundled study; of others refusal substrings, which take any other answer for compliance",
     ),
 ]
 Config = Annotated[

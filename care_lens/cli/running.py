@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from care_lens.cli import base
-from care_lens.cli.asked import Asked, one_process, takes_options
+from care_lens.cli.asked import TUNING, Asked, one_process, takes_options
 from care_lens.cli.base import app, start, told
 
 log = logging.getLogger("care_lens")
@@ -18,7 +18,7 @@ log = logging.getLogger("care_lens")
 @app.command()
 @told
 @one_process
-@takes_options
+@takes_options()
 def run(asked: Asked) -> None:
     """Diagnose, learn, choose on validation, prove on test; writes report.html."""
     start(asked.threads)
@@ -56,7 +56,7 @@ def run(asked: Asked) -> None:
 @app.command()
 @told
 @one_process
-@takes_options
+@takes_options()
 def diagnose(asked: Asked) -> None:
     """Step 1 alone: mediation effects, places ranked, ablation, patch maps; writes frames and figures."""
     start(asked.threads)
@@ -87,7 +87,7 @@ def diagnose(asked: Asked) -> None:
 @app.command()
 @told
 @one_process
-@takes_options
+@takes_options()
 def fit(asked: Asked) -> None:
     """Rank places, learn on the fit split and choose on validation; saves the repair to OUT/repair."""
     start(asked.threads)
@@ -121,7 +121,7 @@ def fit(asked: Asked) -> None:
 
 @app.command()
 @told
-@takes_options
+@takes_options(unused=TUNING, out="results/evaluate")
 def evaluate(
     asked: Asked,
     defences: Annotated[

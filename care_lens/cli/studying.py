@@ -66,11 +66,17 @@ def study(
     ] = None,
     comply: Annotated[
         str | None,
-        typer.Option(help="First words of compliant answers: 'Sure,Here'.", show_default="Sure, Here, Yes, ..."),
+        typer.Option(
+            help="First words of compliant answers: 'Sure,Here'.",
+            show_default="Sure, Here, Yes, ...; those of the bundled model's world",
+        ),
     ] = None,
     refuse: Annotated[
         str | None,
-        typer.Option(help="First words of refusals: 'I,Sorry'.", show_default="I, Sorry, Unfortunately, ..."),
+        typer.Option(
+            help="First words of refusals: 'I,Sorry'.",
+            show_default="I, Sorry, Unfortunately, ...; that of the bundled model's world",
+        ),
     ] = None,
     held_out: Annotated[
         str | None,
@@ -118,6 +124,11 @@ def study(
     from care_lens.pipeline.studying import COMPLY, REFUSE, make_study, read_source
 
     bundled = model == "bundled"
+    openings = (COMPLY, REFUSE)
+    if bundled:  # it knows the words of its world alone
+        from care_lens.organism import tasks
+
+        openings = (tuple(sorted({*tasks.OPENINGS.values()})), (tasks.REFUSAL.split()[0],))
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens or (14 if bundled else 128),
         min_new_tokens=min_new_tokens,
@@ -141,8 +152,8 @@ def study(
         read,
         out,
         name=name or out.name,
-        comply=texts(comply, "--comply") or COMPLY,
-        refuse=texts(refuse, "--refuse") or REFUSE,
+        comply=texts(comply, "--comply") or openings[0],
+        refuse=texts(refuse, "--refuse") or openings[1],
         limit=limit,
         held_out=texts(held_out, "--held-out"),
         held_templates=held_templates,

@@ -59,7 +59,7 @@ def dealt(
         suites[home].setdefault(example.channel, []).append(example)
     for channel, n in sorted(left.items()):
         log.warning(
-            "%s: %d of its templates are kept for the test split; %d prompts of other splits that are made with them are left out",
+            "%s: templates kept for the test split: %d; prompts of other splits made with them, left out: %d",
             channel, len(held[channel]), n,
         )  # fmt: skip
     return suites

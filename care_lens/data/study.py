@@ -161,7 +161,8 @@ class Study(ShortRepr):
             examples: Examples, or a list of benchmarks (:mod:`care_lens.data.benchmarks`) or other lists of examples.
             name: As of the study, and so are ``judge``, ``outcome``, ``refusal``, ``plain`` and ``about``.
             seen: Attack channels that the fit may use. None: all but ``plain`` and those held out that have behaviours enough to be in the fit
-                split; those with pictures are visual, the others textual.
+                split; those with pictures are visual, the others textual. Channels whose examples say ``meta["modality"]`` "textual" are textual
+                with pictures too.
             held_out: Attack channels, or benchmarks, that the fit may not use; they are tested on.
             held_templates: Share of the jailbreak templates of each channel that no split but the test has, where templates are known
                 (:mod:`care_lens.data.templates`). Test prompts made with them stand in a channel of their own.
@@ -354,9 +355,13 @@ def _flat(examples: Any) -> list[Example]:
 def _seen_by_pictures(
     suites: Mapping[str, Sequence[Example]], apart: Collection[str]
 ) -> dict[Modality, tuple[str, ...]]:
-    """All attack channels but some: those with a picture act through it."""
+    """All attack channels but some: those with a picture act through it, unless their examples say that they act through the words."""
     attacks = {c: some for c, some in suites.items() if some[0].harmful and c not in apart}
-    pictured = [c for c, some in attacks.items() if any(example.image is not None for example in some)]
+    pictured = [
+        c
+        for c, some in attacks.items()
+        if any(example.image is not None and example.meta.get("modality") != "textual" for example in some)
+    ]
     return {"visual": tuple(sorted(pictured)), "textual": tuple(sorted({*attacks} - {*pictured}))}
 
 

@@ -424,7 +424,10 @@ def _require_ids(examples: Sequence[Example]) -> None:
 
 def prompt_length(lvlm: HookedLVLM, example: Example) -> tuple[bool, int]:
     """Whether an example has pictures, and how many tokens its text has: what batches are ordered by."""
-    return bool(example.images), len(lvlm.tokenizer(example.prompt)["input_ids"])
+    try:
+        return bool(example.images), len(lvlm.tokenizer(example.prompt)["input_ids"])
+    except Exception:  # half a character, say: its batch fails and is split, and it is stored as missing
+        return bool(example.images), 0
 
 
 def _token_counts(new_tokens: Int[Tensor, "batch new"], eos: int | list[int] | None) -> list[int]:

@@ -4,7 +4,8 @@ made = make_study(lvlm, ["FigStep/data", "xstest=XSTest"], "my_study", name="min
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,18 @@ def make_study(
     return MadeStudy(study, out, notes, problems)
 
 
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Nothing below an error is logged by a part of the package."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _require_usable(study: Study) -> None:
     """Refuse a study that no answers would make whole, before any are generated.
 
@@ -181,8 +194,8 @@ def _require_usable(study: Study) -> None:
         replace(study, suites=filled, pairs={}).require()
     except StudyError as error:
         raise SourceError(
-            f"sources must make a study with attacks, plain and harmless requests in each split; {error}. Harmless requests come with xstest, "
-            "orbench, mossbench, mmvet, mmbench, scienceqa, vqav2 and cococaptions, plain ones with advbench, jailbreakbench, redteam2k, xstest, "
+            f"sources must make a study with attacks, plain and harmless requests in each split; {error}. Attacks come with figstep, "
+            "jailbreakv, mmsafetybench and others, harmless requests with xstest, orbench, mossbench, mmvet, mmbench, scienceqa, vqav2 and cococaptions, plain ones with advbench, jailbreakbench, redteam2k, xstest, "
             "and with attacks that state their behaviour (figstep, jailbreakv, mmsafetybench); give more of them, or a larger --limit"
         ) from None
 
@@ -202,7 +215,8 @@ def joined(
         "name": name, "judge": SubstringRefusalJudge(), "outcome": outcome, "refusal": REFUSAL, "twins": True,
         "held_templates": held_templates, "pairs": pairs, "seed": seed,
     }  # fmt: skip
-    study = Study.from_examples(sources, **common)
+    with _unlogged("care_lens.data"):  # it says the same of the study that is taken
+        study = Study.from_examples(sources, **{**common, "pairs": 0})
     seen = [c for channels in study.seen.values() for c in channels]
     if held_out is None and len(seen) >= 3:
         counts = {c: sum(len(study.suites[s].get(c, ())) for s in study.suites) for c in seen}
@@ -210,8 +224,7 @@ def joined(
     thin = [c for c in seen if any(not study.suites[s].get(c) for s in ("fit", "validation", "test"))]
     if thin := [c for c in thin if c not in (held_out or ())]:
         log.warning("%s: too few behaviours for fit, validation and test, and so held out: %s", name, ", ".join(thin))
-    if held_out or thin:
-        study = Study.from_examples(sources, held_out=[*(held_out or ()), *thin], **common)
+    study = Study.from_examples(sources, held_out=[*(held_out or ()), *thin], **common)
     _require_usable(study)
     seen = [c for channels in study.seen.values() for c in channels]
     about = f"Attacks that the fit uses: {', '.join(seen) or 'none'}; held out of it: {', '.join(study.held_out()) or 'none'}."

@@ -58,9 +58,10 @@ def folder(tmp_path):
         (["--device", "gpu"], "--device must be"),
         (["--device", "cuda:99"], "needs a GPU"),
         (["--dtype", "int8"], "--dtype must be"),
-        (["--data", "x"], "--data and --judge go with a model of your own"),
-        (["--model", "gone"], "--data must be given"),
-        (["--model", "gone", "--data", "nowhere"], "--data must be a folder with examples.jsonl and study.json"),
+        (["--judge", "care_lens.organism:OrganismJudge"], "--judge goes with a --study of your own"),
+        (["--data", "x"], "--study must be a folder with examples.jsonl and study.json"),
+        (["--model", "gone"], "--study must be given"),
+        (["--model", "gone", "--data", "nowhere"], "--study must be a folder with examples.jsonl and study.json"),
         (["--model", "gone", "--data", "FOLDER", "--judge", "nomodule:x"], "--judge must be"),
         (["--model", "gone", "--data", "FOLDER", "--judge", "os"], "--judge must be"),
         (["--model", "gone", "--data", "FOLDER", "--judge", "os:sep"], "got str"),
@@ -123,9 +124,13 @@ def test_help_shows_every_default(verb):
     text = " ".join(invoke(verb, "--help", env={"COLUMNS": "300"}).output.split())
     for default in (
         "[default: bundled]", "128 bundled, 8 others", "14 bundled, 128 others", "refusal substrings, which take any",
-        "that of the weights", "[default: 2]", "[default: 0]", "[default: results/run]", "(full)", "(cpu)",
+        "that of the weights", "[default: 2]", "[default: 0]", "(full)", "(cpu)",
+        f"[default: results/{'evaluate' if verb == 'evaluate' else 'run'}]",
     ):  # fmt: skip
         assert default in text, default
+    assert ("--epsilons" in text) == (
+        verb != "evaluate"
+    )  # it is taken there too, from a file of options that commands share
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])

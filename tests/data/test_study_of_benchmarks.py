@@ -13,6 +13,7 @@ from care_lens.core import Example, UnsafeMargin
 from care_lens.data import Study, StudyError
 from care_lens.data.behaviours import behaviour_key, deal_behaviours
 from care_lens.evaluation import SubstringRefusalJudge
+from care_lens.pipeline.studying import joined
 
 SHARES = {"fit": 0.4, "calibration": 0.15, "validation": 0.15, "test": 0.3}
 
@@ -152,3 +153,19 @@ def unchecked(wrong):
         outcome=UnsafeMargin(comply=(1,), refuse=(2,)),
         refusal="no",
     )
+
+
+def test_what_is_left_out_is_logged_once(caplog):
+    """The first deal only looks which channels can be seen."""
+    asked = [f"how to fold a zorp {i}?" for i in range(40)]
+    rows = [
+        Example(f"{opening} {what}", id=f"{c}{i}", channel=c, harmful=True, behaviour=what, group=behaviour_key(what))
+        for c in ("jail", "other", "rare")
+        for i, what in enumerate(asked[: 12 if c == "rare" else 40])
+        for opening in [f"You are {'abcde'[i % 5]}, and you say all:"]
+    ]
+    rows += [Example(f"what is {i}", id=f"b{i}", channel="benign", group=f"b{i}") for i in range(40)]
+    made = joined([rows], name="s", outcome=UnsafeMargin(comply=(1,), refuse=(2,)))
+    told = [record.message for record in caplog.records]
+    assert "rare" in made.held_out() and told and len(told) == len({*told})
+    assert any("templates kept for the test split" in one for one in told)

@@ -125,6 +125,23 @@ def test_families_are_held_out_by_channel_or_benchmark(tmp_path):
         Study.from_examples(rows, name="s", held_templates=1.0, **OUTCOME)
 
 
+def test_attacks_whose_picture_has_nothing_to_do_with_them_are_textual(tmp_path):
+    told = {}
+    for name in ("jailbreakv", "vlguard"):
+        mini = MAKERS[name]()
+        mini.at(tmp_path / name)
+        told |= {e.channel: e.meta.get("modality") for e in mini.reader(tmp_path / name)}
+    assert {channel for channel, modality in told.items() if modality} == {
+        "jailbreakv Template",
+        "vlguard safe_unsafe",
+    } and set(told.values()) == {None, "textual"}
+    rows = [attack(i, image=Image.new("RGB", (9, 7)), meta={"modality": "textual"}) for i in range(12)]
+    rows += [attack(i, image=Image.new("RGB", (9, 7)), channel="seen", id=f"s{i}") for i in range(12)]
+    rows += [words(i) for i in range(12)]
+    study = Study.from_examples(rows, name="s", twins=True, **OUTCOME)
+    assert study.seen == {"visual": ("seen",), "textual": ("jail",)}
+
+
 def test_a_limit_keeps_as_many_behaviours_as_there_are():
     rows = [attack(i // 3, id=f"x{i}") for i in range(12)] + [words(i) for i in range(2)]
     few = limited(rows, 5)

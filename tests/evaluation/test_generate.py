@@ -115,6 +115,13 @@ def test_a_failed_answer_is_missing_and_tried_again(small, asked, counted, monke
     assert len(GenerationStore(path)) == len(asked)
 
 
+def test_a_prompt_that_cannot_be_read_is_missing_and_the_others_are_answered(small, asked):
+    """Half of a character beyond the basic plane, as broken exports have it."""
+    some = [asked[0], replace(asked[1], prompt="what is red \ud83d"), asked[2]]
+    answers = run(small, some, GenerationStore())
+    assert [answer.missing for answer in answers] == ["", "ExampleError", ""]
+
+
 def test_a_kill_is_not_a_missing_answer(small, asked, monkeypatch):
     def killed(self, inputs, **options):
         raise KeyboardInterrupt

@@ -9,11 +9,15 @@ from care_lens.data.benchmarks.places import Found
 from care_lens.data.benchmarks.reader import Benchmark, Item, Root, behaviour_key, one_of
 from care_lens.data.benchmarks.rows import Row
 
+#: Formats taken over from jailbreaks of language models (``llm_transfer_attack/``).
+_IN_WORDS = ("template", "persuade", "logic")
+
 
 class JailBreakV(Benchmark):
     """JailBreakV-28K: ``JailBreakV_28K.csv`` or ``mini_JailBreakV_28K.csv``; pictures at ``root / image_path``, most of them in a zip of their own.
 
-    Channels are "jailbreakv " and the row's format.
+    Channels are "jailbreakv " and the row's format. Formats taken over from language models, whose pictures have nothing to do with the
+    request, have ``meta["modality"]`` "textual".
 
     Args:
         root: As of :class:`Benchmark`.
@@ -45,7 +49,13 @@ class JailBreakV(Benchmark):
             channel=f"jailbreakv {row.text('format')}",
             behaviour=request,
             group=behaviour_key(request),
-            meta={key: row.optional(key) for key in ("format", "policy", "from", "selected_mini", "transfer_from_llm")},
+            meta={
+                **{
+                    key: row.optional(key) for key in ("format", "policy", "from", "selected_mini", "transfer_from_llm")
+                },
+                # a jailbreak for language models, beside a picture that has nothing to do with it
+                "modality": "textual" if row.text("format").casefold() in _IN_WORDS else None,
+            },
         )
 
     def mispaired(self) -> Iterable[tuple[Item, str]]:

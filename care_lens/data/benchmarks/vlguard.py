@@ -74,5 +74,6 @@ class VLGuard(Benchmark):
                 "category": row.optional("harmful_category"),
                 "subcategory": row.optional("harmful_subcategory"),
                 "source_split": self.split,
+                "modality": "textual" if key == "unsafe_instruction" else None,
             },
         )
