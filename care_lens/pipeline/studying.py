@@ -17,8 +17,10 @@ from care_lens.core.outcome import UnsafeMargin
 from care_lens.core.processes import Process
 from care_lens.data.answers import REFUSAL
 from care_lens.data.benchmarks import READERS, Benchmark
+from care_lens.data.benchmarks.own import OwnExamples
 from care_lens.data.directory import outcome_of, write_study
 from care_lens.data.joining import limited
+from care_lens.data.jsonl import read_examples
 from care_lens.data.preflight import benchmarks_in
 from care_lens.data.study import Study, StudyError
 from care_lens.evaluation import AnswerNotes, GenerationSettings, SubstringRefusalJudge, answered_study
@@ -53,16 +55,18 @@ class MadeStudy:
     problems: dict[str, int]
 
 
-def read_source(source: str | Path, *, options: dict[str, Any] | None = None) -> Benchmark:
-    """The benchmark of a folder, zip or table.
+def read_source(source: str | Path, *, options: dict[str, Any] | None = None) -> Benchmark | list[Example]:
+    """The benchmark of a folder, zip or table, or the examples of a jsonl file of one's own.
 
     Args:
         source: A path, or "NAME=PATH" with the name of a reader (:data:`care_lens.data.benchmarks.READERS`), which is found out otherwise.
+            A jsonl file that no benchmark has, or a folder with ``examples.jsonl``, is read by :func:`~care_lens.data.read_examples`.
         options: Of the reader.
 
     Raises:
         SourceError: If no benchmark or several are found there, or the name is none. It is a ValueError.
         BenchmarkError: If its files cannot be read.
+        DataFileError: If a file of one's own is not as it must be. It is a ValueError.
     """
     name, _, path = str(source).partition("=")
     if not path:
@@ -71,6 +75,9 @@ def read_source(source: str | Path, *, options: dict[str, Any] | None = None) ->
         raise SourceError(f"the benchmark of {source!r} must be one of {sorted(READERS)}, got {name!r}")
     if not name:
         found = benchmarks_in(path)
+        own = Path(path) / "examples.jsonl" if Path(path).is_dir() else Path(path)
+        if found in ([], [OwnExamples.name]) and own.suffix == ".jsonl" and own.is_file():
+            return read_examples(own)
         if len(found) != 1 or found[0] not in READERS:
             raise SourceError(
                 f"{path} must hold one benchmark, got {found or 'none that is known'}; say which as NAME={path}, with a name out of "

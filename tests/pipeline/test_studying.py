@@ -1,10 +1,13 @@
 """Benchmarks joined to a study before any answer is generated: what is found, held out, and refused."""
 
+from dataclasses import replace
+
 import pytest
 from miniatures import MAKERS
 from test_benchmark_study import write_benchmarks
 
 from care_lens.core import Example, UnsafeMargin
+from care_lens.data import write_examples
 from care_lens.data.benchmarks import FigStep, XSTest
 from care_lens.data.preflight import benchmarks_in
 from care_lens.pipeline.studying import SourceError, joined, read_source
@@ -40,6 +43,13 @@ def test_which_benchmark_it_is_is_found_out_or_said(tmp_path):
     with pytest.raises(SourceError, match="got none that is known"):
         (tmp_path / "empty").mkdir()
         read_source(tmp_path / "empty")
+
+
+def test_examples_of_ones_own_are_a_source_as_they_are(tmp_path):
+    own = [replace(e, system="be kind", prefill="sure") for e in rows("mine", 3)]
+    write_examples(own, tmp_path / "mine.jsonl")
+    write_examples(own, tmp_path / "examples.jsonl")
+    assert read_source(tmp_path / "mine.jsonl") == read_source(tmp_path) == own
 
 
 def test_the_smallest_family_is_held_out_and_so_are_those_too_thin():
