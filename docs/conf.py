@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -123,6 +124,20 @@ def readable(app, what, name, obj, options, signature, returns):
     return (signature and signature.replace("<factory>", "..."), returns)
 
 
+#: Pages link to notebooks and the model card where they lie in the checkout, so that links work where a page is read there.
+ELSEWHERE = re.compile(
+    r"\]\((?P<up>(?:\.\./)*)\.\./(?:tutorials/(?P<notebook>\w+\.ipynb)|(?P<card>care_lens/organism/weights/README\.md))"
+)
+
+
+def brought_in(app, docname, source) -> None:
+    """Let such links lead to the copies in _generated/."""
+    source[0] = ELSEWHERE.sub(
+        lambda found: f"]({found['up']}_generated/{found['notebook'] or 'model_card.md'}", source[0]
+    )
+
+
 def setup(app) -> None:
     """Connect the above."""
+    app.connect("source-read", brought_in)
     app.connect("autodoc-process-signature", readable)

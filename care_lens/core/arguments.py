@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -173,6 +173,10 @@ def _advice(name: str, wanted: str, value: Any, hint: Any) -> str:
         return f"; write {cut(one_line(repr(value[0])), 60)}, without a list"
     if callable(value) and name == "sites":
         return "; name the sites, or choose among them: [site for site in lvlm.sites() if ...]"
+    if name == "defences" and isinstance(value, Mapping):
+        for key, one in value.items():
+            if isinstance(one, (str, os.PathLike)):
+                return f"; {key!r} is a path: read what is saved there, care_lens.defences.load_defence({str(one)!r})"
     if "Figure" in named and hasattr(value, "plot"):
         return "; give its figure, .plot()"
     advice = [text for (given, asked), text in _BY_KINDS.items() if given == kind and asked in named]

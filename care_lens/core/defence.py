@@ -4,6 +4,7 @@
 :class:`~care_lens.core.outcome.Repair` too (name, on, describe): what has no ``examples`` leaves requests as they are.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -75,6 +76,11 @@ def require_defences(defences: Mapping[str, Any]) -> None:
         "describe": "a method describe() that returns its settings",
     }
     for name, defence in defences.items():
+        if isinstance(defence, (str, os.PathLike)):
+            raise DefenceError(
+                f"defence {name!r} must be an object, got the path {str(defence)!r}; read what is saved there: "
+                "care_lens.defences.load_defence(path)"
+            )
         if defence is not None and (lacking := [needed for needed in needs if not hasattr(defence, needed)]):
             raise DefenceError(
                 f"defence {name!r} must have {', '.join(needs)}, got {type(defence).__name__} without {', '.join(lacking)}; give it "

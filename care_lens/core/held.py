@@ -1,6 +1,7 @@
 """Names that are not there: an error that lists those that are, the nearest first."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -29,11 +30,17 @@ def not_held(what: str, wanted: Any, held: Iterable[Any], *, advice: str = "") -
     """
     names = [str(name) for name in held]
     near = difflib.get_close_matches(str(wanted), names, n=3, cutoff=0.6)
+    # another number is another layer or item, no slip of the pen
+    other_number = bool(near) and _numberless(near[0]) == _numberless(str(wanted))
     shown = [*near, *(name for name in names if name not in near)][:_MOST]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     there = f"one of {', '.join(map(repr, shown))}{more}" if names else "one that is there, and there is none"
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near and not other_number else ""
     return NotHeldError(f"{what} must be {there}, got {wanted!r}{f'; {advice}' if advice else ''}{hint}")
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 class Named(dict[str, Value]):

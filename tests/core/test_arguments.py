@@ -14,6 +14,8 @@ from torch import Tensor
 
 from care_lens.core import CareLensError, Example
 from care_lens.core.arguments import _CONF, ArgumentError, checked
+from care_lens.core.defence import DefenceError, require_defences
+from care_lens.core.outcome import Repair
 from care_lens.core.protocols import Judge
 from care_lens.lvlm import HookedLVLM
 
@@ -159,3 +161,13 @@ def test_a_refusal_knows_the_arguments_that_users_mistake(room):
         call([Example("a")])
     with pytest.raises(ArgumentError, match=r"; write a list of pairs, \[\(site, function\), \.\.\.\]$"):
         call({}, ("blocks.0.hook_mlp_out", print))
+
+
+def test_a_path_among_defences_is_named(room):
+    def call(defences: Mapping[str, Repair | None]):
+        return defences
+
+    with pytest.raises(ArgumentError, match=r"; 'x' is a path: .*load_defence\('results/repair'\)$"):
+        room(call)({"x": "results/repair"})
+    with pytest.raises(DefenceError, match=r"got the path .*load_defence"):
+        require_defences({"none": None, "x": "results/repair"})

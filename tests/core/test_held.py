@@ -28,6 +28,13 @@ def test_many_names_are_counted_and_none_is_said():
     assert "; run it again" in str(not_held("site", "x", ["y"], advice="run it again"))
 
 
+def test_another_layer_is_not_meant():
+    held = ["blocks.2.hook_mlp_out", "blocks.2.hook_attn_out"]
+    told = str(not_held("site", "blocks.3.hook_mlp_out", held))
+    assert "'blocks.2.hook_mlp_out'" in told and "did you mean" not in told
+    assert "did you mean 'blocks.2.hook_mlp_out'" in str(not_held("site", "blocks.2.hook_mpl_out", held))
+
+
 def test_it_is_a_dictionary_in_all_else():
     held = Named({"a": 1}, what="channel")
     assert held == {"a": 1} and {**held} == {"a": 1} and held | {"b": 2} == {"a": 1, "b": 2}

@@ -41,11 +41,6 @@ def target_of(page: Path, link: str) -> Path:
     path = link.partition("#")[0]
     if not path:
         return page
-    if path.startswith("_generated/") or "/_generated/" in path:
-        name = Path(path).name
-        if name == "model_card.md":
-            return ROOT / "care_lens" / "organism" / "weights" / "README.md"
-        return (ROOT / "tutorials" / name).with_suffix(".ipynb")
     return (page.parent / path).resolve()
 
 
