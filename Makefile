@@ -68,6 +68,7 @@ pytest: $(READY)
 tutorials: $(READY)
 	$(BIN)/jupytext --quiet --to ipynb tutorials/*.py
 	PLOTLY_RENDERER=notebook_connected PYTHONWARNINGS=ignore $(BIN)/jupyter-execute --inplace tutorials/*.ipynb
+	$(BIN)/python docs/tidy_notebooks.py tutorials/*.ipynb
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html

@@ -49,6 +49,8 @@ def test_the_notebook_has_the_cells_of_its_script_and_their_outputs(script):
     assert sources(notebook) == sources(jupytext.read(script)), "run `make tutorials`"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code), "run `make tutorials`"
+    outputs = [one for cell in code for one in cell.outputs]
+    assert not any("%|" in one.get("text", "") for one in outputs), "progress bars: run `make tutorials`"
 
 
 @pytest.fixture(scope="module")
