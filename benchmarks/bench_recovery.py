@@ -30,6 +30,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+from care_lens.plots import theme
 from care_lens.subspace import Moments, SubspaceError, solve_pencil
 from care_lens.subspace.contrast import pencil
 from care_lens.subspace.shrinkage import Shrinkage
@@ -104,13 +105,14 @@ def fit(moments: tuple[Moments, Moments], truth: torch.Tensor, contrast: Any, sh
 
 
 def figure(frame: pd.DataFrame) -> go.Figure:
-    """Mean squared cosine against N: a row of panels a width, a column a scenario, a colour a contrast, a dash a
-    shrinkage; whiskers are the smallest and the largest repeat."""
+    """Mean squared cosine against N: a row of panels a width, a column a scenario, a colour and
+    symbol, a dash a shrinkage; whiskers are the smallest and the largest repeat."""
     widths, scenarios = sorted(frame.width.unique()), list(SCENARIOS)
     titles = [f"{scenario}, d = {width}" for width in widths for scenario in scenarios]
-    panels = make_subplots(len(widths), len(scenarios), subplot_titles=titles, shared_xaxes=True, shared_yaxes=True)
-    colours = dict(zip(CONTRASTS, ("#1b6ca8", "#c8553d", "#5c8001"), strict=True))
-    dashes = dict(zip(SHRINKAGES, ("solid", "dash", "dot", "dashdot"), strict=True))
+    panels = make_subplots(
+        len(widths), len(scenarios), subplot_titles=titles, shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.09
+    )
+    dashes = dict(zip(SHRINKAGES, theme.DASHES, strict=False))
     keys = ["width", "scenario", "contrast", "shrinkage", "n"]
     points = frame.groupby(keys).found.agg(["mean", "min", "max"]).reset_index()
     for (width, scenario, contrast, shrinkage), line in points.groupby(keys[:4]):
@@ -126,7 +128,9 @@ def figure(frame: pd.DataFrame) -> go.Figure:
                     "width": 2,
                     "thickness": 1,
                 },
-                line={"color": colours[contrast], "dash": dashes[shrinkage]},
+                mode="lines+markers",
+                marker=theme.marker(CONTRASTS.index(contrast), size=7),
+                line={"color": theme.COLOURS[CONTRASTS.index(contrast)], "dash": dashes[shrinkage]},
                 name=f"{contrast}, {shrinkage}",
                 legendgroup=f"{contrast}, {shrinkage}",
                 showlegend=(row, column) == (1, 1),
@@ -134,12 +138,14 @@ def figure(frame: pd.DataFrame) -> go.Figure:
             row=row,
             col=column,
         )
-    panels.update_xaxes(type="log", title_text="rows a class")
-    panels.update_yaxes(range=[0, 1.02])
+    panels.update_xaxes(**theme.log_axis(frame.n))
+    panels.update_xaxes(title_text="rows a class", row=len(widths))
+    panels.update_yaxes(range=[-0.03, 1.03], dtick=0.5)
     panels.update_layout(
         title=f"Share of a planted subspace that is found (mean squared cosine; {frame.seed.nunique()} repeats)",
-        height=320 * len(widths) + 120,
-        template="plotly_white",
+        height=190 * len(widths) + 130,
+        template=theme.TEMPLATE,
+        legend={"orientation": "v", "x": 1.02, "y": 1, "xanchor": "left"},
     )
     return panels
 
