@@ -1,5 +1,6 @@
 """`care-lens attack`: what it is asked for is read, and its table is that of the attacks by hand."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from care_lens import cli, organism
-from care_lens.attacks import PGD, Prefill, Spelled, registered_attacks
+from care_lens.attacks import PGD, Prefill, Spelled, kinds, registered_attacks
 from care_lens.cli.asked import Asked
 from care_lens.core import Verdict
 from care_lens.data.study import Study
@@ -188,3 +189,20 @@ def test_the_command_tells_what_is_wrong_before_it_loads_a_model(words, message,
     monkeypatch.setattr(organism, "load", lambda **_: pytest.fail("loaded"))
     result = CliRunner().invoke(cli.app, ["attack", "--out", str(tmp_path), *words])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_a_module_of_ones_own_registers_attacks(tmp_path, monkeypatch):
+    (tmp_path / "my_attacks.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from care_lens.attacks import register_attack\n\n\n"
+        "@register_attack\n@dataclass(frozen=True)\nclass MyOwn:\n    tries: int = 3\n\n"
+        "    def run(self): ...\n\n    def describe(self): ...\n"
+    )
+    runner, app = CliRunner(env={"COLUMNS": "300"}), cli.app
+    told = runner.invoke(app, ["attack", "--import", "my_attacks", "--by", "myown"])
+    assert told.exit_code == 2 and "PYTHONPATH" in told.output
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
+    told = runner.invoke(app, ["attack", "--import", "my_attacks", "--by", "myown:deep=1"])
+    sys.modules.pop("my_attacks", None)
+    assert told.exit_code == 2 and "options of MyOwn" in told.output
