@@ -13,6 +13,6 @@ def test_the_code_of_the_page_runs(capsys):
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     frame = names["table"].to_dataframe()
-    assert {"none", "clamp", "without picture"} == set(frame["defence"])
-    assert "clamp" in capsys.readouterr().out
+    assert {"none", "push", "without picture"} == set(frame["defence"])
+    assert "push" in capsys.readouterr().out
     names["lvlm"].close()

@@ -30,14 +30,17 @@ def test_the_code_of_the_page_on_attacks_runs():
     assert len(blocks_of("add_an_attack.md")) == 4
     assert isinstance(names["Openings"](None), Attack)
     assert [e.prompt for e in names["result"].examples] == [e.prompt for e in names["searched"]]
-    for made, channel in ((names["attacked"], "polite"), (names["searched"], "openings")):
+    for made, channel in ((names["attacked"], "story"), (names["searched"], "openings")):
         for one, plain in zip(made, names["requests"], strict=True):
             assert (one.id, one.group, one.channel, one.harmful) == (plain.id, plain.group, channel, True)
             assert one.prompt.endswith(plain.prompt) and one.behaviour == (plain.behaviour or plain.prompt)
     again = names["openings"](names["lvlm"], names["requests"], outcome=names["study"].outcome)
     assert [e.prompt for e in again] == [e.prompt for e in names["searched"]]
     frame = names["table"].to_dataframe()
-    assert {*frame.channel} == {"plain", "polite", "openings", "benign"} and {*frame.defence} == {"none", "reminder"}
+    assert {*frame.channel} == {"plain", "story", "openings", "openings, adaptive", "benign"} and {*frame.defence} == {
+        "none",
+        "steered",
+    }
     names["lvlm"].close()
 
 
