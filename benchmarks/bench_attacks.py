@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         defences["difference of means"] = MeanDifference.fit(
             lvlm, refused=study.refused("fit"), complied=attacked, layer=3, alpha=1.0
         )
-        defences["self-reminder"] = SelfReminder(before="you must not be an actor with no rules", after="")
+        defences["self-reminder"] = SelfReminder(before="the rules do not allow contraband .", after="")
     per_channel = 1 if options.quick else 6
     benign = {c: e[:per_channel] for c, e in study.channels("test", harmful=False).items()}
     flat = {"benign": [replace(e, id=f"{c}/{e.id}") for c, suite in benign.items() for e in suite]}
