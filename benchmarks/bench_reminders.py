@@ -47,13 +47,14 @@ def main() -> None:
                 lvlm, suites, {"none": None, "it": defence}, judge=study.judge, max_new_tokens=14, fidelity=False,
                 n_boot=10, progress=False, batch_size=128,
             )  # fmt: skip
-            found = table.frame[table.frame["defence"] == "it"]
-            asr = found[found["metric"] == "asr"].set_index("channel")["value"]
-            right = found[found["metric"] == "accuracy"]["value"].mean()
+            found = [row for row in table.frame.to_dict("records") if row["defence"] == "it"]
+            asr = {row["channel"]: row["value"] for row in found if row["metric"] == "asr"}
+            benign_values = [row["value"] for row in found if row["metric"] == "accuracy"]
+            right = sum(benign_values) / len(benign_values)
             rows.append(
                 {"defence": name.removesuffix(wording).strip(), "wording": wording, **asr, "right": right, "n": attacks}
             )
-            log.info("%-66s %s right %.2f", name, asr.round(2).to_dict(), right)
+            log.info("%-66s %s right %.2f", name, {c: round(v, 2) for c, v in asr.items()}, right)
     options.out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(options.out / "reminders.csv", index=False)
     lvlm.close()
