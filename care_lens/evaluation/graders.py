@@ -26,8 +26,9 @@ class ChoiceGrader(ShortRepr):
     The choices are the lines "A. ..." at the end of the prompt, as the readers of both write them. :func:`chosen_letter` says how a letter is read.
 
     Args:
-        circular: MMBench's circular evaluation: a question is asked with its choices turned, and is right only if every turn is. The turns are
-            the examples of one group, which each must have.
+        circular: MMBench's circular evaluation: a question is asked with its choices turned, as many times as it has choices, and is right only if
+            every turn is. The turns are the examples of one group, which each must have. A question that lacks turns (a limit, or a file with one turn of each) is
+            missing, with a warning.
         extract: Another way to read a letter: called with the text and the choices by letter; returns a letter or None.
         name: Its name in tables.
 
@@ -82,6 +83,10 @@ class ChoiceGrader(ShortRepr):
                 "one group, or take circular=False"
             )
         return example.group
+
+    def unit_size(self, example: Example) -> int:
+        """How many examples make one trial: as many turns as the question has choices where evaluation is circular, else 1."""
+        return len(choices_of(example)) if self.circular else 1
 
     def _score(self, example: Example, text: str | None, row: int) -> float:
         if text is None or example.response is None:

@@ -154,6 +154,23 @@ def test_circular_evaluation_is_right_only_if_every_turn_is():
         grade_store(store, {"vqa": VQAGrader()})
 
 
+def test_a_question_that_lacks_turns_is_missing_in_circular_evaluation(caplog):
+    turns = [question(turn, right="cat", group=group) for group in "qrs" for turn in range(4)]
+    some = [turns[0], *turns[4:6], *turns[8:]]  # 1, 2 and 4 of the 4 turns; "A" is right in the first of each
+    found = graded_trials(ChoiceGrader(circular=True), [stored(example, "A") for example in some])
+    values = found.set_index("id")["value"]
+    assert math.isnan(values["q"]) and math.isnan(values["r"]) and values["s"] == 0
+    assert "2 of 3 questions count as missing" in caplog.text and "1 of 4 of 'q'" in caplog.text
+    twice = [stored(turns[0], "A", settings=name) for name in "abcd"]  # one turn, four times, is one turn
+    assert math.isnan(graded_trials(ChoiceGrader(circular=True), twice)["value"][0])
+    caplog.clear()
+    two = [Example(f"which?\nOptions:\nA. {a}\nB. {b}", response=right, id=a, group="g", channel="mmbench")
+           for a, b, right in (("cat", "dog", "A"), ("dog", "cat", "B"))]  # fmt: skip
+    answers = [stored(example, example.response) for example in two]
+    assert graded_trials(ChoiceGrader(circular=True), answers)["value"].tolist() == [1] and not caplog.text
+    assert graded_trials(ChoiceGrader(), [stored(turns[0], "A")])["value"].tolist() == [1]
+
+
 def official_vqa(people, said):
     """The definition: for each of the people, min(the others who said it / 3, 1); the mean of these."""
     people, said = [vqa_normalised(one) for one in people], vqa_normalised(said)
