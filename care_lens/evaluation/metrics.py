@@ -4,8 +4,8 @@ where the answer is missing. Missing values are left out of denominators and cou
 there is no figure at all.
  Intervals are those of ``care_lens.core.stats``; the column ``interval`` says which it is. A rate: "clopper-pearson", exact, where
 every trial of the cell has a group of its own; "korn-graubard", at the effective number of trials, where trials share
-groups. A number: "studentised", by group. A difference of rates: "paired-rates", from the bounds of both shares. No rate and no
-difference of rates is a point because all trials came out alike.
+groups. A number: "studentised", by group. A difference of rates: "paired-rates", from the bounds of both shares; of scores
+between 0 and 1: "bounded-mean", which is Gaffke's. No rate and no difference of rates is a point because all trials came out alike.
 """
 
 import math
@@ -248,9 +248,10 @@ def paired_difference(
         _require_few_missing(missing, len(part), max_missing, what)
         groups = [row["cluster"] for row in there]
         before, after = (np.array([row[side] for row in there]) for side in ("first", "second"))
+        scores = metric in RATES
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
-        value, low, high = difference_of_means(before, after, groups, **options)
-        kind = "paired-rates" if are_binary(before, after) else "studentised"
+        value, low, high = difference_of_means(before, after, groups, scores=scores, **options)
+        kind = "paired-rates" if are_binary(before, after) else "bounded-mean" if scores else "studentised"
         names = {"channel": cell[0], "metric": metric, "first": first, "second": second}
         figure = {"value": value, "ci_low": low, "ci_high": high}
         counts = {"n": len(there), "missing": missing, "interval": kind}

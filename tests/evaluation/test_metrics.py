@@ -167,6 +167,16 @@ def test_difference_is_paired_by_example_and_clustered_by_group():
     assert same["ci_low"] < 0 == same["value"] < same["ci_high"]
 
 
+def test_no_difference_of_scores_is_a_point():
+    same = pd.concat([trials([0.3, 1.0, 0.6, 0.0] * 2, metric="score", defence=name) for name in ("none", "d")])
+    row = paired_difference(same, "none", "d", metric="score").iloc[0]
+    assert (row["ci_low"], row["value"], row["ci_high"]) == pytest.approx((-1 + 0.025 ** (1 / 8), 0, 1 - 0.025 ** (1 / 8)))
+    other = same.assign(value=same["value"].where(same["defence"] == "none", 0.5))
+    assert paired_difference(other, "none", "d", metric="score").iloc[0]["interval"] == "bounded-mean"
+    kl = paired_difference(same.assign(metric="kl"), "none", "d", metric="kl").iloc[0]
+    assert (kl["ci_low"], kl["ci_high"], kl["interval"]) == (0, 0, "studentised")
+
+
 def test_difference_leaves_out_what_either_misses():
     first, second = trials([1.0] * 99 + [NAN]), trials([NAN] + [0.0] * 99, defence="d")
     row = paired_difference(pd.concat([first, second]), "none", "d", metric="asr").iloc[0]
