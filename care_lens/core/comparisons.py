@@ -21,6 +21,8 @@ from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
+from care_lens.core.studentised import group_codes
+
 _ENUMERATED = 12
 
 
@@ -75,9 +77,7 @@ def sign_flip_test(
         raise ValueError(f"groups must be one for each of {len(values)} trials, got {len(groups)}")
     if n_draws < 1:
         raise ValueError(f"n_draws must be 1 or more, got {n_draws}")
-    labels = (
-        np.arange(len(values)) if groups is None else np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
-    )
+    labels = np.arange(len(values)) if groups is None else group_codes(groups)
     sums = np.bincount(labels, weights=values)
     sums = sums[sums != 0]
     up, down = int((sums > 0).sum()), int((sums < 0).sum())

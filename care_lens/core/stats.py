@@ -31,7 +31,7 @@ from scipy.special import ndtr, ndtri, stdtrit
 
 from care_lens.core.bounded_means import bounded_means
 from care_lens.core.rates import clopper_pearson, clustered_shares, paired_shares
-from care_lens.core.studentised import counted, draw_groups, fieller, studentised_mean
+from care_lens.core.studentised import counted, draw_groups, fieller, group_codes, studentised_mean
 
 Kind = Literal["auto", "numbers", "rates", "differences", "score differences"]
 
@@ -65,7 +65,7 @@ def cluster_bootstrap(
     Args:
         values: [n, ...] array, or a dict of such arrays whose rows belong together. With the default statistic, trailing
             axes are so many cells: one call gives the intervals of all of them.
-        groups: n labels; rows of one label are drawn together. None: every row is its own group.
+        groups: n labels; rows of one label are drawn together. None: every row is its own group, as is one whose label is None or NaN.
         statistic: Function of an array (or of the dict of arrays) of rows, to a number or an array.
         kind: What the values of a mean are: "numbers", "rates" (or shares, in [0, 1]), "differences" of paired rates
             (in [-1, 1]) or "score differences", of paired scores in [0, 1]. "auto": rates if
@@ -126,7 +126,7 @@ def _labels(lengths: Sequence[int], groups: Sequence[Any] | NDArray[Any] | None)
         raise ValueError(f"values and groups must be of one length above 0, got lengths {sorted(known)}")
     if groups is None:
         return np.arange(known.pop())
-    return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+    return group_codes(groups)
 
 
 def _interval(found: Sequence[ndarray], shape: tuple[int, ...]) -> Interval:

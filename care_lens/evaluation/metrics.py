@@ -194,8 +194,15 @@ def interval(
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    """The rows of a frame; see :func:`without_blanks`."""
+    return [{str(key): value for key, value in row.items()} for row in without_blanks(frame).to_dict("records")]
+
+
+def without_blanks(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with empty texts for groups and judges that are missing: CSV files give empty ones back as NaN, which is not equal to itself, so that rows would
+    find neither their group nor their twins."""
+    blank = [name for name in ("group", "judge") if name in frame.columns and frame[name].isna().any()]
+    return frame.assign(**{name: frame[name].astype(object).where(frame[name].notna(), "") for name in blank})
 
 
 def rows_where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
@@ -204,8 +211,9 @@ def rows_where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
 
 
 def group_of(trial: Mapping[str, Any]) -> str:
-    """The group of a trial; one without a group is its own."""
-    return trial["group"] or f"id:{trial['id']}"
+    """The group of a trial; one without a group (empty, None or NaN) is its own."""
+    group = trial["group"]
+    return f"id:{trial['id']}" if pd.isna(group) or group == "" else str(group)
 
 
 def paired_difference(
@@ -311,7 +319,7 @@ def trials_of(table: Any) -> pd.DataFrame:
     if not isinstance(trials, pd.DataFrame):
         raise TypeError(f"trials must be a DefenceTable or a frame of trials, got {type(table).__name__}")
     _require_trials(trials, 1, 0)
-    return trials
+    return without_blanks(trials)
 
 
 def _require_trials(trials: pd.DataFrame, n_boot: int, max_missing: int | float) -> None:

@@ -8,6 +8,7 @@ from scipy import stats
 
 from care_lens.core import cluster_bootstrap, clustered_rate, paired_difference, rate_ci, ratio_of_means
 from care_lens.core.bounded_means import bounded_means
+from care_lens.core.comparisons import sign_flip_test
 
 
 @pytest.fixture
@@ -256,6 +257,14 @@ def test_paired_rates_are_newcombes_where_trials_are_independent():
     assert low == pytest.approx(0.2 - np.sqrt(a**2 + b**2 - 2 * rho * a * b))
     unchanged = paired_difference(before, before)
     assert unchanged.low < 0 < unchanged.high
+
+
+@pytest.mark.parametrize("blank", [None, float("nan")])
+def test_rows_without_a_label_are_their_own_groups(blank):
+    hits = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    assert clustered_rate(hits, ["a", "a", blank, blank, blank, blank]) == clustered_rate(hits, [*"aabcde"])
+    assert clustered_rate(hits, [blank] * 6) == rate_ci(4, 6)
+    assert sign_flip_test([1, 1, 1, 1], [blank] * 4).p == sign_flip_test([1, 1, 1, 1]).p
 
 
 def test_scores_that_nothing_changed_differ_by_no_point():

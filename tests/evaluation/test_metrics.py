@@ -4,7 +4,15 @@ import pytest
 from scipy.stats import binomtest
 
 from care_lens.core import cluster_bootstrap, clustered_rate
-from care_lens.evaluation import TooManyMissingError, interval, paired_difference, summarise, verdict_trials
+from care_lens.evaluation import (
+    TooManyMissingError,
+    compare,
+    interval,
+    paired_difference,
+    rank,
+    summarise,
+    verdict_trials,
+)
 
 NAN = float("nan")
 
@@ -55,6 +63,31 @@ def test_shared_groups_that_all_agree_count_as_one_trial_each():
 
 def test_trials_without_a_group_are_their_own():
     assert summarise(trials([0.0, 1.0, 1.0], groups=[""] * 3)).iloc[0]["interval"] == "clopper-pearson"
+
+
+@pytest.mark.parametrize("blank", [NAN, None, pd.NA])
+def test_a_group_that_is_missing_is_none(blank):
+    """As a frame that was written to a CSV file and read again has it."""
+    values, groups = [0.0, 1.0] * 20, ["g"] * 2 + [blank] * 38
+    both = pd.concat([trials(values, groups=groups), trials([1.0] * 40, groups=groups, defence="d")])
+    told = both.assign(group=both["group"].astype(object).where(both["group"].notna(), ""))
+    pd.testing.assert_frame_equal(summarise(both), summarise(told))
+    assert summarise(both).iloc[0]["groups"] == 39
+    assert summarise(trials(values, groups=[blank] * 40)).iloc[0]["interval"] == "clopper-pearson"
+    for compared in (lambda frame: paired_difference(frame, "none", "d", metric="asr"), lambda frame: compare(frame, against="d")):
+        pd.testing.assert_frame_equal(compared(both), compared(told))
+
+
+def test_a_frame_survives_a_csv_file(tmp_path):
+    both = pd.concat([trials([0.0, 1.0] * 9, groups=[""] * 18, judge=""), trials([1.0] * 18, groups=[""] * 18, judge="", defence="d")])
+    both.to_csv(tmp_path / "t.csv", index=False)
+    again = pd.read_csv(tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(summarise(again), summarise(both))
+    pd.testing.assert_frame_equal(rank(again), rank(both))
+
+
+def test_groups_may_be_numbers():
+    assert summarise(trials([0.0, 1.0, 1.0], groups=[0, 0, 1])).iloc[0]["groups"] == 2  # 0 is a group, not the lack of one
 
 
 def test_a_rate_of_few_clustered_trials_is_covered():
