@@ -134,6 +134,13 @@ def graded_scores(grader: Grader, answers: Sequence[StoredAnswer], examples: Seq
             if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isinf(value):
                 raise JudgeError(f"grader {grader.name!r} must return numbers, got {value!r:.40} for {answers[i].id!r}")
             scores[i] = NAN if text is None else float(value)
+    untold = [i for i, answer in enumerate(answers) if not answer.missing and math.isnan(scores[i])]
+    if untold:
+        first = answers[untold[0]]
+        log.warning(
+            "%s: %d of %d answers cannot be graded and count as missing, such as that of %r in channel %r: their examples have no truth or reference that %s can use",
+            grader.name, len(untold), len(answers), first.id, first.channel, grader.name,
+        )  # fmt: skip
     return scores
 
 

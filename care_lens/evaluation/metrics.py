@@ -36,6 +36,9 @@ BENIGN_METRICS: Mapping[str, Verdict] = {"accuracy": Verdict.COMPLIED, "refusal"
 RATES = ("asr", "refusal", "accuracy", "agreement", "retained", "sarr", "score", "circular")
 """Metrics that are shares of trials, or means of shares ("score", where an answer can be partly right); the others are means of numbers."""
 
+_JUDGED = ("asr", "refusal", "sarr")
+"""Metrics that only a judge makes; the others may be a grader's, which needs a truth."""
+
 DIVERGENCES = ("kl", "kl_answer")
 """Metrics that are never below 0."""
 
@@ -132,7 +135,7 @@ def summarise(
         there = [row for row in part if not math.isnan(row["value"])]
         missing = len(part) - len(there)
         what = "defence {defence!r}, channel {channel!r}, metric {metric!r}".format(**names)
-        _require_few_missing(missing, len(part), max_missing, what)
+        _require_few_missing(missing, len(part), max_missing, what, names["metric"])
         groups = [group_of(row) for row in there]
         values = np.array([row["value"] for row in there], dtype=np.float64)
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
@@ -253,7 +256,7 @@ def paired_difference(
         there = [row for row in part if not math.isnan(row["first"] + row["second"])]
         missing = len(part) - len(there)
         what = f"{first!r} against {second!r}, channel {cell[0]!r}, metric {metric!r}"
-        _require_few_missing(missing, len(part), max_missing, what)
+        _require_few_missing(missing, len(part), max_missing, what, metric)
         groups = [row["cluster"] for row in there]
         before, after = (np.array([row[side] for row in there]) for side in ("first", "second"))
         scores = metric in RATES
@@ -350,9 +353,15 @@ def _cells(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[An
     return cells
 
 
-def _require_few_missing(missing: int, total: int, limit: int | float, what: str) -> None:
-    if missing > limit * total or missing == total:
+def _require_few_missing(missing: int, total: int, limit: int | float, what: str, metric: str) -> None:
+    advice = "the log names the errors, and a rerun with the same store tries those answers again"
+    if metric not in _JUDGED:
+        advice = (
+            "the log tells them apart: answers that failed, which a rerun with the same store tries again, and answers that cannot be graded, since their examples have no "
+            "truth or reference or a question lacks turns: of those leave the examples out or give them what they lack"
+        )
+    # 0.29 * 100 is 28.999999999999996, and 29 of 100 are 29 %
+    if missing > limit * total + 1e-9 * total or missing == total:
         raise TooManyMissingError(
-            f"at most {limit:.1%} of the answers of a cell may be missing, got {missing} of {total} for "
-            f"{what}; the log names the errors, and a rerun with the same store tries those answers again"
+            f"at most {limit:.1%} of the answers of a cell may be missing, got {missing} of {total} for {what}; {advice}"
         )

@@ -37,7 +37,9 @@ def channels_section(made: ReportParts) -> str:
 
 def _card(made: ReportParts, channel: str, example: Example | None) -> str:
     meaning = (
-        made.run.study.meanings.get(channel) or GRADIENT.get(channel) or "The study does not describe it; see the example."
+        made.run.study.meanings.get(channel)
+        or GRADIENT.get(channel)
+        or "The study does not describe it; see the example."
     )
     told: list[tuple[str, str]] = []
     ids = [example.id] if example is not None else sorted({i for _, c, i in made.answers if c == channel})[:1]

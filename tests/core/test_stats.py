@@ -277,7 +277,7 @@ def test_scores_that_nothing_changed_differ_by_no_point():
     assert paired_difference(same, same) == (0, 0, 0)  # numbers of the real line
     before, after = np.array([1.0] * 6 + [0.0] * 4), np.array([1.0] * 3 + [0.0] * 7)
     assert paired_difference(before, after, scores=True) == paired_difference(before, after)
-    with pytest.raises(ValueError, match="second must be between 0 and 1 to be scores, got 0.0 to 7.0"):
+    with pytest.raises(ValueError, match="second must be between 0 and 1 to be scores"):
         paired_difference(same, same * 7, scores=True)
 
 

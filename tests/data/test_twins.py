@@ -134,7 +134,10 @@ def test_a_limit_keeps_as_many_behaviours_as_there_are():
 
 def test_a_limit_keeps_the_turns_of_a_question_together():
     def turns(question, n):
-        return [Example("which?", id=f"{question}/{t}", group=question, channel="mmbench", meta={"turn": str(t)}) for t in range(n)]
+        return [
+            Example("which?", id=f"{question}/{t}", group=question, channel="mmbench", meta={"turn": str(t)})
+            for t in range(n)
+        ]
 
     first, second, third = turns("q", 4), turns("r", 2), turns("s", 4)
     rows = [*first[:2], *second, *third, *first[2:]]

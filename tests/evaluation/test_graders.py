@@ -119,7 +119,12 @@ def test_options_inside_of_a_choice_are_none():
 def test_one_example_that_cannot_be_graded_does_not_cost_the_others_their_scores(caplog):
     good, bad = question(), Example(question().prompt, response="E", id="odd")
     found = ChoiceGrader().scores([good, bad], ["B", "B"])
-    assert found[0] == 1 and math.isnan(found[1]) and "1 of 2 answers are not graded" in caplog.text and "'odd'" in caplog.text
+    assert (
+        found[0] == 1
+        and math.isnan(found[1])
+        and "1 of 2 answers are not graded" in caplog.text
+        and "'odd'" in caplog.text
+    )
     people = Example("x", meta={"answers": '["a"]'})
     assert VQAGrader().scores([people, Example("x", meta={"answers": "a"})], ["a", "a"])[0] == 1
     pictures = [Example("x", meta={"captions": json.dumps([text])}) for text in ("a red cat sits", "two dogs run")]
@@ -238,6 +243,13 @@ def test_a_question_that_lacks_turns_is_missing_in_circular_evaluation(caplog):
     answers = [stored(example, example.response) for example in two]
     assert graded_trials(ChoiceGrader(circular=True), answers)["value"].tolist() == [1] and not caplog.text
     assert graded_trials(ChoiceGrader(), [stored(turns[0], "A")])["value"].tolist() == [1]
+
+
+def test_answers_without_a_truth_are_told_from_missing_ones(caplog):
+    told, untold = question(), Example("which?", id="u", channel="mmbench")
+    found = graded_trials(ChoiceGrader(), [stored(told, "B"), stored(untold, "B"), stored(question(1), None)])
+    assert found["value"].isna().tolist() == [False, True, True]
+    assert "1 of 3 answers cannot be graded" in caplog.text and "'u'" in caplog.text
 
 
 def official_vqa(people, said):
