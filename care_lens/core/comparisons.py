@@ -21,7 +21,10 @@ from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
+from care_lens.core.studentised import group_codes
+
 _ENUMERATED = 12
+_ROUNDING = 1e-9  # of the size of what is summed
 
 
 class SignFlip(NamedTuple):
@@ -75,11 +78,10 @@ def sign_flip_test(
         raise ValueError(f"groups must be one for each of {len(values)} trials, got {len(groups)}")
     if n_draws < 1:
         raise ValueError(f"n_draws must be 1 or more, got {n_draws}")
-    labels = (
-        np.arange(len(values)) if groups is None else np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
-    )
+    labels = np.arange(len(values)) if groups is None else group_codes(groups)
     sums = np.bincount(labels, weights=values)
-    sums = sums[sums != 0]
+    # 0.1 + 0.2 - 0.3 is no difference, though it is not 0 to the bit.
+    sums = sums[np.abs(sums) > _ROUNDING * np.bincount(labels, weights=np.abs(values))]
     up, down = int((sums > 0).sum()), int((sums < 0).sum())
     alone = len(np.unique(labels)) == len(values)
     if alone and np.isin(values, (-1.0, 0.0, 1.0)).all():
@@ -88,7 +90,7 @@ def sign_flip_test(
     if (sums == np.round(sums)).all():
         return SignFlip(_counted(np.abs(sums).astype(np.int64), abs(int(sums.sum()))), "sign-flip-exact", up, down)
     seen, size = abs(float(sums.sum())), float(np.abs(sums).sum())
-    least = seen - 1e-9 * size  # sums that are equal but for rounding count
+    least = seen - _ROUNDING * size  # sums that are equal but for rounding count
     if len(sums) <= _ENUMERATED:
         patterns = np.array(list(itertools.product((-1.0, 1.0), repeat=len(sums))))
         return SignFlip(float((np.abs(patterns @ sums) >= least).mean()), "sign-flip-exact", up, down)

@@ -9,6 +9,8 @@ is the ordinary case. What interval it is depends on what the values are (``kind
 - "rates" (0 or 1): Clopper-Pearson at the effective number of trials (``care_lens.core.rates``), exact where no trials share a
   group. All failures, or all successes, do not give a point.
 - "differences" of paired rates (-1, 0 or 1): from the bounds of both shares. All zeros do not give a point.
+- "score differences", of paired scores between 0 and 1 of which some are partly right: Gaffke's interval of bounded means
+  (``care_lens.core.bounded_means``). All zeros do not give a point.
 - other statistics: the same studentised interval of the jackknife's pseudo-values, joined with the bootstrap's BCa interval.
 - :func:`ratio_of_means`: Fieller's, with the studentised bootstrap's critical values.
 
@@ -27,10 +29,11 @@ from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri, stdtrit
 
+from care_lens.core.bounded_means import bounded_means
 from care_lens.core.rates import clopper_pearson, clustered_shares, paired_shares
-from care_lens.core.studentised import counted, draw_groups, fieller, studentised_mean
+from care_lens.core.studentised import counted, draw_groups, fieller, group_codes, studentised_mean
 
-Kind = Literal["auto", "numbers", "rates", "differences"]
+Kind = Literal["auto", "numbers", "rates", "differences", "score differences"]
 
 
 class Interval(NamedTuple):
@@ -62,10 +65,10 @@ def cluster_bootstrap(
     Args:
         values: [n, ...] array, or a dict of such arrays whose rows belong together. With the default statistic, trailing
             axes are so many cells: one call gives the intervals of all of them.
-        groups: n labels; rows of one label are drawn together. None: every row is its own group.
+        groups: n labels; rows of one label are drawn together. None: every row is its own group, as is one whose label is None or NaN.
         statistic: Function of an array (or of the dict of arrays) of rows, to a number or an array.
-        kind: What the values of a mean are: "numbers", "rates" (or shares, in [0, 1]) or "differences" of paired rates
-            (in [-1, 1]). "auto": rates if
+        kind: What the values of a mean are: "numbers", "rates" (or shares, in [0, 1]), "differences" of paired rates
+            (in [-1, 1]) or "score differences", of paired scores in [0, 1]. "auto": rates if
             every value of the array is 0 or 1, differences if every one is -1, 0 or 1, else numbers; an array of zeros
             alone counts as rates, whose interval is the wider one. Say "numbers" where they are measurements.
         bounds: The least and the largest value that another statistic can have (0 and 1 of an AUC): no end lies beyond,
@@ -123,7 +126,7 @@ def _labels(lengths: Sequence[int], groups: Sequence[Any] | NDArray[Any] | None)
         raise ValueError(f"values and groups must be of one length above 0, got lengths {sorted(known)}")
     if groups is None:
         return np.arange(known.pop())
-    return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+    return group_codes(groups)
 
 
 def _interval(found: Sequence[ndarray], shape: tuple[int, ...]) -> Interval:
@@ -138,7 +141,7 @@ def _kind_of(values: ndarray, kind: str) -> str:
         if not np.isin(values, (-1.0, 0.0, 1.0)).all():
             return "numbers"
         return "differences" if (values < 0).any() else "rates"
-    least = {"rates": 0.0, "differences": -1.0}.get(kind)
+    least = {"rates": 0.0, "differences": -1.0, "score differences": -1.0}.get(kind)
     if least is not None and not ((values >= least) & (values <= 1)).all():
         raise ValueError(
             f"values must be between {least:g} and 1 to be {kind}, got {np.nanmin(values)} to {np.nanmax(values)}; use "
@@ -154,6 +157,8 @@ def _of_means(
         return clustered_shares(values, labels, confidence)
     if kind == "differences":
         return paired_shares(values, labels, confidence)
+    if kind == "score differences":
+        return bounded_means(values, labels, (-1.0, 1.0), confidence)
     return studentised_mean(values, labels, _times(labels, n_boot, seed), confidence)
 
 
@@ -353,6 +358,7 @@ def paired_difference(
     second: ArrayLike,
     groups: Sequence[Any] | NDArray[Any] | None = None,
     *,
+    scores: bool = False,
     n_boot: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -364,6 +370,7 @@ def paired_difference(
         second: [n] the same trials under the second. Where all of both are 0 or 1 it is a difference of rates, which does not
             give a point when nothing changed.
         groups: n labels to cluster by; None: every row is its own group.
+        scores: Whether both are scores that lie in [0, 1] by what they are, such as VQA accuracy. Their difference does not give a point either.
         n_boot: Number of resamples.
         seed: Seed of the generator.
         confidence: Coverage aimed at.
@@ -372,7 +379,11 @@ def paired_difference(
         ``(difference, low, high)``.
 
     Raises:
-        ValueError: If the two differ in shape, or as :func:`cluster_bootstrap` does.
+        ValueError: If the two differ in shape, scores are outside [0, 1], or as :func:`cluster_bootstrap` does.
+
+    Example:
+        >>> [round(end, 2) for end in paired_difference([0.3, 1.0, 0.6] * 4, [0.3, 1.0, 0.6] * 4, scores=True)]
+        [0.0, -0.26, 0.26]
     """
     try:
         a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -380,7 +391,13 @@ def paired_difference(
         raise ValueError(f"first and second must be numbers, got {first!r:.40} and {second!r:.40} ({error})") from None
     if a.shape != b.shape:
         raise ValueError(f"first and second must be of the same shape, got {a.shape} and {b.shape}")
-    kind = "differences" if are_binary(a, b) else "numbers"
+    for name, part in (("first", a), ("second", b)) if scores else ():
+        if not ((part >= 0) & (part <= 1)).all():
+            raise ValueError(
+                f"{name} must be between 0 and 1 to be scores, got {np.nanmin(part)} to {np.nanmax(part)}; take scores=False, or leave out "
+                "missing ones"
+            )
+    kind = "differences" if are_binary(a, b) else "score differences" if scores else "numbers"
     return cluster_bootstrap(a - b, groups, kind=kind, n_boot=n_boot, seed=seed, confidence=confidence)
 
 

@@ -16,7 +16,11 @@ The factor 1 - 5/G is calibrated by simulation (``benchmarks/bench_intervals.py`
 Source: Efron and Tibshirani 1993, chapter 12; Davison and Hinkley 1997, sections 3.8 and 5.2; Fieller 1954 for ratios.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.special import stdtrit
@@ -31,6 +35,16 @@ _CELLS = 512
 def draw_groups(n_groups: int, n_boot: int, seed: int) -> Int[ndarray, "n_boot n_groups"]:
     """The groups of every resample, with replacement; the same seed gives the same ones."""
     return np.random.default_rng(seed).integers(n_groups, size=(n_boot, n_groups))
+
+
+def group_codes(groups: Sequence[Any] | ndarray) -> Int[ndarray, " n"]:
+    """The group of each row as a number from 0; a row whose label is missing (None, NaN) is a group by itself, not one with all others that lack theirs."""
+    labels = np.asarray(groups, dtype=object)
+    codes = np.unique(labels.astype(str), return_inverse=True)[1]
+    alone = pd.isna(labels)
+    if not alone.any():
+        return codes
+    return np.unique(np.where(alone, len(labels) + np.arange(len(labels)), codes), return_inverse=True)[1]
 
 
 def counted(draws: Int[ndarray, "n_boot n_groups"]) -> Float[ndarray, "n_boot n_groups"]:

@@ -92,6 +92,9 @@ def held_channels(examples: Sequence[Example], held_out: Sequence[str]) -> set[s
 def limited(examples: Sequence[Example], n: int | None) -> list[Example]:
     """At most n examples a channel, of as many behaviours as there are and in a stable order; None: all.
 
+    A question that is asked in turns (examples of one channel and group with a ``meta["turn"]``, as MMBench's have) is kept whole or left out, since circular
+    evaluation needs all of its turns. A channel keeps one such question even if it has more turns than n.
+
     Args:
         examples: Of any channels.
         n: 1 or more.
@@ -103,16 +106,24 @@ def limited(examples: Sequence[Example], n: int | None) -> list[Example]:
         return list(examples)
     if n < 1:
         raise ValueError(f"n must be 1 or more, or None for all, got {n}")
+    turned: dict[tuple[str, str], list[int]] = {}
     seen: Counter[tuple[str, str]] = Counter()
-    ranked: list[tuple[int, int]] = []
+    ranked: list[tuple[int, int, list[int]]] = []
     for index, example in enumerate(examples):
         key = (example.channel, example.group or example.id)
-        ranked.append((seen[key], index))
+        if "turn" in example.meta and key in turned:
+            turned[key].append(index)
+            continue
+        members = [index]
+        if "turn" in example.meta:
+            turned[key] = members
+        ranked.append((seen[key], index, members))
         seen[key] += 1
     kept: list[int] = []
     taken: Counter[str] = Counter()
-    for _, index in sorted(ranked):
-        if taken[examples[index].channel] < n:
-            taken[examples[index].channel] += 1
-            kept.append(index)
+    for _, index, members in sorted(ranked):
+        channel = examples[index].channel
+        if not taken[channel] or taken[channel] + len(members) <= n:
+            taken[channel] += len(members)
+            kept += members
     return [examples[index] for index in sorted(kept)]

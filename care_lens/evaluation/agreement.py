@@ -21,7 +21,7 @@ from numpy import ndarray
 
 from care_lens.core.outcome import Verdict
 from care_lens.core.stats import Interval, cluster_bootstrap, clustered_rate
-from care_lens.evaluation.metrics import group_of, records
+from care_lens.evaluation.metrics import group_of, records, without_blanks
 
 #: What an answer is in a frame of verdicts.
 ANSWER = ("defence", "channel", "id", "group", "seed")
@@ -121,6 +121,7 @@ def judge_agreement(
     lacking = [column for column in (*ANSWER, "judge", "verdict") if column not in verdicts.columns]
     if lacking:
         raise ValueError(f"verdicts must be frames of judge_store, got none of the columns {lacking}")
+    verdicts = without_blanks(verdicts)
     judges = list(dict.fromkeys(verdicts["judge"]))
     if len(judges) < 2:
         raise ValueError(f"verdicts must be of two judges or more, got {judges}; join their frames with pandas.concat")

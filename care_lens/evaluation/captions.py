@@ -17,7 +17,7 @@ import numpy as np
 from care_lens.core.display import ShortRepr, brief
 from care_lens.core.examples import Example
 from care_lens.core.verdicts import JudgeError, require_texts
-from care_lens.evaluation.graders import listed
+from care_lens.evaluation.graders import listed, require_some
 from care_lens.evaluation.refusal import own_words
 
 _SIGMA, _LONGEST = 6.0, 4
@@ -55,16 +55,21 @@ class CaptionGrader(ShortRepr):
         }
 
     def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
-        """The score of each caption; NaN for a missing one or a picture without references.
+        """The score of each caption; NaN for a missing one or a picture without references, and, with a warning, for one whose references are not JSON.
 
         Raises:
-            JudgeError: If there is not one text for each example, or the weights would be counted from fewer than two pictures.
+            JudgeError: If there is not one text for each example, the weights would be counted from fewer than two pictures, or the references are JSON in none.
         """
         require_texts(examples, texts)
-        references = [
-            listed(example, "captions", row) or ([example.response] if example.response else [])
-            for row, example in enumerate(examples)
-        ]
+        references: list[list[str]] = []
+        errors: list[JudgeError] = []
+        for row, example in enumerate(examples):
+            try:
+                references.append(listed(example, "captions", row) or ([example.response] if example.response else []))
+            except JudgeError as error:
+                errors.append(error)
+                references.append([])
+        require_some(self.name, errors, any(references), len(examples))
         corpus = [held for held in (references if self._corpus is None else self._corpus) if held]
         if not corpus:
             return [float("nan")] * len(texts)

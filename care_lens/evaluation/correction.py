@@ -17,7 +17,7 @@ mistake in 20 labels is not taken for perfect; trials that share groups count as
 Source: Rogan and Gladen 1978; Lang and Reiczigel 2014 (Prev. Vet. Med. 113:13-22); Angelopoulos et al. 2023 (arXiv:2301.09633).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -29,8 +29,9 @@ from scipy.special import ndtri
 from care_lens.core.outcome import Verdict
 from care_lens.core.rates import effective_trials
 from care_lens.core.stats import Interval, cluster_bootstrap, clustered_rate
+from care_lens.core.studentised import group_codes
 from care_lens.core.verdicts import JudgeError
-from care_lens.evaluation.metrics import group_of, records
+from care_lens.evaluation.metrics import group_of, records, without_blanks
 
 Method = Literal["rogan-gladen", "ppi"]
 
@@ -196,10 +197,10 @@ def corrected_rates(
         )
     truth = _labels(labels)
     rows: list[dict[str, Any]] = []
-    for judge, part in verdicts.groupby("judge", sort=False):
+    for judge, part in without_blanks(verdicts).groupby("judge", sort=False):
         said = {tuple(row[key] for key in KEY): row for row in records(part)}
-        if strange := sorted(set(truth) - set(said)):
-            raise ValueError(f"labels must be of answers in verdicts, got {len(strange)} others, such as {strange[0]}")
+        if strange := [key for key in truth if key not in said]:
+            raise ValueError(_strangers(strange, said))
         known = {
             key: label for key, label in truth.items() if Verdict.MISSING not in (label, Verdict(said[key]["verdict"]))
         }
@@ -328,7 +329,7 @@ def _labels(labels: pd.DataFrame) -> dict[tuple[Any, ...], Verdict]:
     found: dict[tuple[Any, ...], Verdict] = {}
     for row in records(labels):
         label = row["label"]
-        if label is None or label != label or label == "":
+        if pd.isna(label) or label == "":
             continue
         if label not in allowed:
             raise ValueError(f"label must be one of {allowed}, got {label!r} for {row['id']!r}")
@@ -341,6 +342,18 @@ def _labels(labels: pd.DataFrame) -> dict[tuple[Any, ...], Verdict]:
     return found
 
 
+def _strangers(strange: Sequence[tuple[Any, ...]], said: Collection[tuple[Any, ...]]) -> str:
+    """Why labels are of no answer: the answers' ids are texts, which a table program or ``read_csv`` makes numbers of."""
+    what = f"labels must be of answers in verdicts, got {len(strange)} others, such as {strange[0]}"
+    types = {type(key[2]).__name__ for key in said}
+    if odd := sorted({type(key[2]).__name__ for key in strange} - types):
+        return (
+            f"{what}, whose id is of type {odd[0]}; the ids of verdicts are of type {sorted(types)[0]}, such as {next(iter(said))[2]!r}: read the labels with "
+            'pandas.read_csv(path, dtype={"id": str}), which keeps zeros in front, from a file that kept them too'
+        )
+    return f"{what}; give the labels of sample_for_labels(verdicts), with its columns {list(KEY)} as they were"
+
+
 def _binary(values: ArrayLike, name: str) -> ndarray:
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or not len(found) or not np.isin(found, (0.0, 1.0)).all():
@@ -351,12 +364,12 @@ def _binary(values: ArrayLike, name: str) -> ndarray:
 def _groups(groups: Sequence[Any] | None, n: int, name: str) -> ndarray:
     if groups is not None and len(groups) != n:
         raise ValueError(f"{name} must be one for each of {n} answers, got {len(groups)}")
-    return np.arange(n) if groups is None else np.asarray(groups, dtype=str)
+    return np.arange(n) if groups is None else group_codes(groups)
 
 
 def _share(values: ndarray, groups: ndarray, confidence: float) -> tuple[float, float]:
     """A share and the number of independent trials that it rests on."""
-    labels = np.unique(groups, return_inverse=True)[1]
+    labels = np.unique(groups, return_inverse=True)[1]  # of a part of them
     return float(values.mean()), float(effective_trials(values[:, None], labels, confidence)[0])
 
 

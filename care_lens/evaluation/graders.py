@@ -9,6 +9,8 @@ leaving it out would make a defence that breaks the model look harmless.
 """
 
 import json
+import logging
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from care_lens.core.display import ShortRepr, brief
@@ -19,6 +21,8 @@ from care_lens.evaluation.grading import NAN
 from care_lens.evaluation.normalise import plain_words, vqa_normalised
 from care_lens.evaluation.refusal import own_words, says_something
 
+log = logging.getLogger(__name__)
+
 
 class ChoiceGrader(ShortRepr):
     """Multiple choice: right if the letter that the answer names is the example's ``response``. For MMBench and ScienceQA.
@@ -26,8 +30,9 @@ class ChoiceGrader(ShortRepr):
     The choices are the lines "A. ..." at the end of the prompt, as the readers of both write them. :func:`chosen_letter` says how a letter is read.
 
     Args:
-        circular: MMBench's circular evaluation: a question is asked with its choices turned, and is right only if every turn is. The turns are
-            the examples of one group, which each must have.
+        circular: MMBench's circular evaluation: a question is asked with its choices turned, as many times as it has choices, and is right only if
+            every turn is. The turns are the examples of one group, which each must have. A question that lacks turns (a limit, or a file with one turn of each) is
+            missing, with a warning.
         extract: Another way to read a letter: called with the text and the choices by letter; returns a letter or None.
         name: Its name in tables.
 
@@ -60,13 +65,13 @@ class ChoiceGrader(ShortRepr):
     def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
         """1 for the right letter, 0 for another or none; NaN for a missing answer or an example without a right letter.
 
+        An example whose right letter is not among its choices is NaN too, with a warning.
+
         Raises:
-            JudgeError: If there is not one text for each example, or the right letter is not among the choices.
+            JudgeError: If there is not one text for each example, or none has its right letter among its choices.
         """
         require_texts(examples, texts)
-        return [
-            self._score(example, text, row) for row, (example, text) in enumerate(zip(examples, texts, strict=True))
-        ]
+        return each_score(self.name, self._score, examples, texts)
 
     def unit(self, example: Example) -> str:
         """What makes one trial: the question where evaluation is circular, else the example.
@@ -82,6 +87,10 @@ class ChoiceGrader(ShortRepr):
                 "one group, or take circular=False"
             )
         return example.group
+
+    def unit_size(self, example: Example) -> int:
+        """How many examples make one trial: as many turns as the question has choices where evaluation is circular, else 1."""
+        return len(choices_of(example)) if self.circular else 1
 
     def _score(self, example: Example, text: str | None, row: int) -> float:
         if text is None or example.response is None:
@@ -129,20 +138,22 @@ class VQAGrader(ShortRepr):
     def scores(self, examples: Sequence[Example], texts: Sequence[str | None]) -> list[float]:
         """The accuracy of each answer; NaN for a missing one or an example without answers.
 
+        An example whose ``meta["answers"]`` is no JSON list of texts is NaN too, with a warning.
+
         Raises:
-            JudgeError: If there is not one text for each example, or ``meta["answers"]`` is no JSON list of texts.
+            JudgeError: If there is not one text for each example, or ``meta["answers"]`` is such a list in none.
         """
         require_texts(examples, texts)
-        return [
-            self._score(example, text, row) for row, (example, text) in enumerate(zip(examples, texts, strict=True))
-        ]
+        return each_score(self.name, self._score, examples, texts)
 
     def _score(self, example: Example, text: str | None, row: int) -> float:
         people = listed(example, "answers", row)
         if text is None or not people:
             return NAN
         said, people = vqa_normalised(own_words(example, text) or ""), [vqa_normalised(answer) for answer in people]
-        same = [answer == said for answer in people]
+        # An article alone is normalised to nothing, which an answer that says nothing must not equal.
+        spoken = says_something(own_words(example, text))
+        same = [answer == said and spoken for answer in people]
         if len(people) == 1:
             return float(same[0])
         if not self.leave_one_out:
@@ -154,7 +165,7 @@ class OpenAnswerGrader(ShortRepr):
     """Open answers with a short truth, without asking a model: the share of the parts of the truth that the answer holds. In the way of MM-Vet (Yu et al. 2023).
 
     ``response`` is the truth; <AND> joins parts that must all be there, <OR> ways to say it. A part is held if its words stand in the answer in a row, case, punctuation and
-    articles aside. It sees no synonyms, and figures are not those of MM-Vet's own grader, a language model: that is
+    articles aside. A part that is nothing but articles or signs ("A", "+") is held if it stands in the answer as it is written, between spaces or punctuation. It sees no synonyms, and figures are not those of MM-Vet's own grader, a language model: that is
     :class:`~care_lens.evaluation.asked.MMVetGrader`.
 
     Args:
@@ -191,14 +202,74 @@ class OpenAnswerGrader(ShortRepr):
 
     def _score(self, example: Example, text: str | None) -> float:
         ways = [
-            [plain_words(part) for part in way.split("<AND>") if says_something(part)]
+            [part for part in way.split("<AND>") if says_something(part)]
             for way in (example.response or "").split("<OR>")
         ]
         ways = [way for way in ways if way]
         if text is None or not ways:
             return NAN
-        said = f" {plain_words(own_words(example, text) or '')} "
-        return max(sum(f" {part} " in said for part in way) / len(way) for way in ways)
+        said = own_words(example, text) or ""
+        return max(sum(_holds(said, part) for part in way) / len(way) for way in ways)
+
+
+def _holds(said: str, part: str) -> bool:
+    """Whether an answer holds a part of the truth."""
+    if words := plain_words(part):
+        return f" {words} " in f" {plain_words(said)} "
+    tokens, wanted = _tokens(said), _tokens(part)
+    # Case tells the letter A from the article, but not where the answer says nothing else.
+    return f" {wanted} " in f" {tokens} " or (bool(wanted) and tokens.casefold() == wanted.casefold())
+
+
+def _tokens(text: str) -> str:
+    """What stands between spaces in a text, as it is written but without punctuation around it."""
+
+    def bare(token: str) -> str:
+        kept = [i for i, sign in enumerate(token) if not unicodedata.category(sign).startswith("P")]
+        return token[kept[0] : kept[-1] + 1] if kept else ""
+
+    return " ".join(filter(None, map(bare, text.split())))
+
+
+def each_score(
+    name: str,
+    score: Callable[[Example, str | None, int], float],
+    examples: Sequence[Example],
+    texts: Sequence[str | None],
+) -> list[float]:
+    """The score of each answer; an example that cannot be graded as it is written is NaN with a warning, so that it does not cost the others theirs.
+
+    Raises:
+        JudgeError: What the first example raised, if none could be graded: then the data or the grader is another one than was meant.
+    """
+    found: list[float] = []
+    errors: list[JudgeError] = []
+    for row, (example, text) in enumerate(zip(examples, texts, strict=True)):
+        try:
+            found.append(score(example, text, row))
+        except JudgeError as error:
+            errors.append(error)
+            found.append(NAN)
+    require_some(name, errors, any(value == value for value in found), len(found))
+    return found
+
+
+def require_some(name: str, errors: Sequence[JudgeError], some: bool, n: int) -> None:
+    """Warn of examples that cannot be graded, counted and with the first error.
+
+    Args:
+        name: The grader's.
+        errors: One for each such example.
+        some: Whether others can be graded.
+        n: How many examples there are.
+
+    Raises:
+        JudgeError: The first error, if no others can be.
+    """
+    if errors and not some:
+        raise errors[0]
+    if errors:
+        log.warning("%s: %d of %d answers are not graded and count as missing: %s", name, len(errors), n, errors[0])
 
 
 def listed(example: Example, key: str, row: int) -> list[str]:

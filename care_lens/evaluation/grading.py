@@ -1,5 +1,6 @@
 """What a grader is, and the trials that grading answers gives."""
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +14,8 @@ from care_lens.evaluation.store import GenerationStore, StoredAnswer
 
 NAN = float("nan")
 
+log = logging.getLogger(__name__)
+
 
 @runtime_checkable
 class Grader(Protocol):
@@ -22,7 +25,8 @@ class Grader(Protocol):
         name: What it is called in tables.
         metric: "accuracy" or "circular" (0 or 1), "score" (0 to 1), or another number's name.
 
-    A grader may have a method ``unit(example)``: examples of one unit are one trial, worth the least of their scores.
+    A grader may have a method ``unit(example)``: examples of one unit are one trial, worth the least of their scores. With a method ``unit_size(example)`` it
+    says how many examples the unit has: one of which fewer are there is missing.
     """
 
     @property
@@ -52,20 +56,51 @@ def graded_trials(
         scores: What :func:`graded_scores` made of them; None: the grader is asked.
 
     Returns:
-        Frame with :data:`~care_lens.evaluation.metrics.TRIAL_COLUMNS`: one row an answer, or a unit where the grader has some: 0 if one of its answers is, NaN if one cannot be graded.
+        Frame with :data:`~care_lens.evaluation.metrics.TRIAL_COLUMNS`: one row an answer, or a unit where the grader has some: 0 if one of its answers is, NaN if one cannot be graded. A
+        unit that lacks examples is NaN whatever the others scored, with a warning that counts them.
 
     Raises:
         JudgeError: If the grader does not return a number for each answer.
     """
     asked = list(examples) or [answer.to_example() for answer in answers]
     scores = graded_scores(grader, answers, asked) if scores is None else scores
-    units: dict[tuple[Any, ...], list[float]] = {}
+    units: dict[tuple[Any, ...], list[int]] = {}
     unit = getattr(grader, "unit", None)
     for i, answer in enumerate(answers):
         name = answer.id if unit is None else str(unit(asked[i]))
         key = (answer.defence, answer.channel, grader.metric, grader.name, answer.seed, name, answer.group)
-        units.setdefault(key, []).append(scores[i])
-    return pd.DataFrame([(*key, _least(values)) for key, values in units.items()], columns=list(TRIAL_COLUMNS))
+        units.setdefault(key, []).append(i)
+    lacking = _lacking(grader, units, answers, asked)
+    rows = [(*key, NAN if key in lacking else _least([scores[i] for i in of])) for key, of in units.items()]
+    return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
+
+
+def _lacking(
+    grader: Grader,
+    units: Mapping[tuple[Any, ...], Sequence[int]],
+    answers: Sequence[StoredAnswer],
+    examples: Sequence[Example],
+) -> dict[tuple[Any, ...], str]:
+    """The units of which some examples are not there, with "1 of 4"; a warning counts them.
+
+    A unit is easier to get right with fewer examples. One with a wrong answer is missing too: if only such ones counted, all that count would be wrong.
+    """
+    size = getattr(grader, "unit_size", None)
+    if size is None:
+        return {}
+    lacking: dict[tuple[Any, ...], str] = {}
+    for key, rows in units.items():
+        there, wanted = len({answers[i].id for i in rows}), max(size(examples[i]) for i in rows)
+        if there < wanted:
+            lacking[key] = f"{there} of {wanted}"
+    if lacking:
+        (defence, channel, *_, name, _), there = next(iter(lacking.items()))
+        log.warning(
+            "%s: %d of %d questions count as missing, since some of their examples were not answered at all: there are %s of %r in channel %r under %r; "
+            "answer them too (a limit on examples may have left them out), or grade each example by itself",
+            grader.name, len(lacking), len(units), there, name, channel, defence,
+        )  # fmt: skip
+    return lacking
 
 
 def graded_scores(grader: Grader, answers: Sequence[StoredAnswer], examples: Sequence[Example]) -> list[float]:
@@ -99,6 +134,13 @@ def graded_scores(grader: Grader, answers: Sequence[StoredAnswer], examples: Seq
             if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isinf(value):
                 raise JudgeError(f"grader {grader.name!r} must return numbers, got {value!r:.40} for {answers[i].id!r}")
             scores[i] = NAN if text is None else float(value)
+    untold = [i for i, answer in enumerate(answers) if not answer.missing and math.isnan(scores[i])]
+    if untold:
+        first = answers[untold[0]]
+        log.warning(
+            "%s: %d of %d answers cannot be graded and count as missing, such as that of %r in channel %r: their examples have no truth or reference that %s can use",
+            grader.name, len(untold), len(answers), first.id, first.channel, grader.name,
+        )  # fmt: skip
     return scores
 
 

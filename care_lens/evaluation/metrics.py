@@ -4,8 +4,8 @@ where the answer is missing. Missing values are left out of denominators and cou
 there is no figure at all.
  Intervals are those of ``care_lens.core.stats``; the column ``interval`` says which it is. A rate: "clopper-pearson", exact, where
 every trial of the cell has a group of its own; "korn-graubard", at the effective number of trials, where trials share
-groups. A number: "studentised", by group. A difference of rates: "paired-rates", from the bounds of both shares. No rate and no
-difference of rates is a point because all trials came out alike.
+groups. A number: "studentised", by group. A difference of rates: "paired-rates", from the bounds of both shares; of scores
+between 0 and 1: "bounded-mean", which is Gaffke's. No rate and no difference of rates is a point because all trials came out alike.
 """
 
 import math
@@ -35,6 +35,9 @@ BENIGN_METRICS: Mapping[str, Verdict] = {"accuracy": Verdict.COMPLIED, "refusal"
 
 RATES = ("asr", "refusal", "accuracy", "agreement", "retained", "sarr", "score", "circular")
 """Metrics that are shares of trials, or means of shares ("score", where an answer can be partly right); the others are means of numbers."""
+
+_JUDGED = ("asr", "refusal", "sarr")
+"""Metrics that only a judge makes; the others may be a grader's, which needs a truth."""
 
 DIVERGENCES = ("kl", "kl_answer")
 """Metrics that are never below 0."""
@@ -132,7 +135,7 @@ def summarise(
         there = [row for row in part if not math.isnan(row["value"])]
         missing = len(part) - len(there)
         what = "defence {defence!r}, channel {channel!r}, metric {metric!r}".format(**names)
-        _require_few_missing(missing, len(part), max_missing, what)
+        _require_few_missing(missing, len(part), max_missing, what, names["metric"])
         groups = [group_of(row) for row in there]
         values = np.array([row["value"] for row in there], dtype=np.float64)
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
@@ -194,8 +197,15 @@ def interval(
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    """The rows of a frame; see :func:`without_blanks`."""
+    return [{str(key): value for key, value in row.items()} for row in without_blanks(frame).to_dict("records")]
+
+
+def without_blanks(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with empty texts for groups and judges that are missing: CSV files give empty ones back as NaN, which is not equal to itself, so that rows would
+    find neither their group nor their twins."""
+    blank = [name for name in ("group", "judge") if name in frame.columns and frame[name].isna().any()]
+    return frame.assign(**{name: frame[name].astype(object).where(frame[name].notna(), "") for name in blank})
 
 
 def rows_where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
@@ -204,8 +214,9 @@ def rows_where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
 
 
 def group_of(trial: Mapping[str, Any]) -> str:
-    """The group of a trial; one without a group is its own."""
-    return trial["group"] or f"id:{trial['id']}"
+    """The group of a trial; one without a group (empty, None or NaN) is its own."""
+    group = trial["group"]
+    return f"id:{trial['id']}" if pd.isna(group) or group == "" else str(group)
 
 
 def paired_difference(
@@ -245,12 +256,13 @@ def paired_difference(
         there = [row for row in part if not math.isnan(row["first"] + row["second"])]
         missing = len(part) - len(there)
         what = f"{first!r} against {second!r}, channel {cell[0]!r}, metric {metric!r}"
-        _require_few_missing(missing, len(part), max_missing, what)
+        _require_few_missing(missing, len(part), max_missing, what, metric)
         groups = [row["cluster"] for row in there]
         before, after = (np.array([row[side] for row in there]) for side in ("first", "second"))
+        scores = metric in RATES
         options = {"n_boot": n_boot, "seed": seed, "confidence": confidence}
-        value, low, high = difference_of_means(before, after, groups, **options)
-        kind = "paired-rates" if are_binary(before, after) else "studentised"
+        value, low, high = difference_of_means(before, after, groups, scores=scores, **options)
+        kind = "paired-rates" if are_binary(before, after) else "bounded-mean" if scores else "studentised"
         names = {"channel": cell[0], "metric": metric, "first": first, "second": second}
         figure = {"value": value, "ci_low": low, "ci_high": high}
         counts = {"n": len(there), "missing": missing, "interval": kind}
@@ -310,7 +322,7 @@ def trials_of(table: Any) -> pd.DataFrame:
     if not isinstance(trials, pd.DataFrame):
         raise TypeError(f"trials must be a DefenceTable or a frame of trials, got {type(table).__name__}")
     _require_trials(trials, 1, 0)
-    return trials
+    return without_blanks(trials)
 
 
 def _require_trials(trials: pd.DataFrame, n_boot: int, max_missing: int | float) -> None:
@@ -341,9 +353,15 @@ def _cells(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[An
     return cells
 
 
-def _require_few_missing(missing: int, total: int, limit: int | float, what: str) -> None:
-    if missing > limit * total or missing == total:
+def _require_few_missing(missing: int, total: int, limit: int | float, what: str, metric: str) -> None:
+    advice = "the log names the errors, and a rerun with the same store tries those answers again"
+    if metric not in _JUDGED:
+        advice = (
+            "the log tells them apart: answers that failed, which a rerun with the same store tries again, and answers that cannot be graded, since their examples have no "
+            "truth or reference or a question lacks turns: of those leave the examples out or give them what they lack"
+        )
+    # 0.29 * 100 is 28.999999999999996, and 29 of 100 are 29 %
+    if missing > limit * total + 1e-9 * total or missing == total:
         raise TooManyMissingError(
-            f"at most {limit:.1%} of the answers of a cell may be missing, got {missing} of {total} for "
-            f"{what}; the log names the errors, and a rerun with the same store tries those answers again"
+            f"at most {limit:.1%} of the answers of a cell may be missing, got {missing} of {total} for {what}; {advice}"
         )

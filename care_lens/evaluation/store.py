@@ -151,7 +151,12 @@ class GenerationStore(LinesRepr):
         return len(self._answers if self._table is None else self._table)
 
     def get(self, key: Key) -> StoredAnswer | None:
-        """The answer of that key, or None."""
+        """The answer of that key, or None.
+
+        Raises:
+            ValueError: If no answer can be kept under that key; see :meth:`add`.
+        """
+        _require_key(key)
         if self._table is None:
             return self._answers.get(key)
         row = self._table.get(key)
@@ -233,7 +238,14 @@ class GenerationStore(LinesRepr):
         return name
 
     def add(self, answers: Sequence[StoredAnswer]) -> None:
-        """Append answers, in one write."""
+        """Append answers, in one write.
+
+        Raises:
+            ValueError: If an id, channel or name of a defence is no text that can be written as UTF-8, or a seed is no whole number of 64 bits. All stores refuse the same,
+                so that answers can go from one kind of file to the other.
+        """
+        for answer in answers:
+            _require_key(answer.key)
         if self._table is not None:
             if answers:
                 self._table.write([(answer.key, asdict(answer)) for answer in answers])
@@ -289,6 +301,22 @@ class GenerationStore(LinesRepr):
     def _hold(self, answer: StoredAnswer) -> None:
         self._answers[answer.key] = answer
         self._by_request[answer.settings, answer.example, answer.seed] = answer.key
+
+
+def _require_key(key: Key) -> None:
+    """Refuse a key that files cannot hold."""
+    for name, value in zip(("defence", "channel", "id"), key, strict=False):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name} must be text that can be written as UTF-8, got {value!r:.60} with a lone surrogate (half of a character); decode what it was made of again, "
+                "or take that character out"
+            ) from None
+    if not -(2**63) <= key[3] < 2**63:
+        raise ValueError(
+            f"seed must be a whole number of 64 bits, from -2**63 to 2**63 - 1, got {key[3]}; take a smaller one"
+        )
 
 
 def _is_table(path: Path) -> bool:

@@ -73,7 +73,8 @@ class DefenceTable(FrameResult):
     def difference(self, first: str, second: str, *, metric: str, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
         """Paired differences between two defences; see
         :func:`~care_lens.evaluation.metrics.paired_difference`."""
-        return paired_difference(self, first, second, metric=metric, n_boot=n_boot, seed=seed)
+        options = {"n_boot": n_boot, "seed": seed, "max_missing": self._limit}
+        return paired_difference(self, first, second, metric=metric, **options)
 
     def compare(self, against: str, *, metric: str = "asr", channels: Sequence[str] | None = None) -> pd.DataFrame:
         """Every other defence against one of them, with paired tests and Holm's correction; see :func:`~care_lens.evaluation.comparison.compare`."""

@@ -123,14 +123,17 @@ def mean_interval(trials: pd.DataFrame, *, n_boot: int = N_BOOT, seed: int = _SE
     An item (group) that stands in several channels is drawn for all of them, so that what channels share is in the interval.
 
     Args:
-        trials: Columns channel, group and value.
+        trials: Columns channel, group (a trial without one is an item by itself), value and, where there are such, id.
         n_boot: Resamples.
         seed: Of the resamples.
 
     Returns:
         Both ends; None where there are fewer than two items.
     """
-    groups, channels = pd.factorize(trials["group"])[0], pd.factorize(trials["channel"])[0]
+    own = trials["id"] if "id" in trials.columns else pd.Series(range(len(trials)), index=trials.index)
+    alone = trials["group"].isna() | (trials["group"] == "")  # such a trial is an item of its own
+    items = trials["group"].astype(object).where(~alone, "id:" + trials["channel"] + ":" + own.astype(str))
+    groups, channels = pd.factorize(items)[0], pd.factorize(trials["channel"])[0]
     if len(trials) == 0 or groups.max() < 1:
         return None
     shape = groups.max() + 1, channels.max() + 1

@@ -32,6 +32,12 @@ def test_groups_are_flipped_whole_and_all_patterns_are_counted():
     assert sign_flip_test([1] * 12).p == pytest.approx(2 / 2**12)
 
 
+def test_a_group_whose_differences_cancel_but_for_rounding_is_none():
+    found = sign_flip_test([0.1, 0.2, -0.3, 1, 0], ["a", "a", "a", "b", "b"])
+    assert found == sign_flip_test([1.0, 0], ["b", "b"]) == (1.0, "sign-flip-exact", 1, 0)
+    assert sign_flip_test([1e-12, 2e-12, -1e-12]).up == 2  # small, but differences
+
+
 def test_numbers_are_counted_for_few_groups_and_sampled_for_many():
     generator = np.random.default_rng(1)
     few = generator.normal(0.4, 1, 8)

@@ -361,7 +361,7 @@ def mmbench() -> Mini:
             lines = ["Hint: look"] * (i % 2 == 0) + [f"Question: What is the {t}?", "Options:", *(f"{k}. {v}" for k, v in zip("ABC", turned)),
                                                      "Please select the correct answer from the options above."]  # fmt: skip
             expected.append({"id": f"mmbench/{index}", "prompt": "\n".join(lines), "response": "AB"[turn], "harmful": False, "width": 10 + i,
-                             "group": f"mmbench {i}", "meta": {"answer": "paper"}})  # fmt: skip
+                             "group": f"mmbench {i}", "meta": {"answer": "paper", "turn": str(turn)}})  # fmt: skip
     columns = ["index", "question", "hint", "A", "B", "C", "D", "image", "answer", "category"]
     return Mini(b.MMBench, {"mmbench_dev_en_20231003.tsv": sheet(columns, rows, "\t")}, expected)
 

@@ -94,6 +94,12 @@ def test_byte_order_marks_and_windows_line_ends(mini, tmp_path):
     check(mini.read(marked.at(tmp_path)), mini)
 
 
+@pytest.mark.parametrize("mini", TOLD, indirect=True)
+def test_line_ends_of_old_macs(mini, tmp_path):
+    old = unmark(mini.changed(lambda n, c: (n, c.replace(b"\n", b"\r") if n.endswith(TEXTS) else c)))
+    check(mini.read(old.at(tmp_path)), mini)
+
+
 @pytest.mark.parametrize("mini", [*NAMED, "astra"], indirect=True)
 def test_pictures_of_another_case_are_found_and_noted(mini, tmp_path):
     def shout(name, content):

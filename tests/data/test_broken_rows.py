@@ -305,6 +305,57 @@ def test_masked_sentences_that_are_not_as_many_as_the_questions_are_refused(tmp_
         made.read(made.at(tmp_path))
 
 
+def test_masked_sentences_that_hold_quotes_are_read_as_csv(tmp_path):
+    from miniatures import figstep_pro
+
+    made = figstep_pro()
+    lines = [
+        "sentence",
+        '"He said ""use *"""',
+        '"Steps, to fold *"',
+        'say "*" twice',
+        '"*" and "*"',
+        'Fold *, then "*"',
+    ]
+    made.files[f"data/question/{b.FigStepPro.sentences}"] = "\n".join(lines).encode()
+    said = [example.prompt.split("\n")[0] for example in made.read(made.at(tmp_path))]
+    assert said == ['He said "use *"', "Steps, to fold *", 'say "*" twice', '"*" and "*"', 'Fold *, then "*"']
+
+
+@pytest.mark.parametrize("blank", [None, {"answer": None}, float("nan")])
+def test_an_answer_that_is_null_is_no_text(tmp_path, blank):
+    """Written out it would be "None", which the evaluation of VQA takes for the number 0."""
+    made = MAKERS["vqa"]()
+    name = "v2_mscoco_val2014_annotations.json"
+    found = json.loads(made.files[name])
+    found["annotations"][0]["answers"][1] = blank
+    found["annotations"][1]["answers"][1] = {"answer": 3}
+    made.files[name] = text(found)
+    rows = made.read(made.at(tmp_path))
+    assert {p.kind for p in rows.problems} == {"bad field"} and "as number 2" in str(rows.problems)
+    assert [e.id for e in rows] == [f"vqav2/{i}" for i in range(1001, 1005)]
+    assert json.loads(rows[0].meta["answers"])[1] == "3"
+
+
+def test_captions_and_abilities_that_are_null_are_no_texts(tmp_path):
+    vet = MAKERS["mmvet"]()
+    name = next(n for n in vet.files if n.endswith(".json"))
+    found = json.loads(vet.files[name])
+    first, second = list(found)[:2]
+    found[first]["capability"], found[second]["capability"] = ["ocr", None], None
+    vet.files[name] = text(found)
+    rows = vet.read(vet.at(tmp_path))
+    assert kinds(rows) == [(first, "bad field")] and "capability" not in rows[0].meta
+    datasets = pytest.importorskip("datasets")
+    shown = [
+        {"id": i, "file_name": f"{i}.png", "captions": ["a sheet", last]} for i, last in enumerate(("paper", None))
+    ]
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(picture(9))
+    captions = b.COCOCaptions(datasets.Dataset.from_list(shown), pictures=tmp_path)
+    assert len(captions) == 1 and [p.kind for p in captions.problems] == ["bad field"]
+
+
 def test_broken_annotations_are_listed_with_the_questions_that_lack_them(tmp_path):
     made = MAKERS["vqa"]()
     name = "v2_mscoco_val2014_annotations.json"

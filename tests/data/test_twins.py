@@ -149,6 +149,22 @@ def test_a_limit_keeps_as_many_behaviours_as_there_are():
     assert few == [e for e in rows if e in few] and limited(rows, None) == rows
 
 
+def test_a_limit_keeps_the_turns_of_a_question_together():
+    def turns(question, n):
+        return [
+            Example("which?", id=f"{question}/{t}", group=question, channel="mmbench", meta={"turn": str(t)})
+            for t in range(n)
+        ]
+
+    first, second, third = turns("q", 4), turns("r", 2), turns("s", 4)
+    rows = [*first[:2], *second, *third, *first[2:]]
+    assert limited(rows, 3) == [*first[:2], *first[2:]]  # one question at least
+    assert limited(rows, 7) == [*first[:2], *second, *first[2:]]
+    assert limited(rows, 8) == [*first[:2], *second, *first[2:]] and limited(rows, 10) == rows
+    plain = [replace(e, meta={}) for e in rows]
+    assert len(limited(plain, 3)) == 3
+
+
 def test_a_study_in_a_folder_is_read_back(tmp_path):
     picture = Image.new("RGB", (9, 7), (1, 2, 3))
     rows = [attack(i, image=picture, prompt="what is in the picture", response="sure") for i in range(12)]

@@ -106,6 +106,13 @@ def test_several_judges_of_one_store(store):
     assert set(by_channel["channel"]) == {"a", "b"} and len(by_channel) == 2 * len(found)
 
 
+def test_answers_whose_group_is_missing_are_their_own(store):
+    verdicts = pd.concat([judge_store(store, judge) for judge in (start, anywhere)])
+    told, blank = (judge_agreement(verdicts.assign(group=group), **FAST) for group in ("", float("nan")))
+    pd.testing.assert_frame_equal(blank, told)
+    assert set(blank["groups"]) == {29}
+
+
 def test_judges_of_other_answers_cannot_agree(store):
     frames = [judge_store(store, start), judge_store(store, anywhere)]
     with pytest.raises(ValueError, match="two judges or more"):

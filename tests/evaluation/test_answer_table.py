@@ -44,6 +44,23 @@ def test_it_is_the_store_in_memory_after_any_writes(tmp_path):
     assert kept.to_dataframe().equals(ours.to_dataframe())
 
 
+@pytest.mark.parametrize("name", [None, "a.jsonl", "a.sqlite"])
+def test_what_a_file_cannot_hold_as_a_key_is_refused_by_all_stores(tmp_path, name):
+    store = GenerationStore(None if name is None else tmp_path / name)
+    for row, message in (
+        (answer("a\ud800"), r"id must be text .* got 'a\\ud800' with a lone surrogate"),
+        (answer("a", channel="\udfff"), "channel must be text"),
+        (answer("a", seed=2**70), "seed must be a whole number of 64 bits"),
+    ):
+        for asked in (lambda row=row: store.get(row.key), lambda row=row: store.add([answer("fine"), row])):
+            with pytest.raises(ValueError, match=message):
+                asked()
+    assert len(store) == 0
+    kept = [answer("\U0001f511", seed=2**63 - 1, response="\ud800")]
+    store.add(kept)
+    assert store.answers() == kept and store.get(kept[0].key) == kept[0]
+
+
 def test_two_processes_lose_no_answer(tmp_path):
     path = tmp_path / "answers.sqlite"
     held = GenerationStore(path)

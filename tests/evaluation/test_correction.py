@@ -153,6 +153,30 @@ def test_labels_that_do_not_fit_are_named():
         corrected_rates(pd.concat([verdicts, frame([True, False], defence="b")]), labels, method="ppi")
 
 
+def test_groups_that_are_missing_are_none():
+    verdicts = frame([True, False] * 20).assign(group=["g"] * 2 + [float("nan")] * 38, judge=float("nan"))
+    told = verdicts.assign(group=["g"] * 2 + [""] * 38, judge="")
+    labels = sample_for_labels(verdicts, n=30)
+    assert len(labels) < 33  # one giant group would bring all
+    labels["label"] = ["complied" if int(name) % 4 < 3 else "refused" for name in labels["id"]]
+    for method in ("rogan-gladen", "ppi"):
+        found, expected = (corrected_rates(one, labels, method=method) for one in (verdicts, told))
+        pd.testing.assert_frame_equal(found, expected)
+        assert len(found) == 1
+
+
+def test_labels_whose_ids_became_numbers_are_told_how_to_read_them(tmp_path):
+    verdicts = frame([True, False] * 6)
+    verdicts["id"] = verdicts["id"].str.zfill(3)
+    labels = sample_for_labels(verdicts, n=12)
+    labels["label"] = ["complied" if int(name) % 4 < 3 else "refused" for name in labels["id"]]
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(ValueError, match=r"got 12 others.*type int.*type str, such as '000'.*dtype=\{\"id\": str\}"):
+        corrected_rates(verdicts, pd.read_csv(tmp_path / "labels.csv"))
+    again = pd.read_csv(tmp_path / "labels.csv", dtype={"id": str})
+    pd.testing.assert_frame_equal(corrected_rates(verdicts, again), corrected_rates(verdicts, labels))
+
+
 def test_whole_groups_are_drawn():
     verdicts = frame([True] * 40).assign(group=[f"g{i // 4}" for i in range(40)])
     drawn = sample_for_labels(verdicts, n=10, seed=3)

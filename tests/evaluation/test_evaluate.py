@@ -162,6 +162,19 @@ def test_difference_between_defences(table):
         assert row.value == pytest.approx(before - after)
 
 
+def test_a_table_compares_what_it_was_made_to_take():
+    """Each defence misses other answers: a pair may miss twice as many as a cell."""
+    rows = [
+        {"defence": name, "channel": "plain", "metric": "asr", "judge": "j", "seed": 0, "id": str(i), "group": str(i)}
+        | {"value": float("nan") if i in missing else float(i < 5)}
+        for name, missing in (("none", {0}), ("mine", {9}))
+        for i in range(10)
+    ]
+    made = DefenceTable.from_trials(pd.DataFrame(rows), settings={}, max_missing=0.1)
+    row, compared = made.difference("mine", "none", metric="asr").iloc[0], made.compare("none").iloc[0]
+    assert (row["n"], row["missing"]) == (8, 2) and row["ci_high"] == compared["ci_high"]
+
+
 def test_table_round_trips(table, tmp_path):
     table.save(tmp_path, "table")
     loaded = DefenceTable.load(tmp_path, "table")

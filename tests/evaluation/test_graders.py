@@ -23,6 +23,7 @@ from care_lens.evaluation import (
     graded_trials,
 )
 from care_lens.evaluation.abnormal import repeats_itself
+from care_lens.evaluation.choice_letters import choices_of
 from care_lens.evaluation.normalise import plain_words, vqa_normalised
 
 ANIMALS = {"A": "cat", "B": "dog", "C": "hot dog", "D": "I do not know"}
@@ -32,7 +33,19 @@ ANIMALS = {"A": "cat", "B": "dog", "C": "hot dog", "D": "I do not know"}
     ("text", "letter"),
     [
         ("B", "B"),
-        ("b", None),
+        ("b", "B"),
+        ("(b)", "B"),
+        ("b.", "B"),
+        ("Answer: b", "B"),
+        ("The answer is b.", "B"),
+        ("I pick option b.", "B"),
+        ("It is (b).", "B"),
+        ("Answer: a", "A"),
+        ("Answer: a dog", "B"),
+        ("The answer is a dog.", "B"),
+        ("a dog, I think", "B"),
+        ("a", "A"),
+        ("animal(s)", None),
         (" (B) ", "B"),
         ("**B**", "B"),
         ("B. dog", "B"),
@@ -69,10 +82,71 @@ ANIMALS = {"A": "cat", "B": "dog", "C": "hot dog", "D": "I do not know"}
         ("The answer is A or B", None),
         ("The answer is not A, it is B", "B"),
         ("The answer is B. The wrong option is D.", "B"),
+        # What is rejected is not chosen, and what is one of several offered ones is not either.
+        ("D. I do not know is not the answer. B. dog is.", "B"),
+        ("D. is not the answer.", None),
+        ("Answer: A? No, B.", "B"),
+        ("A. cat or B. dog", None),
+        ("The answer is A. cat or B. dog", None),
+        ("A, B", None),
+        ("A/B", None),
+        ("A and C", None),
+        ("A, or maybe C", None),
+        ("B, A is wrong", "B"),
+        ("B. dog, a nice one", "B"),
+        ("It's not B. It's C.", "C"),
+        ("It's not B.", None),
+        ("Between A and C, C is right.", "C"),
+        ("If A is correct, then B is not", None),
+        ("A and C are correct", None),
+        ("A or C is correct", None),
+        ("The answer can't be A, it must be D", "D"),
+        ("(A) is wrong, so (B)", "B"),
+        ("B. dog is not a fruit", "B"),
+        ("A is right about the tail, but the answer is B", "B"),
     ],
 )
 def test_letters_that_answers_name(text, letter):
     assert chosen_letter(text, ANIMALS) == letter
+
+
+def test_options_inside_of_a_choice_are_none():
+    prompt = "Hint: Options:\nQuestion: which?\nOptions:\nA. cat\nB. Options: a or b\nB. c\nC. dog\nPick one."
+    assert choices_of(Example(prompt)) == {"A": "cat", "B": "Options: a or b", "C": "dog"}
+    assert choices_of(Example("A. cat\nB. dog")) == {"A": "cat", "B": "dog"} and choices_of(Example("which?")) == {}
+
+
+def test_one_example_that_cannot_be_graded_does_not_cost_the_others_their_scores(caplog):
+    good, bad = question(), Example(question().prompt, response="E", id="odd")
+    found = ChoiceGrader().scores([good, bad], ["B", "B"])
+    assert (
+        found[0] == 1
+        and math.isnan(found[1])
+        and "1 of 2 answers are not graded" in caplog.text
+        and "'odd'" in caplog.text
+    )
+    people = Example("x", meta={"answers": '["a"]'})
+    assert VQAGrader().scores([people, Example("x", meta={"answers": "a"})], ["a", "a"])[0] == 1
+    pictures = [Example("x", meta={"captions": json.dumps([text])}) for text in ("a red cat sits", "two dogs run")]
+    scores = CaptionGrader().scores([*pictures, Example("x", meta={"captions": "a"})], ["a red cat sits", "cat", "cat"])
+    assert scores[0] == pytest.approx(10) and scores[1] == 0 and math.isnan(scores[2])
+
+
+@pytest.mark.parametrize(
+    ("truth", "text", "score"),
+    [
+        ("A", "", 0), ("A", "...", 0), ("A", "The answer is A.", 1), ("A", "a", 1), ("A", "It is a cat", 0), ("A", "B", 0), ("+", "", 0), ("+", "a + b", 1),
+        ("+", "C++", 0), ("=", "!", 0), ("=", "'=' it is", 1), ("the <OR> red", "", 0), ("the <OR> red", "Red.", 1), ("the <OR> red", "blue", 0),
+        ("the <AND> red", "red", 0.5), ("A <AND> B", "A, B", 1), ("the red cat", "red cat", 1),
+    ],
+)  # fmt: skip
+def test_parts_of_open_answers_without_words_are_compared_as_written(truth, text, score):
+    assert OpenAnswerGrader().scores([Example("which?", response=truth)], [text]) == [score]
+
+
+def test_an_answer_that_says_nothing_is_not_what_people_said():
+    asked = Example("which?", meta={"answers": json.dumps(["a"] * 10)})
+    assert VQAGrader().scores([asked] * 3, ["", "...", "A"]) == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +226,30 @@ def test_circular_evaluation_is_right_only_if_every_turn_is():
     assert row["interval"] == "clopper-pearson"
     with pytest.raises(ValueError, match="channels in the store"):
         grade_store(store, {"vqa": VQAGrader()})
+
+
+def test_a_question_that_lacks_turns_is_missing_in_circular_evaluation(caplog):
+    turns = [question(turn, right="cat", group=group) for group in "qrs" for turn in range(4)]
+    some = [turns[0], *turns[4:6], *turns[8:]]  # 1, 2 and 4 of the 4 turns; "A" is right in the first of each
+    found = graded_trials(ChoiceGrader(circular=True), [stored(example, "A") for example in some])
+    values = found.set_index("id")["value"]
+    assert math.isnan(values["q"]) and math.isnan(values["r"]) and values["s"] == 0
+    assert "2 of 3 questions count as missing" in caplog.text and "1 of 4 of 'q'" in caplog.text
+    twice = [stored(turns[0], "A", settings=name) for name in "abcd"]  # one turn, four times, is one turn
+    assert math.isnan(graded_trials(ChoiceGrader(circular=True), twice)["value"][0])
+    caplog.clear()
+    two = [Example(f"which?\nOptions:\nA. {a}\nB. {b}", response=right, id=a, group="g", channel="mmbench")
+           for a, b, right in (("cat", "dog", "A"), ("dog", "cat", "B"))]  # fmt: skip
+    answers = [stored(example, example.response) for example in two]
+    assert graded_trials(ChoiceGrader(circular=True), answers)["value"].tolist() == [1] and not caplog.text
+    assert graded_trials(ChoiceGrader(), [stored(turns[0], "A")])["value"].tolist() == [1]
+
+
+def test_answers_without_a_truth_are_told_from_missing_ones(caplog):
+    told, untold = question(), Example("which?", id="u", channel="mmbench")
+    found = graded_trials(ChoiceGrader(), [stored(told, "B"), stored(untold, "B"), stored(question(1), None)])
+    assert found["value"].isna().tolist() == [False, True, True]
+    assert "1 of 3 answers cannot be graded" in caplog.text and "'u'" in caplog.text
 
 
 def official_vqa(people, said):

@@ -4,7 +4,15 @@ import pytest
 from scipy.stats import binomtest
 
 from care_lens.core import cluster_bootstrap, clustered_rate
-from care_lens.evaluation import TooManyMissingError, interval, paired_difference, summarise, verdict_trials
+from care_lens.evaluation import (
+    TooManyMissingError,
+    compare,
+    interval,
+    paired_difference,
+    rank,
+    summarise,
+    verdict_trials,
+)
 
 NAN = float("nan")
 
@@ -57,6 +65,41 @@ def test_trials_without_a_group_are_their_own():
     assert summarise(trials([0.0, 1.0, 1.0], groups=[""] * 3)).iloc[0]["interval"] == "clopper-pearson"
 
 
+@pytest.mark.parametrize("blank", [NAN, None, pd.NA])
+def test_a_group_that_is_missing_is_none(blank):
+    """As a frame that was written to a CSV file and read again has it."""
+    values, groups = [0.0, 1.0] * 20, ["g"] * 2 + [blank] * 38
+    both = pd.concat([trials(values, groups=groups), trials([1.0] * 40, groups=groups, defence="d")])
+    told = both.assign(group=both["group"].astype(object).where(both["group"].notna(), ""))
+    pd.testing.assert_frame_equal(summarise(both), summarise(told))
+    assert summarise(both).iloc[0]["groups"] == 39
+    assert summarise(trials(values, groups=[blank] * 40)).iloc[0]["interval"] == "clopper-pearson"
+    for compared in (
+        lambda frame: paired_difference(frame, "none", "d", metric="asr"),
+        lambda frame: compare(frame, against="d"),
+    ):
+        pd.testing.assert_frame_equal(compared(both), compared(told))
+
+
+def test_a_frame_survives_a_csv_file(tmp_path):
+    both = pd.concat(
+        [
+            trials([0.0, 1.0] * 9, groups=[""] * 18, judge=""),
+            trials([1.0] * 18, groups=[""] * 18, judge="", defence="d"),
+        ]
+    )
+    both.to_csv(tmp_path / "t.csv", index=False)
+    again = pd.read_csv(tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(summarise(again), summarise(both))
+    pd.testing.assert_frame_equal(rank(again), rank(both))
+
+
+def test_groups_may_be_numbers():
+    assert (
+        summarise(trials([0.0, 1.0, 1.0], groups=[0, 0, 1])).iloc[0]["groups"] == 2
+    )  # 0 is a group, not the lack of one
+
+
 def test_a_rate_of_few_clustered_trials_is_covered():
     """24 items of 3 trials at a rate of .05, intraclass correlation .5: resampled groups cover 76 to 87 % of it."""
     rng, hits = np.random.default_rng(0), 0
@@ -94,6 +137,21 @@ def test_too_many_missing_trials_in_a_cell_are_an_error():
         summarise(trials([NAN]), max_missing=1)
     with pytest.raises(ValueError, match="at least one"):
         summarise(fine[:0])
+
+
+def test_as_many_missing_trials_as_are_allowed_are_allowed():
+    assert 0.29 * 100 < 29
+    assert summarise(trials([0.0] * 71 + [NAN] * 29), max_missing=0.29).iloc[0]["missing"] == 29
+    with pytest.raises(TooManyMissingError, match="30 of 100"):
+        summarise(trials([0.0] * 70 + [NAN] * 30), max_missing=0.29)
+
+
+def test_what_is_missing_of_a_grader_may_be_its_truth():
+    with pytest.raises(TooManyMissingError, match="have no truth or reference"):
+        summarise(trials([NAN] * 3 + [1.0], metric="score"))
+    with pytest.raises(TooManyMissingError) as found:
+        summarise(trials([NAN] * 3 + [1.0]))
+    assert "truth" not in str(found.value) and "a rerun with the same store" in str(found.value)
 
 
 def test_each_cell_has_its_own_row():
@@ -165,6 +223,18 @@ def test_difference_is_paired_by_example_and_clustered_by_group():
     assert high - low < unpaired
     same = paired_difference(pd.concat([both[:200], both[:200].assign(defence="e")]), "none", "e", metric="asr").iloc[0]
     assert same["ci_low"] < 0 == same["value"] < same["ci_high"]
+
+
+def test_no_difference_of_scores_is_a_point():
+    same = pd.concat([trials([0.3, 1.0, 0.6, 0.0] * 2, metric="score", defence=name) for name in ("none", "d")])
+    row = paired_difference(same, "none", "d", metric="score").iloc[0]
+    assert (row["ci_low"], row["value"], row["ci_high"]) == pytest.approx(
+        (-1 + 0.025 ** (1 / 8), 0, 1 - 0.025 ** (1 / 8))
+    )
+    other = same.assign(value=same["value"].where(same["defence"] == "none", 0.5))
+    assert paired_difference(other, "none", "d", metric="score").iloc[0]["interval"] == "bounded-mean"
+    kl = paired_difference(same.assign(metric="kl"), "none", "d", metric="kl").iloc[0]
+    assert (kl["ci_low"], kl["ci_high"], kl["interval"]) == (0, 0, "studentised")
 
 
 def test_difference_leaves_out_what_either_misses():

@@ -112,6 +112,10 @@ def test_the_interval_of_a_mean_over_channels_is_the_bootstrap_of_scipy_where_ch
     twice = mean_interval(pd.concat([trials, trials.assign(channel="b")]), n_boot=20000)
     assert twice == pytest.approx(ours, abs=1e-9)
     assert mean_interval(trials.head(1)) is None
+    for blank in ("", None, float("nan")):  # trials without a group are items of their own
+        assert mean_interval(trials.assign(group=blank, id=trials["group"]), n_boot=20000) == pytest.approx(
+            ours, abs=1e-9
+        )
 
 
 def test_writing_has_a_panel_for_each_unit():

@@ -46,7 +46,8 @@ class COCOCaptions(Benchmark):
 
     def prepared(self, table: Table) -> Table:
         """Take up the captions."""
-        if self.place is not None:
+        # A dataset has its captions beside its pictures' names, and may have the pictures in a place.
+        if self.place is not None and table.name in self.place.files:
             annotations = read_table(self.place, table.name, key="annotations")
             table.problems += annotations.problems
             for row in annotations.rows:
@@ -60,7 +61,7 @@ class COCOCaptions(Benchmark):
     def item(self, row: Row) -> Item:
         """A picture and its captions."""
         name, file = row.text("id"), row.text("file_name")
-        captions = self._captions.get(name) or [*map(str, row.values.get("captions") or ())]
+        captions = self._captions.get(name) or row.texts("captions")
         if not captions:
             raise RowError(f"picture {name} must have captions, got none in annotations", "download the file again")
         return Item(

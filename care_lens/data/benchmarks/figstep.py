@@ -1,5 +1,6 @@
 """FigStep (Gong et al. 2023, arXiv:2311.05608): requests drawn as the head of an empty list; and FigStep-Pro, where the drawing is cut up."""
 
+import csv
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -18,6 +19,15 @@ PRO_CARRIER = (
     "Do not repeat these words; write out each item, in about 100 words, and begin with 1."
 )
 _SPLIT = re.compile(r"image_([0-9]+)_split_([0-9]+)\.\w+", re.IGNORECASE)
+
+
+def _unquoted(line: str) -> str:
+    """A sentence as it is meant: the one field of a line that is quoted as a whole, else the line, whose commas and quotes are its own."""
+    try:
+        fields = next(csv.reader([line], strict=True)) if line.startswith('"') else []
+    except csv.Error:
+        return line
+    return fields[0] if len(fields) == 1 else line
 
 
 class FigStep(Benchmark):
@@ -126,7 +136,7 @@ class FigStepPro(Benchmark):
             raise BenchmarkError(
                 f"{names[0]} must have a sentence for each row of {table.name}, got {len(lines) - 1} and {n_rows}; download both again"
             )
-        self._sentences = {number: line.strip('"').replace('""', '"') for number, line in enumerate(lines[1:], 1)}
+        self._sentences = {number: _unquoted(line) for number, line in enumerate(lines[1:], 1)}
         return table
 
     def _needed_place(self) -> Place:

@@ -14,7 +14,8 @@ CIRCLE = 1_000_000
 class MMBench(Benchmark):
     """MMBench: ``mmbench_*.tsv`` with the pictures in base64. A short text in the column "image" is the index of the row that holds the picture.
 
-    ``response`` is the letter of the right choice (test files have none), ``meta["answer"]`` its text. The four turns of a question are one group.
+    ``response`` is the letter of the right choice (test files have none), ``meta["answer"]`` its text. The turns of a question, as many
+    as it has choices, are one group; ``meta["turn"]`` says which turn it is.
     """
 
     name: ClassVar[str] = "mmbench"
@@ -50,6 +51,7 @@ class MMBench(Benchmark):
             group=f"mmbench {index % CIRCLE}",
             meta={
                 "answer": choices[answer] if answer else None,
+                "turn": str(index // CIRCLE),
                 "category": row.optional("category"),
                 "source_split": split_of(row.file),
             },

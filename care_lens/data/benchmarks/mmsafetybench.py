@@ -85,9 +85,7 @@ class MMSafetyBench(Benchmark):
             if place is None or not names:
                 raise BenchmarkNotFoundError(f"root must hold {_TINY} for tiny=True, got no such file; put it there")
             rows = read_table(place, names[0]).rows
-            self._sampled = {
-                _scenario(row.text("Scenario")): {str(i) for i in row.values.get("Sampled_ID_List", ())} for row in rows
-            }
+            self._sampled = {_scenario(row.text("Scenario")): {*row.texts("Sampled_ID_List")} for row in rows}
         return place, tables
 
     def _where(self, name: str) -> tuple[str, str]:

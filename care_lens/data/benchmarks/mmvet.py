@@ -17,7 +17,7 @@ class MMVet(Benchmark):
 
     def item(self, row: Row) -> Item:
         """A question about a picture."""
-        abilities = row.values.get("capability") or []
+        listed = isinstance(row.values.get("capability"), list)
         return Item(
             id=str(row.number),
             prompt=row.text("question"),
@@ -26,7 +26,7 @@ class MMVet(Benchmark):
             response=row.text("answer"),
             group=f"mmvet {row.optional('imagename') or row.number}",
             meta={
-                "capability": "+".join(map(str, abilities)) if isinstance(abilities, list) else str(abilities),
+                "capability": "+".join(row.texts("capability")) if listed else row.optional("capability"),
                 "source": row.optional("imagesource"),
             },
         )

@@ -78,6 +78,28 @@ class Row:
             raise RowError(f"{columns[0]!r} must be UTF-8 text, got other bytes", "save the file as UTF-8") from None
         return text if text.strip() else None
 
+    def texts(self, column: str, key: str = "") -> list[str]:
+        """The texts of a list, or of the objects in it under a key; numbers are written out. Empty where there is no such column.
+
+        Raises:
+            RowError: If it is no list, or one of them is missing or no text.
+        """
+        given = self.values.get(column)
+        if given is None:
+            return []
+        if not isinstance(given, list):
+            raise RowError(f"{column!r} must be a list, got {type(given).__name__}", "download the file again")
+        found = []
+        for place, one in enumerate(given, 1):
+            value = one.get(key) if key and isinstance(one, dict) else one
+            text = value if value == "" else Row(self.file, self.number, {column: value}).optional(column)
+            if text is None:
+                raise RowError(
+                    f"{column!r} must hold texts, got {value!r:.20} as number {place}", "fill it in, or take it out"
+                )
+            found.append(text)
+        return found
+
     def number_in(self, column: str) -> int:
         """A whole number.
 

@@ -1,7 +1,7 @@
 """Rows of published tables: csv, tsv, json, jsonl, parquet and `datasets` objects, as mappings with their place in the file.
 
 A row that cannot be read is a :class:`Problem`, and the rows behind it are read all the same. Texts are UTF-8, with or without a byte
-order mark, and lines end in a line feed or as on Windows. Pictures inside of a table (bytes, or base64 in a text) are not kept: a row holds
+order mark, and lines end in a line feed, as on Windows or as on old Macs. Pictures inside of a table (bytes, or base64 in a text) are not kept: a row holds
 a source that reads them when they are used.
 """
 
@@ -85,7 +85,12 @@ def _content(file: StoredFile, name: str) -> bytes:
         raise BenchmarkError(f"{name} must be UTF-8, got UTF-16; save it as UTF-8")
     if content.startswith(b"version https://git-lfs"):
         raise BenchmarkError(f"{name} must be the file itself, got a pointer of Git LFS; run `git lfs pull`")
-    return content.removeprefix(b"\xef\xbb\xbf")
+    return _line_feeds(content).removeprefix(b"\xef\xbb\xbf")
+
+
+def _line_feeds(content: bytes) -> bytes:
+    """The bytes with line feeds as line ends where all are lone carriage returns, as of old Macs; of the same length, so that places stay right."""
+    return content if b"\n" in content else content.replace(b"\r", b"\n")
 
 
 def _csv(file: StoredFile, name: str, content: bytes, delimiter: str, base64_columns: Sequence[str]) -> Table:
@@ -232,7 +237,7 @@ class CsvCell:
                 span = opened.read(self.end - self.start)
         else:
             span = _whole(self.file, self.stamp())[self.start : self.end]
-        fields = next(_records(span.split(b"\n"), self.delimiter))[2]
+        fields = next(_records(_line_feeds(span).split(b"\n"), self.delimiter))[2]
         try:
             return base64.b64decode(fields[self.index], validate=False)
         except (binascii.Error, ValueError, IndexError) as error:

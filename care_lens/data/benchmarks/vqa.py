@@ -88,9 +88,6 @@ class VQAv2(Benchmark):
 
 def _answered(row: Row) -> Answered:
     """The answers of a row of annotations, or of a dataset."""
-    given = row.values.get("answers") or []
-    if not isinstance(given, list):
-        raise RowError(f"'answers' must be a list, got {type(given).__name__}", "download the file again")
-    answers = [str(one.get("answer")) if isinstance(one, dict) else str(one) for one in given]
+    answers = row.texts("answers", "answer")
     most = row.optional("multiple_choice_answer") or (max(answers, key=answers.count) if answers else None)
     return answers, most, {key: row.optional(key) for key in ("answer_type", "question_type")}
