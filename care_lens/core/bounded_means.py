@@ -10,9 +10,10 @@ size of the group of a trial, sum m_g^2 / n. P(mean <= t) = P(sum E_g (s_g - t m
 characteristic function by one integral (Gil-Pelaez; Imhof), so that nothing is drawn.
 
 Source: Gaffke 2005, "Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative variable" (Mathematical Methods of
-Statistics 14:451-467); Learned-Miller and Thomas 2020 (arXiv:1905.06208). That it covers at any n is a conjecture, which holds in all simulations published, and in those of
-``tests/core/test_stats.py``. Imhof 1961 for the integral.
+Statistics 14); Learned-Miller and Thomas 2020 (arXiv:1905.06208). That it covers at any n is conjectured, not proven; ``tests/core/test_stats.py`` simulates rare losses. Imhof 1961 for the integral.
 """
+
+from typing import cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -59,7 +60,8 @@ def _upper(sums: Float[ndarray, " n_groups"], sizes: Float[ndarray, " n_groups"]
     least = float((pairs[:, 0] / pairs[:, 1]).min())
     if least >= bound:
         return bound
-    return float(brentq(lambda t: _below(pairs[:, 0] - t * pairs[:, 1], counts) - (1 - tail), least, bound, xtol=1e-7))
+    root = brentq(lambda t: _below(pairs[:, 0] - t * pairs[:, 1], counts) - (1 - tail), least, bound, xtol=1e-7)
+    return float(cast(float, root))
 
 
 def _below(scales: Float[ndarray, " terms"], counts: Int[ndarray, " terms"]) -> float:

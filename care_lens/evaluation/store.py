@@ -305,7 +305,7 @@ class GenerationStore(LinesRepr):
 
 def _require_key(key: Key) -> None:
     """Refuse a key that files cannot hold."""
-    for name, value in zip(("defence", "channel", "id"), key, strict=False):
+    for name, value in (("defence", key[0]), ("channel", key[1]), ("id", key[2])):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
