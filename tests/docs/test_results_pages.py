@@ -294,3 +294,13 @@ def test_the_page_on_choices_says_what_its_file_says():
     ordinary, refused = (part[part["site"] == "blocks.4.hook_resid_post"]["margin"] for part in (ordinary, refused))
     assert f"in {(ordinary > 0).sum()} of {len(ordinary)} cells, by up to {ordinary.max():.1f} nats" in claims
     assert f"less likely in all, by {-refused.max():.1f} to {-refused.min():.1f} nats" in claims and (refused < 0).all()
+
+
+def test_the_table_of_attacks_by_defences():
+    measured = read("attacks.csv", "defence", "channel", "metric")
+    ((heading, *table),) = tables("docs/results/defences.md", "under attack")
+    assert len(table) == 4
+    for name, *cells in table:
+        for channel, cell in zip(heading[1:], cells, strict=True):
+            known = measured.get((name, channel, "accuracy" if channel == "benign" else "asr"), "\u2013")
+            assert cell == known, (name, channel)
