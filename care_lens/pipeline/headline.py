@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from care_lens.core.stats import Interval, clustered_rate
+from care_lens.evaluation.metrics import group_of, records
 from care_lens.pipeline.gradient import ANSWER, OPENING
 from care_lens.pipeline.report_words import NOTHING
 from care_lens.pipeline.run import Run
@@ -95,4 +96,4 @@ def _over_all(trials: pd.DataFrame, defence: str, metric: str, channels: Sequenc
     rows = _cells(trials, defence, metric, channels)
     if rows.empty:
         return _NONE
-    return Headline(clustered_rate(list(rows["value"]), list(rows["group"])), len(rows))
+    return Headline(clustered_rate(list(rows["value"]), [group_of(row) for row in records(rows)]), len(rows))

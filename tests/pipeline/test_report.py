@@ -13,6 +13,7 @@ import pytest
 import torch
 from in_browser import FAULTS, browsing, gallery_module
 from PIL import Image
+from scipy.stats import binomtest
 
 from care_lens.core import Example, PairedExamples, Site, UnsafeMargin
 from care_lens.core.stats import Interval
@@ -307,3 +308,13 @@ def test_a_repair_that_stops_nothing_is_told(before, after, told, made_run, monk
     monkeypatch.setattr(headline, "headlines", lambda run: figures)
     said = headline.unstopped_said(made_run)
     assert bool(said) == told and (f"in wrapper, which it learned from, {100 * after:.0f} %" in said) == told
+
+
+def test_trials_without_a_group_are_not_one_item():
+    frame = pd.DataFrame({
+        "defence": "none", "channel": "a", "metric": "accuracy", "value": [1.0, 1.0, 0.0, 1.0] * 6, "group": "",
+        "id": [str(i) for i in range(24)], "missing": "",
+    })  # fmt: skip
+    found = headline._over_all(frame, "none", "accuracy", ["a"]).share
+    exact = binomtest(18, 24).proportion_ci(method="exact")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
